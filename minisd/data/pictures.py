@@ -1,0 +1,266 @@
+"""Captioned pictures from any folder, as tensors.
+
+One class reads every folder: one with a `metadata.jsonl` (the Hugging Face imagefolder convention, which `build_emoji`
+and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Whatever the mode, size and quality of
+the files, what comes out is RGB, square, of one size; what can't be used is named and left out.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IN_MEMORY = 2**30  # bytes: pictures are decoded and resized once and kept, if all of them fit; else when asked for
+SHEET_COLUMNS = 32  # of a `pictures.webp`
+
+
+# One picture ----------------------------------------------------------------------------------------------------------
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGB from a picture of any mode; what is transparent becomes white."""
+    if picture.mode.startswith("I"):  # 16 bits a pixel (PIL would clip them at 255)
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def square(picture: Image.Image) -> UInt8[np.ndarray, "side side 3"]:
+    """The central square of an RGB picture."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarray, "n size size 3"]:
+    """Square pictures at another size: the mean of whole pixels where it divides the old one, else Lanczos."""
+    old = pictures.shape[1]
+    if old == size:
+        return pictures
+    if old % size == 0:
+        step = old // size
+        total = sum(
+            pictures[:, i::step, j::step].astype(np.uint32) for i in range(step) for j in range(step)
+        )  # the sum over every step x step block
+        return ((total + step**2 // 2) // step**2).astype(np.uint8)
+    lanczos = Image.Resampling.LANCZOS  # antialiased: it widens with the step
+    return np.stack([np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures])
+
+
+def read_picture(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Read, turn as its EXIF says, put on white, crop to a square and resize (None: the square as it is).
+
+    Raises ValueError, in words for people, where the file is not a picture that can be read.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
+        with Image.open(path) as opened:
+            picture = on_white(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise ValueError("the file is missing") from None
+    except ValueError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # PIL raises nearly everything: OSError, SyntaxError, struct.error, its own bomb error
+        raise ValueError(f"not a readable picture ({type(error).__name__})") from error
+    pixels = square(picture)
+    return resized(pixels[None], size)[0] if size else pixels
+
+
+# One folder -----------------------------------------------------------------------------------------------------------
+
+
+def read_metadata(folder: Path) -> tuple[list[dict], list[tuple[str, str]]]:
+    """The rows of metadata.jsonl, and what is wrong with the others."""
+    rows, skipped = [], []
+    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not (isinstance(row["file_name"], str) and isinstance(row["text"], str) and row["text"].strip()):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            skipped.append((f"metadata.jsonl:{number}", "no JSON object with a file_name and a text"))
+    return rows, skipped
+
+
+def read_captions(folder: Path, known: Sequence[dict] = ()) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Rows from NAME.txt beside NAME.png, in subfolders too; pictures that have none, nor a row in `known`."""
+    rows, skipped = [], []
+    described = {row["file_name"] for row in known}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() not in SUFFIXES or name in described or name.startswith("."):
+            continue
+        beside = path.with_suffix(".txt")
+        caption = " ".join(beside.read_text(encoding="utf-8", errors="replace").split()) if beside.exists() else ""
+        if caption:
+            rows.append({"file_name": name, "text": caption})
+        else:
+            skipped.append((name, "no caption"))
+    return rows, skipped
+
+
+def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] | None:
+    """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, where one is there and fits the rows."""
+    if (folder / "pictures.npy").exists():
+        try:
+            packed = np.load(folder / "pictures.npy", mmap_mode="r")
+        except (ValueError, OSError, EOFError):  # half a file, or something else under that name
+            return None
+    elif (folder / "pictures.webp").exists():
+        packed = read_sheet(folder / "pictures.webp", len(rows))
+    else:
+        return None
+    if packed.dtype != np.uint8 or packed.ndim != 4 or len(packed) != len(rows) or packed.shape[1] != packed.shape[2]:
+        return None
+    for i in {0, len(rows) // 2, len(rows) - 1}:  # do the two still tell of the same pictures, in the same order?
+        path = folder / rows[i]["file_name"]
+        if path.exists() and not np.array_equal(read_picture(path, packed.shape[1]), packed[i]):
+            return None
+    return packed
+
+
+def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """The pictures of a contact sheet: SHEET_COLUMNS in a row, in the order of metadata.jsonl."""
+    with Image.open(path) as opened:
+        sheet = np.asarray(opened.convert("RGB"))
+    size = sheet.shape[1] // SHEET_COLUMNS
+    rows = sheet.reshape(-1, size, SHEET_COLUMNS, size, 3)
+    return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
+
+
+# The class ------------------------------------------------------------------------------------------------------------
+
+
+class CaptionedPictures(Dataset):
+    """The pictures of a folder and their captions.
+
+    folder: with `metadata.jsonl` (a JSON object a line: file_name, text, and whatever else is known), or with
+        captions in NAME.txt beside NAME.png, .jpg, .jpeg or .webp; subfolders are read too.
+    size: of the square pictures that come out; None: the packed size, or the smallest shorter side among the files,
+        so that none is enlarged.
+    split: only the rows whose "split" says so ("train", "test_pair", "test_concept" in our corpora); a row without
+        one is in "train". None: all rows.
+
+    Attributes: `rows` (list of dicts, at least file_name and text), `captions` (list of str), `images` (uint8
+    [n h w 3], all pictures at `size`), `size`, `skipped` (list of (path, reason); a warning sums them up).
+
+    Raises FileNotFoundError where there is no such folder, ValueError where nothing in it can be used.
+    """
+
+    def __init__(self, folder: str | Path, size: int | None = None, split: str | None = None):
+        self.folder = folder = Path(folder).expanduser()
+        if size is not None and size < 1:
+            raise ValueError(f"size is {size}; it is the width of the pictures in pixels, so at least 1.")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: give one that holds captioned pictures.")
+        packed = None
+        if (folder / "metadata.jsonl").exists():
+            rows, self.skipped = read_metadata(folder)
+            packed = read_packed(folder, rows) if rows and not self.skipped else None
+            if packed is None:
+                self.skipped += read_captions(folder, known=rows)[1]
+        else:
+            rows, self.skipped = read_captions(folder)
+
+        chosen = [i for i, row in enumerate(rows) if split in (None, row.get("split", "train"))]
+        if rows and not chosen:
+            have = sorted({row.get("split", "train") for row in rows})
+            raise ValueError(f'{folder} has no pictures in the split "{split}"; it has {", ".join(have)}.')
+        self.rows = [rows[i] for i in chosen]
+        self._packed, self._index, self._images = packed, np.array(chosen, int), None
+        if packed is not None:
+            self.size = size or packed.shape[1]
+        else:
+            self._open_files(size)
+        self._report()
+
+    def _open_files(self, size: int | None) -> None:
+        """Look into every file once: those that can be read stay, decoded if there is room for all of them."""
+        if size is None:
+            sides = [len(picture) for row in self.rows if (picture := self._try(row, None)) is not None]
+            size = min(sides, default=1)
+        self.size = size
+        keep = self._fits_in_memory()
+        rows, pictures = [], []
+        for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
+            picture = self._try(row, size)
+            if picture is not None:
+                rows.append(row)
+                pictures.append(picture if keep else None)
+        self.rows = rows
+        if keep and rows:
+            self._images = np.stack(pictures)
+
+    def _fits_in_memory(self) -> bool:
+        return len(self.rows) * self.size**2 * 3 <= IN_MEMORY
+
+    def _try(self, row: dict, size: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
+        try:
+            return read_picture(self.folder / row["file_name"], size)
+        except ValueError as error:
+            if (row["file_name"], str(error)) not in self.skipped:
+                self.skipped.append((row["file_name"], str(error)))
+            return None
+
+    def _report(self) -> None:
+        """One sentence on what was left out, or the error that nothing is left."""
+        named = [f"{name} ({reason})" for name, reason in self.skipped[:5]]
+        if len(self.skipped) > 5:
+            named.append(f"and {len(self.skipped) - 5} more (see .skipped)")
+        if not self.rows:
+            why = f"; left out: {', '.join(named)}" if named else ""
+            raise ValueError(
+                f"{self.folder} holds no captioned picture that can be used: it takes a metadata.jsonl (file_name, "
+                f"text), or pictures ({', '.join(SUFFIXES)}) with their captions beside them in .txt files{why}."
+            )
+        if self.skipped:
+            total = len(self.skipped) + len(self.rows)
+            warnings.warn(f"{self.folder}: {len(self.skipped)} of {total} left out: {', '.join(named)}.", stacklevel=3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
+        """Picture i, float32 in [-1, 1], and its caption."""
+        return self.batch([range(len(self))[i]])[0], self.captions[i]  # range: IndexError past the end, -1 the last
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Float[Tensor, "b 3 h w"]:
+        """The pictures at these indices: float32 in [-1, 1]."""
+        pixels = torch.from_numpy(self._pixels(np.asarray(indices)))
+        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+    @property
+    def captions(self) -> list[str]:
+        return [row["text"] for row in self.rows]
+
+    @property
+    def images(self) -> UInt8[np.ndarray, "n h w 3"]:
+        """All pictures as one array at `size`; made when first asked for, and kept."""
+        if self._images is None:
+            parts = np.array_split(np.arange(len(self)), len(self) // 4096 + 1)
+            self._images = np.concatenate([self._read(part) for part in parts])
+        return self._images
+
+    def _pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        return self.images[indices] if self._fits_in_memory() else self._read(indices)
+
+    def _read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        if self._packed is not None:
+            return resized(self._packed[self._index[indices]], self.size)
+        return np.stack([read_picture(self.folder / self.rows[i]["file_name"], self.size) for i in indices])

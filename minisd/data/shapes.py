@@ -1,0 +1,210 @@
+"""Coloured shapes with exact captions: a corpus that draws itself.
+
+Small enough for a laptop, and harder than it looks: a model has to bind a colour to a shape, to count, and to place.
+Everything that a caption says is true, and six (colour, shape) pairs never occur in training.
+
+Picture k depends on the seed and on k alone: a longer corpus begins with the shorter one.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from .folder import already_there, write_corpus
+from .split import unit_hash
+
+COLOURS = {
+    "red": (225, 45, 40),
+    "orange": (245, 145, 30),
+    "yellow": (250, 215, 50),
+    "green": (60, 165, 75),
+    "blue": (45, 100, 220),
+    "purple": (140, 70, 180),
+    "pink": (245, 140, 190),
+    "black": (35, 35, 40),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart")
+
+# Half the width of a shape, as a share of the picture's width.
+SIZES = {"small": 0.13, "": 0.23, "large": 0.37}  # no word: a medium one, and in the middle
+
+PLACES = {
+    "on the left": (0.2, 0.5),
+    "on the right": (0.8, 0.5),
+    "at the top": (0.5, 0.2),
+    "at the bottom": (0.5, 0.8),
+    "in the top left": (0.2, 0.2),
+    "in the top right": (0.8, 0.2),
+    "in the bottom left": (0.2, 0.8),
+    "in the bottom right": (0.8, 0.8),
+}
+RELATIONS = {
+    "above": ((0.5, 0.26), (0.5, 0.74)),
+    "below": ((0.5, 0.74), (0.5, 0.26)),
+    "to the left of": ((0.26, 0.5), (0.74, 0.5)),
+    "to the right of": ((0.74, 0.5), (0.26, 0.5)),
+}
+NUMBERS = {"two": ((0.27, 0.5), (0.73, 0.5)), "three": ((0.27, 0.7), (0.73, 0.7), (0.5, 0.27)),
+           "four": ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73))}  # fmt: skip
+
+
+# What is drawn --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: centre and radius as shares of the picture's width, y downwards."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    caption: str
+    kind: str  # "size", "place", "count" or "relation": what the caption speaks of beside colour and shape
+    items: tuple[Item, ...]
+
+    @property
+    def split(self) -> str:
+        """`test_pair` where a held-out (colour, shape) is in the picture."""
+        return "test_pair" if any(item.name in HELD_OUT for item in self.items) else "train"
+
+
+def held_out_pairs() -> frozenset[str]:
+    """One colour for each shape, by hash, and no colour twice: what is left shows every colour and every shape."""
+    chosen: dict[str, str] = {}
+    for shape in SHAPES:
+        free = [colour for colour in COLOURS if colour not in chosen]
+        chosen[min(free, key=lambda colour: unit_hash(f"shape/{colour} {shape}"))] = shape
+    return frozenset(f"{colour} {shape}" for colour, shape in chosen.items())
+
+
+HELD_OUT = held_out_pairs()
+
+
+def a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def scene(seed: int, k: int) -> Scene:
+    """Picture k of the corpus with this seed, before it is drawn."""
+    rng = np.random.default_rng([seed, k])
+
+    def pick(options) -> str:
+        return list(options)[rng.integers(len(options))]
+
+    def item(colour: str, shape: str, place: tuple[float, float], radius: float) -> Item:
+        x, y = place + rng.uniform(-0.04, 0.04, 2)  # not always to the pixel in the same place
+        return Item(colour, shape, float(x), float(y), radius * float(rng.uniform(0.93, 1.07)))
+
+    colour, shape = pick(COLOURS), pick(SHAPES)
+    kind = pick(("size", "place", "count", "relation"))
+    if kind == "size":
+        size = pick(SIZES)
+        return Scene(a(f"{size} {colour} {shape}".strip()), kind, (item(colour, shape, (0.5, 0.5), SIZES[size]),))
+    if kind == "place":
+        place = pick(PLACES)
+        return Scene(f"{a(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.16),))
+    if kind == "count":
+        number = pick(NUMBERS)
+        items = tuple(item(colour, shape, place, 0.18) for place in NUMBERS[number])
+        return Scene(f"{number} {colour} {shape}s", kind, items)
+    relation, other = pick(RELATIONS), (pick(COLOURS), pick(SHAPES))
+    while other == (colour, shape):
+        other = (pick(COLOURS), pick(SHAPES))
+    here, there = RELATIONS[relation]
+    caption = f"{a(f'{colour} {shape}')} {relation} {a(' '.join(other))}"
+    return Scene(caption, kind, (item(colour, shape, here, 0.18), item(*other, there, 0.18)))
+
+
+# How it is drawn ------------------------------------------------------------------------------------------------------
+
+
+def outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape of radius 1 around 0, y downwards."""
+    if shape == "square":
+        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+    if shape == "diamond":
+        return [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)]
+    if shape == "triangle":
+        return [(0, -0.95), (1, 0.8), (-1, 0.8)]
+    turn = [2 * math.pi * k / 60 for k in range(60)]
+    if shape == "circle":
+        return [(math.sin(t), math.cos(t)) for t in turn]
+    if shape == "star":  # ten corners, every other one further in
+        spokes = [(math.pi * k / 5, (1.08, 0.48)[k % 2]) for k in range(10)]
+        return [(r * math.sin(t), -r * math.cos(t)) for t, r in spokes]
+    if shape == "heart":  # a classic curve; 16 is its half width
+        return [
+            (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+            for t in turn
+        ]
+    raise ValueError(f'"{shape}" is no shape that can be drawn; these are: {", ".join(SHAPES)}.')
+
+
+def draw(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Draw at four times the size, then average each 4 x 4 block: smooth edges."""
+    canvas = Image.new("RGB", (4 * size, 4 * size), "white")
+    pencil = ImageDraw.Draw(canvas)
+    for item in scene.items:
+        centre, radius = (4 * size * item.x, 4 * size * item.y), 4 * size * item.radius
+        corners = [(centre[0] + radius * x, centre[1] + radius * y) for x, y in outline(item.shape)]
+        pencil.polygon(corners, fill=COLOURS[item.colour])
+    return np.asarray(canvas.reduce(4))
+
+
+# The corpus -----------------------------------------------------------------------------------------------------------
+
+
+def shape_corpus(count: int, size: int = 32, seed: int = 0) -> tuple[UInt8[np.ndarray, "n size size 3"], list[str]]:
+    """The first `count` pictures of a seed and their captions, in memory."""
+    if count < 1 or size < 8:
+        raise ValueError(f"{count} pictures of {size} pixels were asked for: at least 1, of at least 8.")
+    scenes = [scene(seed, k) for k in range(count)]
+    pictures = np.stack([draw(s, size) for s in tqdm(scenes, "drawing shapes", disable=count < 5000)])
+    return pictures, [s.caption for s in scenes]
+
+
+def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: int = 32, seed: int = 0) -> Path:
+    """Write shapes to a folder that `CaptionedPictures` reads, and return it; nothing is done where it is all there.
+
+    Each row has, beside file_name and text: kind ("size", "place", "count", "relation"), concept ("red circle",
+    the first shape's), items (each shape's colour, shape, x, y and radius) and split ("train", or "test_pair" where
+    a (colour, shape) pair is in the picture that training never shows).
+    """
+    folder = Path(folder).expanduser()
+    recipe = {"made_by": "draw_shapes", "count": count, "size": size, "seed": seed}
+    if already_there(folder, recipe):
+        print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
+        return folder
+    pictures, captions = shape_corpus(count, size, seed)
+    rows = []
+    for k, caption in enumerate(captions):
+        drawn = scene(seed, k)
+        rows.append(
+            {
+                "file_name": f"images/{k // 1000:03}/{k:06}.png",  # a thousand to a folder
+                "text": caption,
+                "concept": drawn.items[0].name,
+                "kind": drawn.kind,
+                "split": drawn.split,
+                "items": [asdict(item) for item in drawn.items],
+            }
+        )
+    write_corpus(folder, rows, pictures, recipe)
+    held_out = sum(row["split"] == "test_pair" for row in rows)
+    print(f"{folder}: {count:,} shapes at {size}x{size}, {held_out:,} of them with a held-out pair (test_pair).")
+    return folder

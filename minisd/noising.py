@@ -1,0 +1,324 @@
+"""Stage 1: the forward process. A picture dissolves into noise, and every quantity of it has a closed form.
+
+    q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)         one small step                      (DDPM, eq. 2)
+    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I)             any number of steps at once         (DDPM, eq. 4)
+
+where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t. Nothing here is learned: a schedule is T numbers β_t, chosen
+once, and what follows from them. The papers that the comments cite:
+
+    DDPM            Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
+    Improved DDPM   Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021
+    VDM             Kingma et al., "Variational Diffusion Models", 2021
+    v-prediction    Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022
+    EDM             Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022
+
+The papers count t = 1 ... T; the code, like all that was published with them, counts t = 0 ... T-1. So t = 0
+is not the clean picture but the picture after the first small step, and the clean one, ᾱ = 1, has no index.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:
+    """Look up one coefficient for each picture of a batch, shaped to multiply that batch.
+
+    Returns a[t] on t's device, with `ndim` dimensions: [b 1 ... 1]. Raises TypeError if t does not hold
+    integers, ValueError if it is not one-dimensional or leaves [0, T).
+    (CompVis: ldm/modules/diffusionmodules/util.py, extract_into_tensor)
+    """
+    if t.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"t must hold integers (torch.int64), one for each picture, not {t.dtype}.")
+    if t.ndim != 1:
+        raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
+    # A negative t would quietly count from the end. On a GPU the check would make the CPU wait for it at every
+    # step, so there it is left to CUDA's own assertion.
+    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
+        raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
+    return a.to(t.device, non_blocking=True)[t.long()].reshape(-1, *[1] * (ndim - 1))
+
+
+class NoiseSchedule:
+    """How much noise there is at each of T timesteps, and everything that follows from that.
+
+    betas: [T], each in (0, 1), or `.scaled_linear()` (Stable Diffusion), `.linear()` (DDPM), `.cosine()`.
+
+    Every buffer is [T], float32, on the CPU, and was computed in float64. The methods bring what they need to
+    the device and the dtype of the data, which may have any rank: latents [b c h w], points of a toy [b 2],
+    plain numbers [b]. (CompVis: ldm/models/diffusion/ddpm.py, DDPM.register_schedule)
+    """
+
+    def __init__(self, betas: Float[Tensor, "T"]):
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas must be [T] numbers strictly between 0 and 1, not {betas}.")
+        # ᾱ_t = Π_{s≤t} (1 - β_s): how much of the picture's variance is left. Before the first step, all is.
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+
+        self.timesteps = len(betas)  # T
+        self.betas = betas.float()
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.alphas_cumprod_prev = alphas_cumprod_prev.float()
+        self._alphas_cumprod = alphas_cumprod.tolist()  # not rounded to float32, for `alpha_bar`
+
+        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                                                           (DDPM, eq. 4)
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt().float()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt().float()
+
+        # ... solved for the picture: x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε                       (DDPM, eq. 15)
+        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt().float()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt().float()
+
+        # One step back for somebody who knows the picture: q(x_{t-1} | x_t, x_0) = N(μ̃, β̃ I), with
+        #   β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t
+        #   μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t             (DDPM, eq. 6, 7)
+        posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
+        coef1 = alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod)
+        coef2 = (1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        self.posterior_variance = posterior_variance.float()
+        # β̃_0 = 0, since the step back from t = 0 leads to x_0 itself; the clip keeps its logarithm finite.
+        self.posterior_log_variance_clipped = posterior_variance.clamp(min=1e-20).log().float()
+        self.posterior_mean_coef1 = coef1.float()
+        self.posterior_mean_coef2 = coef2.float()
+
+    # -- the three schedules in use ------------------------------------------------------------------------
+
+    @classmethod
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, timesteps: int = 1000
+    ) -> "NoiseSchedule":
+        """Stable Diffusion's schedule: √β grows linearly.
+
+        A trap of names: CompVis calls this one "linear", and "sqrt_linear" the one that is linear in β.
+        diffusers and minisd say "scaled_linear" and "linear".
+        (CompVis: ldm/modules/diffusionmodules/util.py, make_beta_schedule)
+        """
+        return cls(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def linear(
+        cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000
+    ) -> "NoiseSchedule":
+        """DDPM's schedule: β grows linearly (DDPM, section 4). CompVis calls it "sqrt_linear"."""
+        return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+
+    @classmethod
+    def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
+        """Improved DDPM's schedule: ᾱ falls as a squared cosine, gently at both ends (section 3.2)."""
+        # ᾱ_t = f(t) / f(0),   f(t) = cos²( (t/T + s) / (1 + s) · π/2 )                (Improved DDPM, eq. 17)
+        t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+        # β_t = 1 - ᾱ_t / ᾱ_{t-1}, clipped: the cosine ends at 0, and a β of 1 would leave 0 to divide by
+        return cls((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
+    def __repr__(self) -> str:
+        first, last = self._alphas_cumprod[0], self._alphas_cumprod[-1]
+        return f"NoiseSchedule(timesteps={self.timesteps}, alphas_cumprod={first:.4g}...{last:.4g})"
+
+    # -- reading it ----------------------------------------------------------------------------------------
+
+    def alpha_bar(self, t: int) -> float:
+        """ᾱ_t in float64, as the Python number that a sampler computes with: no device is waited for."""
+        if not 0 <= t < self.timesteps:
+            raise ValueError(f"t must lie in [0, {self.timesteps}), but it is {t}.")
+        return self._alphas_cumprod[t]
+
+    def snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), [b], float32 (VDM, eq. 2). SD v1: 1175 down to 0.0047."""
+        # The square of a quotient: in float32, 1 - ᾱ would lose three digits where ᾱ is close to 1.
+        signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, ndim=1)
+        return (signal / extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, ndim=1)) ** 2
+
+    def log_snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """log(ᾱ_t / (1-ᾱ_t)), [b], float32: twice the λ_t along which DPM-Solver takes its steps."""
+        return self.snr(t).log()
+
+    def _at(
+        self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *ones"]:
+        """a[t] with x's number of dimensions, dtype and device: ready to multiply x."""
+        if t.shape != x.shape[:1]:
+            raise ValueError(
+                f"t must hold one timestep for each picture, but its shape is {list(t.shape)} and the batch's"
+                f" {list(x.shape)}."
+            )
+        return extract_into_tensor(a, t, x.ndim).to(x)
+
+    # -- forwards ------------------------------------------------------------------------------------------
+
+    def q_sample(
+        self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
+        """Draw x_t from q(x_t | x_0): noise each picture to its own timestep, in one go.
+
+        noise: ε ~ N(0, I), shaped like x_0. If x_0 has variance 1, so has x_t: variance is preserved.
+        (DDPM, eq. 4; CompVis: DDPM.q_sample)
+        """
+        _same_shape(x_0=x_0, noise=noise)
+        signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
+        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
+        return signal * x_0 + sigma * noise
+
+    def q_mean_variance(
+        self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
+    ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
+        """Mean [b *d], variance [b 1 ... 1] and log variance of q(x_t | x_0).
+
+        (DDPM, eq. 4; CompVis: DDPM.q_mean_variance)
+        """
+        mean = self._at(self.sqrt_alphas_cumprod, t, x_0) * x_0
+        variance = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0) ** 2
+        return mean, variance, variance.log()
+
+    # -- the same equation, solved for the picture and for the noise ---------------------------------------
+
+    def predict_start_from_noise(
+        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
+        """The picture that x_t was made from, if this is the noise in it (DDPM, eq. 15; CompVis: same name).
+
+        Towards t = T the noise is multiplied by a large number (14.6 in SD v1), and so is every error in it.
+        """
+        _same_shape(x_t=x_t, noise=noise)
+        recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
+        recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        # x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε
+        return recip * x_t - recipm1 * noise
+
+    def predict_noise_from_start(
+        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], x_0: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
+        """The noise that leads from x_0 to x_t: the inverse of `predict_start_from_noise`."""
+        _same_shape(x_t=x_t, x_0=x_0)
+        recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
+        recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        # ε = (√(1/ᾱ_t) x_t - x_0) / √(1/ᾱ_t - 1)
+        return (recip * x_t - x_0) / recipm1
+
+    # -- v-prediction: if √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ, then (x_t, v) is (x_0, ε) turned by φ ---------
+
+    def get_v(
+        self, x_0: Float[Tensor, "b *d"], noise: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
+    ) -> Float[Tensor, "b *d"]:
+        """The velocity v: nearly ε where there is little noise, nearly -x_0 where there is little else.
+
+        (v-prediction, section 4 and appendix D; it is what the 768-pixel Stable Diffusion 2 predicts)
+        """
+        _same_shape(x_0=x_0, noise=noise)
+        signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
+        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        # v = √ᾱ_t ε - √(1-ᾱ_t) x_0
+        return signal * noise - sigma * x_0
+
+    def predict_start_from_v(
+        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
+        """The picture in x_t, from v. No factor exceeds 1, so that no error grows, as it does with ε."""
+        _same_shape(x_t=x_t, v=v)
+        signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
+        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+        return signal * x_t - sigma * v
+
+    def predict_noise_from_v(
+        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *d"]:
+        """The noise in x_t, from v: it turns a model of v into the eps_model that a sampler asks for."""
+        _same_shape(x_t=x_t, v=v)
+        signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
+        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        # ε = √(1-ᾱ_t) x_t + √ᾱ_t v
+        return sigma * x_t + signal * v
+
+    # -- one step back, for somebody who knows x_0 ---------------------------------------------------------
+
+    def q_posterior(
+        self, x_0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
+    ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
+        """Mean [b *d], variance [b 1 ... 1] and clipped log variance of q(x_{t-1} | x_t, x_0).
+
+        This is what a model of the reverse process learns to imitate, without being shown x_0.
+        (DDPM, eq. 6 and 7; CompVis: DDPM.q_posterior)
+        """
+        _same_shape(x_0=x_0, x_t=x_t)
+        coef1 = self._at(self.posterior_mean_coef1, t, x_t)
+        coef2 = self._at(self.posterior_mean_coef2, t, x_t)
+        # μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
+        mean = coef1 * x_0 + coef2 * x_t
+        variance = self._at(self.posterior_variance, t, x_t)
+        log_variance = self._at(self.posterior_log_variance_clipped, t, x_t)
+        return mean, variance, log_variance
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    (name_a, a), (name_b, b) = tensors.items()
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} {list(a.shape)} and {name_b} {list(b.shape)} must have the same shape.")
+
+
+class ExactDenoiser:
+    """The best possible eps_model for a finite data set, in closed form: no network, no training.
+
+    x_0_all: [n *d], the whole data set; a few thousand pictures, since it is kept in float64.
+
+    If the data are n pictures, each as likely as the next, Bayes' rule says which of them a noisy x may have
+    come from, and the best guess at x_0 in the mean square is their average with these weights:
+
+        w_i = softmax_i( -|x - √ᾱ_t x_i|² / (2 (1-ᾱ_t)) )       x̂_0 = Σ_i w_i x_i       (EDM, appendix B.3)
+        ε   = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t)
+
+    A network that reached the smallest possible loss on the data would compute just this, and would then draw
+    nothing but the pictures it has seen: that a real one draws others, it owes to falling short. Here it lets
+    every sampler run before there is a network, and tells a test what the right answer is.
+    """
+
+    def __init__(self, x_0_all: Float[Tensor, "n *d"], schedule: NoiseSchedule):
+        if x_0_all.ndim == 0 or len(x_0_all) == 0:
+            raise ValueError(f"x_0_all must hold one picture or more, [n *d], not {list(x_0_all.shape)}.")
+        self.schedule = schedule
+        self.shape = x_0_all.shape[1:]
+        # Apple's GPUs have no float64; there the data stays on the CPU, and x comes to it and goes back.
+        device = "cpu" if x_0_all.device.type == "mps" else x_0_all.device
+        self.data = x_0_all.detach().to(device, torch.float64).reshape(len(x_0_all), -1)  # [n d]
+        self.squared_norms = self.data.square().sum(dim=1)  # |x_i|², [n]
+
+    def __call__(
+        self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"], context: Tensor | None = None
+    ) -> Float[Tensor, "b *d"]:
+        """The best guess at the noise in x, E[ε | x_t = x]. The arguments are a UNet's; context is unused."""
+        x_0, (flat, signal, sigma) = self._x0(x, t)
+        return ((flat - signal * x_0) / sigma).reshape(x.shape).to(x)
+
+    def x0(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"]:
+        """The best guess at the picture in x, E[x_0 | x_t = x]: a blur while many are possible."""
+        return self._x0(x, t)[0].reshape(x.shape).to(x)
+
+    def posterior(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
+        """How probable it is that x was made from each of the n pictures. Each row sums to 1."""
+        return self._weights(*self._flatten(x, t)).to(x)
+
+    def _x0(self, x: Tensor, t: Tensor):
+        flattened = self._flatten(x, t)
+        return self._weights(*flattened) @ self.data, flattened
+
+    def _flatten(
+        self, x: Tensor, t: Tensor
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+        """x where the data is, in float64, one row for each picture; √ᾱ_t; √(1-ᾱ_t)."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")
+        flat = x.to(self.data).reshape(len(x), -1)
+        signal = self.schedule._at(self.schedule.sqrt_alphas_cumprod, t, flat)
+        sigma = self.schedule._at(self.schedule.sqrt_one_minus_alphas_cumprod, t, flat)
+        return flat, signal, sigma
+
+    def _weights(self, flat: Tensor, signal: Tensor, sigma: Tensor) -> Float[Tensor, "b n"]:
+        # |x - √ᾱ x_i|² = |x|² - 2 √ᾱ x·x_i + ᾱ |x_i|². The first term is the same for every i, so softmax
+        # does not see it; the second is a matrix product, and the b × n × d differences are never stored.
+        squared_distances = signal**2 * self.squared_norms - 2 * signal * (flat @ self.data.T)  # [b n]
+        return torch.softmax(-squared_distances / (2 * sigma**2), dim=1)

@@ -1,0 +1,369 @@
+"""Stage 6: from noise back to a picture. Each sampler is a generator of steps.
+
+    for step in ddim(eps_model, x_T, schedule, steps=50):
+        step.x_t, step.eps, step.x0, step.x  # what went in, its noise, the picture behind it, what came out
+    picture = step.x
+
+The trained model answers one question only: which noise is in x_t? The samplers differ in what they do next.
+
+    ddpm        one small random step for each timestep of the training: the forward process, reversed
+    ddim        the same without the randomness, which makes long steps possible
+    plms        ddim's step in a better direction: a polynomial through the last four ε
+    dpmpp_2m    a line through the last two x_0, in the variable in which the equation is nearly linear
+
+The contract. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or `Guided`. x_T is drawn
+from N(0, I), and each x has the variance of the forward process (none is divided by √ᾱ), so that all
+trajectories share their axes. Exactly `steps` steps come out; the last `.x` is the result. All samplers take:
+
+    spacing       which timesteps are visited: see `make_timesteps`
+    timesteps     the timesteps themselves, falling, instead of `steps`; they may start further down (img2img)
+    before_step   (x, t) -> x, with t an int, before each step and not after the last: what is known of the
+                  picture can be blended into x (inpainting)
+    generator     a torch.Generator of the CPU, or one for each picture, for the samplers that draw noise
+
+A bad argument raises ValueError; NaN or infinity from the model raises FloatingPointError. As always with
+generators, nothing happens before the first step is asked for. The papers that the comments cite:
+
+    DDPM            Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
+    Improved DDPM   Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021
+    DDIM            Song, Meng & Ermon, "Denoising Diffusion Implicit Models", 2021
+    CFG             Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022
+    PNDM            Liu et al., "Pseudo Numerical Methods for Diffusion Models on Manifolds", 2022
+    DPM-Solver++    Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models", 2022
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import expm1, inf, log, sqrt
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minisd.noising import NoiseSchedule
+
+
+class Guided(NamedTuple):
+    """What a guided eps_model returns: the ε to go by, and the two that it was made from. Each [b *d]."""
+
+    eps: Float[Tensor, "b *d"]
+    cond: Float[Tensor, "b *d"] | None = None
+    uncond: Float[Tensor, "b *d"] | None = None
+
+
+EpsModel = Callable[[Float[Tensor, "b *d"], Int[Tensor, "b"]], Float[Tensor, "b *d"] | Guided]
+BeforeStep = Callable[[Float[Tensor, "b *d"], int], Float[Tensor, "b *d"]]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a sampler, from timestep t down to the next."""
+
+    i: int  # 0, 1, ... steps-1
+    t: int  # the timestep of x_t
+    x_t: Float[Tensor, "b *d"]  # what went in, after before_step
+    eps: Float[Tensor, "b *d"]  # the noise that was taken out of it (plms: combined from several steps)
+    x0: Float[Tensor, "b *d"]  # the picture that remains without that noise: at first a blur
+    x: Float[Tensor, "b *d"]  # what came out: x_t of the next step, or the result
+    eps_cond: Float[Tensor, "b *d"] | None = None  # under guidance, the noise as seen with the prompt ...
+    eps_uncond: Float[Tensor, "b *d"] | None = None  # ... and without it
+
+
+def classifier_free_guidance(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    context: Float[Tensor, "#b *c"],
+    uncond_context: Float[Tensor, "#b *c"],
+    scale: float,
+) -> EpsModel:
+    """Make an eps_model(x, t) of model(x, t, context), exaggerating what the context changes (CFG, eq. 6).
+
+    context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d].
+    scale: 7.5 is Stable Diffusion's default. 1.0 is the plain conditional model: then the other half is not
+    computed, and ε is returned alone. The paper's weight w counts from 0, scale = 1 + w.
+    (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler.p_sample_ddim, unconditional_guidance_scale)
+    """
+
+    def eps_model(x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"] | Guided:
+        if scale == 1.0:
+            return model(x, t, context.expand(len(x), *context.shape[1:]))
+        # One call for both, in this order: [unconditional, conditional].
+        contexts = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (uncond_context, context)])  # [2b n d]
+        eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        # ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))
+        return Guided(eps_uncond + scale * (eps_cond - eps_uncond), eps_cond, eps_uncond)
+
+    return eps_model
+
+
+def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
+    """Choose `steps` of the T timesteps, evenly spread and falling. For 50 of 1000:
+
+        "leading"    981 961 ... 21 1     CompVis; leaves out 999, although x_T is what one would find there
+        "linspace"   999 979 ... 20 0     Improved DDPM; both ends
+        "trailing"   999 979 ... 39 19    from the very end, and with a last step as long as the others
+
+    Two libraries that draw different pictures from one x_T often differ here, or in where the last step leads
+    (`set_alpha_to_one`). Raises ValueError if steps is not in [1, T] or the spacing is none of these.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must lie between 1 and {T}, the schedule's timesteps, but it is {steps}.")
+    if spacing == "leading":
+        # CompVis takes every (T // steps)-th and adds 1: asked for 30 steps it makes 31, for 1000 it goes up
+        # to t = 1000. Here one gets what one asked for; it is the same wherever steps divides T.
+        rising = [i * T // steps + (1 if steps < T else 0) for i in range(steps)]
+    elif spacing == "linspace":
+        rising = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
+    elif spacing == "trailing":
+        rising = [round((i + 1) * T / steps) - 1 for i in range(steps)]
+    else:
+        raise ValueError(f'spacing must be "leading", "linspace" or "trailing", but it is "{spacing}".')
+    return rising[::-1]
+
+
+def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
+    """Draw N(0, I) in float32 on the CPU, so that one seed means one noise, whatever the device.
+
+    With a generator for each picture, picture k of a batch gets the very noise that it would get alone.
+    """
+    if not isinstance(generator, Sequence):
+        return torch.randn(tuple(shape), generator=generator)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures.")
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generator])
+
+
+# -- what the samplers have in common -----------------------------------------------------------------------
+
+
+def _path(
+    schedule: NoiseSchedule, steps: int, spacing: str, timesteps: Sequence[int] | None, a_end: float
+) -> list[tuple[int, int, float, float]]:
+    """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads to (the last one: to a_end).
+
+    All of them are Python numbers, ᾱ in float64. Looked up on a GPU, each would make the CPU wait for it.
+    """
+    if timesteps is None:
+        timesteps = make_timesteps(steps, schedule.timesteps, spacing)
+    timesteps = [int(t) for t in timesteps]
+    if not timesteps or any(t <= t_next for t, t_next in zip(timesteps, timesteps[1:], strict=False)):
+        raise ValueError(f"timesteps must be one or more falling numbers, but they are {timesteps}.")
+    alphas = [schedule.alpha_bar(t) for t in timesteps]
+    return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
+
+
+def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) -> Guided:
+    """Ask the model for the noise in x_t, and make sure that the answer can be used."""
+    answer = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+    guided = answer if isinstance(answer, Guided) else Guided(answer)
+    if guided.eps.shape != x_t.shape:
+        shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
+        raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
+    if not guided.eps.isfinite().all():
+        raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
+    return guided
+
+
+# -- the samplers -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ddpm(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    clip_denoised: bool = False,
+    spacing: str = "linspace",
+    timesteps: Sequence[int] | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """Ancestral sampling (DDPM, Algorithm 2): guess x_0, then draw the step back that q would make from it.
+
+    steps: all T if left out. Fewer are DDPM on a schedule of fewer, longer steps (Improved DDPM, section 4).
+    clip_denoised: clamp the guess to [-1, 1]; True suits pixels, False latents, which know no such bound.
+    (CompVis: ldm/models/diffusion/ddpm.py, DDPM.p_sample_loop)
+    """
+    x = x_T
+    steps = schedule.timesteps if steps is None else steps
+    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                                     (DDPM, eq. 15)
+        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        # β_t = 1 - ᾱ_t / ᾱ_prev: the schedule's own, if no timestep is left out     (Improved DDPM, eq. 19)
+        beta = 1 - a_t / a_prev
+        # μ̃_t = √ᾱ_prev β_t / (1-ᾱ_t) x̂_0  +  √α_t (1-ᾱ_prev) / (1-ᾱ_t) x_t                   (DDPM, eq. 7)
+        mean = sqrt(a_prev) * beta / (1 - a_t) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a_t) * x_t
+        # β̃_t = (1-ᾱ_prev) / (1-ᾱ_t) β_t
+        variance = (1 - a_prev) / (1 - a_t) * beta
+        # x_prev = μ̃_t + √β̃_t z, with z ~ N(0, I); the last step leads to ᾱ = 1, where β̃ is 0
+        x = mean
+        if variance > 0:
+            x = mean + sqrt(variance) * randn(x.shape, generator).to(x, non_blocking=True)
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+@torch.no_grad()
+def ddim(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 50,
+    eta: float = 0.0,
+    *,
+    spacing: str = "leading",
+    set_alpha_to_one: bool = False,
+    timesteps: Sequence[int] | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """The implicit model (DDIM, eq. 12): guess x_0, then put the same noise back, only less of it.
+
+    eta: how much of the noise is drawn afresh. 0: none, x_T decides on the picture; 1: as much as in ddpm.
+    set_alpha_to_one: whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915), which
+    leaves a trace of the noise, as CompVis does. (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler)
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
+    x = x_T
+    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
+    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end):
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        # (The paper's α is what everybody else writes as ᾱ.)
+        # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                                      (DDIM, eq. 9)
+        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+        # σ_t = η √((1-ᾱ_prev) / (1-ᾱ_t)) √(1 - ᾱ_t / ᾱ_prev)                                 (DDIM, eq. 16)
+        sigma_t = eta * sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+        # x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ_t²) ε + σ_t z                               (DDIM, eq. 12)
+        x = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma_t**2) * eps
+        if sigma_t > 0:
+            x = x + sigma_t * randn(x.shape, generator).to(x, non_blocking=True)
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+# What the last 2, 3 or 4 values of ε weigh, the newest first, in their mean over the coming step: that of the
+# polynomial through them, if all steps are equally long.
+ADAMS_BASHFORTH = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@torch.no_grad()
+def plms(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 50,
+    eta: float = 0.0,
+    *,
+    spacing: str = "leading",
+    set_alpha_to_one: bool = False,
+    timesteps: Sequence[int] | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """Pseudo linear multi-step (PNDM, Algorithm 2): ddim's step along an ε combined from the last four.
+
+    "Pseudo", as they are combined as in a linear multi-step method (Adams-Bashforth), but followed along the
+    curve of ddim instead of a straight line. The first step has no past yet and asks the model twice, which
+    makes steps + 1 calls. (The paper starts with three Runge-Kutta steps, of four calls each.)
+    eta must be 0; set_alpha_to_one: see `ddim`. (CompVis: ldm/models/diffusion/plms.py, PLMSSampler)
+    """
+    if eta != 0:
+        raise ValueError(f"plms draws no noise, so eta must be 0, but it is {eta}; ddim takes an eta.")
+    x = x_T
+    old_eps: list[Tensor] = []  # at most four, newest first
+    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
+    path = _path(schedule, steps, spacing, timesteps, a_end)
+    for i, t, a_t, a_prev in path:
+        x_t = before_step(x, t) if before_step else x
+        e_t, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        old_eps = [e_t, *old_eps[:3]]
+        if i == 0:
+            # improved Euler: make the step, look which noise is seen from there, go back, and use the mean
+            x_next, _ = _transfer(x_t, e_t, a_t, a_prev)
+            t_next = path[min(1, len(path) - 1)][1]
+            eps = (e_t + _predict(eps_model, x_next, i, t_next).eps) / 2
+        else:
+            # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form       (PNDM, eq. 12)
+            eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(old_eps)], old_eps, strict=True))
+        x, x0 = _transfer(x_t, eps, a_t, a_prev)
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def _transfer(
+    x_t: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], a_t: float, a_prev: float
+) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
+    """ddim's step without fresh noise, along any ε, and the x_0 it heads for (PNDM, eq. 9)."""
+    x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+    return sqrt(a_prev) * x0 + sqrt(1 - a_prev) * eps, x0
+
+
+@torch.no_grad()
+def dpmpp_2m(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 25,
+    eta: float = 0.0,
+    *,
+    spacing: str = "trailing",
+    set_alpha_to_one: bool = True,
+    lower_order_final: bool = True,
+    timesteps: Sequence[int] | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """DPM-Solver++(2M), of second order with one call a step (DPM-Solver++, Algorithm 2).
+
+    With α = √ᾱ, σ = √(1-ᾱ) and λ = log(α/σ), the step to the next timestep is known exactly up to an integral
+    of x_0 over λ. To take x_0 as constant in it is ddim; to take it as the line through the last two is this.
+    set_alpha_to_one: whether the last step leads to the clean picture, λ = ∞, or to ᾱ_0 as in `ddim`.
+    lower_order_final: whether the last of fewer than 15 steps, long as it is, goes without the line.
+    eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, the version that predicts ε)
+    """
+    if eta != 0:
+        raise ValueError(f"dpmpp_2m draws no noise, so eta must be 0, but it is {eta}; ddim takes an eta.")
+    x = x_T
+    x0_old = h_old = None  # of the step before
+    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
+    path = _path(schedule, steps, spacing, timesteps, a_end)
+    for i, t, a_t, a_prev in path:
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+        # h = λ_prev - λ_t
+        h = _lambda(a_prev) - _lambda(a_t)
+        is_last = i == len(path) - 1
+        if i == 0 or a_prev == 1 or (is_last and lower_order_final and len(path) < 15):
+            D = x0  # first order: the line does not exist yet, or would have to reach to λ = ∞, or too far
+        else:
+            # D = (1 + 1/2r) x_0 - 1/2r x_0^old, where r = h_old / h: the line, half a step further on
+            D = x0 + h / (2 * h_old) * (x0 - x0_old)
+        # x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D
+        x = sqrt((1 - a_prev) / (1 - a_t)) * x_t - sqrt(a_prev) * expm1(-h) * D
+        x0_old, h_old = x0, h
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def _lambda(a: float) -> float:
+    """λ = log(√ᾱ / √(1-ᾱ)), half the log of the signal-to-noise ratio."""
+    return log(a / (1 - a)) / 2 if a < 1 else inf
+
+
+# Look a sampler up by its name.
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "plms": plms,
+    "dpmpp_2m": dpmpp_2m,
+}

@@ -1,0 +1,68 @@
+"""Training CLIP: which caption belongs to which picture?
+
+First the tokenizer learns its pieces of words from the captions; then both towers learn to agree on 256 pictures and
+their captions at a time. Stable Diffusion took its text tower from OpenAI, who trained on 400 million pairs; here it
+is trained on the pictures at hand, and the image tower, which Stable Diffusion has no use for, is kept for evaluation.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import save_clip
+from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
+from ..data import CaptionedPictures
+from .engine import SingleDevice
+from .trainer import Recipe, Trainer
+
+# A caption is "red fox, noto style"; a person will write "a red fox". Both towers and the UNet see all of these forms.
+TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}")
+
+
+@dataclass(frozen=True)
+class CLIPRecipe(Recipe):
+    """How CLIP is trained."""
+
+    batch_size: int = 256  # each picture is told from 255 others
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+
+
+def train_clip(
+    text: CLIPTextConfig,
+    vision: CLIPVisionConfig,
+    recipe: CLIPRecipe,
+    data: CaptionedPictures,
+    folder: str | Path,
+    engine: SingleDevice,
+) -> tuple[CLIPModel, BPETokenizer]:
+    """Train tokenizer and both towers; leaves `clip.safetensors`, `clip.json` and `tokenizer/` in the folder.
+
+    Returns the towers with their EMA weights, and the tokenizer. A folder with a checkpoint in it is gone on with.
+    """
+    torch.manual_seed(recipe.seed)  # the initial weights
+    tokenizer = BPETokenizer.train([t.format(c) for c in data.captions for t in TEMPLATES], text.vocab_size)
+    tokens = tokenize_templates(tokenizer, data.captions, text.max_length)
+    trainer = Trainer(CLIPModel(text, vision, tokenizer.end_token), recipe, folder, engine)
+    for _ in trainer.steps():
+        indices = trainer.batch(len(data))
+        form = trainer.shard(torch.randint(len(TEMPLATES), (recipe.batch_size,), generator=trainer.generator()))
+        with engine.autocast():
+            logits = trainer.model(tokens[indices, form].to(engine.device), data.batch(indices).to(engine.device))
+        loss = contrastive_loss(logits.float())
+        right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()
+        trainer.update(loss, accuracy=right)
+
+    clip = engine.unwrap_model(trainer.model)
+    clip.load_state_dict(trainer.ema.weights, strict=False)
+    if engine.is_main_process:
+        save_clip(clip.eval(), tokenizer, folder)
+    return clip.eval(), tokenizer
+
+
+def tokenize_templates(tokenizer: BPETokenizer, captions: list[str], max_length: int) -> Tensor:
+    """Ids of every caption in every form [n, templates, max_length]."""
+    forms = [tokenizer([template.format(c) for c in captions], max_length).ids for template in TEMPLATES]
+    return torch.stack(forms, dim=1)

@@ -1,0 +1,35 @@
+"""The recipes of the models that ship, by preset: `minisd train … --preset NAME` starts from these.
+
+The figures of `emoji` are for two cores of a CPU; `docs/lab_log.md` tells what came of them.
+"""
+
+from ..clip import CLIPVisionConfig
+from .clip import CLIPRecipe
+from .unet import UNetRecipe
+from .vae import VAERecipe
+
+# The image towers that the text towers of the presets are trained against.
+VISION = {
+    "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=64),
+    "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
+    "sd-v1": CLIPVisionConfig(),
+}
+
+CLIP = {
+    "tiny": CLIPRecipe(steps=300, batch_size=64),
+    "emoji": CLIPRecipe(steps=600, save_every=200),
+    "sd-v1": CLIPRecipe(steps=400_000, batch_size=32_768, lr=5e-4, warmup=2000, weight_decay=0.2),  # Radford et al.
+}
+
+VAE = {
+    "tiny": VAERecipe(steps=2000, batch_size=16),
+    "emoji": VAERecipe(steps=2000),
+    "sd-v1": VAERecipe(steps=246_803, batch_size=12, lr=4.5e-6, kl_weight=1e-6, decay=False),  # Rombach et al., KL-f8
+}
+
+UNET = {
+    "tiny": UNetRecipe(steps=10_000, batch_size=32),
+    "emoji": UNetRecipe(steps=11_000, sample_every=1000),
+    # the model card of v1: 225,000 steps at 512x512 of batch 2048, after a warm-up of 10,000
+    "sd-v1": UNetRecipe(steps=225_000, batch_size=2048, lr=1e-4, warmup=10_000, decay=False, min_snr_gamma=None, ema_decay=0.9999),
+}

@@ -1,0 +1,129 @@
+"""Training the UNet: guess the noise in the latent, given the caption.
+
+CLIP and the autoencoder are done and stay as they are, so that the latent of each picture and the context of each
+caption are computed once, at the start. A step is then algorithm 1 of DDPM (Ho et al. 2020) and three lines more:
+
+    draw a picture z, a time t and noise ε; mix them into z_t
+    one time in ten, forget the caption                           (for classifier-free guidance)
+    take a step down the gradient of ‖ε - ε_θ(z_t, t, context)‖²
+    let the mean of the weights follow                            (EMA)
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import half, load_clip, load_weights, read_json, read_weights, save, save_clip, write_weights
+from ..data import CaptionedPictures
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ..loss import LOSSES, text_dropout
+from ..viz import save_sheet
+from .clip import tokenize_templates
+from .engine import SingleDevice
+from .trainer import Recipe, Trainer
+from .vae import encode_all
+
+
+@dataclass(frozen=True)
+class UNetRecipe(Recipe):
+    """How the UNet is trained."""
+
+    lr: float = 1e-3
+    text_dropout: float = 0.1  # how often the caption is forgotten
+    min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
+    guidance_scale: float = 3.0  # of the sample sheets
+
+
+def train_unet(
+    config: LatentDiffusionConfig,
+    recipe: UNetRecipe,
+    data: CaptionedPictures,
+    folder: str | Path,
+    engine: SingleDevice,
+    clip: str | Path,
+    vae: str | Path,
+    keep_at: tuple[int, ...] = (),
+) -> LatentDiffusion:
+    """Train the UNet on top of finished runs of CLIP and of the autoencoder; leaves a minisd folder in `folder/model`.
+
+    Args:
+        clip, vae: the folders of those runs.
+        keep_at: steps after which the model as it is then is kept beside the final one.
+
+    Returns the whole model with the UNet's EMA weights. A folder with a checkpoint in it is gone on with.
+    """
+    folder = Path(folder)
+    torch.manual_seed(recipe.seed)  # the initial weights
+    sd = assemble(config, clip, vae).to(engine.device)
+    moments = encode_all(sd.first_stage_model, data, engine)
+    contexts = encode_captions(sd, data.captions)
+    empty = sd.get_learned_conditioning([""])
+    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine)
+    loss_of = LOSSES[sd.config.parameterization]
+    for step in trainer.steps():
+        indices, draw = trainer.batch(len(data)), trainer.generator()
+        form, t, forget, noise, encoder_noise = (
+            trainer.shard(whole).to(engine.device) for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)
+        )
+        # z = scale · sample of q(z given x): get_first_stage_encoding, from moments that are already there
+        mean, logvar = moments[indices].to(engine.device).chunk(2, dim=1)
+        z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)
+        context = text_dropout(contexts[indices, form.cpu()].to(engine.device), empty, forget)
+        with engine.autocast():
+            loss = loss_of(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
+        trainer.update(loss)
+        if trainer.time_to_sample or step + 1 in keep_at:
+            with trainer.ema.applied_to(sd.model.diffusion_model):
+                if trainer.time_to_sample:
+                    _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png")
+                if step + 1 in keep_at and engine.is_main_process:
+                    write_weights(half(sd.state_dict()), folder / f"model/after_{step + 1:06d}_steps.safetensors")
+
+    sd.model.diffusion_model.load_state_dict(trainer.ema.weights, strict=False)
+    if engine.is_main_process:
+        save(sd, folder / "model")
+        save_clip(*load_clip(clip), folder / "model")
+    return sd.eval()
+
+
+def assemble(
+    config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path
+) -> LatentDiffusion:
+    """A model with a fresh UNet between the text tower and the autoencoder of two finished runs."""
+    clip, tokenizer = load_clip(clip_folder)
+    config = replace(config, cond_stage=clip.text_config, scale_factor=read_json(Path(vae_folder) / "vae.json")["scale_factor"])
+    sd = LatentDiffusion(config, tokenizer)
+    sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
+    weights = Path(vae_folder) / "vae.safetensors"
+    load_weights(sd.first_stage_model, read_weights(weights), weights)
+    return sd
+
+
+@torch.no_grad()
+def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 512) -> Tensor:
+    """Contexts of all captions in all their forms [n forms length width], float16 on the CPU: computed once."""
+    embedder = sd.cond_stage_model
+    tokens = tokenize_templates(embedder.tokenizer, captions, embedder.max_length)
+    flat = tokens.flatten(0, 1).split(batch_size)
+    contexts = torch.cat([embedder.transformer(ids.to(sd.device)).half().cpu() for ids in flat])
+    return contexts.unflatten(0, tokens.shape[:2])
+
+
+def _draw(recipe: UNetRecipe, sd: LatentDiffusion, forms: int, moments_shape: torch.Size, generator: torch.Generator):
+    """All that is random in a step, for the whole batch, on the CPU: the same on every device and number of processes."""
+    b, (two_c, h, w) = recipe.batch_size, moments_shape[1:]
+    form = torch.randint(forms, (b,), generator=generator)
+    t = torch.randint(sd.schedule.timesteps, (b,), generator=generator)
+    forget = torch.rand(b, generator=generator) < recipe.text_dropout
+    noise = torch.randn(b, two_c // 2, h, w, generator=generator)
+    encoder_noise = torch.randn(b, two_c // 2, h, w, generator=generator)
+    return form, t, forget, noise, encoder_noise
+
+
+def _sample_sheet(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, path: Path) -> None:
+    """Above, pictures of the corpus; below, what the model draws for their captions, always from the same noise."""
+    indices = torch.linspace(0, len(data) - 1, 12).long()
+    out = sd.txt2img([data.captions[i] for i in indices], steps=20, guidance_scale=recipe.guidance_scale, seed=0)
+    save_sheet(torch.cat([data.batch(indices), out.pictures.cpu()]), path, columns=12)

@@ -1,0 +1,106 @@
+"""What the tests share: reference numbers, random weights, a small whole model, and the libraries that are its oracles.
+
+minisd and the oracles are imported inside the fixtures: minisd because pytest's jaxtyping hook has to be in place
+before it, the oracles because each takes seconds.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CAPTIONS = [
+    "a red fox, noto style",
+    "a small blue circle above a large yellow star",
+    "two green squares to the left of a heart",
+    "the flag of Curaçao, twemoji style",
+    "it's 10 o'clock: a smiling cat with naïve eyes",
+    "a purple triangle at the top, a pink diamond at the bottom",
+]
+
+
+@pytest.fixture(scope="session")
+def load_fixture():
+    """load_fixture(name) -> the tensors of fixtures/name.safetensors ({} if there are none), and fixtures/name.json."""
+
+    def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+        tensors = FIXTURES / f"{name}.safetensors"
+        info = json.loads((FIXTURES / f"{name}.json").read_text("utf-8"))
+        return (load_file(tensors) if tensors.exists() else {}), info
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """randomise(model, seed) fills every parameter and returns the model.
+
+    Layers that start at zero or one are filled too: as long as they are what they start as, half of a network is
+    switched off, and two that differ there agree.
+    """
+
+    @torch.no_grad()
+    def fill(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (parameter.numel() / len(parameter)) ** -0.5)
+            else:
+                parameter.copy_(0.2 * noise + (1 if name.endswith("weight") else 0))
+        return model.eval()
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    import diffusers
+    import diffusers.loaders.single_file_utils  # its own reader of CompVis checkpoints
+
+    return diffusers
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    import transformers
+
+    return transformers
+
+
+@pytest.fixture(scope="session")
+def captions():
+    return CAPTIONS
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of some 600 pieces, trained on six captions."""
+    from minisd.clip import BPETokenizer
+
+    return BPETokenizer.train(CAPTIONS, vocab_size=1024)
+
+
+@pytest.fixture(scope="session")
+def make_sd(randomise, tokenizer):
+    """make_sd(**changes to the config) -> a LatentDiffusion of 32x32 pixels with random weights; 50 ms a step."""
+    from dataclasses import replace
+
+    from minisd.latent_diffusion import PRESETS, LatentDiffusion
+
+    def make(**changes):
+        return randomise(LatentDiffusion(replace(PRESETS["tiny"], **changes), tokenizer), seed=7)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd(make_sd):
+    """The small model, shared by all tests: don't change it."""
+    return make_sd(scale_factor=0.5)
