@@ -38,7 +38,7 @@ def load(path: str | Path = "emoji", device: str | torch.device | None = None) -
 
     Args:
         path: "emoji" (the default) or "tiny", the models that ship; a minisd folder; or a file of weights
-            (.safetensors or .ckpt) in such a folder, which then takes the place of its `model.safetensors`.
+            (.safetensors or .ckpt) in such a folder, whose tensors take the place of those of its `model.safetensors`.
         device: "cuda", "mps" or "cpu"; the best that is there where it is left out.
 
     Raises:
@@ -48,6 +48,8 @@ def load(path: str | Path = "emoji", device: str | torch.device | None = None) -
     folder, weights = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
     state = read_weights(weights)
     config = read_config(folder)
+    if weights.name != "model.safetensors" and (folder / "model.safetensors").exists():
+        state = read_weights(folder / "model.safetensors") | state
     if not (folder / "tokenizer" / "vocab.json").exists():
         raise FileNotFoundError(f"{folder} has no tokenizer: expected {folder / 'tokenizer' / 'vocab.json'}")
     sd = LatentDiffusion(config, BPETokenizer.load(folder / "tokenizer"))
@@ -116,7 +118,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} was not read: it is broken, or holds more than tensors ({what}), and could run a program on being "
             "read; ask for it as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no whole checkpoint ({reason}): fetch or save it again") from None
     if isinstance(state, dict):
@@ -162,7 +173,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
         if name in given and given[name] != shape
     ]
     problems = {"missing": missing, "superfluous": superfluous, "of another shape": misshapen}
-    found = [f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" for kind, names in problems.items() if names]  # fmt: skip
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
     if found:
         raise CheckpointError(f"the weights in {source} do not fit the model: {'; '.join(found)}")
     model.load_state_dict({name: state[name] for name in expected})
@@ -232,7 +247,9 @@ def _find(path: str | Path) -> Path:
     if (SHIPPED / str(path)).is_dir() and not Path(path).exists():
         return SHIPPED / str(path)
     if not Path(path).exists():
-        raise FileNotFoundError(f"there is no model at {path}: give a folder, or 'emoji' or 'tiny', which ship with minisd")
+        raise FileNotFoundError(
+            f"there is no model at {path}: give a folder, or 'emoji' or 'tiny', which ship with minisd"
+        )
     return Path(path)
 
 

@@ -1,10 +1,10 @@
 """The command line. Every command is a function; its arguments are the flags, its comments their help.
 
-    minisd txt2img "a fox, noto style" --out fox.png
-    minisd data emoji | data shapes
-    minisd train clip | train vae | train unet
-    minisd evaluate
-    minisd info FILE
+minisd txt2img "a fox, noto style" --out fox.png
+minisd data emoji | data shapes
+minisd train clip | train vae | train unet
+minisd evaluate
+minisd info FILE
 """
 
 import itertools
@@ -45,9 +45,9 @@ class Txt2Img:
         from . import load
         from .viz import sheet
 
-        for path in filter(None, (self.out, self.trajectory)):  # better now than after the drawing
-            if not path.absolute().parent.is_dir():
-                raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+        _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # better now than after the drawing
+        if self.trajectory:
+            _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device)
         out = sd.txt2img(
             self.prompt, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
@@ -93,9 +93,7 @@ class DataShapes:
 class Data:
     """Make a corpus of captioned pictures."""
 
-    corpus: (
-        Annotated[DataEmoji, tyro.conf.subcommand("emoji")] | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
-    )
+    corpus: Annotated[DataEmoji, tyro.conf.subcommand("emoji")] | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
 
     def run(self) -> None:
         self.corpus.run()
@@ -117,8 +115,8 @@ class Training:
         from .data import CaptionedPictures
         from .training import SingleDevice
 
-        config = PRESETS[self.preset]
-        return config, CaptionedPictures(self.data, config.image_size, "train"), SingleDevice(self.device, self.precision)
+        config, folder = PRESETS[self.preset], _corpus(self.data)
+        return config, CaptionedPictures(folder, config.image_size, "train"), SingleDevice(self.device, self.precision)
 
 
 @dataclass(frozen=True)
@@ -154,17 +152,23 @@ class TrainUNet(Training):
     """Train the UNet between the other two, which must be finished."""
 
     recipe: UNetRecipe = field(default_factory=lambda: recipes.UNET[_preset])
-    keep_at: tuple[int, ...] = ()  # steps after which the model as it is then is kept beside the final one
+    keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
         from .training import train_unet
 
         for part in ("clip", "vae"):
             if not (self.out / part / f"{part}.json").exists():
-                raise FileNotFoundError(f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first")
+                raise FileNotFoundError(
+                    f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
+                )
         config, data, engine = self.parts()
-        train_unet(config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at)
-        print(f"wrote {self.out / 'unet' / 'model'}: try `minisd txt2img \"a fox\" --model {self.out / 'unet' / 'model'}`")
+        train_unet(
+            config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
+        )
+        print(
+            f'wrote {self.out / "unet" / "model"}: try `minisd txt2img "a fox" --model {self.out / "unet" / "model"}`'
+        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ class Evaluate:
         from .evaluation import evaluate, report
 
         options = {"steps": self.steps, "guidance_scale": self.guidance, "sampler": self.sampler, "seed": self.seed}
-        report(evaluate(load(self.model, self.device), self.data, self.count, **options), options, self.out)
+        corpus = _corpus(self.data)
+        report(evaluate(load(self.model, self.device), corpus, self.count, **options), options, self.out)
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,22 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
+
+
+def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
+
+
+def _corpus(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no corpus at {folder}: `minisd data emoji` or `minisd data shapes` makes one, or give a folder "
+            "of your own pictures"
+        )
+    return folder
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -67,7 +67,9 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        q, k, v = (rearrange(f(x), "b n (h d) -> b h n d", h=self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(f(x), "b n (h d) -> b h n d", h=self.heads) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(rearrange(attention(q, k, v, causal=self.causal), "b h n d -> b n (h d)"))
 
 
@@ -398,7 +400,10 @@ class FrozenCLIPEmbedder(nn.Module):
         tokens = self.tokenizer(prompts, self.max_length)
         for prompt, lost in zip(prompts, tokens.lost, strict=True):
             if lost:
-                warnings.warn(f"the prompt is longer than {self.max_length} tokens; cut off: {lost!r} (of {prompt!r})", stacklevel=2)  # fmt: skip
+                warnings.warn(
+                    f"the prompt is longer than {self.max_length} tokens; cut off: {lost!r} (of {prompt!r})",
+                    stacklevel=2,
+                )
         return tokens.ids
 
     @torch.no_grad()

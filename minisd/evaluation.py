@@ -75,7 +75,9 @@ def evaluate(
         nearest, distance = find_nearest(features(drawn), library)
         real, _ = find_nearest(features(data.batch(chosen)), library)
         found = concepts[nearest]
-        same_picture = np.array([train.rows[n]["file_name"] == row["file_name"] for n, row in zip(nearest, rows, strict=True)])
+        same_picture = np.array(
+            [train.rows[n]["file_name"] == row["file_name"] for n, row in zip(nearest, rows, strict=True)]
+        )
         scores.append(ConceptScore(
             split, len(rows),
             model=float((found == asked).mean()),
@@ -94,7 +96,9 @@ def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
 
 
-def draw(captions: list[str], sd: LatentDiffusion, batch_size: int, title: str, seed: int, **options) -> Float[Tensor, "n 3 h w"]:
+def draw(
+    captions: list[str], sd: LatentDiffusion, batch_size: int, title: str, seed: int, **options
+) -> Float[Tensor, "n 3 h w"]:
     """One picture a caption; picture k from seed + k."""
     pictures = []
     for start in tqdm(range(0, len(captions), batch_size), desc=title):

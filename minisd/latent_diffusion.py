@@ -46,22 +46,38 @@ class LatentDiffusionConfig:
 PRESETS = {
     # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
     "tiny": LatentDiffusionConfig(
-        UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2,), context_dim=64,
-                   num_heads=None, num_head_channels=32),
-        AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
-        CLIPTextConfig(vocab_size=1024, max_length=16, width=64, layers=2, heads=2, projection_dim=64),
-        image_size=32, scale_factor=1.0,
+        unet=UNetConfig(
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 1),
+            attention_resolutions=(2,),
+            num_heads=None,
+            num_head_channels=32,
+            context_dim=32,
+        ),
+        first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
+        cond_stage=CLIPTextConfig(vocab_size=640, max_length=16, width=32, layers=2, heads=2, projection_dim=32),
+        image_size=32,
+        scale_factor=1.0,  # measured when the autoencoder is trained
     ),
     # 32x32 emoji in seven styles, small enough to be trained from scratch on a laptop
     "emoji": LatentDiffusionConfig(
-        UNetConfig(model_channels=96, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2,), context_dim=192,
-                   num_heads=None, num_head_channels=64),
-        AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
-        CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
-        image_size=32, scale_factor=1.0,
+        unet=UNetConfig(
+            model_channels=96,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_resolutions=(2,),
+            num_heads=None,
+            num_head_channels=64,
+            context_dim=192,
+        ),
+        first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
+        cond_stage=CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
+        image_size=32,
+        scale_factor=1.0,
     ),
     "sd-v1": LatentDiffusionConfig(),
-}  # fmt: skip
+}
 
 
 class DiffusionWrapper(nn.Module):
@@ -78,8 +94,8 @@ class DiffusionWrapper(nn.Module):
 class LatentDiffusion(nn.Module):
     """A diffusion model in the latent space of an autoencoder, told what to draw by a text encoder.
 
-    Its `state_dict()` has the names of `sd-v1-4.ckpt`. The autoencoder and the text encoder are frozen: they are trained
-    before, each on its own. CompVis `ddpm.py: LatentDiffusion`.
+    Its `state_dict()` has the names of `sd-v1-4.ckpt`. The autoencoder and the text encoder are frozen: each is trained
+    before, on its own. CompVis `ddpm.py: LatentDiffusion`.
     """
 
     def __init__(self, config: LatentDiffusionConfig, tokenizer: Tokenizer):
@@ -87,7 +103,9 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.model = DiffusionWrapper(UNetModel(config.unet))
         self.first_stage_model = AutoencoderKL(config.first_stage).eval().requires_grad_(False)
-        self.cond_stage_model = FrozenCLIPEmbedder(CLIPTextModel(config.cond_stage), tokenizer, config.cond_stage.max_length)
+        self.cond_stage_model = FrozenCLIPEmbedder(
+            CLIPTextModel(config.cond_stage), tokenizer, config.cond_stage.max_length
+        )
         self.schedule = NoiseSchedule.scaled_linear(config.linear_start, config.linear_end, config.timesteps)
         self.scale_factor = config.scale_factor
 
@@ -156,6 +174,8 @@ class LatentDiffusion(nn.Module):
         """The steps from noise to latent, one at a time: what `txt2img` runs through. Arguments as there."""
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if num_images < 1 or prompt == []:
+            raise ValueError(f"there is nothing to draw: num_images is {num_images}, the prompt {prompt!r}")
         prompts = [prompt] * num_images if isinstance(prompt, str) else [p for p in prompt for _ in range(num_images)]
         # One generator a picture: picture k is drawn from seed + k, however many are drawn beside it.
         generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
@@ -200,7 +220,9 @@ class LatentDiffusion(nn.Module):
         f = self.config.first_stage.downsampling
         multiple = f * self.config.unet.downsampling
         if height < 1 or width < 1 or height % multiple or width % multiple:
-            raise ValueError(f"height and width must be positive multiples of {multiple} for this model, not {height}x{width}")
+            raise ValueError(
+                f"height and width must be positive multiples of {multiple} for this model, not {height}x{width}"
+            )
         return self.config.first_stage.embed_dim, height // f, width // f
 
     def _predict_noise(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:

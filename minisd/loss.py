@@ -74,9 +74,7 @@ def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gam
     return loss.mean()
 
 
-def min_snr_weight(
-    snr: Float[Tensor, "b"], gamma: float = 5.0, parameterization: str = "eps"
-) -> Float[Tensor, "b"]:
+def min_snr_weight(snr: Float[Tensor, "b"], gamma: float = 5.0, parameterization: str = "eps") -> Float[Tensor, "b"]:
     """min(SNR, γ) as a weight of the x_0 error, translated to what the model predicts (Hang et al. 2023, section 3.4).
 
     An error of ε is an error of x_0 times √SNR, one of v times √(SNR + 1): hence the divisors.

@@ -100,9 +100,7 @@ class NoiseSchedule:
         return cls(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64) ** 2)
 
     @classmethod
-    def linear(
-        cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000
-    ) -> "NoiseSchedule":
+    def linear(cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000) -> "NoiseSchedule":
         """DDPM's schedule: β grows linearly (DDPM, section 4). CompVis calls it "sqrt_linear"."""
         return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
 
@@ -137,9 +135,7 @@ class NoiseSchedule:
         """log(ᾱ_t / (1-ᾱ_t)), [b], float32: twice the λ_t along which DPM-Solver takes its steps."""
         return self.snr(t).log()
 
-    def _at(
-        self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *ones"]:
+    def _at(self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]) -> Float[Tensor, "b *ones"]:
         """a[t] with x's number of dimensions, dtype and device: ready to multiply x."""
         if t.shape != x.shape[:1]:
             raise ValueError(
@@ -306,9 +302,7 @@ class ExactDenoiser:
         flattened = self._flatten(x, t)
         return self._weights(*flattened) @ self.data, flattened
 
-    def _flatten(
-        self, x: Tensor, t: Tensor
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+    def _flatten(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
         """x where the data is, in float64, one row for each picture; √ᾱ_t; √(1-ᾱ_t)."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")

@@ -54,6 +54,7 @@ class Guided(NamedTuple):
 
 EpsModel = Callable[[Float[Tensor, "b *d"], Int[Tensor, "b"]], Float[Tensor, "b *d"] | Guided]
 BeforeStep = Callable[[Float[Tensor, "b *d"], int], Float[Tensor, "b *d"]]
+Timesteps = Sequence[int] | Int[Tensor, "steps"]
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
@@ -138,7 +139,7 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
 
 
 def _path(
-    schedule: NoiseSchedule, steps: int, spacing: str, timesteps: Sequence[int] | None, a_end: float
+    schedule: NoiseSchedule, steps: int, spacing: str, timesteps: Timesteps | None, a_end: float
 ) -> list[tuple[int, int, float, float]]:
     """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads to (the last one: to a_end).
 
@@ -153,6 +154,7 @@ def _path(
     return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
 
 
+@torch.no_grad()  # here, since around the yield of a sampler it would reach into the caller's loop
 def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) -> Guided:
     """Ask the model for the noise in x_t, and make sure that the answer can be used."""
     answer = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))
@@ -168,7 +170,6 @@ def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) ->
 # -- the samplers -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def ddpm(
     eps_model: EpsModel,
     x_T: Float[Tensor, "b *d"],
@@ -177,7 +178,7 @@ def ddpm(
     *,
     clip_denoised: bool = False,
     spacing: str = "linspace",
-    timesteps: Sequence[int] | None = None,
+    timesteps: Timesteps | None = None,
     before_step: BeforeStep | None = None,
     generator: Generators | None = None,
 ) -> Iterator[Step]:
@@ -209,7 +210,6 @@ def ddpm(
         yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
 
 
-@torch.no_grad()
 def ddim(
     eps_model: EpsModel,
     x_T: Float[Tensor, "b *d"],
@@ -219,7 +219,7 @@ def ddim(
     *,
     spacing: str = "leading",
     set_alpha_to_one: bool = False,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Timesteps | None = None,
     before_step: BeforeStep | None = None,
     generator: Generators | None = None,
 ) -> Iterator[Step]:
@@ -257,7 +257,6 @@ ADAMS_BASHFORTH = {
 }
 
 
-@torch.no_grad()
 def plms(
     eps_model: EpsModel,
     x_T: Float[Tensor, "b *d"],
@@ -267,7 +266,7 @@ def plms(
     *,
     spacing: str = "leading",
     set_alpha_to_one: bool = False,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Timesteps | None = None,
     before_step: BeforeStep | None = None,
     generator: Generators | None = None,
 ) -> Iterator[Step]:
@@ -308,7 +307,6 @@ def _transfer(
     return sqrt(a_prev) * x0 + sqrt(1 - a_prev) * eps, x0
 
 
-@torch.no_grad()
 def dpmpp_2m(
     eps_model: EpsModel,
     x_T: Float[Tensor, "b *d"],
@@ -319,7 +317,7 @@ def dpmpp_2m(
     spacing: str = "trailing",
     set_alpha_to_one: bool = True,
     lower_order_final: bool = True,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Timesteps | None = None,
     before_step: BeforeStep | None = None,
     generator: Generators | None = None,
 ) -> Iterator[Step]:

@@ -154,9 +154,9 @@ class UNetModel(nn.Module):
             return ResBlock(c_in, time_embed_dim, c_out, config.dropout, config.use_checkpoint)
 
         def transformer(c: int) -> SpatialTransformer:
-            heads = config.heads(c)
+            heads, depth = config.heads(c), config.transformer_depth
             return SpatialTransformer(
-                c, heads, c // heads, config.transformer_depth, config.context_dim, config.dropout, config.use_checkpoint
+                c, heads, c // heads, depth, config.context_dim, config.dropout, config.use_checkpoint
             )
 
         self.time_embed = nn.Sequential(
@@ -233,7 +233,8 @@ class UNetModel(nn.Module):
         factor = self.config.downsampling
         height, width = x.shape[-2:]
         if height % factor or width % factor:
-            raise ValueError(f"the UNet halves its input {factor.bit_length() - 1} times: height and width of the latent "
-                             f"must be divisible by {factor}, not {height}x{width}")  # fmt: skip
+            raise ValueError(
+                f"height and width of the latent must be divisible by {factor} for this UNet, not {height}x{width}"
+            )
         if context is None and self.config.context_dim is not None:
             raise ValueError(f"this UNet reads a context of width {self.config.context_dim}, and none was given")

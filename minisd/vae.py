@@ -99,7 +99,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One resolution: its ResnetBlocks, and the step to the next (`downsample` or `upsample`), if there is one."""
 
-    def __init__(self, blocks: list[ResnetBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None):
+    def __init__(
+        self, blocks: list[ResnetBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None
+    ):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         if downsample is not None:

@@ -1,12 +1,40 @@
-"""Every picture that a notebook or a command draws. Takes tensors and trajectories, never a model."""
+"""Every picture that a notebook or a command draws. Takes tensors and trajectories, never a model.
 
+    to_pil, sheet, save_sheet       pictures as files, pixel by pixel
+    strip                           pictures side by side, with titles and labels
+    noising_strip                   pictures dissolve into noise, under one schedule or several
+    trajectory                      what a sampler did: x_t and the x_0 that it had in mind, step by step
+    curves, schedule_curves         numbers against t
+    histograms                      samples, against the Gaussian that they should follow
+    density_over_time               a 1-D toy: the density of q(x_t), and the paths through it
+
+Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
+says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
+
+Colours are those of Okabe & Ito (2008), which nearly everybody can tell apart.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# In the order in which lines take them. Black is left for axes and for what is known exactly.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # so that lines differ in grey print, too
+
+
+# -- pictures as files, pixel by pixel ----------------------------------------------------------------------
 
 
 def to_pil(x: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -31,3 +59,285 @@ def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scal
     """Write a sheet of pictures in [-1, 1] as PNG, making the folder if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet(to_pil(x), columns, scale=scale).save(path)
+
+
+# -- pictures side by side ----------------------------------------------------------------------------------
+
+
+def strip(
+    rows: Sequence[Float[Tensor, "n c h w"]] | Float[Tensor, "r n c h w"],
+    titles: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
+    size: float = 0.95,
+) -> "Figure":
+    """Rows of pictures in [-1, 1].
+
+    titles: one above each column; labels: one left of each row; notes: for each row, one under each picture.
+    size: of a picture, in inches.
+    """
+    columns = max(len(row) for row in rows)
+    heights = [row.shape[-2] / row.shape[-1] for row in rows]
+    # What a label needs, in inches: matplotlib places axes in shares of the figure, and the pictures are to
+    # come out at one size however long a label is.
+    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
+    top = 0.22 if titles else 0.05
+    below = 0.2 if notes else 0.05
+    width = left + columns * (size + 0.05)
+    height = top + sum(h * size + below for h in heights)
+
+    figure = _figure(width, height)
+    y = height - top
+    for i, row in enumerate(rows):
+        y -= heights[i] * size
+        for j, picture in enumerate(row):
+            x = left + j * (size + 0.05)
+            axes = figure.add_axes((x / width, y / height, size / width, heights[i] * size / height))
+            _picture(axes, picture)
+            if titles and i == 0 and j < len(titles):
+                axes.set_title(titles[j], fontsize=8, pad=3)
+            if labels and j == 0:
+                axes.text(-0.06, 0.5, labels[i], transform=axes.transAxes, ha="right", va="center", fontsize=8)
+            if notes and j < len(notes[i]):
+                axes.text(0.5, -0.03, notes[i][j], transform=axes.transAxes, ha="center", va="top", fontsize=7)
+        y -= below
+    return figure
+
+
+def noising_strip(
+    pictures: Float[Tensor, "b c h w"],
+    schedule,
+    timesteps: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+) -> "Figure":
+    """How pictures dissolve: a row for each picture and schedule, from the clean picture to x_T.
+
+    schedule: a `NoiseSchedule`, or {name: schedule} to compare some.
+    timesteps: the columns after the clean picture; ten of them, evenly spread, if left out.
+    labels: one for each picture.
+
+    One noise serves the whole figure. What changes along a row and between rows is how much of it there is.
+    """
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    if timesteps is None:
+        T = min(s.timesteps for s in schedules.values())
+        timesteps = torch.linspace(0, T - 1, min(10, T)).round().int().tolist()
+    noise = torch.randn(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)).to(pictures)  # [c h w]
+    noise = noise.expand(len(timesteps), *noise.shape)  # [steps c h w]
+    t = torch.tensor(timesteps)
+
+    rows, names = [], []
+    for i, x_0 in enumerate(pictures):
+        for name, schedule_i in schedules.items():
+            x_t = schedule_i.q_sample(x_0.expand_as(noise), t, noise)
+            rows.append(torch.cat([x_0[None], x_t]))
+            names.append("\n".join(part for part in (labels[i] if labels else "", name) if part))
+    titles = ["$x_0$", *(f"t = {t}" for t in timesteps)]
+    return strip(rows, titles, names if any(names) else None)
+
+
+# The fields of a Step that a row of `trajectory` can show.
+_SHOWN = {"x_t": "$x_t$", "x0": r"$\hat x_0$", "eps": r"$\epsilon$", "x": "$x$", "eps_cond": r"$\epsilon$ cond",
+          "eps_uncond": r"$\epsilon$ uncond"}  # fmt: skip
+
+
+def trajectory(
+    steps: Sequence,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    rows: Sequence[str] = ("x_t", "x0"),
+    every: int | None = None,
+    pictures: Sequence[int] = (0,),
+    labels: Sequence[str] | None = None,
+) -> "Figure":
+    """What a sampler did, from left to right.
+
+    steps: all that it yielded (a list of `Step`, or a `Trajectory`).
+    decode: latents → pictures; left out where the steps hold pictures already.
+    rows: which fields of a Step to show. x_t went in; x0 is the picture that the model had in mind.
+    every: show each `every`-th step, and the last; such that there are about ten, if left out.
+    pictures: which of the batch; labels: a name for each of them.
+    """
+    steps = list(steps)
+    every = every or max(1, -(-len(steps) // 10))
+    chosen = steps[::every]
+    if (len(steps) - 1) % every:
+        chosen.append(steps[-1])
+
+    shown, names = [], []
+    for i, picture in enumerate(pictures):
+        for row in rows:
+            x = torch.stack([getattr(step, row)[picture] for step in chosen])  # [steps c h w]
+            shown.append(decode(x) if decode else x)
+            names.append("\n".join([*([labels[i]] if labels else []), _SHOWN.get(row, row)]))
+    return strip(shown, [f"t = {step.t}" for step in chosen], names)
+
+
+# -- numbers against t --------------------------------------------------------------------------------------
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, tuple]],
+    xlabel: str = "t",
+    log: Sequence[str] = (),
+    width: float = 3.1,
+    height: float = 2.5,
+) -> "Figure":
+    """Panels side by side: {title of the panel: {name of the line: (x, y)}}.
+
+    A name has one colour and one dash in all panels. log: the panels whose y axis is logarithmic.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = _figure(width * len(panels), height, layout="constrained")
+    keyed = set()  # a line's name is told once, in the first panel where it appears
+    for axes, (title, lines) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
+        for name, (x, y) in lines.items():
+            i = names.index(name)
+            line = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
+            axes.plot(_array(x), _array(y), label=None if name in keyed else name, **line)
+        if any(name and name not in keyed for name in lines):
+            axes.legend(frameon=False, fontsize=8, handlelength=2.6)
+        keyed.update(lines)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        if title in log:
+            axes.set_yscale("log")
+    return figure
+
+
+def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
+    """β_t, ᾱ_t and the log of the signal-to-noise ratio, for each {name: NoiseSchedule}."""
+    panels = {
+        r"noise added in a step:  $\beta_t$": lambda s, t: s.betas,
+        r"signal that is left:  $\bar\alpha_t$": lambda s, t: s.alphas_cumprod,
+        r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$": lambda s, t: s.log_snr(t),
+    }
+    times = {name: torch.arange(s.timesteps) for name, s in schedules.items()}
+    return curves(
+        {
+            title: {name: (times[name], value(s, times[name])) for name, s in schedules.items()}
+            for title, value in panels.items()
+        },
+        log=[next(iter(panels))],  # β covers four powers of ten
+    )
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, Tensor]],
+    gaussians: Mapping[str, tuple[float, float]] | None = None,
+    bins: int = 60,
+    width: float = 2.5,
+    height: float = 2.1,
+) -> "Figure":
+    """Panels of samples: {title of the panel: {name: samples [n]}}, as densities on shared bins.
+
+    gaussians: {title: (mean, variance)}, drawn in black over its panel: what the samples should follow.
+    """
+    names = list(dict.fromkeys(name for samples in panels.values() for name in samples))
+    figure = _figure(width * len(panels), height, layout="constrained")
+    for k, (axes, (title, samples)) in enumerate(zip(_panels(figure, len(panels)), panels.items(), strict=True)):
+        together = torch.cat([x.detach().flatten().float().cpu() for x in samples.values()])
+        edges = torch.linspace(together.min(), together.max(), bins + 1)
+        for name, x in samples.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            # The first is filled, those after it are outlines: so two that agree can both be seen.
+            style = {"histtype": "stepfilled", "alpha": 0.35} if name == names[0] else {"histtype": "step", "lw": 1.3}
+            axes.hist(_array(x).ravel(), bins=edges.numpy(), density=True, color=colour, label=name, **style)
+        if gaussians and title in gaussians:
+            mean, variance = gaussians[title]
+            density = torch.exp(-((edges - mean) ** 2) / (2 * variance)) / sqrt(2 * torch.pi * variance)
+            axes.plot(edges.numpy(), density.numpy(), color="black", lw=1, ls="--", label="exact")
+        axes.set_title(title, fontsize=9)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        if k == 0:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+# -- a toy in one dimension ---------------------------------------------------------------------------------
+
+
+def density_over_time(
+    x_0: Float[Tensor, "n"],
+    schedule,
+    paths: Mapping[str, tuple[Sequence[int], Float[Tensor, "s k"]]] | None = None,
+    width: float = 4.4,
+    height: float = 2.9,
+) -> "Figure":
+    """The density of q(x_t) for data on a line, at all t: the darker, the more probable.
+
+    x_0: the data, each number as likely as the next. schedule: a `NoiseSchedule`.
+    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps.
+    """
+    from matplotlib.colors import PowerNorm
+
+    reach = 1.15 * max(2.8, x_0.abs().max().item())
+    y = torch.linspace(-reach, reach, 301)
+    # q(x_t) = 1/n Σ_i N(√ᾱ_t x_i, (1-ᾱ_t) I): around each of the data, one Gaussian
+    mean = schedule.sqrt_alphas_cumprod[:, None] * x_0.float()  # [T n]
+    sigma = schedule.sqrt_one_minus_alphas_cumprod[:, None, None]  # [T 1 1]
+    gaussian = torch.exp(-(((y[None, :, None] - mean[:, None]) / sigma) ** 2) / 2) / (sigma * sqrt(2 * torch.pi))
+    density = gaussian.mean(-1)  # [T y]
+
+    paths = paths or {"": ((), torch.zeros(0, 0))}
+    figure = _figure(width * len(paths), height, layout="constrained")
+    for axes, (title, (timesteps, values)) in zip(_panels(figure, len(paths)), paths.items(), strict=True):
+        # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
+        axes.imshow(
+            density.T.numpy(),
+            cmap="Greys",
+            norm=PowerNorm(0.6, vmin=0, vmax=1.2),
+            extent=(0, schedule.timesteps, -reach, reach),
+            origin="lower",
+            aspect="auto",
+        )
+        for k in range(values.shape[1]):
+            axes.plot(_array(timesteps), _array(values[:, k]), color=COLOURS[k % len(COLOURS)], lw=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("t", fontsize=8)
+        axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
+    return figure
+
+
+# -- what the figures have in common ------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float, layout: str | None = None) -> "Figure":
+    """An empty figure of that many inches."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
+    # Closed, it is still a figure. Left open, a notebook would draw it twice: when a cell ends, it draws what is open.
+    plt.close(figure)
+    return figure
+
+
+def _panels(figure: "Figure", count: int) -> "list[Axes]":
+    """Axes side by side, without the frame's upper right half."""
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    return panels
+
+
+def _picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
+    """A picture in [-1, 1] (clamped), without a scale; each pixel a square."""
+    if picture.shape[0] not in (1, 3):
+        raise ValueError(
+            f"a picture has 1 channel or 3, but this has the shape {list(picture.shape)}: if it is a latent, decode it first."
+        )
+    pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) / 2
+    pixels = rearrange(pixels, "c h w -> h w c").numpy()
+    # "antialiased" would blur pixels where a picture is drawn a little larger than it is
+    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("0.8")
+
+
+def _array(x):
+    """What matplotlib plots, from a tensor or a list."""
+    return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else torch.as_tensor(x).float().numpy()

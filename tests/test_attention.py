@@ -1,15 +1,16 @@
 """Attention: both kernels against the sum written out, and what must hold for any softmax."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import minisd.attention
 from minisd.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
 
+MODULE = import_module("minisd.attention")  # as `minisd.attention` is the function
 KERNELS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
 seeds = st.integers(0, 2**31)
 
@@ -32,7 +33,7 @@ def by_hand(q, k, v, causal=False):
 @pytest.fixture
 def use(monkeypatch):
     """use(plain): have every attention computed by one kernel."""
-    return lambda plain: monkeypatch.setattr(minisd.attention, "_plain_is_faster", lambda *_: plain)
+    return lambda plain: monkeypatch.setattr(MODULE, "_plain_is_faster", lambda *_: plain)
 
 
 @KERNELS
@@ -69,7 +70,7 @@ def test_the_output_is_a_weighted_mean_of_the_values(plain, seed, scale, n, m, c
     """So it lies between the smallest and the largest of them, channel by channel, and equal values are kept."""
     q, k, v = scale * draw(seed, 1, 2, n, 4), draw(seed + 1, 1, 2, m, 4), draw(seed + 2, 1, 2, m, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minisd.attention, "_plain_is_faster", lambda *_: plain)
+        patch.setattr(MODULE, "_plain_is_faster", lambda *_: plain)
         out = attention(q, k, v, causal)
         constant = attention(q, k, torch.full_like(v, 3.0), causal)
     assert (out >= v.amin(dim=2, keepdim=True) - 1e-5).all() and (out <= v.amax(dim=2, keepdim=True) + 1e-5).all()

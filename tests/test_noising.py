@@ -61,8 +61,12 @@ def test_betas_equal_the_references(compvis, schedule, betas):
 
 def test_alphas_cumprod_equal_the_references(compvis):
     schedule = NoiseSchedule.scaled_linear()
-    torch.testing.assert_close(schedule.alphas_cumprod.double(), compvis["alphas_cumprod_f64"], atol=4e-8, rtol=0)
-    torch.testing.assert_close(schedule.alphas_cumprod, compvis["diffusers_alphas_cumprod_f32"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod.double(), compvis["alphas_cumprod_f64"], atol=4e-8, rtol=0
+    )
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, compvis["diffusers_alphas_cumprod_f32"], atol=1e-6, rtol=0
+    )
     exact = torch.tensor([schedule.alpha_bar(t) for t in range(1000)], dtype=torch.float64)
     torch.testing.assert_close(exact, compvis["alphas_cumprod_f64"], atol=1e-14, rtol=0)
 
@@ -204,7 +208,9 @@ def test_cosine_falls_to_nothing_with_no_beta_above_the_limit():
 def test_rank_and_dtype_of_the_data_are_kept(shape, dtype):
     schedule, t = NoiseSchedule.scaled_linear(), torch.tensor([0, 500, 999])
     x_0, noise = draw(0, *shape, dtype=dtype), draw(1, *shape, dtype=dtype)
-    one_by_one = torch.cat([schedule.q_sample(x_0[k : k + 1], t[k : k + 1], noise[k : k + 1]) for k in range(3)])
+    one_by_one = torch.cat(
+        [schedule.q_sample(x_0[k : k + 1], t[k : k + 1], noise[k : k + 1]) for k in range(3)]
+    )
     x_t = schedule.q_sample(x_0, t, noise)
     assert x_t.dtype == dtype
     torch.testing.assert_close(x_t, one_by_one)
@@ -296,7 +302,9 @@ def test_exact_denoiser_tells_apart_close_pictures_far_from_the_origin():
     x = schedule.q_sample(data[2:3], t, draw(0, 1, 64)).float()
     _, _, weights = brute_force(data, x.double(), t, schedule)
     assert 0.01 < weights.max() < 0.99
-    torch.testing.assert_close(ExactDenoiser(data.float(), schedule).posterior(x, t).double(), weights, atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        ExactDenoiser(data.float(), schedule).posterior(x, t).double(), weights, atol=5e-3, rtol=0
+    )
 
 
 def test_exact_denoiser_sees_the_picture_in_a_little_noise_and_the_mean_in_a_lot():
@@ -304,7 +312,9 @@ def test_exact_denoiser_sees_the_picture_in_a_little_noise_and_the_mean_in_a_lot
     denoiser = ExactDenoiser(data, schedule)
     noise = draw(1, 50, 3, 4, 4)
     little, lots = torch.full((50,), 10), torch.full((50,), 999)
-    torch.testing.assert_close(denoiser.x0(schedule.q_sample(data, little, noise), little), data, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        denoiser.x0(schedule.q_sample(data, little, noise), little), data, atol=1e-6, rtol=0
+    )
     guess = denoiser.x0(schedule.q_sample(data, lots, noise), lots)
     torch.testing.assert_close(guess, data.mean(0).expand_as(data), atol=0.02, rtol=0)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import jaxtyping
@@ -13,7 +14,17 @@ from safetensors.torch import load_file
 
 from minisd import sampling
 from minisd.noising import ExactDenoiser, NoiseSchedule
-from minisd.sampling import SAMPLERS, Guided, classifier_free_guidance, ddim, ddpm, dpmpp_2m, make_timesteps, plms, randn
+from minisd.sampling import (
+    SAMPLERS,
+    Guided,
+    classifier_free_guidance,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    make_timesteps,
+    plms,
+    randn,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -96,9 +107,8 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("compvis")])
 def test_ddim_and_plms_equal_compvis(compvis, monkeypatch, name):
-    sampler, function, *how, steps = name.removeprefix("compvis_").split(".", 2)[:2] + ["", ""]
-    function, *how = name.split(".")[1:-1]
-    how, steps = ".".join(how), int(name.rpartition(".S")[2])
+    # compvis_ddim.nl.eta0.5.S50: sampler, eps_model, guidance or noise if any, steps
+    sampler, function, how, steps = re.fullmatch(r"compvis_(\w+)\.(\w+)\.(?:(.+)\.)?S(\d+)", name).groups("")
     eps_model = model = Recorder(function)
     options = {}
     if how == "cfg7.5":
@@ -107,8 +117,8 @@ def test_ddim_and_plms_equal_compvis(compvis, monkeypatch, name):
         options = {"eta": float(how.removeprefix("eta"))}
         replay(monkeypatch, compvis["ddim_eta.noises_50"])
 
-    trajectory = list(SAMPLERS[sampler](eps_model, compvis["x_T"], SCHEDULE, steps, **options))
-    assert len(trajectory) == steps
+    trajectory = list(SAMPLERS[sampler](eps_model, compvis["x_T"], SCHEDULE, int(steps), **options))
+    assert len(trajectory) == int(steps)
     assert model.calls == CALLS[name]
     assert_equal(trajectory[0].x0, compvis[f"{name}.pred_x0_step1"])
     assert_equal(trajectory[0].x, compvis[f"{name}.x_after_step1"])
@@ -131,13 +141,13 @@ def test_img2img_equals_compvis(compvis):
     t = torch.full((2,), timesteps[0] + 20)
     x = SCHEDULE.q_sample(compvis["img2img.x0"], t, compvis["img2img.noise"])
     assert_equal(x, compvis["img2img.z_enc_t37of50"])
-    model = Recorder(IMG2IMG)
+    model = Recorder("nl")
     assert_equal(last(ddim(model, x, SCHEDULE, timesteps=timesteps)), compvis["img2img.decoded"])
     assert model.calls == CALLS["img2img"]
 
 
 def test_inpainting_equals_compvis(compvis):
-    noises, mask, x_0 = iter(compvis["inpaint.q_noises"]), compvis["inpaint.mask"], compvis[INPAINT_X0]
+    noises, mask, x_0 = iter(compvis["inpaint.q_noises"]), compvis["inpaint.mask"], compvis["img2img.x0"]
     seen = []
 
     def blend(x, t):
@@ -145,6 +155,432 @@ def test_inpainting_equals_compvis(compvis):
         known = SCHEDULE.q_sample(x_0, torch.full((2,), t), next(noises))
         return mask * known + (1 - mask) * x
 
-    trajectory = list(ddim(Recorder(INPAINT), compvis["x_T"], SCHEDULE, 10, before_step=blend))
+    trajectory = list(ddim(Recorder("nl"), compvis["x_T"], SCHEDULE, 10, before_step=blend))
     assert_equal(trajectory[-1].x, compvis["inpaint.S10.x0"])
     assert seen == CALLS["inpaint"]
+
+
+# -- against diffusers -----------------------------------------------------------------------------------------
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def run_diffusers(scheduler, timesteps, generator=None):
+    """diffusers' loop around a scheduler, on the same function and from the same noise."""
+    model, x = Recorder("nl"), noise(0, 2, 4, 8, 8)
+    takes_generator = {"generator": generator} if generator else {}
+    for t in timesteps:
+        eps = model(x, torch.full((2,), int(t)))
+        x = scheduler.step(eps, t, x, **takes_generator).prev_sample
+    return x
+
+
+def run_ours(sampler, *args, **options):
+    return last(sampler(Recorder("nl"), noise(0, 2, 4, 8, 8), SCHEDULE, *args, **options))
+
+
+@pytest.mark.parametrize("to_one", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim_equals_diffusers(diffusers, steps, eta, to_one):
+    scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=to_one, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    x, generator = noise(0, 2, 4, 8, 8), torch.Generator().manual_seed(1)
+    model = Recorder("nl")
+    for t in scheduler.timesteps:
+        eps = model(x, torch.full((2,), int(t)))
+        x = scheduler.step(eps, t, x, eta=eta, generator=generator).prev_sample
+    generator = torch.Generator().manual_seed(1)
+    assert_equal(run_ours(ddim, steps, eta, set_alpha_to_one=to_one, generator=generator), x)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("steps", [7, 20, 50])
+def test_timesteps_equal_diffusers(diffusers, steps, spacing):
+    scheduler = diffusers.DDIMScheduler(**SD, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    assert make_timesteps(steps, 1000, spacing) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("steps", [20, 100])
+def test_respaced_ddpm_equals_diffusers(diffusers, steps, clip):
+    scheduler = diffusers.DDPMScheduler(
+        **SD, clip_sample=clip, variance_type="fixed_small", timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(steps)
+    theirs = run_diffusers(scheduler, scheduler.timesteps, torch.Generator().manual_seed(1))
+    generator, timesteps = torch.Generator().manual_seed(1), scheduler.timesteps
+    assert_equal(run_ours(ddpm, timesteps=timesteps, clip_denoised=clip, generator=generator), theirs)
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50])
+def test_plms_equals_diffusers(diffusers, steps):
+    scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    assert_equal(run_ours(plms, steps), run_diffusers(scheduler, scheduler.timesteps))
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [1, 2, 8, 14, 15, 25])
+def test_dpmpp_2m_equals_diffusers(diffusers, steps, end, spacing):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD, final_sigmas_type=end, timestep_spacing=spacing, steps_offset=1
+    )
+    scheduler.set_timesteps(steps)
+    ours = run_ours(dpmpp_2m, timesteps=scheduler.timesteps, set_alpha_to_one=end == "zero")
+    assert_equal(ours, run_diffusers(scheduler, scheduler.timesteps))
+    if spacing == "trailing":
+        assert_equal(run_ours(dpmpp_2m, steps, set_alpha_to_one=end == "zero"), ours)
+
+
+def test_dpmpp_2m_without_lower_order_final_equals_diffusers(diffusers):
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **SD, final_sigmas_type="sigma_min", lower_order_final=False
+    )
+    scheduler.set_timesteps(8)
+    options = {"timesteps": scheduler.timesteps, "set_alpha_to_one": False}
+    ours = run_ours(dpmpp_2m, lower_order_final=False, **options)
+    assert_equal(ours, run_diffusers(scheduler, scheduler.timesteps))
+    assert (ours - run_ours(dpmpp_2m, **options)).abs().max() > 0.01
+
+
+# -- which timesteps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])
+def test_leading_timesteps_equal_compvis(steps):
+    theirs = load_file(FIXTURES / "schedules.safetensors")[f"compvis_ddim_ts_{steps}"]
+    assert make_timesteps(steps, 1000) == theirs.flip(0).tolist()
+
+
+@given(st.data(), st.sampled_from(["leading", "linspace", "trailing"]))
+def test_as_many_timesteps_as_asked_for(data, spacing):
+    T = data.draw(st.integers(1, 1200))
+    steps = data.draw(st.integers(1, T))
+    timesteps = make_timesteps(steps, T, spacing)
+    assert len(timesteps) == steps
+    assert 0 <= timesteps[-1] and timesteps[0] < T
+    gaps = {t - t_next for t, t_next in zip(timesteps, timesteps[1:], strict=False)}
+    assert all(gap >= 1 for gap in gaps) and (not gaps or max(gaps) - min(gaps) <= 1), "falling, and evenly"
+    if spacing != "leading":
+        assert timesteps[0] == T - 1
+    if steps == T:
+        assert timesteps == list(range(T - 1, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 30])
+@BY_NAME
+def test_steps_that_do_not_divide_1000(sampler, steps):
+    assert len(list(sampler(gaussian(1.0), noise(0, 1, 2), SCHEDULE, steps))) == steps
+
+
+@BY_NAME
+def test_no_spacing_reaches_t_1000(sampler):
+    for spacing in ("leading", "linspace", "trailing"):
+        first = next(sampler(gaussian(1.0), noise(0, 1, 2), SCHEDULE, 1000, spacing=spacing))
+        assert first.t == 999
+
+
+def test_plms_makes_one_call_more_than_steps():
+    model = Recorder("lin")
+    list(plms(model, noise(0, 1, 2), SCHEDULE, 50))
+    assert model.calls[:4] == [981, 961, 961, 941]
+    assert len(model.calls) == 51
+
+
+# -- against exact solutions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (plms, 2), (dpmpp_2m, 2)], ids=DETERMINISTIC)
+def test_error_falls_with_the_order_of_the_sampler(sampler, order):
+    """With a third of the step, the error is to fall to a third; or, with a method of order two, to a ninth.
+
+    If the data are N(0, std²), the exact solution is known: x keeps its place in a normal distribution that narrows.
+    """
+    std, x_T = 0.5, torch.tensor([[1.0]], dtype=torch.float64)
+
+    def width(t):
+        return math.sqrt(SCHEDULE.alpha_bar(t) * std**2 + 1 - SCHEDULE.alpha_bar(t))
+
+    def error(steps):
+        trajectory = sampler(gaussian(std), x_T, SCHEDULE, steps, spacing="linspace")
+        x = next(step.x_t for step in trajectory if step.t == 324)
+        return (x - x_T * width(324) / width(999)).abs().item()
+
+    coarse, fine = error(112), error(334)  # one in nine timesteps, and one in three
+    assert fine < 5e-4
+    assert coarse / fine == pytest.approx(3**order, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 100}], ids=["T steps", "respaced"])
+def test_ddpm_restores_the_distribution_of_the_data(options):
+    x = last(
+        ddpm(gaussian(0.5), noise(0, 8000), SCHEDULE, generator=torch.Generator().manual_seed(1), **options)
+    )
+    assert x.mean().item() == pytest.approx(0, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@BY_NAME
+def test_exact_denoiser_is_led_to_pictures_of_its_data(sampler):
+    data = noise(1, 12, 3, 4, 4)
+    x_T = noise(2, 8, 3, 4, 4)
+    trajectory = list(sampler(ExactDenoiser(data, SCHEDULE), x_T, SCHEDULE, 50, generator=torch.Generator()))
+
+    def distance_to_data(x):
+        return torch.cdist(x.flatten(1), data.flatten(1)).min(dim=1).values.max() / 48**0.5
+
+    assert distance_to_data(trajectory[-1].x0) < 1e-3
+    # CompVis's ddim and plms end at ᾱ_0: √(1-ᾱ_0) = 0.03 of the noise is still there
+    assert distance_to_data(trajectory[-1].x) < (0.05 if sampler in (ddim, plms) else 1e-3)
+    assert distance_to_data(x_T) > 0.5
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+def test_ddim_with_eta_1_is_ddpm(steps):
+    """The two papers write the same step in different words."""
+    x_T, denoiser = noise(0, 4, 2), ExactDenoiser(noise(1, 30, 2), SCHEDULE)
+    options = {"timesteps": make_timesteps(steps, 1000)[-20:]}
+    one = last(ddim(denoiser, x_T, SCHEDULE, eta=1.0, set_alpha_to_one=True, generator=gen(3), **options))
+    other = last(ddpm(denoiser, x_T, SCHEDULE, generator=gen(3), **options))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+# -- the contract ----------------------------------------------------------------------------------------------
+
+
+@BY_NAME
+def test_trajectory_hangs_together(sampler):
+    x_T = noise(0, 3, 4, 8, 8)
+    trajectory = list(sampler(Recorder("nl"), x_T, SCHEDULE, 20, generator=gen(0)))
+    assert [step.i for step in trajectory] == list(range(20))
+    assert torch.equal(trajectory[0].x_t, x_T)
+    for step, after in zip(trajectory, trajectory[1:], strict=False):
+        assert torch.equal(step.x, after.x_t)
+        assert step.t > after.t
+    for step in trajectory:
+        t = torch.full((3,), step.t)
+        assert_equal(SCHEDULE.q_sample(step.x0, t, step.eps), step.x_t)
+        assert step.eps_cond is None and step.eps_uncond is None
+
+
+@BY_NAME
+@pytest.mark.parametrize("shape", [(5,), (5, 2), (2, 4, 8, 8)], ids=str)
+def test_data_of_any_rank(sampler, shape):
+    x = last(sampler(Recorder("lin"), noise(0, *shape).double(), SCHEDULE, 5, generator=gen(0)))
+    assert x.shape == shape
+    assert x.dtype == torch.float64
+
+
+@BY_NAME
+def test_gradients_are_off_inside_and_on_outside(sampler):
+    weight = torch.ones(1, requires_grad=True)
+    for step in sampler(lambda x, t: weight * x, noise(0, 1, 2), SCHEDULE, 3):
+        assert torch.is_grad_enabled()
+        assert not step.x.requires_grad
+
+
+@BY_NAME
+def test_before_step_acts_before_each_step_and_not_after_the_last(sampler):
+    seen = []
+
+    def double(x, t):
+        seen.append((t, x))
+        return 2 * x
+
+    trajectory = list(
+        sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, before_step=double, generator=gen(0))
+    )
+    assert [t for t, _ in seen] == [step.t for step in trajectory]
+    for (_, x), step in zip(seen, trajectory, strict=True):
+        assert torch.equal(step.x_t, 2 * x)
+    assert torch.equal(seen[-1][1], trajectory[-2].x)
+
+
+@BY_NAME
+def test_timesteps_may_start_part_of_the_way(sampler):
+    trajectory = list(
+        sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, timesteps=torch.tensor([700, 300, 20]))
+    )
+    assert [step.t for step in trajectory] == [700, 300, 20]
+
+
+# -- randomness ------------------------------------------------------------------------------------------------
+
+
+def gen(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+STOCHASTIC = pytest.mark.parametrize(
+    ("sampler", "options"), [(ddpm, {}), (ddim, {"eta": 0.5})], ids=["ddpm", "ddim eta 0.5"]
+)
+
+
+@STOCHASTIC
+def test_one_seed_one_picture(sampler, options):
+    def draw(seed):
+        return last(sampler(Recorder("nl"), noise(0, 2, 4, 4), SCHEDULE, 10, generator=gen(seed), **options))
+
+    assert torch.equal(draw(1), draw(1))
+    assert (draw(1) - draw(2)).abs().max() > 0.1
+
+
+@STOCHASTIC
+def test_a_batch_of_generators_equals_the_pictures_one_by_one(sampler, options):
+    def draw(seeds):
+        generators = [gen(seed) for seed in seeds]
+        x_T = randn((len(seeds), 4, 8, 8), generators)
+        return last(sampler(Recorder("nl"), x_T, SCHEDULE, 10, generator=generators, **options))
+
+    together = draw([5, 6, 7])
+    for k, seed in enumerate([5, 6, 7]):
+        torch.testing.assert_close(together[k : k + 1], draw([seed]), atol=1e-5, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_noise_of_a_batch_of_generators_is_that_of_each_alone():
+    together = randn((2, 3, 5), [gen(8), gen(9)])
+    assert torch.equal(together[:1], randn((1, 3, 5), gen(8)))
+    assert torch.equal(together[1:], randn((1, 3, 5), gen(9)))
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_deterministic_samplers_draw_nothing(sampler):
+    generator = gen(0)
+    before = generator.get_state()
+    list(sampler(Recorder("nl"), noise(0, 1, 2), SCHEDULE, 5, generator=generator))
+    assert torch.equal(before, generator.get_state())
+
+
+# -- guidance --------------------------------------------------------------------------------------------------
+
+
+def test_guidance_asks_for_both_in_one_call_unconditional_first():
+    asked = []
+
+    def model(x, t, context):
+        asked.append((x, t, context))
+        return x * context[:, :1, 0]
+
+    x, t = torch.tensor([[1.0], [2.0]]), torch.tensor([7, 7])
+    context, empty = torch.full((2, 5, 3), 10.0), torch.full((1, 5, 3), 4.0)
+    eps, cond, uncond = classifier_free_guidance(model, context, empty, 2.5)(x, t)
+    [(x_in, t_in, context_in)] = asked
+    assert x_in.tolist() == [[1.0], [2.0], [1.0], [2.0]]
+    assert t_in.tolist() == [7, 7, 7, 7]
+    assert context_in[:, 0, 0].tolist() == [4.0, 4.0, 10.0, 10.0]
+    assert uncond.tolist() == [[4.0], [8.0]]
+    assert cond.tolist() == [[10.0], [20.0]]
+    assert eps.tolist() == [[19.0], [38.0]]  # 4 + 2.5 (10 - 4), and twice that
+
+
+def test_guidance_of_scale_1_asks_only_for_the_conditional_half(compvis):
+    model = Recorder("nl")
+    eps_model = classifier_free_guidance(model, compvis["cond"], compvis["uncond"], 1.0)
+    x = last(ddim(eps_model, compvis["x_T"], SCHEDULE, 5))
+    assert model.batches == [2] * 5
+    plain = ddim(lambda x, t: model(x, t, compvis["cond"]), compvis["x_T"], SCHEDULE, 5)
+    assert torch.equal(x, last(plain))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(-3, 20).filter(lambda scale: scale != 1))
+def test_guidance_extrapolates(scale):
+    x, t = noise(0, 2, 3), torch.tensor([500, 500])
+    cond, uncond = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25])
+    model = Recorder("nl")
+    guided = classifier_free_guidance(model, cond, uncond, scale)(x, t)
+    weight = scale - 1  # the paper's w: ε = (1 + w) ε(x, c) - w ε(x)
+    expected = (1 + weight) * model(x, t, cond) - weight * model(x, t, uncond)
+    torch.testing.assert_close(guided.eps, expected, atol=1e-5, rtol=1e-5)
+
+
+@BY_NAME
+def test_steps_tell_the_guided_halves(sampler):
+    model = Recorder("nl")
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5])
+    eps_model = classifier_free_guidance(model, cond, uncond, 3.0)
+    for step in sampler(eps_model, noise(0, 2, 4), SCHEDULE, 5, generator=gen(0)):
+        t = torch.full((2,), step.t)
+        torch.testing.assert_close(step.eps_cond, model(step.x_t, t, cond))
+        torch.testing.assert_close(step.eps_uncond, model(step.x_t, t, uncond))
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------
+
+
+@BY_NAME
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_found_at_once(sampler, bad):
+    calls = []
+
+    def model(x, t):
+        calls.append(int(t[0]))
+        return torch.where(t[:, None] < 500, bad, x)
+
+    with pytest.raises(FloatingPointError, match=r"NaN or infinity at step \d+, t = ") as error:
+        list(sampler(model, noise(0, 1, 2), SCHEDULE, 10))
+    assert re.search(r"t = (\d+)", str(error.value))[1] == str(calls[-1])
+    assert calls[-1] < 500 <= calls[-2]
+
+
+@BY_NAME
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "between 1 and 1000, the schedule's timesteps, but it is 0"),
+        ({"steps": -3}, "but it is -3"),
+        ({"steps": 1001}, "but it is 1001"),
+        ({"spacing": "even"}, '"leading", "linspace" or "trailing", but it is "even"'),
+        ({"timesteps": [1, 21, 41]}, r"falling numbers, but they are \[1, 21, 41\]"),
+        ({"timesteps": [500, 500]}, "falling"),
+        ({"timesteps": []}, "falling"),
+        ({"timesteps": [1000, 500]}, r"must lie in \[0, 1000\), but it is 1000"),
+        ({"timesteps": [500, -1]}, "but it is -1"),
+    ],
+    ids=str,
+)
+def test_bad_steps_are_named(sampler, options, says):
+    with pytest.raises(ValueError, match=says):
+        next(sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, **options))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "says"),
+    [
+        (ddim, -0.1, "eta must lie between 0"),
+        (ddim, 1.5, "eta must lie between 0"),
+        (plms, 0.5, "plms draws no noise, so eta must be 0"),
+        (dpmpp_2m, 1.0, "dpmpp_2m draws no noise, so eta must be 0"),
+    ],
+)
+def test_bad_eta_is_named(sampler, eta, says):
+    with pytest.raises(ValueError, match=says):
+        next(sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, eta))
+
+
+@BY_NAME
+def test_a_model_that_returns_another_shape_is_named(sampler):
+    """As one does that predicts a variance beside the noise."""
+    with pytest.raises(ValueError, match=r"the shape of x, \[2, 4\], not \[2, 8\]"):
+        next(sampler(lambda x, t: torch.cat([x, x], dim=1), noise(0, 2, 4), SCHEDULE, 5))
+
+
+def test_there_must_be_a_generator_for_each_picture():
+    with pytest.raises(ValueError, match="2 generators cannot draw noise for a batch of 3"):
+        randn((3, 4), [gen(0), gen(1)])
+
+
+def test_a_model_may_return_guided_by_itself():
+    def model(x, t):
+        return Guided(0.5 * x, x, -x)
+
+    step = next(ddim(model, torch.ones(1, 2), SCHEDULE, 5))
+    assert (step.eps.tolist(), step.eps_cond.tolist(), step.eps_uncond.tolist()) == (
+        [[0.5] * 2],
+        [[1.0] * 2],
+        [[-1.0] * 2],
+    )

@@ -16,8 +16,19 @@ from torch import nn
 from minisd import PRESETS, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
-from minisd.training import EMA, CLIPRecipe, Recipe, SingleDevice, Trainer, UNetRecipe, VAERecipe, recipes
-from minisd.training import train_clip, train_unet, train_vae
+from minisd.training import (
+    EMA,
+    CLIPRecipe,
+    Recipe,
+    SingleDevice,
+    Trainer,
+    UNetRecipe,
+    VAERecipe,
+    recipes,
+    train_clip,
+    train_unet,
+    train_vae,
+)
 
 SHORT = {"batch_size": 4, "log_every": 1, "sample_every": 100, "save_every": 2, "warmup": 2}
 
@@ -86,8 +97,8 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(tmp_path):
         import sys, time, torch
         from minisd.training import Recipe, SingleDevice, Trainer
         torch.manual_seed(0)
-        trainer = Trainer(torch.nn.Linear(2, 1), Recipe(steps=10_000, batch_size=2, log_every=1, save_every=10_000), sys.argv[1],
-                          SingleDevice("cpu"))
+        recipe = Recipe(steps=10_000, batch_size=2, log_every=1, save_every=10_000)
+        trainer = Trainer(torch.nn.Linear(2, 1), recipe, sys.argv[1], SingleDevice("cpu"))
         print("from", trainer.step, flush=True)
         for step in trainer.steps():
             trainer.update(trainer.model(torch.randn(2, 2, generator=trainer.generator())).square().mean())

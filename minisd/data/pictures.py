@@ -98,15 +98,17 @@ def read_metadata(folder: Path) -> tuple[list[dict], list[tuple[str, str]]]:
     return rows, skipped
 
 
-def read_captions(folder: Path, known: Sequence[dict] = ()) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Rows from NAME.txt beside NAME.png, in subfolders too; pictures that have none, nor a row in `known`."""
+def picture_files(folder: Path) -> list[str]:
+    """The names of all pictures in a folder and its subfolders, but for hidden ones."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def read_captions(folder: Path) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Rows from NAME.txt beside NAME.png, and the pictures that have none."""
     rows, skipped = [], []
-    described = {row["file_name"] for row in known}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() not in SUFFIXES or name in described or name.startswith("."):
-            continue
-        beside = path.with_suffix(".txt")
+    for name in picture_files(folder):
+        beside = (folder / name).with_suffix(".txt")
         caption = " ".join(beside.read_text(encoding="utf-8", errors="replace").split()) if beside.exists() else ""
         if caption:
             rows.append({"file_name": name, "text": caption})
@@ -174,7 +176,8 @@ class CaptionedPictures(Dataset):
             rows, self.skipped = read_metadata(folder)
             packed = read_packed(folder, rows) if rows and not self.skipped else None
             if packed is None:
-                self.skipped += read_captions(folder, known=rows)[1]
+                named = {row["file_name"] for row in rows}
+                self.skipped += [(n, "no line in metadata.jsonl") for n in picture_files(folder) if n not in named]
         else:
             rows, self.skipped = read_captions(folder)
 

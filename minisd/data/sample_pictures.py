@@ -58,7 +58,7 @@ def sample(size: int | None = None) -> CaptionedPictures:
 def write_sample(corpus: str | Path = "data/emoji", folder: str | Path = SAMPLE) -> Path:
     """Cut the sample out of an emoji corpus. The same corpus gives the same files."""
     pictures = CaptionedPictures(corpus)
-    wanted = {name.strip() for name in SAMPLE_CONCEPTS.split(",")}
+    wanted = {" ".join(name.split()) for name in SAMPLE_CONCEPTS.split(",")}
     missing = wanted - {row["concept"] for row in pictures.rows}
     if missing:
         raise ValueError(f"{corpus} lacks {', '.join(sorted(missing))}: the sample is cut from the default corpus.")
@@ -66,10 +66,15 @@ def write_sample(corpus: str | Path = "data/emoji", folder: str | Path = SAMPLE)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_sheet(folder / "pictures.webp", pictures.images[chosen])
-    styles = [STYLES[name] for name in SAMPLE_STYLES]
-    write_text(folder / "NOTICE.md", attribution(styles, CLDR_NAMES))
+    write_text(folder / "NOTICE.md", notice())
     write_text(folder / "metadata.jsonl", "".join(json.dumps(pictures.rows[i]) + "\n" for i in chosen))
     return folder
+
+
+def notice() -> str:
+    """What has to stand beside the sample."""
+    styles = [STYLES[name] for name in SAMPLE_STYLES]
+    return attribution(styles, CLDR_NAMES) + "\nThe text of the Apache License 2.0 is in LICENSE-APACHE-2.0.txt.\n"
 
 
 def write_sheet(path: Path, pictures: np.ndarray) -> None:

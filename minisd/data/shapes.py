@@ -33,24 +33,29 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart")
 # Half the width of a shape, as a share of the picture's width.
 SIZES = {"small": 0.13, "": 0.23, "large": 0.37}  # no word: a medium one, and in the middle
 
+# Centres, x and y as shares of the width; y grows downwards. Nothing overlaps or touches the edge, wherever the
+# jitter in `scene` puts it.
 PLACES = {
-    "on the left": (0.2, 0.5),
-    "on the right": (0.8, 0.5),
-    "at the top": (0.5, 0.2),
-    "at the bottom": (0.5, 0.8),
-    "in the top left": (0.2, 0.2),
-    "in the top right": (0.8, 0.2),
-    "in the bottom left": (0.2, 0.8),
-    "in the bottom right": (0.8, 0.8),
+    "on the left": (0.22, 0.5),
+    "on the right": (0.78, 0.5),
+    "at the top": (0.5, 0.22),
+    "at the bottom": (0.5, 0.78),
+    "in the top left": (0.22, 0.22),
+    "in the top right": (0.78, 0.22),
+    "in the bottom left": (0.22, 0.78),
+    "in the bottom right": (0.78, 0.78),
 }
 RELATIONS = {
-    "above": ((0.5, 0.26), (0.5, 0.74)),
-    "below": ((0.5, 0.74), (0.5, 0.26)),
-    "to the left of": ((0.26, 0.5), (0.74, 0.5)),
-    "to the right of": ((0.74, 0.5), (0.26, 0.5)),
+    "above": ((0.5, 0.25), (0.5, 0.75)),
+    "below": ((0.5, 0.75), (0.5, 0.25)),
+    "to the left of": ((0.25, 0.5), (0.75, 0.5)),
+    "to the right of": ((0.75, 0.5), (0.25, 0.5)),
 }
-NUMBERS = {"two": ((0.27, 0.5), (0.73, 0.5)), "three": ((0.27, 0.7), (0.73, 0.7), (0.5, 0.27)),
-           "four": ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73))}  # fmt: skip
+NUMBERS = {
+    "two": ((0.25, 0.5), (0.75, 0.5)),
+    "three": ((0.25, 0.74), (0.75, 0.74), (0.5, 0.27)),
+    "four": ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
+}
 
 
 # What is drawn --------------------------------------------------------------------------------------------------------
@@ -117,17 +122,17 @@ def scene(seed: int, k: int) -> Scene:
         return Scene(a(f"{size} {colour} {shape}".strip()), kind, (item(colour, shape, (0.5, 0.5), SIZES[size]),))
     if kind == "place":
         place = pick(PLACES)
-        return Scene(f"{a(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.16),))
+        return Scene(f"{a(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.15),))
     if kind == "count":
         number = pick(NUMBERS)
-        items = tuple(item(colour, shape, place, 0.18) for place in NUMBERS[number])
+        items = tuple(item(colour, shape, place, 0.17) for place in NUMBERS[number])
         return Scene(f"{number} {colour} {shape}s", kind, items)
     relation, other = pick(RELATIONS), (pick(COLOURS), pick(SHAPES))
     while other == (colour, shape):
         other = (pick(COLOURS), pick(SHAPES))
     here, there = RELATIONS[relation]
     caption = f"{a(f'{colour} {shape}')} {relation} {a(' '.join(other))}"
-    return Scene(caption, kind, (item(colour, shape, here, 0.18), item(*other, there, 0.18)))
+    return Scene(caption, kind, (item(colour, shape, here, 0.17), item(*other, there, 0.17)))
 
 
 # How it is drawn ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Training from scratch: first CLIP, then the autoencoder, then the UNet.
 
-    engine.py    the device that a loop runs on; an `accelerate.Accelerator` fits the same place
-    trainer.py   what the three loops share: order of the data, optimiser, EMA, checkpoints, log
-    clip.py  vae.py  unet.py    one loop each, one page each
+engine.py    the device that a loop runs on; an `accelerate.Accelerator` fits the same place
+trainer.py   what the three loops share: order of the data, optimiser, EMA, checkpoints, log
+clip.py  vae.py  unet.py    one loop each, one page each
 """
 
 from .clip import CLIPRecipe, train_clip

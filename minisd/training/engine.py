@@ -53,5 +53,3 @@ class SingleDevice:
     def reduce(self, tensor: Tensor, reduction: str = "mean") -> Tensor:
         """The mean over all processes: there is one."""
         return tensor
-
-

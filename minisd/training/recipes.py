@@ -10,7 +10,7 @@ from .vae import VAERecipe
 
 # The image towers that the text towers of the presets are trained against.
 VISION = {
-    "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=64),
+    "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=32),
     "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
     "sd-v1": CLIPVisionConfig(),
 }
@@ -31,5 +31,7 @@ UNET = {
     "tiny": UNetRecipe(steps=10_000, batch_size=32),
     "emoji": UNetRecipe(steps=11_000, sample_every=1000),
     # the model card of v1: 225,000 steps at 512x512 of batch 2048, after a warm-up of 10,000
-    "sd-v1": UNetRecipe(steps=225_000, batch_size=2048, lr=1e-4, warmup=10_000, decay=False, min_snr_gamma=None, ema_decay=0.9999),
+    "sd-v1": UNetRecipe(
+        steps=225_000, batch_size=2048, lr=1e-4, warmup=10_000, decay=False, min_snr_gamma=None, ema_decay=0.9999
+    ),
 }

@@ -119,7 +119,9 @@ class Trainer:
 
     def steps(self) -> Iterator[int]:
         """Count from where the run stands to its last step; save on the way, at the end, and on Ctrl-C."""
-        bar = tqdm(initial=self.step, total=self.recipe.steps, desc=self.folder.name, disable=not self.engine.is_main_process)
+        bar = tqdm(
+            initial=self.step, total=self.recipe.steps, desc=self.folder.name, disable=not self.engine.is_main_process
+        )
         self._bar, self._log_time = bar, time.perf_counter()
         with bar, _finish_the_step_on_ctrl_c() as stop:
             while self.step < self.recipe.steps:
@@ -140,8 +142,8 @@ class Trainer:
         recipe = self.recipe
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss.item()}; the run in {self.folder} stands at its last checkpoint: "
-                f"go on from there with a smaller lr (now {recipe.lr:g})"
+                f"the loss of step {self.step} is {loss.item()}, and the run in {self.folder} stands at its last "
+                f"checkpoint: start again with a smaller lr (now {recipe.lr:g})"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr_at(self.step)
@@ -212,7 +214,9 @@ class Trainer:
             os.replace(unfinished, self.checkpoint)
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
             unfinished.unlink(missing_ok=True)
-            raise OSError(f"could not write {self.checkpoint} ({error}); the checkpoint before it is untouched") from error
+            raise OSError(
+                f"could not write {self.checkpoint} ({error}); the checkpoint before it is untouched"
+            ) from error
 
     def _resume(self) -> None:
         try:
@@ -220,9 +224,13 @@ class Trainer:
         except Exception as error:
             raise ValueError(f"{self.checkpoint} can't be read ({error}); delete it to start again") from error
         theirs, ours = state["recipe"], asdict(self.recipe)
-        changed = [f"{k} was {theirs.get(k)}, now {v}" for k, v in ours.items() if theirs.get(k) != v and k not in _MAY_CHANGE]
+        changed = [
+            f"{k} was {theirs.get(k)}, now {v}" for k, v in ours.items() if theirs.get(k) != v and k not in _MAY_CHANGE
+        ]
         if changed:
-            raise ValueError(f"{self.folder} holds another run ({'; '.join(changed)}): choose another folder, or delete it")
+            raise ValueError(
+                f"{self.folder} holds another run ({'; '.join(changed)}): choose another folder, or delete it"
+            )
         self.engine.unwrap_model(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, weight in state["ema"].items():

@@ -50,7 +50,7 @@ def train_unet(
 
     Args:
         clip, vae: the folders of those runs.
-        keep_at: steps after which the model as it is then is kept beside the final one.
+        keep_at: steps after which the UNet as it is then is kept beside the finished model.
 
     Returns the whole model with the UNet's EMA weights. A folder with a checkpoint in it is gone on with.
     """
@@ -65,7 +65,8 @@ def train_unet(
     for step in trainer.steps():
         indices, draw = trainer.batch(len(data)), trainer.generator()
         form, t, forget, noise, encoder_noise = (
-            trainer.shard(whole).to(engine.device) for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)
+            trainer.shard(whole).to(engine.device)
+            for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)
         )
         # z = scale · sample of q(z given x): get_first_stage_encoding, from moments that are already there
         mean, logvar = moments[indices].to(engine.device).chunk(2, dim=1)
@@ -79,7 +80,8 @@ def train_unet(
                 if trainer.time_to_sample:
                     _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png")
                 if step + 1 in keep_at and engine.is_main_process:
-                    write_weights(half(sd.state_dict()), folder / f"model/after_{step + 1:06d}_steps.safetensors")
+                    unet = {k: v for k, v in sd.state_dict().items() if k.startswith("model.")}
+                    write_weights(half(unet), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
     sd.model.diffusion_model.load_state_dict(trainer.ema.weights, strict=False)
     if engine.is_main_process:
@@ -88,12 +90,12 @@ def train_unet(
     return sd.eval()
 
 
-def assemble(
-    config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path
-) -> LatentDiffusion:
+def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path) -> LatentDiffusion:
     """A model with a fresh UNet between the text tower and the autoencoder of two finished runs."""
     clip, tokenizer = load_clip(clip_folder)
-    config = replace(config, cond_stage=clip.text_config, scale_factor=read_json(Path(vae_folder) / "vae.json")["scale_factor"])
+    config = replace(
+        config, cond_stage=clip.text_config, scale_factor=read_json(Path(vae_folder) / "vae.json")["scale_factor"]
+    )
     sd = LatentDiffusion(config, tokenizer)
     sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
     weights = Path(vae_folder) / "vae.safetensors"
@@ -112,7 +114,7 @@ def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 
 
 
 def _draw(recipe: UNetRecipe, sd: LatentDiffusion, forms: int, moments_shape: torch.Size, generator: torch.Generator):
-    """All that is random in a step, for the whole batch, on the CPU: the same on every device and number of processes."""
+    """All that is random in a step, for the whole batch, on the CPU: the same on every device, in any number of them."""
     b, (two_c, h, w) = recipe.batch_size, moments_shape[1:]
     form = torch.randint(forms, (b,), generator=generator)
     t = torch.randint(sd.schedule.timesteps, (b,), generator=generator)

