@@ -128,7 +128,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         AttributeError,
         UnicodeDecodeError,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise CheckpointError(f"{path} is no whole checkpoint ({reason}): fetch or save it again") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)

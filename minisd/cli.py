@@ -103,9 +103,11 @@ class Data:
 class Training:
     """What the three trainings have in common."""
 
-    data: Path = Path("data/emoji")  # a folder of captioned pictures
-    out: Path = Path("runs/emoji")  # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
     preset: Preset = "emoji"  # what the networks are, and where the recipe starts
+    # a folder of captioned pictures
+    data: Path = field(default_factory=lambda: Path("data", "shapes" if _preset == "tiny" else "emoji"))
+    # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
+    out: Path = field(default_factory=lambda: Path("runs", _preset))
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
@@ -251,10 +253,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
     _preset = given[-1] if given and given[-1] in get_args(Preset) else "emoji"
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    command = tyro.cli(Command, prog="minisd", args=arguments, config=flat)
     try:
-        flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-        tyro.cli(Command, prog="minisd", args=arguments, config=flat).run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            command.run()
     except KeyboardInterrupt as stop:
         sys.exit(f"\n{stop}" if str(stop) else "\nstopped")
     except (OSError, ValueError, FloatingPointError, ImportError) as error:

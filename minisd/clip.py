@@ -292,28 +292,31 @@ class BPETokenizer:
         self.start_token, self.end_token = vocab[START], vocab[END]
         model = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END)
         self.engine = _as_clip(Engine(model))
+        self.engine.add_special_tokens([START, END])  # written out in a prompt, they count as themselves, as in CLIP
 
     @classmethod
     def train(cls, captions: list[str], vocab_size: int = 2048) -> "BPETokenizer":
-        """Learn the pieces from captions. All 256 bytes are in the vocabulary, so every prompt can be written."""
+        """Learn the pieces from captions. All 256 bytes are in the vocabulary, so every prompt can be written.
+
+        Raises:
+            ValueError: a vocab_size too small for the bytes, in a word and at its end, and the two special tokens: 514.
+        """
         from tokenizers import Tokenizer as Engine
         from tokenizers import models, pre_tokenizers, trainers
 
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        known = [START, END, *alphabet, *(byte + "</w>" for byte in alphabet)]
+        if vocab_size < len(known):
+            raise ValueError(f"a vocabulary holds at least {len(known)} pieces, which write any text, not {vocab_size}")
         engine = _as_clip(Engine(models.BPE(end_of_word_suffix="</w>", unk_token=END)))
+        # A byte that ends a word must be known though no caption ends in it. And all are named beforehand: the trainer
+        # numbers what it meets in an order that changes from run to run, but the same captions must give the same ids.
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 256,  # room for the byte pieces that end a word
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            end_of_word_suffix="</w>",
-            special_tokens=[START, END],
-            show_progress=False,
+            vocab_size=vocab_size, end_of_word_suffix="</w>", special_tokens=known, show_progress=False
         )
         engine.train_from_iterator(captions, trainer)
         model = json.loads(engine.to_str())["model"]
-        # A byte that ends a word must be known too, though no caption may have ended in it.
-        pieces = [START, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-        pieces += [piece + "</w>" for piece in pieces[2:]]
-        pieces += [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece not in set(pieces)]
-        return cls({piece: i for i, piece in enumerate(pieces)}, [tuple(merge) for merge in model["merges"]])
+        return cls(model["vocab"], [tuple(merge) for merge in model["merges"]])
 
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
         """Prompts → ids [b max_length] and, for each prompt, the words that were cut off."""
@@ -362,7 +365,7 @@ def _as_clip(engine):
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
     return engine

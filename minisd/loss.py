@@ -68,7 +68,7 @@ def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gam
         # would be broadcast in silence, and train to a grey mean
         raise ValueError(f"the model returned {tuple(prediction.shape)} for a target of {tuple(target.shape)}")
     # ‖target - prediction‖², a mean over all but the batch; in float32 whatever the model computed in
-    loss = (target.float() - prediction.float()).square().flatten(1).mean(dim=1)
+    loss = (target.float() - prediction.float()).square().reshape(len(target), -1).mean(dim=1)
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.snr(t), min_snr_gamma, parameterization).to(loss)
     return loss.mean()

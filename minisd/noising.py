@@ -34,8 +34,8 @@ def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -
         raise TypeError(f"t must hold integers (torch.int64), one for each picture, not {t.dtype}.")
     if t.ndim != 1:
         raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
-    # A negative t would quietly count from the end. On a GPU the check would make the CPU wait for it at every
-    # step, so there it is left to CUDA's own assertion.
+    # A negative t would quietly count from the end. On a GPU, the check would make the CPU wait at each step,
+    # and is left to CUDA's own assertion.
     if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
         raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
     return a.to(t.device, non_blocking=True)[t.long()].reshape(-1, *[1] * (ndim - 1))
@@ -57,7 +57,7 @@ class NoiseSchedule:
             raise ValueError(f"betas must be [T] numbers strictly between 0 and 1, not {betas}.")
         # ᾱ_t = Π_{s≤t} (1 - β_s): how much of the picture's variance is left. Before the first step, all is.
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
         self.timesteps = len(betas)  # T
         self.betas = betas.float()
@@ -97,18 +97,20 @@ class NoiseSchedule:
         diffusers and minisd say "scaled_linear" and "linear".
         (CompVis: ldm/modules/diffusionmodules/util.py, make_beta_schedule)
         """
-        return cls(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64) ** 2)
+        return cls(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2)
 
     @classmethod
-    def linear(cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000) -> "NoiseSchedule":
+    def linear(
+        cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000
+    ) -> "NoiseSchedule":
         """DDPM's schedule: β grows linearly (DDPM, section 4). CompVis calls it "sqrt_linear"."""
-        return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+        return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64, device="cpu"))
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
         """Improved DDPM's schedule: ᾱ falls as a squared cosine, gently at both ends (section 3.2)."""
         # ᾱ_t = f(t) / f(0),   f(t) = cos²( (t/T + s) / (1 + s) · π/2 )                (Improved DDPM, eq. 17)
-        t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        t = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
         f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         # β_t = 1 - ᾱ_t / ᾱ_{t-1}, clipped: the cosine ends at 0, and a β of 1 would leave 0 to divide by
         return cls((1 - f[1:] / f[:-1]).clamp(max=max_beta))
@@ -135,7 +137,9 @@ class NoiseSchedule:
         """log(ᾱ_t / (1-ᾱ_t)), [b], float32: twice the λ_t along which DPM-Solver takes its steps."""
         return self.snr(t).log()
 
-    def _at(self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]) -> Float[Tensor, "b *ones"]:
+    def _at(
+        self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]
+    ) -> Float[Tensor, "b *ones"]:
         """a[t] with x's number of dimensions, dtype and device: ready to multiply x."""
         if t.shape != x.shape[:1]:
             raise ValueError(
@@ -298,11 +302,13 @@ class ExactDenoiser:
         """How probable it is that x was made from each of the n pictures. Each row sums to 1."""
         return self._weights(*self._flatten(x, t)).to(x)
 
-    def _x0(self, x: Tensor, t: Tensor):
+    def _x0(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], tuple[Tensor, Tensor, Tensor]]:
         flattened = self._flatten(x, t)
         return self._weights(*flattened) @ self.data, flattened
 
-    def _flatten(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+    def _flatten(
+        self, x: Tensor, t: Tensor
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
         """x where the data is, in float64, one row for each picture; √ᾱ_t; √(1-ᾱ_t)."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")

@@ -129,10 +129,10 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     With a generator for each picture, picture k of a batch gets the very noise that it would get alone.
     """
     if not isinstance(generator, Sequence):
-        return torch.randn(tuple(shape), generator=generator)
+        return torch.randn(tuple(shape), generator=generator, device="cpu")
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures.")
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generator])
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
 
 
 # -- what the samplers have in common -----------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _path(
 ) -> list[tuple[int, int, float, float]]:
     """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads to (the last one: to a_end).
 
-    All of them are Python numbers, ᾱ in float64. Looked up on a GPU, each would make the CPU wait for it.
+    All of them are Python numbers, ᾱ in float64: to read them off a GPU, the CPU would have to wait for it.
     """
     if timesteps is None:
         timesteps = make_timesteps(steps, schedule.timesteps, spacing)
@@ -154,7 +154,7 @@ def _path(
     return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
 
 
-@torch.no_grad()  # here, since around the yield of a sampler it would reach into the caller's loop
+@torch.no_grad()  # here, since a `with` around a yield would switch gradients off in the caller's loop, too
 def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) -> Guided:
     """Ask the model for the noise in x_t, and make sure that the answer can be used."""
     answer = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))
@@ -162,7 +162,7 @@ def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) ->
     if guided.eps.shape != x_t.shape:
         shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
         raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
-    if not guided.eps.isfinite().all():
+    if not guided.eps.isfinite().all():  # the one place where the CPU waits for a GPU, once a step
         raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
     return guided
 
@@ -327,7 +327,8 @@ def dpmpp_2m(
     of x_0 over λ. To take x_0 as constant in it is ddim; to take it as the line through the last two is this.
     set_alpha_to_one: whether the last step leads to the clean picture, λ = ∞, or to ᾱ_0 as in `ddim`.
     lower_order_final: whether the last of fewer than 15 steps, long as it is, goes without the line.
-    eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, the version that predicts ε)
+    On small data, in 10 to 25 steps, no other defaults came clearly closer to the exact solution.
+    eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, with fractional timesteps)
     """
     if eta != 0:
         raise ValueError(f"dpmpp_2m draws no noise, so eta must be 0, but it is {eta}; ddim takes an eta.")

@@ -200,7 +200,7 @@ class DiagonalGaussianDistribution:
 
         The noise is drawn on the CPU, so that a seed means the same on every device.
         """
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu")
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Float[Tensor, "b c h w"]:

@@ -69,12 +69,12 @@ def strip(
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     notes: Sequence[Sequence[str]] | None = None,
-    size: float = 0.95,
+    size: float = 0.96,
 ) -> "Figure":
     """Rows of pictures in [-1, 1].
 
-    titles: one above each column; labels: one left of each row; notes: for each row, one under each picture.
-    size: of a picture, in inches.
+    titles: one above each column; labels: one left of each row; notes: for each row, one under each picture, or [].
+    size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
     """
     columns = max(len(row) for row in rows)
     heights = [row.shape[-2] / row.shape[-1] for row in rows]
@@ -82,9 +82,9 @@ def strip(
     # come out at one size however long a label is.
     left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
     top = 0.22 if titles else 0.05
-    below = 0.2 if notes else 0.05
+    below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
     width = left + columns * (size + 0.05)
-    height = top + sum(h * size + below for h in heights)
+    height = top + size * sum(heights) + sum(below)
 
     figure = _figure(width, height)
     y = height - top
@@ -100,7 +100,7 @@ def strip(
                 axes.text(-0.06, 0.5, labels[i], transform=axes.transAxes, ha="right", va="center", fontsize=8)
             if notes and j < len(notes[i]):
                 axes.text(0.5, -0.03, notes[i][j], transform=axes.transAxes, ha="center", va="top", fontsize=7)
-        y -= below
+        y -= below[i]
     return figure
 
 
@@ -114,7 +114,7 @@ def noising_strip(
     """How pictures dissolve: a row for each picture and schedule, from the clean picture to x_T.
 
     schedule: a `NoiseSchedule`, or {name: schedule} to compare some.
-    timesteps: the columns after the clean picture; ten of them, evenly spread, if left out.
+    timesteps: the columns after the clean picture; eight of them, evenly spread, if left out.
     labels: one for each picture.
 
     One noise serves the whole figure. What changes along a row and between rows is how much of it there is.
@@ -122,7 +122,7 @@ def noising_strip(
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
     if timesteps is None:
         T = min(s.timesteps for s in schedules.values())
-        timesteps = torch.linspace(0, T - 1, min(10, T)).round().int().tolist()
+        timesteps = [(i + 1) * T // 8 - 1 for i in range(8)] if T >= 8 else list(range(T))
     noise = torch.randn(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)).to(pictures)  # [c h w]
     noise = noise.expand(len(timesteps), *noise.shape)  # [steps c h w]
     t = torch.tensor(timesteps)
@@ -155,11 +155,11 @@ def trajectory(
     steps: all that it yielded (a list of `Step`, or a `Trajectory`).
     decode: latents → pictures; left out where the steps hold pictures already.
     rows: which fields of a Step to show. x_t went in; x0 is the picture that the model had in mind.
-    every: show each `every`-th step, and the last; such that there are about ten, if left out.
+    every: show each `every`-th step, and the last; such that there are about nine, if left out.
     pictures: which of the batch; labels: a name for each of them.
     """
     steps = list(steps)
-    every = every or max(1, -(-len(steps) // 10))
+    every = every or max(1, -(-len(steps) // 9))
     chosen = steps[::every]
     if (len(steps) - 1) % every:
         chosen.append(steps[-1])
@@ -179,27 +179,27 @@ def trajectory(
 def curves(
     panels: Mapping[str, Mapping[str, tuple]],
     xlabel: str = "t",
+    ylabel: str = "",
     log: Sequence[str] = (),
     width: float = 3.1,
     height: float = 2.5,
 ) -> "Figure":
     """Panels side by side: {title of the panel: {name of the line: (x, y)}}.
 
-    A name has one colour and one dash in all panels. log: the panels whose y axis is logarithmic.
+    log: the titles of the panels whose y axis is logarithmic.
     """
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure = _figure(width * len(panels), height, layout="constrained")
-    keyed = set()  # a line's name is told once, in the first panel where it appears
+    named = []  # the lines that the last legend told: the next panel has one only if it shows others
     for axes, (title, lines) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
-        for name, (x, y) in lines.items():
-            i = names.index(name)
-            line = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
-            axes.plot(_array(x), _array(y), label=None if name in keyed else name, **line)
-        if any(name and name not in keyed for name in lines):
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
+            axes.plot(_array(x), _array(y), label=name, **style)
+        if any(lines) and list(lines) != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
-        keyed.update(lines)
+            named = list(lines)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
         if title in log:
             axes.set_yscale("log")
     return figure
@@ -225,33 +225,37 @@ def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
 def histograms(
     panels: Mapping[str, Mapping[str, Tensor]],
     gaussians: Mapping[str, tuple[float, float]] | None = None,
+    gaussian_label: str = "exact",
     bins: int = 60,
     width: float = 2.5,
     height: float = 2.1,
 ) -> "Figure":
-    """Panels of samples: {title of the panel: {name: samples [n]}}, as densities on shared bins.
+    """Panels of samples: {title of the panel: {name: samples [n]}}, as densities, all over one x axis.
 
     gaussians: {title: (mean, variance)}, drawn in black over its panel: what the samples should follow.
     """
-    names = list(dict.fromkeys(name for samples in panels.values() for name in samples))
     figure = _figure(width * len(panels), height, layout="constrained")
-    for k, (axes, (title, samples)) in enumerate(zip(_panels(figure, len(panels)), panels.items(), strict=True)):
+    axes_of = dict(zip(panels, _panels(figure, len(panels), sharex=True), strict=True))
+    for title, samples in panels.items():
+        axes = axes_of[title]
+        # Each panel has bins of its own: those that suit a wide bell would show a needle as a block.
         together = torch.cat([x.detach().flatten().float().cpu() for x in samples.values()])
         edges = torch.linspace(together.min(), together.max(), bins + 1)
-        for name, x in samples.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            # The first is filled, those after it are outlines: so two that agree can both be seen.
-            style = {"histtype": "stepfilled", "alpha": 0.35} if name == names[0] else {"histtype": "step", "lw": 1.3}
-            axes.hist(_array(x).ravel(), bins=edges.numpy(), density=True, color=colour, label=name, **style)
+        for i, (name, x) in enumerate(samples.items()):
+            # The first is filled, the others are outlines, so that two that agree can both be seen.
+            style = {"histtype": "step", "lw": 1.3} if i else {"histtype": "stepfilled", "alpha": 0.35}
+            style["color"] = COLOURS[i % len(COLOURS)]
+            axes.hist(_array(x).ravel(), edges.numpy(), density=True, label=name, **style)
         if gaussians and title in gaussians:
             mean, variance = gaussians[title]
-            density = torch.exp(-((edges - mean) ** 2) / (2 * variance)) / sqrt(2 * torch.pi * variance)
-            axes.plot(edges.numpy(), density.numpy(), color="black", lw=1, ls="--", label="exact")
+            x = mean + sqrt(variance) * torch.linspace(-4, 4, 161)
+            density = torch.exp(-((x - mean) ** 2) / (2 * variance)) / sqrt(2 * torch.pi * variance)
+            axes.plot(x.numpy(), density.numpy(), color="black", lw=1, ls="--", label=gaussian_label)
         axes.set_title(title, fontsize=9)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        if k == 0:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -268,8 +272,10 @@ def density_over_time(
     """The density of q(x_t) for data on a line, at all t: the darker, the more probable.
 
     x_0: the data, each number as likely as the next. schedule: a `NoiseSchedule`.
-    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps.
+    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps. The
+        colour of a path tells which of the data it belongs to: the one that is nearest at its smallest t.
     """
+    from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
     reach = 1.15 * max(2.8, x_0.abs().max().item())
@@ -281,19 +287,22 @@ def density_over_time(
     density = gaussian.mean(-1)  # [T y]
 
     paths = paths or {"": ((), torch.zeros(0, 0))}
+    colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}
     figure = _figure(width * len(paths), height, layout="constrained")
     for axes, (title, (timesteps, values)) in zip(_panels(figure, len(paths)), paths.items(), strict=True):
         # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
         axes.imshow(
             density.T.numpy(),
-            cmap="Greys",
+            cmap=colormaps["Greys"].resampled(24),  # in steps: one sees where two tones meet, as on a map
             norm=PowerNorm(0.6, vmin=0, vmax=1.2),
             extent=(0, schedule.timesteps, -reach, reach),
             origin="lower",
             aspect="auto",
         )
-        for k in range(values.shape[1]):
-            axes.plot(_array(timesteps), _array(values[:, k]), color=COLOURS[k % len(COLOURS)], lw=0.8)
+        for path in values.T:
+            end = path[min(range(len(path)), key=lambda i: timesteps[i])].item()
+            nearest = min(colour_of, key=lambda value: abs(value - end))
+            axes.plot(_array(timesteps), _array(path), color=colour_of[nearest], lw=0.8)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("t", fontsize=8)
         axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
@@ -313,9 +322,9 @@ def _figure(width: float, height: float, layout: str | None = None) -> "Figure":
     return figure
 
 
-def _panels(figure: "Figure", count: int) -> "list[Axes]":
+def _panels(figure: "Figure", count: int, **options) -> "list[Axes]":
     """Axes side by side, without the frame's upper right half."""
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    panels = list(figure.subplots(1, count, squeeze=False, **options)[0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
@@ -325,13 +334,11 @@ def _panels(figure: "Figure", count: int) -> "list[Axes]":
 def _picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
     """A picture in [-1, 1] (clamped), without a scale; each pixel a square."""
     if picture.shape[0] not in (1, 3):
-        raise ValueError(
-            f"a picture has 1 channel or 3, but this has the shape {list(picture.shape)}: if it is a latent, decode it first."
-        )
+        shape = list(picture.shape)
+        raise ValueError(f"a picture has 1 channel or 3, but this has the shape {shape}: decode a latent first.")
     pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    pixels = rearrange(pixels, "c h w -> h w c").numpy()
-    # "antialiased" would blur pixels where a picture is drawn a little larger than it is
-    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    pixels = rearrange(pixels.expand(3, -1, -1), "c h w -> h w c").numpy()
+    axes.imshow(pixels, interpolation="nearest")  # the default would blur what is drawn a little larger than it is
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

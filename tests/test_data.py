@@ -11,6 +11,7 @@ import sys
 import tarfile
 import types
 import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,12 @@ def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
         assert np.array_equal(image, pictures.read_picture(corpus / row["file_name"]))
 
 
+def test_a_file_that_breaks_later_is_named(corpus):
+    (corpus / "images/0.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"1 of 5 left out: images/0.png \(the file is empty\)"):
+        assert len(CaptionedPictures(corpus)) == 4
+
+
 def test_rows_without_a_split_are_for_training(corpus):
     assert CaptionedPictures(corpus, split="train").captions == ["picture 0", "picture 2", "picture 4"]
     assert CaptionedPictures(corpus, split="test_pair").captions == ["picture 1", "picture 3"]
@@ -329,6 +336,12 @@ def test_held_out_concepts_are_a_fixed_share_of_each_group():
     assert held_out == split.held_out_families(families[::-1] + families), "order and repetition do not matter"
 
 
+def test_unseen_concepts_in_known_words_are_told_apart():
+    sides = {"red apple": "train", "green heart": "train", "red heart": "test_concept", "blue heart": "test_concept"}
+    rows = [{"concept": name, "split": side} for name, side in sides.items()]
+    assert [row["concept"] for row in split.in_known_words(rows)] == ["red heart"]
+
+
 def test_the_split_never_moves():
     """Pictures on which a published model was trained must stay on their side."""
     assert split.unit_hash("pair/fox/noto") == pytest.approx(0.40170554924096485)
@@ -403,7 +416,10 @@ def test_the_core_has_no_flags_and_no_skin_tones_unless_asked_for():
 
 
 def icons(*names: str, **aliases: str) -> dict:
-    drawn = {name: {"body": f'<rect width="9" height="{i + 3}" fill="#0{i}f"/>'} for i, name in enumerate(names)}
+    drawn = {
+        name: {"body": f'<rect width="9" height="9" fill="#{zlib.crc32(name.encode()) & 0xFFFFFF:06x}"/>'}
+        for name in names
+    }
     return {"icons": drawn, "aliases": {a: {"parent": b} for a, b in aliases.items()}, "width": 16, "height": 16}
 
 
@@ -640,9 +656,9 @@ def test_the_sample_is_readable_small_and_free_of_share_alike():
 
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
     sample_pictures.write_sheet(tmp_path / "sheet.webp", noise)
-    assert np.array_equal(pictures.read_sheet(tmp_path / "sheet.webp", 70), noise)
+    assert np.array_equal(pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
 
 
 # Shapes ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The forward process: against CompVis's numbers, against Bayes' rule worked out again, and against brute force."""
+"""The forward process: against CompVis's numbers, Bayes' rule worked out once more, and brute force."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def compvis():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Without the check of every signature under which the tests run, so that a mistake gets as far as it does for a user."""
+    """Off with the check of every signature: mistakes are to get as far as they do for a user."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -41,7 +41,7 @@ def some_t(seed: int, schedule: NoiseSchedule, b: int) -> torch.Tensor:
     return torch.randint(schedule.timesteps, (b,), generator=torch.Generator().manual_seed(seed))
 
 
-# -- against CompVis and diffusers -----------------------------------------------------------------------------
+# -- against CompVis and diffusers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_q_sample_equals_compvis():
     torch.testing.assert_close(x_t, f["loss.q_sample"], atol=1e-6, rtol=0)
 
 
-# -- the mathematics -------------------------------------------------------------------------------------------
+# -- the mathematics ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_many_small_steps_make_the_long_one(schedule):
-    """Mean and variance of q(x_t | x_{t-1}) (eq. 2), iterated from x_0 = 1, are those of q(x_t | x_0) (eq. 4)."""
+    """Mean and variance of q(x_t | x_{t-1}), iterated from x_0 = 1, are those of q(x_t | x_0)."""
     means, variances = [1.0], [0.0]
     for beta in schedule.betas.tolist():
         means.append((1 - beta) ** 0.5 * means[-1])
@@ -129,7 +129,7 @@ def test_start_and_noise_are_found_again_in_x_t(schedule, seed):
     t = some_t(seed, schedule, 5)
     x_0, noise = draw(seed, 5, 3), draw(seed + 1, 5, 3)
     x_t = schedule.q_sample(x_0, t, noise)
-    # an error of float32's 6e-8 in the coefficients is divided by √ᾱ on the way to x_0, by √(1-ᾱ) on the way to ε
+    # float32's 6e-8 in the coefficients is divided by √ᾱ on the way to x_0, by √(1-ᾱ) on the way to ε
     worst = max(max(schedule.alpha_bar(s) ** -0.5, (1 - schedule.alpha_bar(s)) ** -0.5) for s in t.tolist())
     close = {"atol": 2e-6 * worst, "rtol": 0}
     torch.testing.assert_close(schedule.predict_start_from_noise(x_t, t, noise), x_0, **close)
@@ -157,7 +157,7 @@ def test_v_is_the_noise_at_first_and_the_picture_at_last():
 @settings(deadline=None, max_examples=50)
 @given(schedules, seeds)
 def test_posterior_is_the_product_of_two_gaussians(schedule, seed):
-    """Bayes: q(x_{t-1} | x_t, x_0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_0). Precisions add; means weigh by precision."""
+    """q(x_{t-1} | x_t, x_0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add, means weigh by precision."""
     t = some_t(seed, schedule, 4).clamp(min=1)
     x_0, x_t = draw(seed, 4, 2), draw(seed + 1, 4, 2)
     for k, s in enumerate(t.tolist()):
@@ -200,7 +200,7 @@ def test_cosine_falls_to_nothing_with_no_beta_above_the_limit():
     assert schedule.alpha_bar(99) < 1e-4
 
 
-# -- data of any kind ------------------------------------------------------------------------------------------
+# -- data of any kind --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -227,7 +227,7 @@ def test_extract_into_tensor_picks_one_coefficient_for_each_picture():
     assert picked.flatten().tolist() == [30.0, 10.0]
 
 
-# -- mistakes --------------------------------------------------------------------------------------------------
+# -- mistakes ----------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 3)
 
@@ -261,7 +261,7 @@ def test_alpha_bar_knows_its_range(t):
         NoiseSchedule.scaled_linear().alpha_bar(t)
 
 
-# -- the exact denoiser ----------------------------------------------------------------------------------------
+# -- the exact denoiser ------------------------------------------------------------------------------------
 
 
 def brute_force(data, x, t, schedule):
@@ -320,7 +320,7 @@ def test_exact_denoiser_sees_the_picture_in_a_little_noise_and_the_mean_in_a_lot
 
 
 def test_no_other_guess_at_the_noise_is_better():
-    """The exact denoiser minimises E|ε - ε(x_t)|²: it beats itself made a little smaller, larger, or shifted."""
+    """It minimises E|ε - ε(x_t)|²: it beats itself made a little smaller, larger, or shifted."""
     schedule = NoiseSchedule.scaled_linear()
     data = draw(0, 20, 2)
     t = torch.full((4000,), 500)

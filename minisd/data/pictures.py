@@ -132,7 +132,10 @@ def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] 
         return None
     for i in {0, len(rows) // 2, len(rows) - 1}:  # do the two still tell of the same pictures, in the same order?
         path = folder / rows[i]["file_name"]
-        if path.exists() and not np.array_equal(read_picture(path, packed.shape[1]), packed[i]):
+        try:
+            if path.exists() and not np.array_equal(read_picture(path, packed.shape[1]), packed[i]):
+                return None
+        except ValueError:  # a file that can't be read any more: let the files be looked into, and named
             return None
     return packed
 
@@ -191,6 +194,7 @@ class CaptionedPictures(Dataset):
             self.size = size or packed.shape[1]
         else:
             self._open_files(size)
+        self.captions = [row["text"] for row in self.rows]
         self._report()
 
     def _open_files(self, size: int | None) -> None:
@@ -243,14 +247,10 @@ class CaptionedPictures(Dataset):
         """Picture i, float32 in [-1, 1], and its caption."""
         return self.batch([range(len(self))[i]])[0], self.captions[i]  # range: IndexError past the end, -1 the last
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Float[Tensor, "b 3 h w"]:
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
         """The pictures at these indices: float32 in [-1, 1]."""
         pixels = torch.from_numpy(self._pixels(np.asarray(indices)))
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-    @property
-    def captions(self) -> list[str]:
-        return [row["text"] for row in self.rows]
 
     @property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:

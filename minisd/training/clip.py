@@ -26,7 +26,7 @@ class CLIPRecipe(Recipe):
     """How CLIP is trained."""
 
     batch_size: int = 256  # each picture is told from 255 others
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate after the warm-up
     weight_decay: float = 0.1
 
 

@@ -30,7 +30,7 @@ from .vae import encode_all
 class UNetRecipe(Recipe):
     """How the UNet is trained."""
 
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate after the warm-up
     text_dropout: float = 0.1  # how often the caption is forgotten
     min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
     guidance_scale: float = 3.0  # of the sample sheets

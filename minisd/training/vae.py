@@ -26,7 +26,7 @@ class VAERecipe(Recipe):
     """How the autoencoder is trained."""
 
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate after the warm-up
     kl_weight: float = 1e-3  # more than Stable Diffusion's 1e-6: smoother latents are easier for a small UNet
 
 
