@@ -62,7 +62,7 @@ class Txt2Img:
 
 @dataclass(frozen=True)
 class DataEmoji:
-    """Bring the emoji corpus: about 9,300 captioned pictures of 1,640 concepts in seven styles."""
+    """Bring the emoji corpus: about 9,600 captioned pictures of 1,640 concepts in seven styles."""
 
     out: Path = Path("data/emoji")
     size: int = 64  # pixels along each side

@@ -97,7 +97,8 @@ class NoiseSchedule:
         diffusers and minisd say "scaled_linear" and "linear".
         (CompVis: ldm/modules/diffusionmodules/util.py, make_beta_schedule)
         """
-        return cls(torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2)
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu")
+        return cls(roots**2)
 
     @classmethod
     def linear(
@@ -284,7 +285,7 @@ class ExactDenoiser:
         self.shape = x_0_all.shape[1:]
         # Apple's GPUs have no float64; there the data stays on the CPU, and x comes to it and goes back.
         device = "cpu" if x_0_all.device.type == "mps" else x_0_all.device
-        self.data = x_0_all.detach().to(device, torch.float64).reshape(len(x_0_all), -1)  # [n d]
+        self.data = x_0_all.detach().to(device).double().reshape(len(x_0_all), -1)  # [n d]
         self.squared_norms = self.data.square().sum(dim=1)  # |x_i|², [n]
 
     def __call__(
@@ -292,15 +293,16 @@ class ExactDenoiser:
     ) -> Float[Tensor, "b *d"]:
         """The best guess at the noise in x, E[ε | x_t = x]. The arguments are a UNet's; context is unused."""
         x_0, (flat, signal, sigma) = self._x0(x, t)
-        return ((flat - signal * x_0) / sigma).reshape(x.shape).to(x)
+        eps = (flat - signal * x_0) / sigma
+        return eps.reshape(x.shape).to(x.dtype).to(x.device)
 
     def x0(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"]:
         """The best guess at the picture in x, E[x_0 | x_t = x]: a blur while many are possible."""
-        return self._x0(x, t)[0].reshape(x.shape).to(x)
+        return self._x0(x, t)[0].reshape(x.shape).to(x.dtype).to(x.device)
 
     def posterior(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
         """How probable it is that x was made from each of the n pictures. Each row sums to 1."""
-        return self._weights(*self._flatten(x, t)).to(x)
+        return self._weights(*self._flatten(x, t)).to(x.dtype).to(x.device)
 
     def _x0(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], tuple[Tensor, Tensor, Tensor]]:
         flattened = self._flatten(x, t)
@@ -312,7 +314,8 @@ class ExactDenoiser:
         """x where the data is, in float64, one row for each picture; √ᾱ_t; √(1-ᾱ_t)."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")
-        flat = x.to(self.data).reshape(len(x), -1)
+        t = t.to(self.data.device)
+        flat = x.to(self.data.device).double().reshape(len(x), -1)
         signal = self.schedule._at(self.schedule.sqrt_alphas_cumprod, t, flat)
         sigma = self.schedule._at(self.schedule.sqrt_one_minus_alphas_cumprod, t, flat)
         return flat, signal, sigma

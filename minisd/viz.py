@@ -143,7 +143,7 @@ _SHOWN = {"x_t": "$x_t$", "x0": r"$\hat x_0$", "eps": r"$\epsilon$", "x": "$x$",
 
 
 def trajectory(
-    steps: Sequence,
+    steps,
     decode: Callable[[Tensor], Tensor] | None = None,
     rows: Sequence[str] = ("x_t", "x0"),
     every: int | None = None,
@@ -300,9 +300,10 @@ def density_over_time(
             aspect="auto",
         )
         for path in values.T:
-            end = path[min(range(len(path)), key=lambda i: timesteps[i])].item()
+            end = path[int(_array(timesteps).argmin())].item()
             nearest = min(colour_of, key=lambda value: abs(value - end))
-            axes.plot(_array(timesteps), _array(path), color=colour_of[nearest], lw=0.8)
+            every = max(1, len(path) // 250)  # more points than pixels would only make it fuzzy
+            axes.plot(_array(timesteps)[::every], _array(path)[::every], color=colour_of[nearest], lw=0.8)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("t", fontsize=8)
         axes.set_ylabel("$x_t$", fontsize=8, rotation=0)

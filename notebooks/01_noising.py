@@ -82,10 +82,10 @@ viz.strip([naive], titles, ["add"], notes=[[f"std {x.std():.2f}" for x in naive]
 # %% [markdown]
 # It works, and it fails us twice.
 #
-# 1. **It grows.** Each step adds 0.01 to the variance, and nothing takes any away. A network would have to read numbers
-#    of size 0.7 at one end and 3 at the other.
-# 2. **It arrives nowhere.** To draw a picture, we want to start from noise that *no* picture was needed to make. But the
-#    picture is still in there at full strength, under noise whose size depends on how long we went on.
+# 1. **It grows.** Each step adds 0.01 to the variance, and nothing takes any away. A network would have to read
+#    numbers of size 0.7 at one end and 3 at the other.
+# 2. **It arrives nowhere.** To draw a picture, we want to start from noise that *no* picture was needed to make. But
+#    the picture is still in there at full strength, under noise whose size depends on how long we went on.
 #
 # (One can live with that. The "variance-exploding" models do, and divide by the size before the network looks: in the
 # end it comes to the same. Stable Diffusion follows DDPM, which never lets the numbers grow.)
@@ -113,8 +113,8 @@ print(f"betas   {list(schedule.betas.shape)}, from {schedule.betas[0]:.5f} to {s
 #
 # <details><summary>Answer</summary>
 #
-# Next to nothing. The mean $\beta_t$ is about 0.0054, and $0.9946^{1000} \approx 0.0045$: small shares of what is left
-# add up, or rather multiply. In amplitude, that is $\sqrt{0.0047} \approx 0.07$ of the picture. Keep this number in
+# Next to nothing. The mean $\beta_t$ is about 0.00535, and $0.99465^{1000} \approx 0.0047$: small losses, one upon
+# the other, multiply. In amplitude, that is $\sqrt{0.0047} \approx 0.07$ of the picture. Keep this number in
 # mind, it comes back.
 #
 # </details>
@@ -203,24 +203,24 @@ print("\n".join(table))
 viz.histograms(panels, gaussians)
 
 # %% [markdown]
-# The bell starts as a needle at 0.9, gets wider, and slides towards 0. (The code counts timesteps from 0: $t$ is reached
-# after $t+1$ steps, and the clean picture has no index.)
+# The bell starts as a needle at 0.9, gets wider, and slides towards 0. (The code counts timesteps from 0: $t$
+# is reached after $t+1$ steps, and the clean picture has no index.)
 #
 # ## The whole process, on a line
 #
-# A picture is a point, and a data set is a cloud of points. With numbers instead of pictures, we can see all of it at
-# once. Let the data set be three numbers. In grey: the density of $q(x_t)$ at every $t$, a sum of three bells. In colour:
-# three walks from each of the numbers.
+# A picture is a point, and a data set is a cloud of points. With numbers instead of pictures, we can see all of
+# it at once. Let the data set be three numbers. In grey: the density of $q(x_t)$ at every $t$, a sum of three
+# bells. In colour: two walks from each of the numbers.
 
 # %%
 torch.manual_seed(3)
 toy = torch.tensor([-1.4, 0.35, 1.05])
-points = toy.repeat(3)
+points = toy.repeat(2)
 walks = []
 for beta in schedule.betas:
     points = (1 - beta).sqrt() * points + beta.sqrt() * torch.randn(len(points))
     walks.append(points)
-walks = torch.stack(walks)  # [T 9]
+walks = torch.stack(walks)  # [T 6]
 
 viz.density_over_time(toy, schedule, {"a thousand small random steps": (range(T), walks)}, width=6)
 
@@ -256,7 +256,7 @@ for name, s in schedules.items():
 viz.schedule_curves(schedules)
 
 # %%
-viz.noising_strip(x_0[:2], schedules, labels=["fox", "fish"])
+viz.noising_strip(x_0[:2], schedules, [99, 199, 299, 399, 599, 999], labels=["fox", "fish"])
 
 # %% [markdown]
 # One noise serves the whole figure, so that only the amounts differ. DDPM's linear schedule is done with these pictures
@@ -276,24 +276,25 @@ viz.noising_strip(x_0[:2], schedules, labels=["fox", "fish"])
 
 # %%
 noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
-log_snrs = [6, 4, 2, 0, -2, -4]
+log_snrs = [4, 2, 0, -2, -4]
 rows, notes = [], []
 for s in schedules.values():
-    t = torch.stack([(s.log_snr(torch.arange(T)) - wanted).abs().argmin() for wanted in log_snrs])  # [6]
-    rows.append(s.q_sample(x_0[2].expand(6, -1, -1, -1), t, noise.expand(6, -1, -1, -1)))
+    t = torch.stack([(s.log_snr(torch.arange(T)) - wanted).abs().argmin() for wanted in log_snrs])  # [5]
+    rows.append(s.q_sample(x_0[2].expand(5, -1, -1, -1), t, noise.expand(5, -1, -1, -1)))
     notes.append([f"t = {i}" for i in t.tolist()])
 viz.strip(rows, [f"log SNR = {wanted}" for wanted in log_snrs], list(schedules), notes)
 
 # %% [markdown]
 # ## Is the end really pure noise?
 #
-# Drawing starts from $\mathcal N(0, I)$; training ends at $q(x_T \mid x_0)$. The two should be the same. But under Stable
-# Diffusion's schedule,
+# Drawing starts from $\mathcal N(0, I)$; training ends at $q(x_T \mid x_0)$. The two should be the same. But
+# under Stable Diffusion's schedule,
 #
 # $$x_T = \underbrace{\sqrt{\bar\alpha_T}}_{0.068}\,x_0 + \underbrace{\sqrt{1-\bar\alpha_T}}_{0.998}\,\epsilon$$
 #
-# and 7% of the picture is still there. The distance between the two Gaussians is called $L_T$ (DDPM, eq. 5), and for each
-# dimension it is $\tfrac12\big(\bar\alpha_T\,x_0^2 - \bar\alpha_T - \log(1-\bar\alpha_T)\big)$ nats.
+# and 7% of the picture is still there. The distance between the two Gaussians is called $L_T$ (DDPM, eq. 5),
+# and for each dimension it is $\tfrac12\big(\bar\alpha_T\,x_0^2 - \bar\alpha_T - \log(1-\bar\alpha_T)\big)$
+# nats.
 
 # %%
 everything = corpus.batch(range(len(corpus)))  # [n 3 32 32]
@@ -321,30 +322,31 @@ variance = 1 / x_0[0].numel()  # of the mean of d numbers from N(0, 1)
 viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure noise", bins=40, width=3.2)
 
 # %% [markdown]
-# Under Stable Diffusion's schedule, the emoji, most of which stand on white, can be told from pure noise by their mean
-# alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is given pure noise, with
-# a mean of about 0, and takes that for a picture of middling brightness. This is why Stable Diffusion v1 hardly manages a
-# night sky or a blank page (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed"). We shall
-# catch it in the act further down, with no network at all.
+# Under Stable Diffusion's schedule, the emoji, most of which stand on white, can be told from pure noise by
+# their mean alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
+# given pure noise, with a mean of about 0, and takes that for a picture of middling brightness. This is one
+# reason why Stable Diffusion v1 hardly manages a night sky or a blank page (Lin et al. 2023, "Common Diffusion
+# Noise Schedules and Sample Steps are Flawed"). We shall catch it in the act further down, with no network at
+# all.
 #
 # ## One step back, if you know where you came from
 #
-# Forwards is easy. To go back from $x_t$ to $x_{t-1}$, one would have to know the picture. Suppose that somebody tells us
-# $x_0$. Then Bayes' rule makes of the Gaussians above one more:
+# Forwards is easy. To go back from $x_t$ to $x_{t-1}$, one would have to know the picture. Suppose that
+# somebody tells us $x_0$. Then Bayes' rule makes of the Gaussians above one more:
 #
 # $$q(x_{t-1} \mid x_t, x_0) = \mathcal N(\tilde\mu_t,\, \tilde\beta_t I) \qquad \text{(DDPM, eq. 6, 7)}$$
 # $$\tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0
 #   + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t,
 # \qquad \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
 #
-# A mixture of two: a little of where the picture is, most of where we are. Check it without Bayes, by counting. Send many
-# numbers from $x_0 = 1$ forwards, on a coarse schedule of 8 large steps, so that there is something to see. Then keep only
-# those that arrived at a given $x_t$, and look where they had been one step before.
+# A mixture of two: a little of where the picture is, most of where we are. Check it without Bayes, by counting.
+# Send many numbers from $x_0 = 1$ forwards, on a coarse schedule of 8 large steps, so that there is something
+# to see. Then keep only those that arrived at a given $x_t$, and look where they had been one step before.
 
 # %%
 torch.manual_seed(0)
 coarse = minisd.NoiseSchedule.linear(0.05, 0.5, timesteps=8)
-t, n = 4, 2_000_000 if full else 20_000
+t, n = 4, 4_000_000 if full else 20_000
 ones = torch.ones(n)
 before = coarse.q_sample(ones, torch.full((n,), t - 1), torch.randn(n))  # x_{t-1}
 after = (1 - coarse.betas[t]).sqrt() * before + coarse.betas[t].sqrt() * torch.randn(n)  # x_t, one step later
@@ -362,15 +364,15 @@ viz.histograms(panels, gaussians, bins=40)
 # %% [markdown]
 # Knowing $x_t$ moves the bell and narrows it.
 #
-# **Predict, then run.** Noise the fox to $x_T$. Then walk back, step by step, with `q_posterior`, but say that $x_0$ was
-# the watermelon. Which picture comes out?
+# **Predict, then run.** Noise the fox to $x_T$. Then walk back, step by step, with `q_posterior`, but say that
+# $x_0$ was the watermelon. Which picture comes out?
 #
 # <details><summary>Answer</summary>
 #
 # The watermelon, exactly. Each step pulls towards the $x_0$ that it is told, and the last one lands on it
-# ($\tilde\beta = 0$). Of where the walk began, nothing is left. All that is drawn comes from what the walker is told about
-# $x_0$. In a diffusion model, the one who tells is the network: it puts a guess $\hat x_0(x_t, t)$ into this formula.
-# That is DDPM (notebook 06).
+# ($\tilde\beta = 0$). Of where the walk began, nothing is left. All that is drawn comes from what the walker is
+# told about $x_0$. In a diffusion model, the one who tells is the network: it puts a guess $\hat x_0(x_t, t)$
+# into this formula. That is DDPM (notebook 06).
 #
 # </details>
 
@@ -378,7 +380,7 @@ viz.histograms(panels, gaussians, bins=40)
 torch.manual_seed(0)
 told = x_0[[0, 3]]  # [2 3 32 32]: the truth, and a lie
 x = schedule.q_sample(x_0[[0, 0]], torch.tensor([T - 1, T - 1]), torch.randn(3, 32, 32).expand(2, -1, -1, -1))
-shown, back = [999, 800, 600, 400, 200, 100, 30], []
+shown, back = [999, 600, 400, 200, 100, 30], []
 for t in reversed(range(T)):
     if t in shown:
         back.append(x)
@@ -391,9 +393,9 @@ viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["told: fox", "told: m
 # %% [markdown]
 # ## The best possible guess
 #
-# So all that is missing is a guess at $x_0$. What is the best one? If the data are $n$ pictures, each as likely as the
-# next, then nothing need be learned. Bayes' rule says how probable it is that $x_t$ was made from picture $x_i$, and the
-# mean under these probabilities is the guess with the smallest squared error:
+# So all that is missing is a guess at $x_0$. What is the best one? If the data are $n$ pictures, each as likely
+# as the next, then nothing need be learned. Bayes' rule says how probable it is that $x_t$ was made from
+# picture $x_i$, and the mean under these probabilities is the guess with the smallest squared error:
 #
 # $$w_i = \mathrm{softmax}_i\!\left(-\frac{|x_t - \sqrt{\bar\alpha_t}\,x_i|^2}{2\,(1-\bar\alpha_t)}\right), \qquad
 # \hat x_0 = \sum_i w_i\,x_i \qquad \text{(EDM, appendix B.3)}$$
@@ -426,8 +428,8 @@ viz.strip([torch.cat([x_t[:1], exact.x0(x_t, t)[:1], data[top]])], titles, ["t =
 # %% [markdown]
 # From left to right: what the denoiser is given (a noised fox), its answer, and the six pictures that weigh most in it.
 #
-# How many pictures weigh in? If $k$ of them shared the weight equally, $1/\sum_i w_i^2$ would be $k$. So take that as the
-# **effective number** of pictures. Below, it stands under each answer.
+# How many pictures weigh in? If $k$ of them shared the weight equally, $1/\sum_i w_i^2$ would be $k$. So take
+# that as the **effective number** of pictures. Below, it stands under each answer.
 
 # %%
 timesteps = [999, 900, 800, 750, 700, 650, 600, 400, 200]
@@ -444,12 +446,12 @@ for name in ("linear", "scaled_linear"):
 viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 
 # %% [markdown]
-# Read the upper half from left to right. At first the best guess is the mean of everything. Then it is a blur of what is
-# still possible. Then one picture. The blur is not a flaw of the denoiser: it is the right answer to the question that it
-# was asked, and a trained network will show the same blur (notebook 06).
+# Read the upper half from left to right. At first the best guess is the mean of everything. Then it is a blur
+# of what is still possible. Then one picture. The blur is not a flaw of the denoiser: it is the right answer to
+# the question that it was asked, and a trained network will show the same blur (notebook 06).
 #
-# Where the denoiser is already sure, you and I still see nothing but noise. Its task is easier than ours. It need not see
-# a fox, only tell some 1,300 known points apart, and each of 3,072 numbers helps.
+# Where the denoiser is already sure, you and I still see nothing but noise. Its task is easier than ours. It
+# need not see a fox, only tell some 1,300 known points apart, and each of 3,072 numbers helps.
 #
 # Now compare the first columns. Under Stable Diffusion's schedule there is a shortlist at the very last timestep, where
 # nothing should be known. That is the leak.
@@ -459,17 +461,17 @@ viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 #
 # <details><summary>Answer</summary>
 #
-# In the largest. Shrink a noisy picture by 2: each new pixel is the mean of four, so that the noise is halved while the
-# picture stays. A noised picture of 64 pixels therefore contains one of 32, with 4 times the SNR. At 64 pixels the
-# denoiser names the right picture even at $t = 999$ in about half of the trials. There is no schedule for all sizes, and
-# this is one more reason to diffuse small latents rather than large pictures.
+# In the largest. Shrink a noisy picture by 2: each new pixel is the mean of four, so that the noise is halved
+# while the picture stays. A noised picture of 64 pixels therefore contains one of 32, with 4 times the SNR. At
+# 64 pixels the denoiser names the right picture even at $t = 999$ in about half of the trials. There is no
+# schedule for all sizes, and this is one more reason to diffuse small latents rather than large pictures.
 #
 # </details>
 
 # %%
 torch.manual_seed(0)
-probes = 48 if full else 4
-times = torch.arange(T - 1, -1, -37 if full else -333)
+probes = 96 if full else 4
+times = torch.arange(T - 1, -1, -45 if full else -333)
 
 
 def effective_number(pictures, s):
@@ -510,7 +512,7 @@ viz.curves(panels, ylabel="pictures that weigh in", log=list(panels), width=4.2,
 # %%
 torch.manual_seed(1)
 line = minisd.ExactDenoiser(toy, schedule)
-x_T = torch.erfinv(torch.linspace(-0.95, 0.95, 15)) * 2**0.5  # 15 points, spread as N(0, 1) is
+x_T = torch.erfinv(torch.linspace(-0.96, 0.96, 9)) * 2**0.5  # 9 points, spread as N(0, 1) is
 panels = {}
 for name, sampler in [("DDPM", minisd.sampling.ddpm), ("DDIM", minisd.sampling.ddim)]:
     steps = list(sampler(line, x_T, schedule, T if full else 20))
@@ -528,9 +530,9 @@ linear = schedules["linear"]
 draws = 96 if full else 8
 x_T = torch.randn(draws, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-steps = list(minisd.sampling.ddim(minisd.ExactDenoiser(data, linear), x_T[:3], linear, steps=50 if full else 5))
+steps = list(minisd.sampling.ddim(minisd.ExactDenoiser(data, linear), x_T[:2], linear, steps=50 if full else 5))
 print(f"{len(steps)} steps; step.x_t {list(steps[0].x_t.shape)}, step.x0 {list(steps[0].x0.shape)}")
-viz.trajectory(steps, pictures=(0, 1, 2))
+viz.trajectory(steps, pictures=(0, 1))
 
 # %% [markdown]
 # Pictures out of noise, and nothing was trained. In $\hat x_0$ one can watch the decision: everything, a shortlist, one
@@ -564,9 +566,9 @@ viz.strip(drawn[:28].unflatten(0, (2, 14)) if full else [drawn], size=0.64)
 #
 # <details><summary>Answer</summary>
 #
-# Too dark. The emoji mostly stand on white, and their $x_T$ have a mean of about $0.068 \cdot 0.6 = 0.04$. Pure noise has
-# a mean of 0, as only the $x_T$ of mid-grey pictures would. The denoiser does its sums right, and draws what fits. Start
-# from honest $x_T$ instead, made from pictures, and all is well.
+# Too dark. The emoji mostly stand on white, and their $x_T$ have a mean of about $0.068 \cdot 0.6 = 0.04$. Pure
+# noise has a mean of 0, as only the $x_T$ of mid-grey pictures would. The denoiser does its sums right, and
+# draws what fits. Start from honest $x_T$ instead, made from pictures, and all is well.
 #
 # </details>
 
@@ -581,9 +583,9 @@ results = {
 }
 table = [f"mean brightness of the corpus:        {data.mean():.2f}"]
 for name, pictures in results.items():
-    brightness = pictures.mean((1, 2, 3))
+    brightness, different = pictures.mean((1, 2, 3)), len(nearest(pictures)[0].unique())
     error = brightness.std() / draws**0.5  # of the mean
-    table.append(f"{name + ':':36}  {brightness.mean():.2f} ± {error:.2f}   {len(nearest(pictures)[0].unique())} different")
+    table.append(f"{name + ':':36}  {brightness.mean():.2f} ± {error:.2f}   {different} different")
 print("\n".join(table))
 viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(", ", ",\n") for n in results], size=0.64)
 
@@ -592,8 +594,8 @@ viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(",
 #
 # ## The lesson
 #
-# One last experiment. Take all foxes out of the corpus. Noise the fox *only a little*, and ask the denoiser that never saw
-# one.
+# One last experiment. Take all foxes out of the corpus. Noise the fox *only a little*, and ask the denoiser
+# that never saw one.
 
 # %%
 kept = [i for i, row in enumerate(corpus.rows) if row["concept"] != "fox"]
@@ -613,19 +615,20 @@ viz.strip(list(guesses.values()), [f"t = {t}" for t in timesteps], list(guesses)
 # %% [markdown]
 # (Error: the root mean square of the difference from the fox.)
 #
-# At $t = 5$ there is hardly any noise. A child can see the fox. The best possible denoiser *for its data* sees the nearest
-# thing that it knows. Its error would be far smaller if it returned what it was given.
+# At $t = 5$ there is hardly any noise. A child can see the fox. The best possible denoiser *for its data* sees
+# the nearest thing that it knows. Its error would be far smaller if it returned what it was given.
 #
-# **The exact optimum only recalls.** Whoever minimises the training loss perfectly has learned the training set by heart,
-# and can draw nothing else. A real network draws new things *because it cannot be exact*. It is smooth: inputs that are
-# nearly alike get answers that are nearly alike. It is built from convolutions, which judge each corner of a picture by
-# itself and by the same rules, so that it can put together corners of different pictures (Kamb & Ganguli 2024, "An
-# analytic theory of creativity in convolutional diffusion models"). And its training stops early. What it lacks to the
-# optimum is what we want from it. Where it comes too close, because the pictures are few or come too often, it does
-# recall them (Carlini et al. 2023, "Extracting Training Data from Diffusion Models").
+# **The exact optimum only recalls.** Whoever minimises the training loss perfectly has learned the training set
+# by heart, and can draw nothing else. A real network draws new things *because it cannot be exact*. It is
+# smooth: inputs that are nearly alike get answers that are nearly alike. It is built from convolutions, which
+# judge each corner of a picture by itself and by the same rules, so that it can put together corners of
+# different pictures (Kamb & Ganguli 2024, "An analytic theory of creativity in convolutional diffusion
+# models"). And its training stops early. What it lacks to the optimum is what we want from it. Where it comes
+# too close, because the pictures are few or come too often, it does recall them (Carlini et al. 2023,
+# "Extracting Training Data from Diffusion Models").
 #
-# The exact denoiser stays useful all the same. It runs every sampler before there is a network, and it tells the tests of
-# this project what the right answer is.
+# The exact denoiser stays useful all the same. It runs every sampler before there is a network, and it tells
+# the tests of this project what the right answer is.
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
@@ -635,9 +638,10 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #
 # - One step: shrink by $\sqrt{1-\beta_t}$, add noise of variance $\beta_t$. The numbers keep their size, and end in
 #   $\mathcal N(0, I)$.
-# - All steps: $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. No loop, and each picture of a batch may
-#   have a $t$ of its own.
-# - A schedule is a clock for the signal-to-noise ratio. Stable Diffusion's stops at $\sqrt{\bar\alpha_T} = 0.068$: a leak.
+# - All steps: $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. No loop, and each picture of
+#   a batch may have a $t$ of its own.
+# - A schedule is a clock for the signal-to-noise ratio. Stable Diffusion's stops at
+#   $\sqrt{\bar\alpha_T} = 0.068$: a leak.
 # - Whoever knows $x_0$ can step back exactly. A model puts a guess in its place.
 # - The best guess is a weighted mean of the training pictures. It can draw, but only what it has seen.
 #

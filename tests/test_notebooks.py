@@ -77,8 +77,8 @@ def test_both_files_hold_the_same_cells(source):
     difference = difflib.unified_diff(
         as_lines(notebook), as_lines(jupytext.read(source)), pair.name, source.name, lineterm=""
     )
-    difference = "\n".join(difference)
-    assert not difference, f"{pair.name} was made from another source. {how_to_make(source)}\n{difference}"
+    if difference := "\n".join(difference):
+        pytest.fail(f"{pair.name} was made from another source. {how_to_make(source)}\n{difference}", pytrace=False)
     # `jupytext --sync` and `--update` bring new code in and keep the old figure under it.
     same = notebook.metadata.get("made_from") == code_hash(notebook)
     assert same, f"the code of {pair.name} has changed since its figures were drawn. {how_to_make(source)}"
