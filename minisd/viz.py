@@ -65,13 +65,13 @@ def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scal
 
 
 def strip(
-    rows: Sequence[Float[Tensor, "n c h w"]] | Float[Tensor, "r n c h w"],
+    rows: Sequence[Float[Tensor, "_ c _ _"]] | Float[Tensor, "r n c h w"],
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     notes: Sequence[Sequence[str]] | None = None,
     size: float = 0.96,
 ) -> "Figure":
-    """Rows of pictures in [-1, 1].
+    """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
     titles: one above each column; labels: one left of each row; notes: for each row, one under each picture, or [].
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from minisd.attention import CrossAttention
+from minisd.attention import CrossAttention, SpatialTransformer
 from minisd.unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample, timestep_embedding
 
 COMPVIS = UNetConfig(
@@ -102,6 +103,15 @@ def test_stable_diffusion_v1_has_860_million_parameters():
     with torch.device("meta"):
         unet = UNetModel()
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+
+
+def test_the_norms_have_the_epsilons_of_the_checkpoint():
+    """1e-6 in front of a SpatialTransformer, 1e-5 elsewhere: too little to show in an output of random weights."""
+    unet = UNetModel(COMPVIS)
+    norms = {name: layer.eps for name, layer in unet.named_modules() if isinstance(layer, nn.GroupNorm | nn.LayerNorm)}
+    before_transformers = {f"{name}.norm" for name, layer in unet.named_modules() if isinstance(layer, SpatialTransformer)}
+    assert len(before_transformers) == 7
+    assert norms == {name: 1e-6 if name in before_transformers else 1e-5 for name in norms}
 
 
 def test_heads_by_number_or_by_width():

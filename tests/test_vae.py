@@ -84,6 +84,11 @@ def test_stable_diffusion_v1_has_84_million_parameters():
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
 
 
+def test_the_norms_have_the_epsilon_of_the_checkpoint(vae):
+    """1e-6 throughout: too little to show in an output of random weights."""
+    assert {layer.eps for layer in vae.modules() if isinstance(layer, torch.nn.GroupNorm)} == {1e-6}
+
+
 @pytest.mark.parametrize("config", [
     AutoencoderConfig(ch=32, ch_mult=(1,), num_res_blocks=1),
     AutoencoderConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1),

@@ -106,10 +106,12 @@ def test_strip_shows_every_picture_where_it_belongs(viz, pictures):
     assert is_closed(figure)  # or a notebook would draw it twice
 
 
-def test_strip_takes_rows_of_different_lengths_and_pictures_that_are_not_square(viz):
-    figure = viz.strip([torch.zeros(3, 3, 4, 8), torch.zeros(1, 3, 4, 8)], size=1.0)
+@pytest.mark.parametrize("upper", [True, False])  # whichever of the two comes first
+def test_strip_takes_rows_that_differ(viz, upper):
+    long, square = torch.zeros(3, 3, 4, 8), torch.zeros(1, 3, 16, 16)
+    figure = viz.strip([long, square] if upper else [square, long], size=1.0)
     assert len(figure.axes) == 4
-    box = figure.axes[0].get_window_extent()
+    box = figure.axes[0 if upper else 1].get_window_extent()
     assert box.width == pytest.approx(2 * box.height) == pytest.approx(100)  # one inch at 100 dpi
 
 
