@@ -20,7 +20,7 @@ PROMPTS = [
     "a rocket, noto style",
     "a sunflower, emojione style",
     "a crying face, noto blob style",
-    "a red car, fluent flat style",
+    "an automobile, fluent flat style",
     "a snowman, noto style",
 ]
 
@@ -42,7 +42,7 @@ def guidance(sd: minisd.LatentDiffusion) -> None:
 
 def learning(sd: minisd.LatentDiffusion) -> None:
     """The tiny model after 100, 1,000 and 10,000 steps, from the same noise."""
-    prompts = ["a red circle", "two blue squares", "a yellow star", "three green triangles"]
+    prompts = ["a red circle", "two blue squares", "a purple star", "three green triangles"]
     folder = minisd.checkpoint.SHIPPED / "tiny"
     rows = []
     for name in ("after_000100_steps.safetensors", "after_001000_steps.safetensors", "model.safetensors"):
@@ -54,11 +54,11 @@ def learning(sd: minisd.LatentDiffusion) -> None:
 def curves(run: Path) -> None:
     """Loss over steps of the three trainings."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    for axis, (name, what) in zip(
-        axes, {"clip": "contrastive loss", "vae": "reconstruction |x - x̂|", "unet": "weighted ε loss"}.items(), strict=True
-    ):
+    losses = {"clip": "contrastive loss", "vae": "reconstruction |x - x̂|", "unet": "weighted ε loss"}
+    for axis, (name, what) in zip(axes, losses.items(), strict=True):
         lines = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
-        axis.plot([line["step"] for line in lines], [line.get("rec", line["loss"]) for line in lines], lw=1, color="#0072B2")
+        steps, values = [line["step"] for line in lines], [line.get("rec", line["loss"]) for line in lines]
+        axis.plot(steps, values, lw=1, color="#0072B2")
         axis.set(title=name, xlabel="step", ylabel=what, yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(PICTURES / f"{run.name}_curves.png", dpi=100)

@@ -8,8 +8,8 @@ Each stage is a module of its own, in this order: noising, loss, unet (with atte
 latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz, cli.
 """
 
-from . import sampling
-from .attention import CrossAttention, SpatialTransformer, attention
+from . import data, sampling, viz
+from .attention import CrossAttention, SpatialTransformer
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
 from .latent_diffusion import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, Trajectory
@@ -25,6 +25,6 @@ __all__ = [
     "PRESETS", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig", "CLIPTextModel",
     "CLIPVisionConfig", "CheckpointError", "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser",
     "FrozenCLIPEmbedder", "Guided", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule", "SpatialTransformer",
-    "Step", "Trajectory", "UNetConfig", "UNetModel", "attention", "classifier_free_guidance", "epsilon_loss", "load",
-    "load_clip", "sampling", "save", "text_dropout", "v_loss", "x0_loss",
+    "Step", "Trajectory", "UNetConfig", "UNetModel", "classifier_free_guidance", "data", "epsilon_loss",
+    "load", "load_clip", "sampling", "save", "text_dropout", "v_loss", "viz", "x0_loss",
 ]  # fmt: skip

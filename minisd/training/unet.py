@@ -114,7 +114,7 @@ def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 
 
 
 def _draw(recipe: UNetRecipe, sd: LatentDiffusion, forms: int, moments_shape: torch.Size, generator: torch.Generator):
-    """All that is random in a step, for the whole batch, on the CPU: the same on every device, in any number of them."""
+    """All that is random in a step, for the whole batch, drawn on the CPU: the same on every device, and on many."""
     b, (two_c, h, w) = recipe.batch_size, moments_shape[1:]
     form = torch.randint(forms, (b,), generator=generator)
     t = torch.randint(sd.schedule.timesteps, (b,), generator=generator)

@@ -3,8 +3,8 @@
     loss = Σ |x - x̂| + kl_weight · KL(q(z given x) ‖ N(0, I))          (divided by the numbers in a picture)
 
 The KL term is tiny (1e-6 in Stable Diffusion, 1e-3 here): it only keeps the latents from drifting off, and the
-reconstruction is what matters. At the end the latent scale factor is measured: 1 / std of the training pictures' latents
-(0.18215 for Stable Diffusion's own), so that the diffusion model sees data of variance one.
+reconstruction is what matters. At the end the latent scale factor is measured: 1 / std of the latents (0.18215 for
+Stable Diffusion's own), so that the diffusion model sees data of variance one.
 """
 
 from dataclasses import asdict, dataclass
