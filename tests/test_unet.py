@@ -109,7 +109,8 @@ def test_the_norms_have_the_epsilons_of_the_checkpoint():
     """1e-6 in front of a SpatialTransformer, 1e-5 elsewhere: too little to show in an output of random weights."""
     unet = UNetModel(COMPVIS)
     norms = {name: layer.eps for name, layer in unet.named_modules() if isinstance(layer, nn.GroupNorm | nn.LayerNorm)}
-    before_transformers = {f"{name}.norm" for name, layer in unet.named_modules() if isinstance(layer, SpatialTransformer)}
+    transformers = [name for name, layer in unet.named_modules() if isinstance(layer, SpatialTransformer)]
+    before_transformers = {f"{name}.norm" for name in transformers}
     assert len(before_transformers) == 7
     assert norms == {name: 1e-6 if name in before_transformers else 1e-5 for name in norms}
 
