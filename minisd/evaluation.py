@@ -60,8 +60,13 @@ def evaluate(
 
     Returns the scores of the training captions and of the held-out pairs, and for each of the two splits the drawings
     and the real pictures, both [n 3 h w].
+
+    Raises:
+        ValueError: the corpus does not say which concepts its pictures show, or has no held-out pairs.
     """
     train = CaptionedPictures(folder, size=sd.config.image_size, split="train")
+    if not all("concept" in row for row in train.rows):
+        raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do")
     library = features(train.batch(torch.arange(len(train))))
     concepts = np.array([row["concept"] for row in train.rows])
     scores, drawings = [], {}

@@ -74,3 +74,11 @@ def test_the_nearest_picture_is_found(corpus):
     index, distance = evaluation.find_nearest(library[[4, 7]] + 0.01, library)
     assert index.tolist() == [4, 7]
     assert torch.allclose(distance, torch.full((2,), 0.01), atol=1e-3)
+
+
+def test_a_corpus_that_names_no_concepts_is_refused(corpus, tmp_path):
+    CaptionedPictures(corpus, size=32)  # that one does
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a fox"}\n')
+    np.save(tmp_path / "pictures.npy", np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="must name a concept"):
+        evaluation.evaluate(Oracle(lambda caption: None), tmp_path)

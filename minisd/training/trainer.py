@@ -236,6 +236,15 @@ class Trainer:
         for name, weight in state["ema"].items():
             self.ema.weights[name].copy_(weight)
         self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
+        self._forget_later_lines()
+
+    def _forget_later_lines(self) -> None:
+        """Steps after the checkpoint will be made, and logged, again."""
+        log = self.folder / "log.jsonl"
+        if log.exists() and self.engine.is_main_process:
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            log.write_text("".join(kept), encoding="utf-8")
 
 
 _MAY_CHANGE = {"log_every", "sample_every", "save_every"}  # what may differ between a run and its continuation
