@@ -113,10 +113,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         # only a zip can be mapped into memory; PyTorch before 1.6 wrote none
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        what = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in str(error) else "something else"
+        if "GLOBAL " not in str(error):
+            raise CheckpointError(f"{path} was not read: it is broken, or no checkpoint at all") from None
+        what = str(error).split("GLOBAL ")[-1].split(" ")[0]
         raise CheckpointError(
-            f"{path} was not read: it is broken, or holds more than tensors ({what}), and could run a program on being "
-            "read; ask for it as .safetensors"
+            f"{path} was not read: it holds more than tensors ({what}), and could run a program on being read; ask for it "
+            "as .safetensors"
         ) from None
     except (
         RuntimeError,
