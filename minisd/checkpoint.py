@@ -117,8 +117,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} was not read: it is broken, or no checkpoint at all") from None
         what = str(error).split("GLOBAL ")[-1].split(" ")[0]
         raise CheckpointError(
-            f"{path} was not read: it holds more than tensors ({what}), and could run a program on being read; ask for it "
-            "as .safetensors"
+            f"{path} was not read: it holds more than tensors ({what}), and could run a program on being read; "
+            "ask for it as .safetensors"
         ) from None
     except (
         RuntimeError,
