@@ -1,17 +1,13 @@
 """The forward process: against CompVis's numbers, Bayes' rule worked out once more, and brute force."""
 
-from pathlib import Path
-
 import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from minisd.noising import ExactDenoiser, NoiseSchedule, extract_into_tensor
 
-FIXTURES = Path(__file__).parent / "fixtures"
 SCHEDULES = {
     "scaled_linear": NoiseSchedule.scaled_linear(),
     "linear": NoiseSchedule.linear(),
@@ -23,8 +19,8 @@ seeds = st.integers(0, 2**31)
 
 
 @pytest.fixture(scope="module")
-def compvis():
-    return load_file(FIXTURES / "schedules.safetensors")
+def compvis(load_fixture):
+    return load_fixture("schedules")[0]
 
 
 @pytest.fixture
@@ -88,8 +84,8 @@ def test_buffers_equal_compvis(compvis, name):
     torch.testing.assert_close(buffer, compvis[f"ddpm_{name}"], atol=0, rtol=1e-6)
 
 
-def test_q_sample_equals_compvis():
-    f = load_file(FIXTURES / "samplers_compvis.safetensors")
+def test_q_sample_equals_compvis(load_fixture):
+    f, _ = load_fixture("samplers_compvis")
     x_t = NoiseSchedule.scaled_linear().q_sample(f["loss.x_start"], f["loss.t"], f["loss.noise"])
     torch.testing.assert_close(x_t, f["loss.q_sample"], atol=1e-6, rtol=0)
 

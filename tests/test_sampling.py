@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from minisd import sampling
 from minisd.noising import ExactDenoiser, NoiseSchedule
@@ -33,13 +32,8 @@ DETERMINISTIC = {"ddim": ddim, "plms": plms, "dpmpp_2m": dpmpp_2m}
 
 
 @pytest.fixture(scope="module")
-def compvis():
-    return load_file(FIXTURES / "samplers_compvis.safetensors")
-
-
-@pytest.fixture(scope="module")
-def diffusers():
-    return pytest.importorskip("diffusers")
+def compvis(load_fixture):
+    return load_fixture("samplers_compvis")[0]
 
 
 # -- eps_models --------------------------------------------------------------------------------------------
@@ -243,8 +237,8 @@ def test_dpmpp_2m_without_lower_order_final_equals_diffusers(diffusers):
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])
-def test_leading_timesteps_equal_compvis(steps):
-    theirs = load_file(FIXTURES / "schedules.safetensors")[f"compvis_ddim_ts_{steps}"]
+def test_leading_timesteps_equal_compvis(steps, load_fixture):
+    theirs = load_fixture("schedules")[0][f"compvis_ddim_ts_{steps}"]
     assert make_timesteps(steps, 1000) == theirs.flip(0).tolist()
 
 
