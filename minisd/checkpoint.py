@@ -13,6 +13,8 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -140,16 +142,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_weights(state: dict[str, Tensor], path: str | Path) -> None:
-    """Write a `.safetensors` file: under another name first, then renamed, so that no half file is left behind."""
-    path = Path(path)
+    """Write a `.safetensors` file whole."""
+    with written_whole(Path(path)) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, unfinished)
+
+
+@contextmanager
+def written_whole(path: Path, before: str = "what was there before") -> Iterator[Path]:
+    """Gives another name to write to, and renames it to `path` once that is done: no half file is left behind.
+
+    Raises:
+        OSError: it could not be written; what stood at `path`, which the message calls `before`, still stands there.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, unfinished)
+        yield unfinished
         os.replace(unfinished, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
         unfinished.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({error}); what was there before is untouched") from error
+        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
 
 
 def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,10 +233,8 @@ def read_json(path: Path) -> dict:
 
 def write_json(content: dict, path: Path) -> None:
     """Write a JSON file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(path: str | Path) -> str:

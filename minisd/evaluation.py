@@ -11,7 +11,6 @@ draw a thing it knows in a style that it never saw it in.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import write_json
 from .data import CaptionedPictures
 from .latent_diffusion import LatentDiffusion
 from .viz import save_sheet
@@ -67,11 +67,12 @@ def evaluate(
     train = CaptionedPictures(folder, size=sd.config.image_size, split="train")
     if not all("concept" in row for row in train.rows):
         raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do")
+    # both before anything is drawn: a corpus without held-out pairs is to be known of at once
+    splits = {"train": train, "test_pair": CaptionedPictures(folder, size=sd.config.image_size, split="test_pair")}
     library = features(train.batch(torch.arange(len(train))))
     concepts = np.array([row["concept"] for row in train.rows])
     scores, drawings = [], {}
-    for split in ("train", "test_pair"):
-        data = CaptionedPictures(folder, size=sd.config.image_size, split=split)
+    for split, data in splits.items():
         chosen = choose(data.rows, count)
         rows = [data.rows[i] for i in chosen]
         asked = np.array([row["concept"] for row in rows])
@@ -134,9 +135,8 @@ def report(result: tuple[list[ConceptScore], dict], options: dict, folder: str |
     if folder is None:
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"options": options, "scores": [asdict(s) | {"score": s.score} for s in scores]}
-    (folder / "scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, folder / "scores.json")
     for split, (drawn, real) in drawings.items():
         rows = [torch.cat([drawn[k : k + 16], real[k : k + 16]]) for k in range(0, min(64, len(drawn)), 16)]
         save_sheet(torch.cat(rows), folder / f"{split}.png", columns=16)

@@ -13,7 +13,6 @@ interrupted goes on exactly as if it had not been, and several processes draw wh
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint import written_whole
 from .engine import SingleDevice
 
 
@@ -196,7 +196,7 @@ class Trainer:
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write the checkpoint whole, under another name first: the one that was there stays good until the end."""
+        """Write the checkpoint: the one that was there stays good until this one is whole."""
         if not self.engine.is_main_process:
             return
         state = {
@@ -208,15 +208,8 @@ class Trainer:
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
         }
-        unfinished = self.checkpoint.with_suffix(".unfinished")
-        try:
+        with written_whole(self.checkpoint, before="the checkpoint before it") as unfinished:
             torch.save(state, unfinished)
-            os.replace(unfinished, self.checkpoint)
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            unfinished.unlink(missing_ok=True)
-            raise OSError(
-                f"could not write {self.checkpoint} ({error}); the checkpoint before it is untouched"
-            ) from error
 
     def _resume(self) -> None:
         try:

@@ -64,14 +64,12 @@ def train_unet(
     loss_of = LOSSES[sd.config.parameterization]
     for step in trainer.steps():
         indices, draw = trainer.batch(len(data)), trainer.generator()
-        form, t, forget, noise, encoder_noise = (
-            trainer.shard(whole).to(engine.device)
-            for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)
-        )
+        drawn = [trainer.shard(whole) for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)]
+        form, (t, forget, noise, encoder_noise) = drawn[0], (part.to(engine.device) for part in drawn[1:])
         # z = scale · sample of q(z given x): get_first_stage_encoding, from moments that are already there
         mean, logvar = moments[indices].to(engine.device).chunk(2, dim=1)
         z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)
-        context = text_dropout(contexts[indices, form.cpu()].to(engine.device), empty, forget)
+        context = text_dropout(contexts[indices, form].to(engine.device), empty, forget)
         with engine.autocast():
             loss = loss_of(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
         trainer.update(loss)
