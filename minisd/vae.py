@@ -9,6 +9,7 @@ Source: Kingma & Welling 2013 (arXiv:1312.6114); Esser et al. 2021 (arXiv:2012.0
 (arXiv:2112.10752), section 3.1; CompVis `ldm/models/autoencoder.py`, `ldm/modules/diffusionmodules/model.py`.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,33 @@ class AutoencoderConfig:
     num_res_blocks: int = 2  # ResnetBlocks a level in the encoder (one more in the decoder)
     z_channels: int = 4  # channels between the convolutions
     embed_dim: int = 4  # channels of the latent
+    double_z: bool = True  # the encoder says two numbers for each of z_channels: a mean and a log variance
+    resolution: int = 256  # side of the pictures it was made for; only attn_resolutions is counted from it
+    attn_resolutions: tuple[int, ...] = ()  # self-attention where the map of such a picture has this side; SD v1: none
+
+    def __post_init__(self):
+        sides = [self.resolution // 2**level for level in range(len(self.ch_mult))]
+        unmet = [side for side in self.attn_resolutions if side not in sides]
+        if unmet:
+            raise ValueError(f"attn_resolutions has {unmet[0]}, but the maps have the sides {sides}: choose among them")
 
     @property
     def downsampling(self) -> int:
         """f: how many pixels of the picture, along each side, a pixel of the latent stands for (8 in SD v1)."""
         return 2 ** (len(self.ch_mult) - 1)
+
+    def attends(self, level: int) -> bool:
+        """Whether there is self-attention at this level, counted from the full resolution."""
+        return self.resolution // 2**level in self.attn_resolutions
+
+
+def nonlinearity(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """x · sigmoid(x) (SiLU, or swish), of a fresh x: where no gradient will ask for it, its memory is used again.
+
+    The maps at full resolution are what drawing a picture costs in memory (134 MB each in SD v1, at 512x512), and
+    this saves one.
+    """
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -51,13 +74,14 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        # `h` names the normalised map as soon as there is one: the map before is let go while conv2 runs.
+        h = self.norm2(self.conv1(nonlinearity(self.norm1(x))))
+        h = self.conv2(nonlinearity(h))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over the pixels with one head, at the bottom of the VAE. CompVis `model.py: AttnBlock`."""
+    """Self-attention over the pixels, with one head. CompVis `model.py: AttnBlock`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -69,7 +93,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        # contiguous: over strided tensors the CPU falls back to the kernel that holds the whole (h w) x (h w) table
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         out = rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[-2])
         return x + self.proj_out(out)
 
@@ -97,26 +122,37 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: its ResnetBlocks, and the step to the next (`downsample` or `upsample`), if there is one."""
+    """One resolution: its layers, in the order in which they run.
+
+    They are each ResnetBlock, with its attention after it where there is one; then the step to the next resolution,
+    `downsample` or `upsample`, where there is one. Whoever runs them does so one by one: to call a level as a whole
+    would keep the map that goes in alive until the level is done.
+    """
 
     def __init__(
-        self, blocks: list[ResnetBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None
+        self,
+        blocks: list[ResnetBlock],
+        attn: list[AttnBlock],
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
     ):
         super().__init__()
         self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attn)  # one a block, or none at all
         if downsample is not None:
             self.downsample = downsample
         if upsample is not None:
             self.upsample = upsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+    def __iter__(self) -> Iterator[nn.Module]:
+        for j, block in enumerate(self.block):
+            yield block
+            if self.attn:
+                yield self.attn[j]
         if hasattr(self, "downsample"):
-            x = self.downsample(x)
+            yield self.downsample
         if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+            yield self.upsample
 
 
 class Middle(nn.Module):
@@ -133,7 +169,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture → the 2 × z_channels numbers (mean and log variance) of each pixel of the latent."""
+    """Picture → the numbers of each pixel of the latent: 2 × z_channels (mean and log variance) if `double_z`."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -143,18 +179,20 @@ class Encoder(nn.Module):
         c = config.ch
         for i, width in enumerate(widths):
             blocks = [ResnetBlock(c if j == 0 else width, width) for j in range(config.num_res_blocks)]
-            self.down.append(Level(blocks, downsample=Downsample(width) if i < len(widths) - 1 else None))
+            attn = [AttnBlock(width) for _ in blocks if config.attends(i)]
+            self.down.append(Level(blocks, attn, downsample=Downsample(width) if i < len(widths) - 1 else None))
             c = width
         self.mid = Middle(c)
         self.norm_out = nn.GroupNorm(32, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 2 * config.z_channels, 3, padding=1)  # `double_z`: mean and log variance
+        self.conv_out = nn.Conv2d(c, (2 if config.double_z else 1) * config.z_channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b two_z h w"]:
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b z h w"]:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            for layer in level:
+                h = layer(h)
         h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -169,17 +207,19 @@ class Decoder(nn.Module):
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             blocks = [ResnetBlock(c if j == 0 else width, width) for j in range(config.num_res_blocks + 1)]
-            levels.append(Level(blocks, upsample=Upsample(width) if i > 0 else None))
+            attn = [AttnBlock(width) for _ in blocks if config.attends(i)]
+            levels.append(Level(blocks, attn, upsample=Upsample(width) if i > 0 else None))
             c = width
         self.up = nn.ModuleList(reversed(levels))  # numbered from the full resolution: up.0 runs last
         self.norm_out = nn.GroupNorm(32, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, config.out_ch, 3, padding=1)
 
-    def forward(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b 3 H W"]:
+    def forward(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c H W"]:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            for layer in level:
+                h = layer(h)
+        return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
 class DiagonalGaussianDistribution:
@@ -217,15 +257,123 @@ class DiagonalGaussianDistribution:
         return 0.5 * (log_two_pi + self.logvar + (sample - self.mean) ** 2 / self.var).sum(dim=(1, 2, 3))
 
 
-class AutoencoderKL(nn.Module):
+class FirstStage(nn.Module):
+    """What the first stages share: both ways between picture and latent, in smaller parts where memory is short.
+
+    Slicing takes one picture of a batch after the other: the numbers stay what they are.
+
+    Tiling cuts each picture into overlapping squares, one after the other, and fades each into the next. It saves
+    memory: the maps are only as large as a tile, so that SD v1 decodes any size in about the memory of 256x256. It
+    costs time (at 512x512 half as much again, as tiles overlap) and truth: GroupNorm measures mean and variance, and
+    the attention looks around, within one tile alone. Colours may drift from tile to tile, and a faint seam may show:
+    the picture is near the whole one, not equal to it.
+
+    Same tiles and same fading as diffusers' `AutoencoderKL.enable_tiling`.
+    """
+
+    tiling: tuple[int, int] | None = None  # side of a tile and width of an overlap, in pixels of the latent
+    slicing: bool = False
+
+    def enable_tiling(self, tile_size: int = 256, overlap: float = 0.25) -> None:
+        """Encode and decode what is larger than `tile_size` pixels in tiles of that side.
+
+        Args:
+            tile_size: pixels of the picture, a multiple of the downsampling factor.
+            overlap: the part of a tile that its neighbour computes too, between 0 and 1 (1 excluded).
+
+        Raises:
+            ValueError: another tile_size or overlap.
+        """
+        f = self.config.downsampling
+        if tile_size < f or tile_size % f:
+            raise ValueError(f"tile_size must be a positive multiple of {f} pixels, not {tile_size}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must be a part of a tile, at least 0 and less than 1, not {overlap}")
+        self.tiling = tile_size // f, int(tile_size // f * overlap)
+
+    def disable_tiling(self) -> None:
+        """Encode and decode each picture as a whole again."""
+        self.tiling = None
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one picture of a batch after the other."""
+        self.slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a batch as a whole again."""
+        self.slicing = False
+
+    def _encode(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
+        f = self.config.downsampling
+        if x.shape[-2] % f or x.shape[-1] % f:
+            raise ValueError(f"height and width of a picture must be divisible by {f}, not {x.shape[-2]}x{x.shape[-1]}")
+        return self._in_parts(lambda part: self.quant_conv(self.encoder(part)), x, scale_in=f, scale_out=1)
+
+    def _decode(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
+        f = self.config.downsampling
+        return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), z, scale_in=1, scale_out=f)
+
+    def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
+        """network(x), or the same in slices and tiles. `scale_…`: pixels, there, of one pixel of the latent."""
+
+        def run(part: Tensor) -> Tensor:
+            if self.tiling is None or max(part.shape[-2:]) <= self.tiling[0] * scale_in:
+                return network(part)
+            tile, overlap = self.tiling
+            return in_tiles(network, part, tile * scale_in, overlap * scale_in, tile * scale_out, overlap * scale_out)
+
+        return torch.cat([run(part) for part in x.split(1)]) if self.slicing and len(x) > 1 else run(x)
+
+
+def in_tiles(
+    network: Callable[[Tensor], Tensor], x: Float[Tensor, "b c h w"], tile: int, overlap: int, tile_out: int,
+    overlap_out: int,
+) -> Float[Tensor, "b c2 h2 w2"]:  # fmt: skip
+    """network(x), a square of side `tile` at a time, row by row; each fades in over the one above and the one before.
+
+    `tile_out`, `overlap_out`: side and overlap of what the network makes of a tile.
+    """
+    step, keep = tile - overlap, tile_out - overlap_out
+    rows, above = [], []
+    for i in range(0, x.shape[-2], step):
+        row = []
+        for j in range(0, x.shape[-1], step):
+            out = network(x[..., i : i + tile, j : j + tile])
+            if above:
+                out = fade(above[len(row)], out, overlap_out, dim=-2)
+            if row:
+                out = fade(row[-1], out, overlap_out, dim=-1)
+            row.append(out)
+        rows.append(torch.cat([out[..., :keep, :keep] for out in row], dim=-1))
+        above = row
+    return torch.cat(rows, dim=-2)
+
+
+def fade(
+    a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h2 w2"], extent: int, dim: int
+) -> Float[Tensor, "b c h2 w2"]:
+    """b, but along `dim` its pixels k < extent are (1 - k / extent) · the last ones of a + (k / extent) · its own."""
+    extent = min(a.shape[dim], b.shape[dim], extent)  # the tiles at the edge may be smaller than an overlap
+    weight = torch.arange(extent, dtype=b.dtype, device=b.device) / max(extent, 1)
+    weight = weight if dim == -1 else weight[:, None]
+    end, start = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
+    return torch.cat([torch.lerp(end, start, weight), b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
+
+
+class AutoencoderKL(FirstStage):
     """The VAE of Stable Diffusion: `encode` gives a distribution, `decode` a picture.
 
     Pictures have values in [-1, 1]. The latents are *not* scaled here: `LatentDiffusion.scale_factor` does that.
     CompVis `autoencoder.py: AutoencoderKL`.
+
+    Raises:
+        ValueError: a config without `double_z`, which leaves no room for the variance.
     """
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
         super().__init__()
+        if not config.double_z:
+            raise ValueError("AutoencoderKL needs double_z=True, for mean and log variance; VQModel needs False")
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -238,14 +386,11 @@ class AutoencoderKL(nn.Module):
         Raises:
             ValueError: a height or width that is not divisible by the downsampling factor (8 in SD v1).
         """
-        f = self.config.downsampling
-        if x.shape[-2] % f or x.shape[-1] % f:
-            raise ValueError(f"height and width of a picture must be divisible by {f}, not {x.shape[-2]}x{x.shape[-1]}")
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        return DiagonalGaussianDistribution(self._encode(x))
 
     def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Latent → picture, in about [-1, 1] (clamp before showing it)."""
-        return self.decoder(self.post_quant_conv(z))
+        return self._decode(z)
 
     def forward(
         self, x: Float[Tensor, "b 3 H W"], sample_posterior: bool = True, generator: torch.Generator | None = None
@@ -254,3 +399,43 @@ class AutoencoderKL(nn.Module):
         posterior = self.encode(x)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z), posterior
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """What `IdentityFirstStage` is: the face of a config that every first stage shows."""
+
+    in_channels: int = 3  # RGB
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the latent: those of the picture."""
+        return self.in_channels
+
+    @property
+    def downsampling(self) -> int:
+        """A pixel of the latent stands for one of the picture."""
+        return 1
+
+
+class IdentityFirstStage(FirstStage):
+    """No autoencoder at all: the latent is the picture, and diffusion works on pixels, as in DDPM.
+
+    It has no weights, and tiling and slicing change nothing. CompVis `autoencoder.py: IdentityFirstStage`.
+    """
+
+    def __init__(self, config: IdentityConfig = IdentityConfig()):
+        super().__init__()
+        self.config = config
+
+    def encode(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """The picture itself."""
+        return x
+
+    def decode(self, z: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """The latent itself."""
+        return z
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """The picture itself."""
+        return x

@@ -1,4 +1,7 @@
-"""The autoencoder: equal to diffusers', and its distribution to that of torch.distributions."""
+"""The autoencoder: equal to diffusers', whole and in tiles, and its distribution to that of torch.distributions."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from minisd.vae import AttnBlock, AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, Downsample
+from minisd.vae import (
+    AttnBlock,
+    AutoencoderConfig,
+    AutoencoderKL,
+    DiagonalGaussianDistribution,
+    Downsample,
+    Encoder,
+    IdentityConfig,
+    IdentityFirstStage,
+    in_tiles,
+)
 
 SMALL = AutoencoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=4, embed_dim=4)
 seeds = st.integers(0, 2**31)
@@ -32,10 +45,21 @@ def theirs(diffusers, vae):
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=2,
+        sample_size=32,  # its tiles have this side
     ).eval()
     state = {f"first_stage_model.{name}": w.clone() for name, w in vae.state_dict().items()}
     model.load_state_dict(diffusers.loaders.single_file_utils.convert_ldm_vae_checkpoint(state, model.config))
     return model
+
+
+@pytest.fixture
+def tiled(vae, theirs):
+    """Both, in tiles of 32 pixels."""
+    vae.enable_tiling(tile_size=32)
+    theirs.enable_tiling()
+    yield vae, theirs
+    vae.disable_tiling()
+    theirs.disable_tiling()
 
 
 # -- against diffusers ---------------------------------------------------------------------------------------------
@@ -75,6 +99,168 @@ def test_gradients_equal_diffusers(vae, theirs):
     torch.testing.assert_close(*gradients, atol=2e-6, rtol=2e-5)
 
 
+@torch.no_grad()
+def test_attention_between_the_blocks_equals_diffusers(diffusers, randomise):
+    """At the second of three levels, whose map has side 16 in a picture of side 32."""
+    ours = randomise(AutoencoderKL(replace(SMALL, num_res_blocks=1, resolution=32, attn_resolutions=(16,))))
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    ).eval()
+    reader = diffusers.loaders.single_file_utils
+    ldm = {name: w.clone() for name, w in ours.state_dict().items()}
+    between = [name for name in ldm if ".attn." in name]  # its reader of whole checkpoints does not know these
+    assert {name.split(".attn.")[0] for name in between} == {"encoder.down.1", "decoder.up.1"}
+    state = {f"first_stage_model.{name}": w for name, w in ldm.items() if name not in between}
+    state = reader.convert_ldm_vae_checkpoint(state, theirs.config)
+    for half, step in (("encoder", "down"), ("decoder", "up")):
+        names = {"old": f"{half}.{step}.1.attn", "new": f"{half}.{step}_blocks.1.attentions"}
+        reader.update_vae_attentions_ldm_to_diffusers([n for n in between if n.startswith(half)], state, ldm, names)
+    theirs.load_state_dict(state)
+
+    x, z = draw(1, 1, 3, 16, 24), draw(2, 1, 4, 4, 6)
+    torch.testing.assert_close(ours.encode(x).mean, theirs.encode(x).latent_dist.mean, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, atol=2e-5, rtol=0)
+
+
+# -- in parts --------------------------------------------------------------------------------------------------------
+
+
+SIZES = pytest.mark.parametrize("h, w", [(16, 16), (8, 20), (13, 9), (8, 5), (14, 12)])  # in pixels of the latent
+
+
+@SIZES
+@torch.no_grad()
+def test_tiled_decode_equals_diffusers(tiled, h, w):
+    """Tiles of 8 that overlap by 2; the last of a row may be small; the last but one may reach the edge already."""
+    ours, theirs = tiled
+    z = draw(1, 2, 4, h, w)
+    out = ours.decode(z)
+    assert out.shape == (2, 3, 4 * h, 4 * w)
+    torch.testing.assert_close(out, theirs.decode(z).sample, atol=2e-5, rtol=0)
+
+
+@SIZES
+@torch.no_grad()
+def test_tiled_encode_equals_diffusers(tiled, h, w):
+    ours, theirs = tiled
+    x = draw(1, 2, 3, 4 * h, 4 * w)
+    posterior, expected = ours.encode(x), theirs.encode(x).latent_dist
+    assert posterior.mean.shape == (2, 4, h, w)
+    torch.testing.assert_close(posterior.mean, expected.mean, atol=2e-5, rtol=0)
+    torch.testing.assert_close(posterior.logvar, expected.logvar, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_fits_in_a_tile_is_not_cut(vae):
+    x, z = draw(1, 1, 3, 32, 20), draw(2, 1, 4, 5, 8)
+    whole = vae.encode(x).mean, vae.decode(z)
+    larger = draw(2, 1, 4, 5, 9)
+    large = vae.decode(larger)
+    vae.enable_tiling(tile_size=32)
+    assert torch.equal(vae.encode(x).mean, whole[0]) and torch.equal(vae.decode(z), whole[1])
+    assert not torch.allclose(vae.decode(larger), large, atol=1e-2)
+    vae.disable_tiling()
+    assert torch.equal(vae.decode(larger), large)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    tile=st.integers(1, 8),
+    scale=st.integers(1, 3),
+    data=st.data(),
+)
+def test_tiles_of_what_sees_only_its_pixel_make_the_whole(size, tile, scale, data):
+    """Whatever the sizes, every pixel is there once, at its place, and the weights of the fading sum to one."""
+    overlap = data.draw(st.integers(0, tile - 1))
+    x = draw(0, 1, 2, *size).double()
+
+    def repeat(part):
+        return part.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+    out = in_tiles(repeat, x, tile, overlap, tile * scale, overlap * scale)
+    torch.testing.assert_close(out, repeat(x), atol=1e-12, rtol=0)
+
+
+def test_gradients_pass_through_tiles(tiled):
+    gradients = []
+    for model in tiled:
+        z = draw(1, 1, 4, 10, 10).requires_grad_()
+        out = model.decode(z)
+        loss = (out if model is tiled[0] else out.sample).square().mean()
+        gradients.append(torch.autograd.grad(loss, z)[0])
+    assert gradients[1].abs().max() > 1e-4
+    torch.testing.assert_close(*gradients, atol=2e-6, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_slicing_changes_no_number_and_takes_one_picture_at_a_time(vae):
+    x, z = draw(1, 3, 3, 16, 16), draw(2, 3, 4, 4, 4)
+    mean, decoded = vae.encode(x).mean, vae.decode(z)
+    sizes, halves = [], (vae.encoder, vae.decoder)
+    hooks = [half.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]))) for half in halves]
+    vae.enable_slicing()
+    torch.testing.assert_close(vae.encode(x).mean, mean, atol=2e-5, rtol=0)
+    torch.testing.assert_close(vae.decode(z), decoded, atol=2e-5, rtol=0)
+    vae.disable_slicing()
+    vae.decode(z)
+    for hook in hooks:
+        hook.remove()
+    assert sizes == [1] * 6 + [3]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"tile_size": 30}, "multiple of 4 pixels, not 30"), ({"tile_size": 0}, "multiple of 4 pixels, not 0"),
+    ({"overlap": 1}, "less than 1, not 1"), ({"overlap": -0.1}, "not -0.1"),
+])  # fmt: skip
+def test_a_tile_that_cannot_be_is_refused(vae, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        vae.enable_tiling(**wrong)
+    assert vae.tiling is None
+
+
+@pytest.fixture(scope="module")
+def peak(tmp_path_factory):
+    """peak(f) -> bytes that torch held at most while f ran, beyond what it held before."""
+
+    @torch.no_grad()
+    def measure(f) -> int:
+        f()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            f()
+        file = tmp_path_factory.mktemp("profile") / "trace.json"
+        profile.export_chrome_trace(str(file))
+        events = [event for event in json.loads(file.read_text("utf-8"))["traceEvents"] if event["name"] == "[memory]"]
+        events = [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
+        return max(e["Total Allocated"] for e in events) - (events[0]["Total Allocated"] - events[0]["Bytes"])
+
+    return measure
+
+
+def test_decoding_takes_no_more_memory_than_diffusers_and_less_in_tiles(vae, theirs, peak):
+    z = draw(1, 1, 4, 32, 32)
+    whole, expected = peak(lambda: vae.decode(z)), peak(lambda: theirs.decode(z).sample)
+    assert whole <= expected
+    vae.enable_tiling(tile_size=64)
+    tiled = peak(lambda: vae.decode(z))
+    vae.disable_tiling()
+    assert tiled <= 0.65 * whole
+
+
+def test_a_block_takes_no_more_memory_than_diffusers(vae, theirs, peak):
+    """The last of the decoder, at full resolution."""
+    x = draw(0, 1, 32, 128, 128)
+    ours, expected = vae.decoder.up[0].block[2], theirs.decoder.up_blocks[2].resnets[2]
+    assert peak(lambda: ours(x)) <= peak(lambda: expected(x, None))
+
+
+def test_the_attention_holds_no_table_of_all_pairs_of_pixels(randomise, peak):
+    layer, x = randomise(AttnBlock(32)), draw(0, 1, 32, 48, 48)
+    assert peak(lambda: layer(x)) < 0.5 * (48 * 48) ** 2 * 4
+
+
 # -- what it is made of --------------------------------------------------------------------------------------------
 
 
@@ -100,6 +286,32 @@ def test_the_latent_is_smaller_by_the_downsampling_factor(randomise, config):
     z = vae.encode(draw(0, 1, 3, 2 * f, 3 * f)).mode()
     assert z.shape == (1, config.embed_dim, 2, 3)
     assert vae.decode(z).shape == (1, 3, 2 * f, 3 * f)
+
+
+def test_attention_stands_at_the_sides_of_the_config_and_may_not_miss_them():
+    with torch.device("meta"):
+        vae = AutoencoderKL(AutoencoderConfig(resolution=256, attn_resolutions=(32, 128)))  # sides 256, 128, 64, 32
+    assert [len(level.attn) for level in vae.encoder.down] == [0, 2, 0, 2]
+    assert [len(level.attn) for level in vae.decoder.up] == [0, 3, 0, 3]
+    with pytest.raises(ValueError, match=r"attn_resolutions has 16, but the maps have the sides \[256, 128, 64, 32\]"):
+        AutoencoderConfig(attn_resolutions=(32, 16))
+
+
+def test_without_double_z_the_encoder_says_one_number_a_channel():
+    config = AutoencoderConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=5, double_z=False)
+    assert Encoder(config).conv_out.out_channels == 5
+    assert Encoder(replace(config, double_z=True)).conv_out.out_channels == 10
+    with pytest.raises(ValueError, match="AutoencoderKL needs double_z=True"):
+        AutoencoderKL(config)
+
+
+def test_the_identity_hands_pictures_through_and_has_the_face_of_the_others():
+    stage, x = IdentityFirstStage(IdentityConfig(in_channels=4)), draw(0, 2, 4, 6, 7)
+    assert (stage.config.downsampling, stage.config.embed_dim, stage.config.in_channels) == (1, 4, 4)
+    assert not stage.state_dict() and IdentityConfig().embed_dim == 3
+    stage.enable_tiling(tile_size=4)
+    stage.enable_slicing()
+    assert stage.encode(x) is x and stage.decode(x) is x and stage(x) is x
 
 
 def test_down_pads_right_and_below_only(randomise):
