@@ -4,7 +4,7 @@
     sd = minisd.load()                                     # the model that ships
     sd.txt2img("a red fox, noto style").images[0].show()
 
-Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae, clip, sampling,
+Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae (and vq), clip, sampling,
 latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz, cli.
 """
 
@@ -17,14 +17,16 @@ from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
 from .sampling import Guided, Step, classifier_free_guidance
 from .unet import UNetConfig, UNetModel
-from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution
+from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
+from .vq import VQConfig, VQModel, VQModelInterface
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig", "CLIPTextModel",
     "CLIPVisionConfig", "CheckpointError", "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser",
-    "FrozenCLIPEmbedder", "Guided", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule", "SpatialTransformer",
-    "Step", "Trajectory", "UNetConfig", "UNetModel", "classifier_free_guidance", "data", "epsilon_loss",
-    "load", "load_clip", "sampling", "save", "text_dropout", "v_loss", "viz", "x0_loss",
+    "FrozenCLIPEmbedder", "Guided", "IdentityConfig", "IdentityFirstStage", "LatentDiffusion", "LatentDiffusionConfig",
+    "NoiseSchedule", "SpatialTransformer", "Step", "Trajectory", "UNetConfig", "UNetModel", "VQConfig", "VQModel",
+    "VQModelInterface", "classifier_free_guidance", "data", "epsilon_loss", "load", "load_clip", "sampling", "save",
+    "text_dropout", "v_loss", "viz", "x0_loss",
 ]  # fmt: skip

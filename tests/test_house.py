@@ -21,10 +21,11 @@ STANDS_ON = {
     "viz": [],  # takes tensors and trajectories, never a model
     "unet": ["attention"],
     "vae": ["attention"],
+    "vq": ["vae"],
     "clip": ["attention"],
     "sampling": ["noising"],
     "loss": ["noising"],
-    "latent_diffusion": ["unet", "vae", "clip", "sampling", "loss", "viz"],
+    "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "viz"],
     "checkpoint": ["latent_diffusion"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
@@ -34,7 +35,7 @@ STANDS_ON = {
     "__main__": ["cli"],
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
-STAGES = ["attention", "noising", "unet", "vae", "clip", "sampling", "loss", "latent_diffusion"]
+STAGES = ["attention", "noising", "unet", "vae", "vq", "clip", "sampling", "loss", "latent_diffusion"]
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
 STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
 
