@@ -353,7 +353,7 @@ def fade(
     a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h2 w2"], extent: int, dim: int
 ) -> Float[Tensor, "b c h2 w2"]:
     """b, but along `dim` its pixels k < extent are (1 - k / extent) · the last ones of a + (k / extent) · its own."""
-    extent = min(a.shape[dim], b.shape[dim], extent)  # the tiles at the edge may be smaller than an overlap
+    extent = min(b.shape[dim], extent)  # a tile at the edge may be smaller than an overlap
     weight = torch.arange(extent, dtype=b.dtype, device=b.device) / max(extent, 1)
     weight = weight if dim == -1 else weight[:, None]
     end, start = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
