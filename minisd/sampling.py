@@ -34,7 +34,7 @@ generators, nothing happens before the first step is asked for. The papers that 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import expm1, inf, log, sqrt
+from math import expm1, inf, isfinite, log, sqrt
 from typing import NamedTuple
 
 import torch
@@ -162,7 +162,9 @@ def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) ->
     if guided.eps.shape != x_t.shape:
         shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
         raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
-    if not guided.eps.isfinite().all():  # the one place where the CPU waits for a GPU, once a step
+    # The largest |ε| is NaN if any ε is. (On a CPU, this takes a seventh of the time of .isfinite().all().)
+    # Here, once a call, and nowhere else, the CPU waits for a GPU.
+    if not isfinite(guided.eps.abs().amax()):
         raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
     return guided
 
@@ -294,7 +296,10 @@ def plms(
             eps = (e_t + _predict(eps_model, x_next, i, t_next).eps) / 2
         else:
             # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form       (PNDM, eq. 12)
-            eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(old_eps)], old_eps, strict=True))
+            w_t, *weights = ADAMS_BASHFORTH[len(old_eps)]
+            eps = w_t * e_t
+            for w, e in zip(weights, old_eps[1:], strict=True):
+                eps = eps.add(e, alpha=w)  # eps + w e, in one pass over memory
         x, x0 = _transfer(x_t, eps, a_t, a_prev)
         yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
 

@@ -515,6 +515,22 @@ def test_a_model_that_is_not_finite_is_found_at_once(sampler, bad):
     assert calls[-1] < 500 <= calls[-2]
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 1000), st.data(), st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+def test_one_bad_number_among_many_is_enough(size, data, bad):
+    eps = noise(0, 1, size)
+    eps[0, data.draw(st.integers(0, size - 1))] = bad
+    with pytest.raises(FloatingPointError):
+        next(ddim(lambda x, t: eps, noise(1, 1, size), SCHEDULE, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_are_not_mistaken_for_infinity(dtype):
+    x = torch.zeros(1, 100, dtype=dtype)
+    eps = torch.full_like(x, torch.finfo(dtype).max)
+    assert next(ddim(lambda x, t: eps, x, SCHEDULE, 10)).eps is eps
+
+
 @BY_NAME
 @pytest.mark.parametrize(
     ("options", "says"),
