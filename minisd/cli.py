@@ -32,7 +32,7 @@ from .training import (
 )
 from .viz import sheet
 
-Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m"]
+Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
 Preset = Literal["tiny", "emoji", "sd-v1"]
 _preset = "emoji"  # the preset asked for: the flags of a recipe start from its values, so it must be known before them
 
@@ -43,7 +43,7 @@ class Txt2Img:
 
     prompt: Annotated[str, tyro.conf.Positional]  # what to draw; "" draws whatever comes
     model: str = "emoji"  # "emoji" or "tiny", which ship; or a folder
-    steps: int = 25  # calls of the network
+    steps: int = 25  # calls of the network; heun makes two in each
     guidance: float = 4.0  # 1: by the prompt as it is; larger: exaggerate what the prompt changes
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0  # picture k is drawn from seed + k

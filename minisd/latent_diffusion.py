@@ -192,7 +192,7 @@ class LatentDiffusion(nn.Module):
             prompt: what to draw; or several. The empty prompt draws whatever comes.
             steps: calls of the UNet, between 1 and 1000.
             guidance_scale: 1 draws by the prompt as it is, larger exaggerates what the prompt changes.
-            sampler: "ddpm", "ddim", "plms" or "dpmpp_2m".
+            sampler: "ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral" or "heun" (two calls a step).
             seed: picture k is drawn from seed + k.
             num_images: pictures for each prompt.
             height, width: pixels; as it was trained where they are left out. Must be divisible by what autoencoder and

@@ -6,10 +6,13 @@
 
 The trained model answers one question only: which noise is in x_t? The samplers differ in what they do next.
 
-    ddpm        one small random step for each timestep of the training: the forward process, reversed
-    ddim        the same without the randomness, which makes long steps possible
-    plms        ddim's step in a better direction: a polynomial through the last four ε
-    dpmpp_2m    a line through the last two x_0, in the variable in which the equation is nearly linear
+    ddpm              one small random step for each timestep of the training: the forward process, reversed
+    ddim              the same without the randomness, which makes long steps possible
+    plms              ddim's step in a better direction: a polynomial through the last four ε
+    dpmpp_2m          a line through the last two x_0, in the variable in which the equation is nearly linear
+    euler             a straight line along ε, in the variable in which ε is the slope: ddim, seen from there
+    euler_ancestral   the same line, drawn too far, and fresh noise on top: ddpm, seen from there
+    heun              the same line, along the mean of the slopes at both of its ends: two calls a step
 
 The contract. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or `Guided`. x_T is drawn
 from N(0, I), and each x has the variance of the forward process (none is divided by √ᾱ), so that all
@@ -30,6 +33,8 @@ generators, nothing happens before the first step is asked for. The papers that 
     CFG             Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022
     PNDM            Liu et al., "Pseudo Numerical Methods for Diffusion Models on Manifolds", 2022
     DPM-Solver++    Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models", 2022
+    SDE             Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021
+    EDM             Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +70,7 @@ class Step:
     i: int  # 0, 1, ... steps-1
     t: int  # the timestep of x_t
     x_t: Float[Tensor, "b *d"]  # what went in, after before_step
-    eps: Float[Tensor, "b *d"]  # the noise that was taken out of it (plms: combined from several steps)
+    eps: Float[Tensor, "b *d"]  # the noise that was taken out of it (plms, heun: combined from several calls)
     x0: Float[Tensor, "b *d"]  # the picture that remains without that noise: at first a blur
     x: Float[Tensor, "b *d"]  # what came out: x_t of the next step, or the result
     eps_cond: Float[Tensor, "b *d"] | None = None  # under guidance, the noise as seen with the prompt ...
@@ -169,6 +174,18 @@ def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) ->
     return guided
 
 
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
+
+
+def _refuse_eta(sampler: str, eta: float) -> None:
+    if eta != 0:
+        raise ValueError(
+            f"{sampler} draws no noise, so eta must be 0, but it is {eta}; ddim and euler_ancestral take an eta."
+        )
+
+
 # -- the samplers -------------------------------------------------------------------------------------------
 
 
@@ -231,8 +248,7 @@ def ddim(
     set_alpha_to_one: whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915), which
     leaves a trace of the noise, as CompVis does. (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler)
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
+    _check_eta(eta)
     x = x_T
     a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
     for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end):
@@ -279,8 +295,7 @@ def plms(
     makes steps + 1 calls. (The paper starts with three Runge-Kutta steps, of four calls each.)
     eta must be 0; set_alpha_to_one: see `ddim`. (CompVis: ldm/models/diffusion/plms.py, PLMSSampler)
     """
-    if eta != 0:
-        raise ValueError(f"plms draws no noise, so eta must be 0, but it is {eta}; ddim takes an eta.")
+    _refuse_eta("plms", eta)
     x = x_T
     old_eps: list[Tensor] = []  # at most four, newest first
     a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
@@ -335,8 +350,7 @@ def dpmpp_2m(
     On small data, in 10 to 25 steps, no other defaults came clearly closer to the exact solution.
     eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, with fractional timesteps)
     """
-    if eta != 0:
-        raise ValueError(f"dpmpp_2m draws no noise, so eta must be 0, but it is {eta}; ddim takes an eta.")
+    _refuse_eta("dpmpp_2m", eta)
     x = x_T
     x0_old = h_old = None  # of the step before
     a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
@@ -364,10 +378,145 @@ def _lambda(a: float) -> float:
     return log(a / (1 - a)) / 2 if a < 1 else inf
 
 
+# -- the same process without its dimming: the samplers of k-diffusion ----------------------------------------
+#
+# The forward process dims the picture while it adds the noise. Undo the dimming, x̄ = x / √ᾱ, and what is left
+# is the picture under a growing heap of noise. σ is its height, from 0 up to 14.6 in SD v1:
+#
+#     x̄ = x_0 + σ ε,   σ = √(1-ᾱ) / √ᾱ,   x = √ᾱ x̄ = x̄ / √(1+σ²)           (EDM, eq. 4, where s(t) = √ᾱ_t)
+#
+# From noise to picture one follows the probability flow (SDE, eq. 13), which is nowhere simpler than here:
+#
+#     dx̄/dσ = -σ ∇log p(x̄; σ) = (x̄ - x̂_0) / σ = ε      (EDM, eq. 1 and 3, where σ(t) = t; DDIM, eq. 14)
+#
+# The model is asked for the slope, and to draw is to follow it down to σ = 0. (x.add(y, alpha=w), below, is
+# x + w y in one pass over memory.)
+#
+# By the contract, x_T ~ N(0, I) is x: it has the variance that x_t would have, and x̄ starts as √(1+σ²) x_T.
+# k-diffusion and, except with "leading", diffusers start from σ x_T, as if no picture were in it: to draw what
+# they draw, hand in √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ for timesteps
+# that are no whole numbers; here t is always one that the model was trained with.
+
+
+def euler(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 50,
+    eta: float = 0.0,
+    *,
+    spacing: str = "linspace",
+    timesteps: Timesteps | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """Euler's method: a straight line along ε, down to the next σ (DDIM, eq. 13; EDM, Algorithm 1).
+
+    The same as ddim with set_alpha_to_one, on other timesteps: ddim's curve is this line, dimmed. The last
+    step leads to σ = 0. eta must be 0. (k-diffusion: sample_euler; diffusers: EulerDiscreteScheduler)
+    """
+    _refuse_eta("euler", eta)
+    x = x_T
+    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+        x_bar = x_t / sqrt(a_t)
+        # x̂_0 = x̄ - σ ε: where the line would end, followed down to σ = 0
+        x0 = x_bar.add(eps, alpha=-sigma)
+        # x̄_prev = x̄ + (σ_prev - σ) ε                                                        (DDIM, eq. 13)
+        x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def euler_ancestral(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 50,
+    eta: float = 1.0,
+    *,
+    spacing: str = "linspace",
+    timesteps: Timesteps | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """euler's line down to less noise than asked for, then fresh noise for the rest (SDE, appendix F).
+
+    eta: how much of the noise is drawn afresh. 0 is euler; 1 is k-diffusion's default, and the same as ddpm on
+    the same timesteps. Between them lies what ddim does with that eta and set_alpha_to_one. (EDM's stochastic
+    sampler, Algorithm 2, is another: there, noise is added before the step, beyond what is in x.)
+    (k-diffusion: sample_euler_ancestral; diffusers: EulerAncestralDiscreteScheduler)
+    """
+    _check_eta(eta)
+    x = x_T
+    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+        # σ_prev² = σ_down² + σ_up²: variances of independent noise add up.
+        # σ_up = η √(σ_prev² (σ² - σ_prev²) / σ²), for η = 1 the width of q(x̄_prev | x̄, x_0)
+        sigma_up = eta * sigma_prev * sqrt(1 - (sigma_prev / sigma) ** 2)
+        sigma_down = sqrt(sigma_prev**2 - sigma_up**2)
+        x_bar = x_t / sqrt(a_t)
+        x0 = x_bar.add(eps, alpha=-sigma)
+        # x̄_prev = x̄ + (σ_down - σ) ε + σ_up z, with z ~ N(0, I)
+        x_bar = x_bar.add(eps, alpha=sigma_down - sigma)
+        if sigma_up > 0:
+            x_bar = x_bar.add(randn(x.shape, generator).to(x, non_blocking=True), alpha=sigma_up)
+        x = sqrt(a_prev) * x_bar
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def heun(
+    eps_model: EpsModel,
+    x_T: Float[Tensor, "b *d"],
+    schedule: NoiseSchedule,
+    steps: int = 25,
+    eta: float = 0.0,
+    *,
+    spacing: str = "linspace",
+    timesteps: Timesteps | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+) -> Iterator[Step]:
+    """Heun's method, of second order (EDM, Algorithm 1): euler's step, made again along a better slope.
+
+    Each step asks the model twice: where it starts, and where euler's step led, at the timestep of the next
+    step. The last step leads to σ = 0, where no noise is left to ask for, and stays euler's: this makes
+    2 · steps - 1 calls. before_step comes before the first of the two. (plms begins with one such step.)
+    With "trailing", the last step, euler's, is as long as the others: its error stays, however good these are.
+    eta must be 0. (k-diffusion: sample_heun; diffusers: HeunDiscreteScheduler, where each call is a step)
+    """
+    _refuse_eta("heun", eta)
+    x = x_T
+    path = _path(schedule, steps, spacing, timesteps, a_end=1.0)
+    for i, t, a_t, a_prev in path:
+        x_t = before_step(x, t) if before_step else x
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+        x_bar = x_t / sqrt(a_t)
+        x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+        if sigma_prev > 0:
+            # x̄_prev = x̄ + (σ_prev - σ) (ε + ε') / 2, with ε' as seen from the end of the line
+            eps = (eps + _predict(eps_model, x, i, t=path[i + 1][1]).eps) / 2
+            x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+        x0 = x_bar.add(eps, alpha=-sigma)
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def _sigma(a: float) -> float:
+    """σ = √(1-ᾱ) / √ᾱ, the noise in x̄ for one unit of the picture: e^(-λ)."""
+    return sqrt((1 - a) / a)
+
+
 # Look a sampler up by its name.
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "plms": plms,
     "dpmpp_2m": dpmpp_2m,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
 }

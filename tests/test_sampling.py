@@ -19,6 +19,9 @@ from minisd.sampling import (
     ddim,
     ddpm,
     dpmpp_2m,
+    euler,
+    euler_ancestral,
+    heun,
     make_timesteps,
     plms,
     randn,
@@ -28,7 +31,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SCHEDULE = NoiseSchedule.scaled_linear()
 CALLS = json.loads((FIXTURES / "samplers_compvis.json").read_text())["config"]["calls"]
 BY_NAME = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-DETERMINISTIC = {"ddim": ddim, "plms": plms, "dpmpp_2m": dpmpp_2m}
+DETERMINISTIC = {"ddim": ddim, "plms": plms, "dpmpp_2m": dpmpp_2m, "euler": euler, "heun": heun}
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +155,52 @@ def test_inpainting_equals_compvis(compvis):
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def run_diffusers(scheduler, timesteps, generator=None):
-    """diffusers' loop around a scheduler, on the same function and from the same noise."""
-    model, x = Recorder("nl"), noise(0, 2, 4, 8, 8)
-    takes_generator = {"generator": generator} if generator else {}
-    for t in timesteps:
-        eps = model(x, torch.full((2,), int(t)))
-        x = scheduler.step(eps, t, x, **takes_generator).prev_sample
+# What diffusers calls each sampler, and how it is told to do the same.
+SCHEDULERS = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+IN_SIGMA = ["euler", "euler_ancestral", "heun"]  # diffusers' x is our x / √ᾱ
+DRAWS = {"ddpm", "euler_ancestral"}
+
+
+def make_scheduler(diffusers, name, steps, spacing="leading"):
+    """diffusers' scheduler of that name, and its timesteps, whole numbers, without those that it visits twice."""
+    kind, options = SCHEDULERS[name]
+    scheduler = getattr(diffusers, kind)(**SD, timestep_spacing=spacing, steps_offset=1, **options)
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.unique_consecutive()
+    if (timesteps % 1 != 0).any():  # as of 20 steps of "linspace": those that a model was trained with, for both
+        timesteps = torch.tensor(make_timesteps(steps, 1000, spacing))
+        if name == "euler_ancestral":  # takes no timesteps, so it is told the σ that belong to them
+            sigmas = (1 / SCHEDULE.alphas_cumprod[timesteps] - 1).sqrt()
+            scheduler.timesteps, scheduler.sigmas = timesteps.float(), torch.cat([sigmas, torch.zeros(1)])
+        else:
+            scheduler.set_timesteps(timesteps=timesteps.tolist())
+    return scheduler, timesteps.long()
+
+
+def run_diffusers(scheduler, timesteps, x=None, eps_model=None, before_step=None, **options):
+    """diffusers' loop around a scheduler. Without x, from the noise that `run_ours` starts from."""
+    name = type(scheduler).__name__
+    eps_model = eps_model or Recorder("nl")
+    x = noise(0, 2, 4, 8, 8) * scheduler.init_noise_sigma if x is None else x
+    if name == "PNDMScheduler":  # the calls of the model: plms looks ahead in its first step ...
+        timesteps = torch.cat([timesteps[:2], timesteps[1:]])
+    if name == "HeunDiscreteScheduler":  # ... and heun in each
+        timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+    for i, t in enumerate(timesteps.to(scheduler.timesteps.dtype)):
+        looks_ahead = (name == "PNDMScheduler" and i == 1) or (name == "HeunDiscreteScheduler" and i % 2 == 1)
+        if before_step and not looks_ahead:
+            scale = SCHEDULE.alpha_bar(int(t)) ** 0.5 if scheduler.init_noise_sigma != 1 else 1.0
+            x = before_step(scale * x, int(t)) / scale
+        eps = eps_model(scheduler.scale_model_input(x, t), torch.full((2,), int(t)))
+        x = scheduler.step(getattr(eps, "eps", eps), t, x, **options).prev_sample
     return x
 
 
@@ -166,19 +208,70 @@ def run_ours(sampler, *args, **options):
     return last(sampler(Recorder("nl"), noise(0, 2, 4, 8, 8), SCHEDULE, *args, **options))
 
 
+def seed_of(name):
+    """The generator's argument, for those that draw noise."""
+    return {"generator": gen(1)} if name in DRAWS else {}
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", IN_SIGMA)
+def test_euler_and_heun_equal_diffusers(diffusers, name, spacing, steps):
+    scheduler, timesteps = make_scheduler(diffusers, name, steps, spacing)
+    theirs = run_diffusers(scheduler, timesteps, **seed_of(name))
+    # But for "leading", diffusers starts from x̄ = σ x_T, which makes x = √ᾱ σ x_T = √(1-ᾱ) x_T
+    x_T = noise(0, 2, 4, 8, 8)
+    if spacing != "leading":
+        x_T = math.sqrt(1 - SCHEDULE.alpha_bar(999)) * x_T
+    options = {} if spacing == "linspace" else {"spacing": spacing}  # it is the default, here and there
+    trajectory = list(SAMPLERS[name](Recorder("nl"), x_T, SCHEDULE, steps, **options, **seed_of(name)))
+    assert [step.t for step in trajectory] == timesteps.tolist()
+    assert_equal(trajectory[-1].x, theirs)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guided_samplers_equal_diffusers(diffusers, compvis, name, steps):
+    scheduler, timesteps = make_scheduler(diffusers, name, steps)
+    eps_model = classifier_free_guidance(Recorder("nl"), compvis["cond"], compvis["uncond"], 7.5)
+    theirs = run_diffusers(scheduler, timesteps, eps_model=eps_model, **seed_of(name))
+    x_T = noise(0, 2, 4, 8, 8)
+    ours = SAMPLERS[name](eps_model, x_T, SCHEDULE, timesteps=timesteps, **seed_of(name))
+    assert_equal(last(ours), theirs)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_img2img_equals_diffusers(diffusers, name):
+    scheduler, timesteps = make_scheduler(diffusers, name, 50)
+    timesteps, x_0, z = timesteps[13:], noise(3, 2, 4, 8, 8), noise(4, 2, 4, 8, 8)
+    start = timesteps[:1].repeat(2)
+    x = scheduler.add_noise(x_0, z, start.to(scheduler.timesteps.dtype))
+    theirs = run_diffusers(scheduler, timesteps, x, **seed_of(name))
+    x = SCHEDULE.q_sample(x_0, start, z)
+    ours = SAMPLERS[name](Recorder("nl"), x, SCHEDULE, timesteps=timesteps, **seed_of(name))
+    assert_equal(last(ours), theirs)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_inpainting_equals_diffusers(diffusers, name):
+    x_0, z, mask = noise(3, 2, 4, 8, 8), noise(4, 2, 4, 8, 8), (noise(5, 1, 1, 8, 8) > 0).float()
+
+    def blend(x, t):
+        return mask * SCHEDULE.q_sample(x_0, torch.full((2,), t), z) + (1 - mask) * x
+
+    scheduler, timesteps = make_scheduler(diffusers, name, 20)
+    theirs = run_diffusers(scheduler, timesteps, before_step=blend, **seed_of(name))
+    assert_equal(run_ours(SAMPLERS[name], timesteps=timesteps, before_step=blend, **seed_of(name)), theirs)
+
+
 @pytest.mark.parametrize("to_one", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 20, 50])
 def test_ddim_equals_diffusers(diffusers, steps, eta, to_one):
     scheduler = diffusers.DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=to_one, steps_offset=1)
     scheduler.set_timesteps(steps)
-    x, generator = noise(0, 2, 4, 8, 8), torch.Generator().manual_seed(1)
-    model = Recorder("nl")
-    for t in scheduler.timesteps:
-        eps = model(x, torch.full((2,), int(t)))
-        x = scheduler.step(eps, t, x, eta=eta, generator=generator).prev_sample
-    generator = torch.Generator().manual_seed(1)
-    assert_equal(run_ours(ddim, steps, eta, set_alpha_to_one=to_one, generator=generator), x)
+    theirs = run_diffusers(scheduler, scheduler.timesteps, eta=eta, generator=gen(1))
+    assert_equal(run_ours(ddim, steps, eta, set_alpha_to_one=to_one, generator=gen(1)), theirs)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
@@ -190,27 +283,25 @@ def test_timesteps_equal_diffusers(diffusers, steps, spacing):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("steps", [20, 100])
+@pytest.mark.parametrize("steps", [10, 20, 50, 100])
 def test_respaced_ddpm_equals_diffusers(diffusers, steps, clip):
     scheduler = diffusers.DDPMScheduler(
         **SD, clip_sample=clip, variance_type="fixed_small", timestep_spacing="leading"
     )
     scheduler.set_timesteps(steps)
-    theirs = run_diffusers(scheduler, scheduler.timesteps, torch.Generator().manual_seed(1))
-    generator, timesteps = torch.Generator().manual_seed(1), scheduler.timesteps
-    assert_equal(run_ours(ddpm, timesteps=timesteps, clip_denoised=clip, generator=generator), theirs)
+    theirs = run_diffusers(scheduler, scheduler.timesteps, generator=gen(1))
+    ours = run_ours(ddpm, timesteps=scheduler.timesteps, clip_denoised=clip, generator=gen(1))
+    assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
 def test_plms_equals_diffusers(diffusers, steps):
-    scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    scheduler.set_timesteps(steps)
-    assert_equal(run_ours(plms, steps), run_diffusers(scheduler, scheduler.timesteps))
+    assert_equal(run_ours(plms, steps), run_diffusers(*make_scheduler(diffusers, "plms", steps)))
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
-@pytest.mark.parametrize("steps", [1, 2, 8, 14, 15, 25])
+@pytest.mark.parametrize("steps", [1, 2, 8, 10, 14, 15, 20, 25, 50])
 def test_dpmpp_2m_equals_diffusers(diffusers, steps, end, spacing):
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **SD, final_sigmas_type=end, timestep_spacing=spacing, steps_offset=1
@@ -277,10 +368,20 @@ def test_plms_makes_one_call_more_than_steps():
     assert len(model.calls) == 51
 
 
+def test_heun_makes_two_calls_a_step_and_one_in_the_last():
+    model = Recorder("lin")
+    list(heun(model, noise(0, 1, 2), SCHEDULE, 50, spacing="leading"))
+    assert model.calls[:5] == [981, 961, 961, 941, 941]
+    assert model.calls[-3:] == [21, 1, 1]
+    assert len(model.calls) == 99
+
+
 # -- against exact solutions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (plms, 2), (dpmpp_2m, 2)], ids=DETERMINISTIC)
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(ddim, 1), (plms, 2), (dpmpp_2m, 2), (euler, 1), (heun, 2)], ids=DETERMINISTIC
+)
 def test_error_falls_with_the_order_of_the_sampler(sampler, order):
     """With a third of the step, the error is to fall to a third; or, with a method of order two, to a ninth.
 
@@ -334,6 +435,25 @@ def test_ddim_with_eta_1_is_ddpm(steps):
     one = last(ddim(denoiser, x_T, SCHEDULE, eta=1.0, set_alpha_to_one=True, generator=gen(3), **options))
     other = last(ddpm(denoiser, x_T, SCHEDULE, generator=gen(3), **options))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_euler_ancestral_is_ddim_in_other_words(steps, eta):
+    """And euler is both without fresh noise; with as much of it as in ddpm, all are ddpm (see above)."""
+    options = {"timesteps": make_timesteps(steps, 1000)}
+    ancestral = run_ours(euler_ancestral, eta=eta, generator=gen(1), **options)
+    assert_equal(ancestral, run_ours(ddim, eta=eta, set_alpha_to_one=True, generator=gen(1), **options))
+    if eta == 0:
+        assert_equal(run_ours(euler, **options), ancestral)
+
+
+def test_plms_begins_with_a_step_of_heun():
+    ours, other = (next(sampler(Recorder("nl"), noise(0, 2, 4), SCHEDULE, timesteps=[800, 600, 400]))
+                   for sampler in (heun, plms))  # fmt: skip
+    assert_equal(ours.x, other.x)
+    assert_equal(ours.eps, other.eps)
+    assert_equal(ours.x0, other.x0)
 
 
 # -- the contract ------------------------------------------------------------------------------------------
@@ -403,7 +523,9 @@ def gen(seed: int) -> torch.Generator:
 
 
 STOCHASTIC = pytest.mark.parametrize(
-    ("sampler", "options"), [(ddpm, {}), (ddim, {"eta": 0.5})], ids=["ddpm", "ddim eta 0.5"]
+    ("sampler", "options"),
+    [(ddpm, {}), (ddim, {"eta": 0.5}), (euler_ancestral, {})],
+    ids=["ddpm", "ddim eta 0.5", "euler_ancestral"],
 )
 
 
@@ -559,6 +681,9 @@ def test_bad_steps_are_named(sampler, options, says):
         (ddim, 1.5, "eta must lie between 0"),
         (plms, 0.5, "plms draws no noise, so eta must be 0"),
         (dpmpp_2m, 1.0, "dpmpp_2m draws no noise, so eta must be 0"),
+        (euler, 1.0, "euler draws no noise, so eta must be 0, but it is 1.0; ddim and euler_ancestral"),
+        (heun, 0.5, "heun draws no noise, so eta must be 0"),
+        (euler_ancestral, 1.5, "eta must lie between 0"),
     ],
 )
 def test_bad_eta_is_named(sampler, eta, says):
