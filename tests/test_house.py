@@ -16,6 +16,7 @@ PACKAGE = ROOT / "minisd"
 # that each can be read, copied or taught without what is above it.
 STANDS_ON = {
     "attention": [],
+    "compare": [],  # takes any two networks
     "noising": [],
     "data": [],
     "viz": [],  # takes tensors and trajectories, never a model

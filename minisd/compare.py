@@ -1,0 +1,565 @@
+"""Where do two networks part? The first layer at which they give other numbers, and what may be the cause.
+
+    print(minisd.compare(my_unet, unet, (x, t, context)))
+
+Two networks that should compute the same are run on the same inputs, and the outputs of their layers are compared in
+the order in which the layers run. Whatever comes after the first difference differs because of it, so there is the
+place to look. If the inputs of that layer agree, the fault is in the layer: its weights, its settings. If they do
+not, it lies between the layers, where no module stands: an activation, an addition, a reshape.
+
+The names may be different, as CompVis's, diffusers' and one's own are. Then the layers are paired as `diff` pairs the
+lines of two files: in order, by kind, size and weights, so that a layer too many is one layer too many and does not
+shift all that follow (the alignment of Needleman & Wunsch, 1970).
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Network = nn.Module | Callable  # a module, or a method of one: `vae.encode`
+Inputs = Tensor | tuple | list | Mapping
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer of ours beside a layer of theirs. The numbers are nan where there is nothing to compare."""
+
+    ours: str | None  # its name; None where there is no such layer
+    theirs: str | None
+    kind: str  # "Linear", or "Conv2d / Linear"; "output" for what the whole network returns
+    shape: str  # of what comes out: "[2, 64, 8, 8]", or one / the other
+    difference: float  # the largest between the two outputs
+    size: float  # the largest absolute number in them
+    input_difference: float  # the largest between the two inputs
+    verdict: str  # "agree", "differ", "only in ours", "only in theirs", "error in ours", "not reached", ...
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.size if self.size else self.difference
+
+    @property
+    def name(self) -> str:
+        return " / ".join(dict.fromkeys(name for name in (self.ours, self.theirs) if name))
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found. Print it."""
+
+    rows: list[Row]
+    first: Row | None  # where they part; None if they don't
+    conclusion: str  # the same in words
+    hints: list[str] = field(default_factory=list)  # likely causes, and what else is worth knowing
+    errors: dict[str, str] = field(default_factory=dict)  # what "ours" or "theirs" raised, and where
+
+    @property
+    def equal(self) -> bool:
+        return self.first is None and not self.errors
+
+    def report(self, every: bool = False) -> str:
+        """Table and conclusion: with `every` layer, or with those around the place where they part."""
+        here = [i for i, row in enumerate(self.rows) if row is self.first or row.verdict.startswith("error")]
+        near = {0, len(self.rows) - 1}.union(*(range(i - 4, i + 4) for i in here or (0, len(self.rows) + 2)))
+        near |= {i for i, row in enumerate(self.rows) if "only" in row.verdict or every or len(self.rows) <= 16}
+        one_name = all(None in (row.ours, row.theirs) or row.ours == row.theirs for row in self.rows)
+        head = ["layer"] if one_name else ["layer of ours", "layer of theirs"]
+        lines = [["", *head, "kind", "shape", "largest difference", "relative", ""]]
+        for i, row in enumerate(self.rows):
+            if i in near:  # and else three dots
+                names = [row.name] if one_name else [row.ours or "-", row.theirs or "-"]
+                much = f"{_number(row.difference)} of {_number(row.size)}" if row.difference >= 0 else ""
+                verdict = f"{row.verdict} <- they part here" if row is self.first else row.verdict
+                mark = ">" if row is self.first else ""
+                lines.append([mark, *names, row.kind, row.shape, much, _number(row.relative), verdict])
+            elif i - 1 in near:
+                lines.append(["", "...", *[""] * (len(lines[0]) - 2)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        words = [*self.conclusion.splitlines(), *(f"  - {hint}" for hint in self.hints)]
+        return "\n".join([*table, "", *(textwrap.fill(line, 110, subsequent_indent="    ") for line in words)])
+
+    def __repr__(self) -> str:
+        return self.report()
+
+    def check(self) -> "Comparison":
+        """For tests: itself, if the two networks are equal.
+
+        Raises:
+            AssertionError: they are not. Its text is the report.
+        """
+        if not self.equal:
+            raise AssertionError(f"the two networks differ\n\n{self}")
+        return self
+
+
+def compare(
+    ours: Network, theirs: Network, inputs: Inputs, their_inputs: Inputs | None = None, tolerance: float = 2e-5
+) -> Comparison:
+    """Find the first layer at which two networks part.
+
+    A layer is a module that has parameters of its own: an activation is a module to one author and a function to
+    another. Both networks run once, without gradients, in the mode in which they are, from the same seed; buffers and
+    the random state are put back. What goes into a layer and comes out is kept in float32 meanwhile, so give a large
+    network a small input: a latent of 8x8 shows the same mistakes as one of 64x64. Layers that start at zero hide
+    what is before them: fill them with random numbers first.
+
+    Args:
+        ours, theirs: modules, or methods of modules. If they return an object or several things, the first tensor in
+            it counts: `.sample`, `.last_hidden_state`, the mean of a distribution.
+        inputs: a tensor, a tuple of arguments, or a dict of arguments by their names.
+        their_inputs: the same for theirs, where it is called in another way.
+        tolerance: the largest difference that counts as none; where a layer has numbers over 1, in relation to them.
+
+    An error that one of them raises is part of the answer: how far it came, and the message.
+    """
+    runs = {"ours": _run(ours, inputs), "theirs": _run(theirs, inputs if their_inputs is None else their_inputs)}
+    errors = {name: run.error for name, run in runs.items() if run.error}
+    pairs = _pair(runs["ours"].calls, runs["theirs"].calls)
+    reached = max((i for i, pair in enumerate(pairs) if None not in pair), default=-1) if errors else len(pairs)
+    rows = [_row(*pair, tolerance, i <= reached) for i, pair in enumerate(pairs)]
+    agree = [i for i, row in enumerate(rows) if row.verdict == "agree"]
+    first = differs = next((i for i, row in enumerate(rows) if row.verdict == "differ"), None)
+
+    hints = []
+    if differs is None:
+        where = _agreement([rows[i] for i in agree], bool(errors))
+    else:
+        before = [i for i in agree if i < differs]
+        inputs_agree = _inputs_agree(*pairs[differs], tolerance)
+        if not inputs_agree:  # then a layer just before, which the other lacks, explains it
+            first = next((i for i in range(max(differs - 4, 0), differs) if "only" in rows[i].verdict), differs)
+        where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
+        hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
+    for pair, row in zip(pairs, rows, strict=True):
+        if row.verdict.startswith("error"):
+            given = [_shape(call.input) for call in pair]
+            hints += [f"{row.name} was given {given[0]} in ours and {given[1]} in theirs"] * (given[0] != given[1])
+            hints += [f"{row.name}: {hint}"] if (hint := _weights(*pair)) else []
+    alone = [row.name for row in rows if "only" in row.verdict] if differs is None and not errors else []
+    hints += _notes(runs, [pairs[i] for i in agree], alone)
+    text = "\n".join([*(f"{name.capitalize()} stopped {error}" for name, error in errors.items()), where])
+    return Comparison(rows, None if first is None else rows[first], text, hints, errors)
+
+
+# -- running a network -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of one layer."""
+
+    name: str
+    module: nn.Module | None  # None for what the network as a whole returns
+    input: Tensor | None
+    output: Tensor | None = None  # None if it raised an error
+    dtype: torch.dtype | None = None
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__ if self.module is not None else "output"
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Its own, without those of the modules in it."""
+        return dict(self.module.named_parameters(recurse=False)) if self.module is not None else {}
+
+
+@dataclass
+class _Run:
+    module: nn.Module
+    calls: list[_Call] = field(default_factory=list)
+    error: str | None = None
+
+
+def _run(net: Network, inputs: Inputs) -> _Run:
+    """Call it, and write down what goes into each layer and what comes out. It is left as it was."""
+    module = getattr(net, "__self__", net)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"compare takes two modules, or methods of modules, not a {type(net).__name__}")
+    run, inside, counts = _Run(module), [], {}
+    names = {layer: name or type(layer).__name__ for name, layer in module.named_modules()}
+
+    def enter(layer, args, kwargs):
+        call = _Call(names[layer], layer, _tensor((args, kwargs)))
+        call.input = _copy(call.input) if call.parameters else call.input
+        inside.append(call)
+
+    def leave(layer, args, kwargs, output):
+        call = inside.pop()
+        if call.parameters:
+            counts[layer] = counts.get(layer, 0) + 1
+            call.name += f" (call {counts[layer]})" if counts[layer] > 1 else ""
+            keep(call, output)
+
+    def keep(call, output):
+        output = _tensor(output)
+        call.output, call.dtype = _copy(output), None if output is None else output.dtype
+        run.calls.append(call)
+
+    def fresh(value):  # a network that writes into its input must not spoil the other's
+        return value.clone() if isinstance(value, Tensor) else value
+
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    args = (args,) if isinstance(args, Tensor) else args
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in names]
+    hooks += [layer.register_forward_hook(leave, with_kwargs=True) for layer in names]
+    cards = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=cards), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            result = net(*map(fresh, args), **{name: fresh(value) for name, value in kwargs.items()})
+            keep(_Call("output", None, _copy(_tensor(result))), result)
+        except Exception as error:  # of any kind: where one's own network stops is what one wants to know
+            run.error = f"with {type(error).__name__}: {str(error).strip()}"
+            if inside:
+                call = inside[-1]
+                run.error = f"in {call.name} ({call.kind}), which was given {_shape(call.input)}, {run.error}"
+                run.calls += [call] if call.parameters else []
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return run
+
+
+def _tensor(value) -> Tensor | None:
+    """The first tensor in what a module is given or returns."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif not isinstance(value, tuple | list):
+        value = [getattr(value, name, None) for name in ("sample", "last_hidden_state", "mean")]
+        value = [part for part in value if isinstance(part, Tensor)]
+    return next((tensor for part in value if (tensor := _tensor(part)) is not None), None)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    """A copy, since the network may write into the original later."""
+    return None if tensor is None else tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+# -- pairing the layers ------------------------------------------------------------------------------------------------
+
+
+def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _Call | None]]:
+    """By name if all the names are the same, else by the alignment in which most is alike."""
+    by_name = {call.name: call for call in theirs}
+    if {call.name for call in ours} == by_name.keys():
+        return [(call, by_name[call.name]) for call in ours]
+
+    a, b = ([_fingerprint(call) for call in calls] for calls in (ours, theirs))
+    n, m = len(a), len(b)
+    best = [[0] * (m + 1) for _ in range(n + 1)]  # [i][j]: how alike, at best, are ours from i on and theirs from j on
+    for i in reversed(range(n)):
+        for j in reversed(range(m)):
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + _likeness(a[i], b[j]))
+    partner, loose, i, j = {}, [], 0, 0  # of ours; and of theirs, those that have none
+    while j < m:
+        alike = _likeness(a[i], b[j]) if i < n else 0
+        if alike and best[i][j] == best[i + 1][j + 1] + alike:
+            partner[i] = j
+            i, j = i + 1, j + 1
+        elif i < n and best[i][j] == best[i + 1][j]:
+            i += 1
+        else:
+            loose.append(j)
+            j += 1
+
+    # What is much alike belongs together though it is called at another time: k before q, the skip connection first.
+    alone = []
+    while loose:
+        j = loose.pop()
+        for i in range(n):
+            if _likeness(a[i], b[j]) > 3 >= (_likeness(a[i], b[partner[i]]) if i in partner else 0):
+                loose += [partner[i]] if i in partner else []
+                partner[i] = j
+                break
+        else:
+            alone.append(j)
+
+    # In the order of ours; what only theirs has comes after what precedes it there.
+    pairs = [(i, -1, (call, theirs[partner[i]] if i in partner else None)) for i, call in enumerate(ours)]
+    place, back = -1, {j: i for i, j in partner.items()}
+    for j in range(m):
+        place = back.get(j, place)
+        pairs += [(place, j, (None, theirs[j]))] if j in alone else []
+    return [pair for *_, pair in sorted(pairs, key=lambda entry: entry[:2])]
+
+
+def _fingerprint(call: _Call) -> tuple:
+    """What a layer is known by: kind, size of the output, name, and the sums of its weights and of its output.
+
+    The sums are the same in any order of the numbers: [b c h w] or [b hw c], Linear or convolution of 1x1.
+    """
+    kind = "Linear" if set(getattr(call.module, "kernel_size", ())) == {1} else call.kind
+    weights = sum(p.detach().double().abs().sum().item() for p in call.parameters.values())
+    if call.output is None:
+        return kind, None, call.name, weights, 0.0
+    return kind, call.output.numel(), call.name, weights, call.output.double().abs().sum().item()
+
+
+def _likeness(a: tuple, b: tuple) -> int:
+    """0 if two layers have nothing in common; over 3 if they hold the same numbers and something else is the same."""
+    if "output" in (a[0], b[0]):
+        return 100 * (a[0] == b[0])
+    same_numbers = any(x and abs(x - y) <= 1e-6 * x for x, y in ((a[3], b[3]), (a[4], b[4])))
+    return 2 * (a[0] == b[0]) + (a[1] == b[1]) + (a[2] == b[2]) + 3 * same_numbers
+
+
+def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> Row:
+    calls = [call for call in (a, b) if call]
+    numbers = [math.nan] * 3
+    if len(calls) == 1:
+        verdict = f"only in {'ours' if a else 'theirs'}" if reached else "not reached"
+    elif stopped := [name for name, call in (("ours", a), ("theirs", b)) if call.output is None]:
+        verdict = f"error in {' and '.join(stopped)}"
+    else:
+        numbers = [*_compare(a.output, b.output), _compare(a.input, b.input)[0]]
+        same = _close(a.output, b.output, tolerance) and _inputs_agree(a, b, tolerance) is not False
+        verdict = "agree" if same else "differ"
+    kind = " / ".join(dict.fromkeys(call.kind for call in calls))
+    shape = " / ".join(dict.fromkeys(_shape(call.output) for call in calls if call.output is not None))
+    return Row(a and a.name, b and b.name, kind, shape, *numbers, verdict)
+
+
+# -- comparing numbers -------------------------------------------------------------------------------------------------
+
+
+def _layouts(x: Tensor, like: Tensor) -> list[Tensor]:
+    """x in the shape of `like`, in all ways that fit: [b c h w] from [b hw c] or [b c hw], [b c] from [b c 1 1]."""
+    if x.numel() != like.numel():
+        return []
+    if [n for n in x.shape if n > 1] == [n for n in like.shape if n > 1]:
+        return [x.reshape(like.shape)]
+    flat, flat_like = (t.flatten(2) if t.ndim == 4 else t for t in (x, like))
+    ways = [flat, flat.mT] if flat.ndim == flat_like.ndim == 3 and x.ndim != like.ndim else []
+    return [way.reshape(like.shape) for way in ways if way.shape == flat_like.shape]
+
+
+def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
+    """The largest difference and the largest number of two tensors; nan if they cannot be compared."""
+    ways = [] if x is None or y is None or not x.numel() else _layouts(y, x)
+    if not ways:
+        return math.nan, math.nan
+    differences = [(x - way).abs().nan_to_num(math.inf, math.inf).max().item() for way in ways]
+    return min(differences), max(t.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for t in (x, y))
+
+
+def _close(x: Tensor | None, y: Tensor | None, tolerance: float) -> bool:
+    difference, size = _compare(x, y)
+    return difference <= tolerance * max(1.0, size)
+
+
+def _inputs_agree(a: _Call | None, b: _Call | None, tolerance: float) -> bool | None:
+    """None if they cannot be compared."""
+    if a is None or b is None or math.isnan(_compare(a.input, b.input)[0]):
+        return None
+    return _close(a.input, b.input, tolerance)
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+
+def _number(x: float) -> str:
+    return "" if math.isnan(x) else re.sub(r"e([+-])0", r"e\1", f"{x:.2g}")
+
+
+def _shape(x: Tensor | None) -> str:
+    return "no tensor" if x is None else str(list(x.shape))
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f", and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _agreement(rows: list[Row], stopped: bool) -> str:
+    worst = max(rows, key=lambda row: row.difference, default=None)
+    if worst is None:
+        return "No layer was compared before that."
+    much = f": the largest difference is {_number(worst.difference)} of {_number(worst.size)}, in {worst.name}."
+    much = much if worst.difference else " exactly."
+    if stopped:
+        return f"Up to there, {len(rows)} pairs of layers agree{much}"
+    return f"The outputs and all {len(rows) - 1} pairs of layers agree{much}"
+
+
+def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | None) -> str:
+    much = max((other.difference for other in before), default=0.0)
+    exact = f" to {_number(much)}" if much else ""
+    text = f"The first {len(before)} pairs of layers agree{exact}; they" if before else "They"
+    text += " part at the output" if row.kind == "output" else f" part at {row.name} ({row.kind}, {row.shape})"
+    if "only" in row.verdict:
+        return f"{text}, which is {row.verdict}. The first pair that differs is {differs.name}."
+    if row.difference >= 0:
+        text += f": largest difference {_number(row.difference)} of {_number(row.size)}"
+    if row.kind == "output":
+        return f"{text}. Look at what happens after the last layer."
+    if inputs_agree:
+        return f"{text}. Its inputs agree, so look at its weights or at what it computes."
+    how = f"differ already, by {_number(row.input_difference)}" if inputs_agree is False else "have another shape"
+    where = f"between {before[-1].name} and it" if before else "to the inputs before it"
+    return (
+        f"{text}. Its inputs {how}, so look at what happens {where}, outside of the layers: an activation, "
+        "an addition, a reshape, a scale."
+    )
+
+
+def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[str]) -> list[str]:
+    """What is worth knowing wherever they part."""
+    notes = []
+    for name, run in runs.items():
+        if run.module.training:
+            dropouts = sum(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in run.module.modules())
+            notes.append(f"{name} is in train mode, with {dropouts} layers that drop out: .eval() ends that")
+    layers = [(a, b) for a, b in agree if a.module is not None]
+    if zeros := [a.name for a, b in layers if not a.output.any() and not b.output.any()]:
+        notes.append(f"layers that give nothing but zeros hide what is before them: {_list(zeros)}")
+    if silent := [f"{a.name} ({text})" for a, b in layers if (text := _settings(a, b))]:
+        notes.append(f"other settings, too little to show here: {_list(silent)}")
+    if alone:
+        notes.append(f"layers without a counterpart, which change nothing: {_list(alone)}")
+    return notes
+
+
+# -- likely causes -----------------------------------------------------------------------------------------------------
+
+# What may be done to the output of a layer before it goes into the next.
+OPERATIONS = {
+    "{} itself": lambda x: x,
+    "SiLU({})": F.silu,
+    "GELU({})": F.gelu,
+    "GELU({}) by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick-GELU({})": lambda x: x * torch.sigmoid(1.702 * x),
+    "GEGLU({}), first the value and then the gate": lambda x: _geglu(*x.tensor_split(2, dim=-1)),
+    "GEGLU({}), first the gate and then the value": lambda x: _geglu(*reversed(x.tensor_split(2, dim=-1))),
+    "GEGLU({}) by tanh": lambda x: _geglu(*x.tensor_split(2, dim=-1), approximate="tanh"),
+}
+# What a layer is, beside its weights.
+SETTINGS = ("eps", "num_groups", "stride", "padding", "dilation", "groups", "padding_mode", "normalized_shape")
+
+
+def _geglu(value: Tensor, gate: Tensor, approximate: str = "none") -> Tensor | None:
+    return value * F.gelu(gate, approximate=approximate) if value.shape == gate.shape else None
+
+
+def _changes(x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What ours, x, may be of theirs, y."""
+    u, v = (t.double() - t.double().mean() for t in (x, y))
+    scale = (u * v).sum() / (v * v).sum()  # least squares
+    offset = x.double().mean() - scale * y.double().mean()
+    plus = f" plus {offset:.4g}" if abs(offset) > 1e-4 else ""
+    yield f"ours is {scale:.4g} times theirs{plus}", (scale * y.double() + offset).float()
+    for dim, n in enumerate(x.shape):
+        if n % 2 == 0:
+            yield f"the halves of dimension {dim} are swapped, as by a torch.cat or a chunk", y.roll(n // 2, dim)
+    for i, j in combinations(range(x.ndim), 2):
+        if x.shape[i] == x.shape[j]:
+            yield f"dimensions {i} and {j} are swapped: transposed", y.transpose(i, j)
+
+
+def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | None:
+    """How ours, x, can be made from theirs, y."""
+    if x is None or y is None:
+        return None
+    if x.numel() != y.numel():
+        return f"the shape is {_shape(x)} in ours and {_shape(y)} in theirs"
+    for way in _layouts(y, x):
+        for words, changed in _changes(x, way):
+            if _close(x, changed, tolerance):
+                return words
+        differs, stretches = ~((x - way).abs() <= tolerance * max(1.0, x.abs().max().item())), []
+        for dim, n in enumerate(x.shape):
+            at = differs.movedim(dim, 0).reshape(n, -1).any(dim=1).nonzero().flatten().tolist()
+            if 0 < len(at) < n and at[-1] - at[0] == len(at) - 1:
+                which = f"{at[0]} to {at[-1]}" if len(at) > 1 else f"number {at[0]}"
+                stretches.append((len(at) / n, f"only {which} of the {n} along dimension {dim}"))
+        if stretches:
+            return min(stretches)[1]
+    if _close(x.flatten().sort()[0], y.flatten().sort()[0], tolerance):
+        return "the same numbers in another order: look for a reshape, a permute or a rearrange"
+    return None
+
+
+def _weights(a: _Call, b: _Call) -> str | None:
+    ours, theirs = a.parameters, b.parameters
+    for name in ours | theirs:
+        if name not in ours or name not in theirs:
+            return f"only {'ours' if name in ours else 'theirs'} has a {name}"
+        x, y = _copy(ours[name]), _copy(theirs[name])
+        much, size = _compare(x, y)
+        if math.isnan(much):
+            return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
+        if much > 1e-6 * size:
+            how = _relation(x, y, 1e-6)
+            return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {how}' if how else ''}"
+    return None
+
+
+def _settings(a: _Call, b: _Call) -> str | None:
+    if type(a.module) is type(b.module):
+        for name in SETTINGS:
+            x, y = (getattr(call.module, name, None) for call in (a, b))
+            if x != y:
+                return f"{name} is {x} in ours and {y} in theirs"
+    return None
+
+
+def _operation(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str | None]:
+    """What goes into the two may be the output of a layer shortly before, with something done to it or not."""
+    found: list[str | None] = [None, None]
+    for pair in before[-8:]:
+        for words, function in OPERATIONS.items():
+            for side, (call, earlier) in enumerate(zip((a, b), pair, strict=True)):
+                if earlier.output.any() and _close(call.input, function(earlier.output), tolerance):
+                    found[side] = words.format(earlier.name)
+    return found
+
+
+def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> str | None:
+    """A residual connection or an embedding is left out."""
+    for sign, lacks in ((1, "ours"), (-1, "theirs")):
+        for way in _layouts(b.input, a.input) if a.input is not None and b.input is not None else []:
+            rest = sign * (way - a.input)
+            for earlier, _ in reversed(before):
+                for verb, term in (("comes out of", earlier.output), ("goes into", earlier.input)):
+                    if term is not None and term.shape == rest.shape[:2]:
+                        term = term[(...,) + (None,) * (rest.ndim - 2)].expand(rest.shape)  # a vector, for all pixels
+                    if term is not None and term.any() and _close(rest, term, tolerance):
+                        return f"{lacks} lacks an addition: of what {verb} {earlier.name}"
+    return None
+
+
+def _hints(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str]:
+    """What can be checked where they part, given the pairs of layers that agree before it."""
+    hints = []
+    for name, call in (("ours", a), ("theirs", b)):
+        if not call.output.isfinite().all():
+            hints.append(f"{name} gives NaN or infinity")
+    if a.dtype != b.dtype:
+        hints.append(f"ours computes in {a.dtype} and theirs in {b.dtype}".replace("torch.", ""))
+    if _inputs_agree(a, b, tolerance):
+        causes = [hint for hint in (_weights(a, b), _settings(a, b)) if hint]
+        if not causes and (how := _relation(a.output, b.output, tolerance)):
+            causes = [f"what comes out: {how}"]
+        return hints + causes
+    done = _operation(a, b, before, tolerance)
+    what = "what goes in" if a.module is not None else "what comes out"
+    if lacking := _addition(a, b, before, tolerance):
+        hints.append(lacking)
+    elif None in done and (how := _relation(a.input, b.input, tolerance)):
+        hints.append(f"{what}: {how}")
+    elif done != [None, None] and done[0] != done[1]:
+        ours, theirs = (words or "something else" for words in done)
+        hints.append(f"{what} is, in ours: {ours}; in theirs: {theirs}")
+    return hints
