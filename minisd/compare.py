@@ -84,7 +84,8 @@ class Comparison:
         lines.insert(1, ["-" * width for width in widths])
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         words = [*self.conclusion.splitlines(), *(f"  - {hint}" for hint in self.hints)]
-        return "\n".join([*table, "", *(textwrap.fill(line, 110, subsequent_indent="    ") for line in words)])
+        words = [textwrap.fill(line, 110, subsequent_indent="    ") for line in words]
+        return "\n".join([*table, "", *words] if self.rows else words)
 
     def __repr__(self) -> str:
         return self.report()
@@ -119,6 +120,9 @@ def compare(
         tolerance: the largest difference that counts as none; where a layer has numbers over 1, in relation to them.
 
     An error that one of them raises is part of the answer: how far it came, and the message.
+
+    Raises:
+        TypeError: what is to be compared is no module, and no method of one.
     """
     runs = {"ours": _run(ours, inputs), "theirs": _run(theirs, inputs if their_inputs is None else their_inputs)}
     errors = {name: run.error for name, run in runs.items() if run.error}
@@ -138,6 +142,9 @@ def compare(
             first = next((i for i in range(max(differs - 4, 0), differs) if "only" in rows[i].verdict), differs)
         where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
         hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
+        layers = [(a, b) for a, b in pairs if a and b and a.parameters]
+        if 2 * (others := sum(not _same_weights(a, b) for a, b in layers)) > len(layers) > 1:
+            hints.append(f"{others} of {len(layers)} pairs of layers have other weights: first give both the same")
     for pair, row in zip(pairs, rows, strict=True):
         if row.verdict.startswith("error"):
             given = [_shape(call.input) for call in pair]
@@ -193,15 +200,16 @@ def _run(net: Network, inputs: Inputs) -> _Run:
         inside.append(call)
 
     def leave(layer, args, kwargs, output):
-        call = inside.pop()
-        if call.parameters:
+        while (call := inside.pop()).module is not layer:
+            pass  # a layer that raised an error, which the network caught
+        output = _tensor(output)
+        if call.parameters and output is not None:
             counts[layer] = counts.get(layer, 0) + 1
             call.name += f" (call {counts[layer]})" if counts[layer] > 1 else ""
             keep(call, output)
 
     def keep(call, output):
-        output = _tensor(output)
-        call.output, call.dtype = _copy(output), None if output is None else output.dtype
+        call.output, call.dtype = _copy(output), output.dtype
         run.calls.append(call)
 
     def fresh(value):  # a network that writes into its input must not spoil the other's
@@ -217,12 +225,15 @@ def _run(net: Network, inputs: Inputs) -> _Run:
         torch.manual_seed(0)
         try:
             result = net(*map(fresh, args), **{name: fresh(value) for name, value in kwargs.items()})
-            keep(_Call("output", None, _copy(_tensor(result))), result)
+            if (output := _tensor(result)) is None:
+                raise TypeError(f"it returned no tensor, but a {type(result).__name__}: is a return missing?")
+            keep(_Call("output", None, _copy(output)), output)
         except Exception as error:  # of any kind: where one's own network stops is what one wants to know
             run.error = f"with {type(error).__name__}: {str(error).strip()}"
             if inside:
                 call = inside[-1]
-                run.error = f"in {call.name} ({call.kind}), which was given {_shape(call.input)}, {run.error}"
+                name = f"{call.name} ({call.kind})" if call.name != call.kind else call.name
+                run.error = f"in {name}, which was given {_shape(call.input)}, {run.error}"
                 run.calls += [call] if call.parameters else []
         finally:
             for hook in hooks:
@@ -491,6 +502,11 @@ def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | Non
     return None
 
 
+def _same_weights(a: _Call, b: _Call) -> bool:
+    ours, theirs = a.parameters, b.parameters
+    return ours.keys() == theirs.keys() and all(_close(_copy(ours[name]), _copy(theirs[name]), 1e-6) for name in ours)
+
+
 def _weights(a: _Call, b: _Call) -> str | None:
     ours, theirs = a.parameters, b.parameters
     for name in ours | theirs:
@@ -521,7 +537,8 @@ def _operation(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance:
     for pair in before[-8:]:
         for words, function in OPERATIONS.items():
             for side, (call, earlier) in enumerate(zip((a, b), pair, strict=True)):
-                if earlier.output.any() and _close(call.input, function(earlier.output), tolerance):
+                out = earlier.output
+                if out.ndim and out.any() and _close(call.input, function(out), tolerance):
                     found[side] = words.format(earlier.name)
     return found
 

@@ -270,6 +270,13 @@ def test_dropout_is_drawn_from_the_same_seed_in_both(randomise):
     assert found.first.ours == "input_blocks.1.0.out_layers.3" and "inputs differ" in found.conclusion
 
 
+def test_networks_with_other_weights_are_told_to_share_them(unet, theirs, randomise):
+    found = compare(unet, randomise(theirs, seed=1), INPUTS)
+    assert found.first.ours == "time_embed.0" and found.conclusion.startswith("They part at time_embed.0 (Linear")
+    assert "its weight differs" in found.hints[0]
+    assert re.fullmatch(r"(\d+) of \1 pairs of layers have other weights: first give both the same", found.hints[1])
+
+
 def test_a_dtype_is_named(unet, theirs):
     wide = nn.Linear(4, 4)
     found = compare(wide, copy.deepcopy(wide).bfloat16(), draw(0, 2, 4), draw(0, 2, 4).bfloat16())
@@ -459,9 +466,35 @@ def test_an_error_of_other_names_is_paired_with_our_layer(unet, diffusers_unet):
 def test_both_may_stop_and_outside_of_any_layer(unet):
     found = compare(unet, unet, (INPUTS[0], INPUTS[1]), (draw(0, 2, 4, 7, 8), *INPUTS[1:]))
     assert found.rows == [] and found.errors.keys() == {"ours", "theirs"}
-    assert "ours" in str(found) or "Ours stopped in UNetModel" in str(found)
+    assert str(found).startswith("Ours stopped in UNetModel, which was given [2, 4, 8, 8], with ValueError: this UNet")
     assert "context of width 24, and none was given" in found.conclusion and "not 7x8" in found.conclusion
     assert "No layer was compared" in found.conclusion
+
+
+def test_a_missing_return_is_told():
+    class Forgetful(nn.Linear):
+        def forward(self, x):
+            super().forward(x)
+
+    found = compare(Forgetful(4, 4), nn.Linear(4, 4), draw(0, 2, 4))
+    assert found.errors["ours"].endswith("returned no tensor, but a NoneType: is a return missing?")
+
+
+def test_a_network_may_catch_the_error_of_a_layer():
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            try:
+                return self.a(x)
+            except RuntimeError:
+                return self.b(x)
+
+    ours = Careful().eval()
+    found = compare(ours, copy.deepcopy(ours), draw(0, 2, 4)).check()
+    assert [row.ours for row in found.rows] == ["b", "output"] and found.hints == []
 
 
 def test_nothing_is_left_behind(unet, theirs):
