@@ -107,8 +107,8 @@ def compare(
     """Find the first layer at which two networks part.
 
     A layer is a module that has parameters of its own: an activation is a module to one author and a function to
-    another. Both networks run once, without gradients, in the mode in which they are, from the same seed; buffers and
-    the random state are put back. What goes into a layer and comes out is kept in float32 meanwhile, so give a large
+    another. Both networks run once, without gradients, in the mode in which they are, from the same random state, which
+    is put back as the buffers are. What goes into a layer and comes out is kept in float32 meanwhile, so give a large
     network a small input: a latent of 8x8 shows the same mistakes as one of 64x64. Layers that start at zero hide
     what is before them: fill them with random numbers first.
 
@@ -222,7 +222,6 @@ def _run(net: Network, inputs: Inputs) -> _Run:
     hooks += [layer.register_forward_hook(leave, with_kwargs=True) for layer in names]
     cards = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=cards), torch.no_grad():
-        torch.manual_seed(0)
         try:
             result = net(*map(fresh, args), **{name: fresh(value) for name, value in kwargs.items()})
             if (output := _tensor(result)) is None:

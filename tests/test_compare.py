@@ -260,7 +260,7 @@ def test_what_does_not_show_is_said_nevertheless(randomise, unet, theirs):
     assert settings.endswith("out.0 (eps is 1e-05 in ours and 1e-06 in theirs)")
 
 
-def test_dropout_is_drawn_from_the_same_seed_in_both(randomise):
+def test_dropout_is_drawn_from_the_same_random_state_in_both(randomise):
     ours = randomise(UNetModel(replace(CONFIG, dropout=0.5)))
     before = torch.random.get_rng_state()
     found = compare(ours.train(), copy.deepcopy(ours), INPUTS)
