@@ -41,7 +41,7 @@ class Result:
     memory: tuple[int | None, int | None] = (None, None)  # peak in bytes
     memory_ratio: float | None = None
     difference: float | None = None  # of the outputs
-    verdict: str = ""  # met, missed, busy, or why there is none
+    verdict: str = ""  # met or missed, or why that can't be said
     profiles: tuple[str, ...] = ()
 
 
@@ -69,23 +69,23 @@ def run(case, options: argparse.Namespace) -> Result:
         if all(result.memory):
             result.memory_ratio = result.memory[0] / result.memory[1]
     result.verdict = verdict(case, result, timing.quiet)
-    if options.profile and result.verdict.startswith("missed"):
+    if options.profile and "missed" in result.verdict:
         result.profiles = tuple(profile(build(), options.device) for build in (case.ours, case.theirs))
     return result
 
 
 def verdict(case, result: Result, quiet: bool) -> str:
-    """Ratios are rounded to two decimals before they are held against the goal, and to four below 0.1."""
+    """What became of the goals: of time, of memory, or of both.
+
+    Ratios are rounded to two decimals before they are held against a goal, those below 0.1 to four.
+    """
     found = []
-    if case.max_memory is not None and result.memory_ratio is not None:
-        found.append("memory missed" if round(result.memory_ratio, 2) > case.max_memory else "memory met")
     if case.max_time is not None:
         missed = round(result.ratio, 4 if case.max_time < 0.1 else 2) > case.max_time
         found.append("time: machine busy" if not quiet else "time missed" if missed else "time met")
-    for word in ("missed", "busy"):
-        if any(word in part for part in found):
-            return f"{word}: {', '.join(found)}" if len(found) > 1 else word
-    return "met" if found else "-"
+    if case.max_memory is not None and result.memory_ratio is not None:
+        found.append("memory missed" if round(result.memory_ratio, 2) > case.max_memory else "memory met")
+    return ", ".join(found) or "-"
 
 
 # -- what is printed ----------------------------------------------------------------------------------------------
