@@ -26,6 +26,7 @@ import torch
 
 BLOCK = 0.5  # seconds: what is quicker is repeated until it takes that long, or the clocks would be too coarse
 BUSY = 0.15  # cores that others may keep busy before a pair counts as disturbed
+M_MMAP_THRESHOLD = -3  # its number in glibc's malloc.h
 ATTEMPTS = 3  # times as many pairs as asked for are run at most, in search of quiet ones
 
 Call = Callable[[], Any]  # does the work once, and returns what came out of it
@@ -91,10 +92,10 @@ def compare(ours: Call, theirs: Call, pairs: int, per: tuple[int, int] = (1, 1),
 
 
 def _repeats(call: Call, device: str) -> int:
-    """How often a call must be repeated to fill a block, after a first one that does not count."""
-    _block(call, 1, device)
-    seconds = _block(call, 1, device)
-    return max(1, round(BLOCK / seconds))
+    """How often a call must be repeated to fill a block, after a first one that warms it up."""
+    if _block(call, 1, device) >= 4 * BLOCK:
+        return 1
+    return max(1, round(BLOCK / _block(call, 1, device)))
 
 
 def _block(call: Call, repeats: int, device: str) -> float:
@@ -171,6 +172,9 @@ def peak_memory(build: Build, threads: int = 1, device: str = "cpu") -> int | No
 
 def _peak_memory(build: Build, threads: int, device: str, sender) -> None:
     torch.set_num_threads(threads)
+    # What is freed goes back at once, if it is larger than 64 KB. By default C's allocator decides as it goes along what
+    # to keep, and the peak of one and the same program differs by several percent from run to run.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     before = _resident()
     call = build()
     if device == "cuda":
