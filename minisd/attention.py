@@ -170,7 +170,8 @@ class SpatialTransformer(nn.Module):
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b c h w"]:
         h, w = x.shape[-2:]
-        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        # contiguous: the numbers of a token side by side, once, or each LayerNorm below would have to copy them so
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))

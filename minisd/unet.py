@@ -226,7 +226,8 @@ class UNetModel(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = torch.cat([h, skips.pop()], dim=1)  # a line of its own: the two parts are not needed beyond it
+            h = block(h, emb, context)
         return self.out(h)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
