@@ -172,8 +172,8 @@ def peak_memory(build: Build, threads: int = 1, device: str = "cpu") -> int | No
 
 def _peak_memory(build: Build, threads: int, device: str, sender) -> None:
     torch.set_num_threads(threads)
-    # What is freed goes back at once, if it is larger than 64 KB. By default C's allocator decides as it goes along what
-    # to keep, and the peak of one and the same program differs by several percent from run to run.
+    # What is freed goes back at once, if it is larger than 64 KB. By default C's allocator decides as it goes along
+    # what to keep, and the peak of one and the same program differs by several percent from run to run.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     before = _resident()
     call = build()
