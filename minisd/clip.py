@@ -280,19 +280,38 @@ class BPETokenizer:
     """CLIP's byte-pair encoding: words are split into the pieces that were frequent in the training captions.
 
     Lower case; a piece that ends a word carries "</w>"; each sentence stands between the start and the end token, and
-    is padded by end tokens. Saved as `vocab.json` and `merges.txt`, the two files that `transformers.CLIPTokenizer`
-    reads. Sennrich et al. 2016 (arXiv:1508.07909); the engine is the `tokenizers` library.
+    is padded by end tokens (or by `pad`, as Stable Diffusion 2 has it). Saved as `vocab.json` and `merges.txt`, the two
+    files that `transformers.CLIPTokenizer` reads. Sennrich et al. 2016 (arXiv:1508.07909); the engine is the
+    `tokenizers` library.
+
+    Raises:
+        ValueError: merges of pieces that the vocabulary lacks, or no start, end or padding token in it.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END):
         from tokenizers import Tokenizer as Engine
         from tokenizers import models
 
-        self.vocab, self.merges = vocab, merges
-        self.start_token, self.end_token = vocab[START], vocab[END]
-        model = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END)
+        unknown = [token for token in (START, END, pad) if token not in vocab]
+        if unknown:
+            raise ValueError(f"the vocabulary has no {' and no '.join(unknown)}, which every sentence needs")
+        self.vocab, self.merges, self.pad = vocab, merges, pad
+        self.start_token, self.end_token, self.pad_token = vocab[START], vocab[END], vocab[pad]
+        try:
+            model = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END)
+        except Exception as error:  # the engine knows no finer one
+            raise ValueError(f"the merges do not fit the vocabulary ({error})") from None
         self.engine = _as_clip(Engine(model))
         self.engine.add_special_tokens([START, END])  # written out in a prompt, they count as themselves, as in CLIP
+
+    @classmethod
+    def clip(cls) -> "BPETokenizer":
+        """OpenAI's own, with 49,408 entries, which Stable Diffusion v1 reads prompts by. It ships with minisd (MIT)."""
+        merges = _read_merges(CLIP_VOCABULARY / "merges.txt")
+        # The 256 bytes, the same at the end of a word, what each merge makes, start and end: in this order.
+        pieces = _byte_alphabet()
+        pieces += [byte + "</w>" for byte in pieces] + [a + b for a, b in merges] + [START, END]
+        return cls({piece: i for i, piece in enumerate(pieces)}, merges)
 
     @classmethod
     def train(cls, captions: list[str], vocab_size: int = 2048) -> "BPETokenizer":
@@ -323,7 +342,8 @@ class BPETokenizer:
         ids, lost = [], []
         for encoding, prompt in zip(self.engine.encode_batch(prompts), prompts, strict=True):
             kept = encoding.ids[: max_length - 2]
-            ids.append([self.start_token, *kept] + [self.end_token] * (max_length - 1 - len(kept)))
+            padding = [self.pad_token] * (max_length - 2 - len(kept))
+            ids.append([self.start_token, *kept, self.end_token, *padding])
             lost.append(prompt[encoding.offsets[len(kept)][0] :] if len(kept) < len(encoding.ids) else "")
         return Tokens(torch.tensor(ids), lost)
 
@@ -341,17 +361,56 @@ class BPETokenizer:
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         config = {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": max_length,
-            "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
+            "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad,
         }  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "BPETokenizer":
-        """Read `vocab.json` and `merges.txt` from a folder."""
+        """Read the files of a `transformers.CLIPTokenizer`: `vocab.json` and `merges.txt`, or a `tokenizer.json`.
+
+        Raises:
+            FileNotFoundError: the folder has neither. ValueError: what it has is broken, or no CLIP vocabulary.
+        """
         folder = Path(folder)
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        return cls(vocab, [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")])
+        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
+            raise FileNotFoundError(
+                f"there is no tokenizer in {folder}: it has neither vocab.json and merges.txt nor tokenizer.json"
+            )
+        try:
+            pad = _padding(folder)
+            if vocab.is_file() and merges.is_file():
+                return cls(json.loads(vocab.read_text(encoding="utf-8")), _read_merges(merges), pad)
+            model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+            if model["type"] != "BPE":
+                raise ValueError(f"its model is {model['type']}, not BPE")
+            pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+            return cls(model["vocab"], pairs, pad)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the tokenizer in {folder} can't be used: {error}") from None
+
+
+CLIP_VOCABULARY = Path(__file__).parent / "weights" / "clip_vocabulary"
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """A pair of pieces a line, those that were merged first at the top."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _padding(folder: Path) -> str:
+    """The padding token that a folder of transformers names, or the end token, as in Stable Diffusion v1."""
+    path = folder / "tokenizer_config.json"
+    pad = json.loads(path.read_text(encoding="utf-8")).get("pad_token") if path.is_file() else None
+    return (pad["content"] if isinstance(pad, dict) else pad) or END
+
+
+def _byte_alphabet() -> list[str]:
+    """A sign for each of the 256 bytes: itself where it can be seen, else one from beyond; the visible ones first."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
 
 
 def _as_clip(engine):
@@ -384,6 +443,8 @@ class FrozenCLIPEmbedder(nn.Module):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.freeze()
+
+    unconditional = ""  # the prompt that says nothing
 
     def freeze(self) -> None:
         """No dropout, no gradients."""

@@ -231,6 +231,50 @@ def test_ids_equal_transformers_token_for_token(tokenizer, reference, text):
     assert ours.dtype == torch.int64 and ours.shape == (1, LENGTH)
 
 
+@pytest.fixture(scope="module")
+def clips_own(transformers, tmp_path_factory):
+    """CLIP's vocabulary, and transformers' CLIPTokenizer with it."""
+    tokenizer, folder = BPETokenizer.clip(), tmp_path_factory.mktemp("clip")
+    tokenizer.save(folder, max_length=77)
+    return tokenizer, transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def test_clips_vocabulary_has_its_49408_entries_in_their_places(clips_own):
+    tokenizer, _ = clips_own
+    assert sorted(tokenizer.vocab.values()) == list(range(49408))
+    places = {"!": 0, "a</w>": 320, "the</w>": 518, "</w>": None, "<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    assert {piece: tokenizer.vocab.get(piece) for piece in places} == places
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts)
+@example("a photograph of an astronaut riding a horse, highly detailed, artstation, 8k")
+@example("It's a RED fox; we'LL see 1,234 of them_ \u00e9 e\u0301 <|endoftext|> 👩\u200d🚀")
+def test_ids_of_clips_vocabulary_equal_transformers(clips_own, text):
+    tokenizer, theirs = clips_own
+    expected = theirs([text], padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert tokenizer([text], 77).ids.tolist() == expected
+
+
+def test_another_padding_token_is_kept(tokenizer, transformers, tmp_path):
+    """Stable Diffusion 2 pads with "!"."""
+    other = BPETokenizer(tokenizer.vocab, tokenizer.merges, pad="!")
+    other.save(tmp_path, max_length=LENGTH)
+    assert BPETokenizer.load(tmp_path)(["a fox"], LENGTH).ids.tolist() == other(["a fox"], LENGTH).ids.tolist()
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    expected = theirs(["a fox"], padding="max_length", max_length=LENGTH, truncation=True)["input_ids"]
+    assert other(["a fox"], LENGTH).ids.tolist() == expected
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_read(tokenizer, reference, tmp_path):
+    """It writes one file, tokenizer.json."""
+    reference.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    again = BPETokenizer.load(tmp_path)
+    assert again.vocab == tokenizer.vocab and again.merges == tokenizer.merges
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=texts)
 @example("".join(map(chr, range(0x500))))
