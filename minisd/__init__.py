@@ -9,11 +9,12 @@ latent_diffusion. Beside them: data (captioned pictures), training, evaluation, 
 """
 
 from . import data, sampling, viz
-from .attention import CrossAttention, SpatialTransformer
+from .attention import AttentionBlock, CrossAttention, SpatialTransformer
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
 from .compare import Comparison, compare
-from .latent_diffusion import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, Trajectory
+from .drawing import Drawing, Trajectory
+from .latent_diffusion import PRESETS, ClassConfig, ClassEmbedder, LatentDiffusion, LatentDiffusionConfig
 from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
 from .sampling import Guided, Step, classifier_free_guidance
@@ -24,9 +25,11 @@ from .vq import VQConfig, VQModel, VQModelInterface
 __version__ = "0.1.0"
 
 __all__ = [
-    "PRESETS", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig", "CLIPTextModel",
-    "CLIPVisionConfig", "CheckpointError", "Comparison", "CrossAttention", "DiagonalGaussianDistribution", "Drawing",
-    "ExactDenoiser", "FrozenCLIPEmbedder", "Guided", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule",
-    "SpatialTransformer", "Step", "Trajectory", "UNetConfig", "UNetModel", "classifier_free_guidance", "compare",
-    "data", "epsilon_loss", "load", "load_clip", "sampling", "save", "text_dropout", "v_loss", "viz", "x0_loss",
+    "AttentionBlock", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig",
+    "CLIPTextModel", "CLIPVisionConfig", "CheckpointError", "ClassConfig", "ClassEmbedder", "Comparison",
+    "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser", "FrozenCLIPEmbedder", "Guided",
+    "IdentityConfig", "IdentityFirstStage", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule", "PRESETS",
+    "SpatialTransformer", "Step", "Trajectory", "UNetConfig", "UNetModel", "VQConfig", "VQModel", "VQModelInterface",
+    "classifier_free_guidance", "compare", "data", "epsilon_loss", "load", "load_clip", "sampling", "save",
+    "text_dropout", "v_loss", "viz", "x0_loss",
 ]  # fmt: skip

@@ -177,6 +177,26 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
 
 
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels alone, in the UNets that read no text. CompVis `openaimodel.py: AttentionBlock`.
+
+    One 1-D convolution makes queries, keys and values; its channels are sorted by head first, and by q, k, v within.
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(32, channels)  # eps 1e-5 here, not SpatialTransformer's 1e-6
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        tokens = self.qkv(self.norm(x).flatten(2))
+        q, k, v = rearrange(tokens, "b (h three d) n -> three b h n d", h=self.heads, three=3)
+        out = rearrange(attention(q, k, v), "b h n d -> b (h d) n")
+        return x + self.proj_out(out).reshape(x.shape)
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters to zero: a residual branch that ends in it starts as the identity."""
     for parameter in module.parameters():

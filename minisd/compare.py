@@ -429,8 +429,8 @@ def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[
     """What is worth knowing wherever they part."""
     notes = []
     for name, run in runs.items():
-        if run.module.training:
-            dropouts = sum(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in run.module.modules())
+        dropouts = sum(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in run.module.modules())
+        if run.module.training and dropouts:
             notes.append(f"{name} is in train mode, with {dropouts} layers that drop out: .eval() ends that")
     layers = [(a, b) for a, b in agree if a.module is not None]
     if zeros := [a.name for a, b in layers if not a.output.any() and not b.output.any()]:

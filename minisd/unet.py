@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialTransformer, zero_module
+from .attention import AttentionBlock, SpatialTransformer, zero_module
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,11 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors at which there are transformers
     num_heads: int | None = 8  # heads at each level: the head grows with the width. Or None and …
     num_head_channels: int | None = None  # … channels a head: the number of heads grows with the width
+    use_spatial_transformer: bool = True  # False: self-attention alone (AttentionBlock), in a UNet that reads no text
     transformer_depth: int = 1  # blocks in each SpatialTransformer
     context_dim: int | None = 768  # width of the text context; None for a UNet without one
     dropout: float = 0.0
     use_checkpoint: bool = False  # gradient checkpointing: less memory, a third more time
-
-    @property
-    def downsampling(self) -> int:
-        """How often the map is halved, as a factor: 8 in SD v1. Height and width of the latent are multiples of it."""
-        return 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a level of that many channels."""
@@ -114,25 +110,33 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: repeat each pixel, then smooth by a convolution."""
+    """Twice the size: repeat each pixel, then smooth by a convolution.
+
+    `size`: of what comes out, if not exactly twice. An odd side was rounded up when it was halved, and comes back odd.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Float[Tensor, "b c h w"], size: tuple[int, int] | None = None) -> Float[Tensor, "b c h2 w2"]:
+        height, width = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, (height, width), mode="nearest"))
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands the time to the layers that want it, and the context to those that want that."""
+    """A sequence that hands each layer what it wants beside x: the time, the context, the size to come back to."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
@@ -153,8 +157,10 @@ class UNetModel(nn.Module):
         def res_block(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, time_embed_dim, c_out, config.dropout, config.use_checkpoint)
 
-        def transformer(c: int) -> SpatialTransformer:
+        def transformer(c: int) -> SpatialTransformer | AttentionBlock:
             heads, depth = config.heads(c), config.transformer_depth
+            if not config.use_spatial_transformer:
+                return AttentionBlock(c, heads)
             return SpatialTransformer(
                 c, heads, c // heads, depth, config.context_dim, config.dropout, config.use_checkpoint
             )
@@ -210,12 +216,12 @@ class UNetModel(nn.Module):
         """Predict the noise.
 
         Args:
-            x: noisy latent. Height and width must be divisible by 2 for each downsampling (8 in SD v1).
+            x: noisy latent, of any height and width.
             timesteps: integers in [0, 1000), one for each picture.
             context: what the text encoder made of the prompts.
 
         Raises:
-            ValueError: a height or width that can't be halved that often, or a context that is missing.
+            ValueError: other channels than in_channels, or a context that is missing or of another width.
         """
         self._check(x, context)
         emb = timestep_embedding(timesteps, self.config.model_channels).to(x.dtype)
@@ -227,15 +233,16 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)  # a line of its own: the two parts are not needed beyond it
-            h = block(h, emb, context)
+            h = block(h, emb, context, skips[-1].shape[-2:] if skips else None)
         return self.out(h)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
-        factor = self.config.downsampling
-        height, width = x.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(
-                f"height and width of the latent must be divisible by {factor} for this UNet, not {height}x{width}"
-            )
-        if context is None and self.config.context_dim is not None:
-            raise ValueError(f"this UNet reads a context of width {self.config.context_dim}, and none was given")
+        config = self.config
+        if x.shape[1] != config.in_channels:
+            raise ValueError(f"this UNet takes {config.in_channels} channels, and x has {x.shape[1]}")
+        if config.context_dim is None or not config.use_spatial_transformer:
+            return
+        if context is None:
+            raise ValueError(f"this UNet reads a context of width {config.context_dim}, and none was given")
+        if context.shape[-1] != config.context_dim:
+            raise ValueError(f"this UNet reads a context of width {config.context_dim}, not {context.shape[-1]}")

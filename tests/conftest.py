@@ -63,6 +63,7 @@ def randomise():
 def diffusers():
     import diffusers
     import diffusers.loaders.single_file_utils  # its own reader of CompVis checkpoints
+    import diffusers.models.attention_processor
 
     return diffusers
 

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisd.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from minisd.attention import (
+    GEGLU,
+    AttentionBlock,
+    BasicTransformerBlock,
+    CrossAttention,
+    FeedForward,
+    SpatialTransformer,
+    attention,
+)
 
 MODULE = import_module("minisd.attention")  # as `minisd.attention` is the function
 KERNELS = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fused"])
@@ -135,6 +143,25 @@ def test_a_transformer_block_normalises_before_and_adds_after(randomise):
     h = x + block.attn1(block.norm1(x))
     h = h + block.attn2(block.norm2(h), context)
     torch.testing.assert_close(block(x, context), h + block.ff(block.norm3(h)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@torch.no_grad()
+def test_an_attention_block_equals_diffusers(diffusers, randomise, heads):
+    """One convolution makes q, k and v, head by head; diffusers has a Linear layer for each."""
+    ours = randomise(AttentionBlock(32, heads))
+    theirs = diffusers.models.attention_processor.Attention(
+        32, heads=heads, dim_head=32 // heads, norm_num_groups=32, eps=1e-5, bias=True, residual_connection=True
+    ).eval()
+    theirs.group_norm.load_state_dict(ours.norm.state_dict())
+    for i, layer in enumerate((theirs.to_q, theirs.to_k, theirs.to_v)):
+        layer.weight.copy_(ours.qkv.weight.reshape(heads, 3, 32 // heads, 32)[:, i].reshape(32, 32))
+        layer.bias.copy_(ours.qkv.bias.reshape(heads, 3, 32 // heads)[:, i].reshape(32))
+    theirs.to_out[0].weight.copy_(ours.proj_out.weight[..., 0])
+    theirs.to_out[0].bias.copy_(ours.proj_out.bias)
+    x = draw(0, 2, 32, 4, 6)
+    torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=0)
+    assert torch.equal(AttentionBlock(32, heads)(x), x)  # a new one changes nothing
 
 
 def test_a_new_spatial_transformer_changes_nothing():

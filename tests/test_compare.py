@@ -464,10 +464,10 @@ def test_an_error_of_other_names_is_paired_with_our_layer(unet, diffusers_unet):
 
 
 def test_both_may_stop_and_outside_of_any_layer(unet):
-    found = compare(unet, unet, (INPUTS[0], INPUTS[1]), (draw(0, 2, 4, 7, 8), *INPUTS[1:]))
+    found = compare(unet, unet, (INPUTS[0], INPUTS[1]), (draw(0, 2, 9, 8, 8), *INPUTS[1:]))
     assert found.rows == [] and found.errors.keys() == {"ours", "theirs"}
     assert str(found).startswith("Ours stopped in UNetModel, which was given [2, 4, 8, 8], with ValueError: this UNet")
-    assert "context of width 24, and none was given" in found.conclusion and "not 7x8" in found.conclusion
+    assert "context of width 24, and none was given" in found.conclusion and "x has 9" in found.conclusion
     assert "No layer was compared" in found.conclusion
 
 

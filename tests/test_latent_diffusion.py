@@ -77,7 +77,8 @@ def test_the_presets_fit_together(name, tokenizer):
     with torch.device("meta"):
         sd = LatentDiffusion(config, tokenizer)
     assert config.unet.context_dim == config.cond_stage.width
-    assert config.unet.in_channels == config.unet.out_channels == config.first_stage.embed_dim
+    assert config.unet.out_channels == config.first_stage.embed_dim
+    assert config.concat_channels == (5 if name == "sd-v1-inpainting" else 0)
     channels, height, width = sd.latent_shape()
     assert height == width == config.image_size // config.first_stage.downsampling
     if name == "sd-v1":
@@ -241,10 +242,11 @@ def test_a_drawing_decodes_its_last_latent(sd):
     assert [image.tobytes() for image in drawing.images] == [bytes(p.flatten().tolist()) for p in pixels]
 
 
-def test_other_sizes(sd):
-    drawing = sd.txt2img(FOX, steps=1, height=16, width=48)
-    assert drawing.trajectory[0].x.shape == (1, 4, 4, 12)
-    assert drawing.images[0].size == (48, 16)
+@pytest.mark.parametrize(("height", "width"), [(16, 48), (20, 36)], ids=["even", "odd on the latent's grid"])
+def test_other_sizes(sd, height, width):
+    drawing = sd.txt2img(FOX, steps=1, height=height, width=width)
+    assert drawing.trajectory[0].x.shape == (1, 4, height // 4, width // 4)
+    assert drawing.images[0].size == (width, height)
 
 
 def test_progress_changes_nothing_but_what_is_shown(sd, capsys):
@@ -337,9 +339,9 @@ def test_a_trajectory_shows_what_went_in_and_what_was_in_mind(sd):
         ({"sampler": "euler_b"}, "'euler_b'.* ddpm, ddim, plms, dpmpp_2m, euler, euler_ancestral, heun"),
         ({"steps": 0}, "between 1 and 1000.* 0"),
         ({"steps": 1001}, "between 1 and 1000.* 1001"),
-        ({"height": 36}, "multiples of 8 .*not 36x32"),
-        ({"width": 20}, "multiples of 8 .*not 32x20"),
-        ({"width": -8}, "multiples of 8 .*not 32x-8"),
+        ({"height": 34}, "multiples of 4 .*not 34x32: try 32x32"),
+        ({"width": 19}, "multiples of 4 .*not 32x19: try 32x20"),
+        ({"width": -8}, "multiples of 4 .*not 32x-8"),
         ({"num_images": 0}, "num_images is 0"),
         ({"prompt": []}, r"the prompt \[\]"),
         ({"sampler": "plms", "eta": 0.5}, "eta must be 0.* 0.5"),
