@@ -4,7 +4,9 @@ minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data shapes
 minisd train clip | train vae | train unet
 minisd evaluate
+minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
 minisd info FILE
+minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
 import itertools
@@ -14,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import torch
 import tyro
 
-from . import PRESETS, load
+from . import PRESETS, Drawing, LatentDiffusion, load, save
 from .checkpoint import describe
 from .data import CaptionedPictures, build_emoji, draw_shapes
 from .evaluation import evaluate, report
@@ -33,42 +36,82 @@ from .training import (
 from .viz import sheet
 
 Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Preset = Literal["tiny", "emoji", "sd-v1"]
 _preset = "emoji"  # the preset asked for: the flags of a recipe start from its values, so it must be known before them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Txt2Img:
     """Draw pictures from a prompt."""
 
     prompt: Annotated[str, tyro.conf.Positional]  # what to draw; "" draws whatever comes
-    model: str = "emoji"  # "emoji" or "tiny", which ship; or a folder
+    # "emoji" or "tiny", which ship; a folder of minisd or of diffusers; a CompVis .ckpt or .safetensors; owner/name of
+    # the Hugging Face hub
+    model: str = "emoji"
+    config: Path | None = None  # the YAML of a CompVis file that is not Stable Diffusion v1
     steps: int = 25  # calls of the network; heun makes two in each
     guidance: float = 4.0  # 1: by the prompt as it is; larger: exaggerate what the prompt changes
+    negative: str = ""  # what not to draw
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0  # picture k is drawn from seed + k
     num_images: int = 4
     height: int | None = None  # pixels; as the model was trained if left out
     width: int | None = None
     out: Path = Path("out.png")  # all pictures side by side
-    scale: int = 4  # enlarges each pixel of the sheet to a square
+    scale: int | None = None  # enlarges each pixel of the sheet to a square; small pictures to 128 pixels if left out
     trajectory: Path | None = None  # a film of what the model has in mind, step by step (.webp or .gif)
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
+    dtype: Dtype = "fp32"  # what the networks compute in
 
     def run(self) -> None:
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # better now than after the drawing
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
-        sd = load(self.model, self.device)
-        out = sd.txt2img(
-            self.prompt, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
-            num_images=self.num_images, height=self.height, width=self.width, progress=True,
+        sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
+        out = self.draw(
+            sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
+            negative_prompt=self.negative, num_images=self.num_images, height=self.height, width=self.width,
+            progress=True,
         )  # fmt: skip
-        sheet(out.images, scale=self.scale).save(self.out)
+        scale = self.scale or max(1, 128 // out.images[0].width)
+        sheet(out.images, scale=scale).save(self.out)
         print(f"wrote {self.out}")
         if self.trajectory:
-            out.trajectory.save(self.trajectory)
+            out.trajectory.save(self.trajectory, scale=scale)
             print(f"wrote {self.trajectory}")
+
+    def draw(self, sd: LatentDiffusion, **options) -> Drawing:
+        return sd.txt2img(self.prompt, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2Img(Txt2Img):
+    """Draw over a picture, under a prompt."""
+
+    image: Annotated[Path, tyro.conf.Positional]  # the picture; resized to what the model draws
+    strength: float = 0.75  # how far it may go from the picture: 0 nowhere, 1 anywhere
+
+    def draw(self, sd: LatentDiffusion, **options) -> Drawing:
+        return sd.img2img(self.prompt, self.image, strength=self.strength, **_sized(sd, options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(Txt2Img):
+    """Draw a part of a picture anew, under a prompt."""
+
+    image: Annotated[Path, tyro.conf.Positional]  # the picture; resized to what the model draws
+    mask: Annotated[Path, tyro.conf.Positional]  # white where it is to be drawn anew, black where it is kept
+    strength: float = 1.0  # how far that part may go from what was there
+
+    def draw(self, sd: LatentDiffusion, **options) -> Drawing:
+        return sd.inpaint(self.prompt, self.image, self.mask, strength=self.strength, **_sized(sd, options))
+
+
+def _sized(sd: LatentDiffusion, options: dict) -> dict:
+    """With the size that the model was trained at, where none was asked for."""
+    return options | {side: options[side] or sd.config.image_size for side in ("height", "width")}
 
 
 @dataclass(frozen=True)
@@ -209,17 +252,39 @@ class Info:
     """What is in a file of weights, or in a model folder."""
 
     path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file, a folder, "emoji" or "tiny"
+    variant: str | None = None  # of a diffusers folder, such as fp16
 
     def run(self) -> None:
-        print(describe(self.path))
+        print(describe(self.path, self.variant))
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Read a model in one layout and write it in another."""
+
+    source: Annotated[str, tyro.conf.Positional]  # whatever --model of txt2img takes
+    target: Annotated[Path, tyro.conf.Positional]  # a folder; or, for CompVis, a file .safetensors or .ckpt
+    layout: Literal["minisd", "diffusers", "compvis"] | None = None  # CompVis for such a file, else minisd, if left out
+    config: Path | None = None  # the YAML of a CompVis file that is not Stable Diffusion v1
+    use_ema: bool | None = None  # the EMA weights of a CompVis file; as its YAML says if left out
+    variant: str | None = None  # of a diffusers folder, such as fp16
+    dtype: Dtype = "fp32"  # of the numbers in the file
+
+    def run(self) -> None:
+        given = {"config": self.config, "use_ema": self.use_ema, "variant": self.variant}
+        save(load(self.source, "cpu", DTYPES[self.dtype], **given), self.target, self.layout)
+        print(f"wrote {self.target}")
 
 
 Command = (
     Annotated[Txt2Img, tyro.conf.subcommand("txt2img")]
+    | Annotated[Img2Img, tyro.conf.subcommand("img2img")]
+    | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
 

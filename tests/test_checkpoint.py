@@ -5,6 +5,10 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
+import textwrap
+import types
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    save(model, tmp_path / "model")
+    save(model, tmp_path / "model", dtype=torch.float16)
     return tmp_path / "model"
 
 
@@ -86,6 +90,120 @@ def test_a_safetensors_header_that_lies_is_refused(folder):
         load(folder)
 
 
+def checkpoint_of_lightning(state: dict, folder, monkeypatch, module: str, zipped: bool = True):
+    """A file as the official ones are: beside the weights, what Lightning's callbacks had to remember."""
+    package, _, rest = module.partition(".")
+    for name in [package, *(f"{package}.{'.'.join(rest.split('.')[: i + 1])}" for i in range(rest.count(".") + 1))]:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    callback = type("ModelCheckpoint", (), {"__module__": module})
+    sys.modules[module].ModelCheckpoint = callback
+    remembered = callback()
+    remembered.best_model_score = torch.tensor(0.5)
+    content = {
+        "epoch": 142, "state_dict": state, "callbacks": {callback: {"monitor": None}, "checkpoint": remembered},
+        "optimizer_states": [], "pytorch-lightning_version": "1.4.2",
+    }  # fmt: skip
+    torch.save(content, folder / "official.ckpt", _use_new_zipfile_serialization=zipped)
+    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, name)  # it need not be installed to read the file
+    return folder / "official.ckpt"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning"])
+def test_classes_of_lightning_are_read_as_nothing(model, folder, monkeypatch, package, zipped):
+    where = f"{package}.callbacks.model_checkpoint"
+    file = checkpoint_of_lightning(model.state_dict(), folder, monkeypatch, where, zipped)
+    state = read_weights(file)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(load(file, "cpu").model.diffusion_model.out[2].bias, state["model.diffusion_model.out.2.bias"])
+
+
+def test_classes_of_another_package_are_refused(model, folder, monkeypatch):
+    file = checkpoint_of_lightning(model.state_dict(), folder, monkeypatch, "lightningrod.callbacks")
+    with pytest.raises(CheckpointError, match="holds more than tensors .lightningrod.callbacks.ModelCheckpoint"):
+        load(file)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_named(model, folder, bad):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.diffusion_model.out.0.weight"][3] = bad
+    write_weights(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.diffusion_model.out.0.weight in .* holds NaN or infinity"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "old.ckpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
+    """In the last of many pieces, in a view of a larger tensor, in one number alone."""
+    large = torch.zeros(3, 2**21 + 7, dtype=dtype)
+    state = {"large": large, "view": torch.zeros(10, dtype=dtype)[4:], "one": torch.zeros((), dtype=dtype),
+             "whole numbers": torch.arange(5), "empty": torch.zeros(0, dtype=dtype)}  # fmt: skip
+
+    def write():
+        if name == "a.safetensors":
+            return write_weights(state, tmp_path / name)
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "a.ckpt")
+
+    write()
+    assert read_weights(tmp_path / name).keys() == state.keys()
+    for bad, place in (("large", (2, -1)), ("view", (5,)), ("one", ())):
+        state[bad][place] = torch.nan
+        write()
+        with pytest.raises(CheckpointError, match=f"{bad} in .* holds NaN"):
+            read_weights(tmp_path / name)
+        read_weights(tmp_path / name, check=False)
+        state[bad][place] = 0
+
+
+def test_numbers_whose_sum_is_too_large_are_numbers_all_the_same(tmp_path):
+    write_weights({"a": torch.full((4,), 3e38)}, tmp_path / "a.safetensors")
+    assert read_weights(tmp_path / "a.safetensors")["a"].tolist() == torch.full((4,), 3e38).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_computes_in_the_dtype_asked_for_and_its_latents_stay_exact(folder, dtype):
+    whole, half = load(folder, "cpu"), load(folder, "cpu", dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {half.dtype} == {dtype}
+    ours, expected = (sd.txt2img("two red squares", steps=4, seed=1) for sd in (half, whole))
+    assert {step.x.dtype for step in ours.trajectory.steps} == {ours.pictures.dtype} == {torch.float32}
+    assert 0 < (ours.pictures - expected.pictures).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", ["large.safetensors", "large.ckpt"])
+def test_reading_a_large_file_takes_hardly_any_memory(tmp_path, name):
+    """200 MB, looked through and put into a model: they stay in the file, and never are in memory all at once."""
+    state = {f"{i}.weight": torch.full((1000, 5000), float(i)) for i in range(10)}
+    write_weights(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    code = f"""
+        import torch
+        from minisd.checkpoint import load_weights, read_weights
+
+        def peak():
+            return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1000
+
+        with torch.device("meta"):
+            model = torch.nn.Sequential(*(torch.nn.Linear(5000, 1000, bias=False) for _ in range(10)))
+        before = peak()
+        load_weights(model, read_weights({str(tmp_path / name)!r}), "the file", "cpu")
+        assert peak() < before + 80, peak() - before
+        assert [layer.weight[7, 7].item() for layer in model] == list(range(10))
+        """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("only Linux tells how much memory a process had at most")
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_is_written_may_be_read_by_whoever_may_read_new_files(model, tmp_path):
+    (tmp_path / "new").write_text("")
+    save(model, tmp_path / "model")
+    modes = {file.stat().st_mode for file in (tmp_path / "model").rglob("*") if file.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_names_and_shapes_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path):
     config = UNetConfig(model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), context_dim=8)
     unet = UNetModel(config)
@@ -123,11 +241,11 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     path = folder / "model.safetensors"
     before = path.read_bytes()
 
-    def full_disk(state, file):
+    def full_disk(state, file, metadata):
         file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minisd.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("minisd.checkpoint.files.save_file", full_disk)
     with pytest.raises(OSError, match="what was there before is untouched"):
         write_weights({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == before

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minisd.cli import main
@@ -54,6 +55,52 @@ def test_an_empty_prompt_draws_and_a_long_one_is_cut_with_a_note(tmp_path, capsy
     note = capsys.readouterr().err
     assert "note: the prompt is longer than" in note and "unicorn" in note
     assert (tmp_path / "b.png").exists()
+
+
+def test_a_picture_is_drawn_over_and_a_part_of_it_anew(tmp_path):
+    before = draw(tmp_path / "fox.png", "--num-images", 1, "--scale", 1)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[16:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = ("--num-images", 1, "--scale", 1, "--steps", 4, "--out", tmp_path / "a.png")
+
+    def drawn():
+        return np.abs(np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int) - before).mean(axis=(1, 2))
+
+    run("img2img", "a red apple", tmp_path / "fox.png", "--strength", 0.3, *options)
+    near = drawn().mean()
+    run("img2img", "a red apple", tmp_path / "fox.png", "--strength", 1.0, *options)
+    assert 0 < near < drawn().mean()
+    run("inpaint", "a red apple", tmp_path / "fox.png", tmp_path / "mask.png", *options)
+    assert drawn()[:12].mean() < drawn()[20:].mean()
+
+
+def test_a_negative_prompt_and_half_precision(tmp_path):
+    plain = draw(tmp_path / "a.png")
+    negative, half = draw(tmp_path / "b.png", "--negative", "orange"), draw(tmp_path / "c.png", "--dtype", "bf16")
+    assert np.abs(plain.astype(int) - negative).mean() > 1
+    assert 0 < np.abs(plain.astype(int) - half).mean() < 20
+
+
+@pytest.mark.parametrize("layout", ["minisd", "diffusers", "compvis"])
+def test_a_converted_model_draws_the_same(tmp_path, capsys, layout):
+    target = tmp_path / ("tiny.safetensors" if layout == "compvis" else "tiny")
+    run("convert", "tiny", target, *(() if layout == "compvis" else ("--layout", layout)))
+    run("info", target)
+    place = {"minisd": "minisd's layout", "diffusers": "diffusers' layout", "compvis": "one file"}[layout]
+    assert place in capsys.readouterr().out
+    config = ("--config", tmp_path / "tiny.yaml") if layout == "compvis" else ()
+    first, second = (draw(tmp_path / f"{i}.png", "--model", m, *c) for i, (m, c) in
+                     enumerate([("tiny", ()), (target, config)]))  # fmt: skip
+    assert np.array_equal(first, second)
+
+
+def test_a_checkpoint_that_runs_a_program_is_refused(tmp_path, capsys):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": print}, tmp_path / "evil.ckpt")
+    for command in (("txt2img", "a fox", "--model"), ("info",), ("convert",)):
+        rest = (tmp_path / "out",) if command == ("convert",) else ()
+        message = fails(capsys, *command, tmp_path / "evil.ckpt", *rest)
+        assert "holds more than tensors" in message and "evil.ckpt" in message
 
 
 @pytest.mark.parametrize(

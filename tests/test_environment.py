@@ -16,7 +16,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
 CONDA_LINES = [line for line in CONDA["dependencies"] if isinstance(line, str)]
-CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise than PyPI
+# Where conda-forge calls a package otherwise than PyPI.
+CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 # A line of it: a name, then ranges as pip writes them. (conda's own language, MatchSpec, allows more.)
 LINE = re.compile(r"(?P<name>[a-z0-9._-]+)( (?P<ranges>(([<>]=?|[=!]=)[0-9.]+,?)+(?<!,)))?")

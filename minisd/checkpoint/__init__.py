@@ -1,0 +1,219 @@
+"""Models in files: read from whatever layout they come in, written to whichever is asked for.
+
+    sd = load()                                        the model that ships
+    sd = load("v1-5-pruned.ckpt")                      CompVis: a file; config= its YAML, SD v1 if left out
+    sd = load("stable-diffusion-v1-5", variant="fp16") diffusers: a folder, or "owner/name" on the Hugging Face hub
+    save(sd, "folder", layout="diffusers")
+
+`files.py` reads and writes weights safely and whole; `compvis.py`, `diffusers.py` and `minisd_folder.py` each know one
+layout, both ways. The parameters are named as in CompVis's checkpoints, so those load as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
+from ..latent_diffusion import PRESETS, LatentDiffusion, LatentDiffusionConfig
+from . import compvis, diffusers, minisd_folder
+from .files import (
+    CheckpointError,
+    cast,
+    check_names,
+    load_weights,
+    read_json,
+    read_tokenizer,
+    read_weights,
+    set_aside,
+    write_json,
+    write_weights,
+    written_whole,
+)
+from .minisd_folder import save_clip
+
+__all__ = [
+    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "load", "load_clip", "load_weights",
+    "read_json", "read_weights", "save", "save_clip", "write_json", "write_weights", "written_whole",
+]  # fmt: skip
+
+SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
+Layout = Literal["minisd", "diffusers", "compvis"]
+CONFIGS = ("sd-v1", "sd-v1-inpainting")  # the presets that a CompVis file without a YAML may be
+
+
+def load(
+    path: str | Path = "emoji",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: LatentDiffusionConfig | Mapping | str | Path | None = None,
+    use_ema: bool | None = None,
+    tokenizer: str | Path | None = None,
+    variant: str | None = None,
+) -> LatentDiffusion:
+    """Read a model, ready to draw.
+
+    Args:
+        path: "emoji" (the default) or "tiny", which ship; a minisd folder, or a file of weights in one, whose tensors
+            take the place of those of its `model.safetensors`; a CompVis `.ckpt` or `.safetensors`; a folder in
+            diffusers' layout; or "owner/name", such a folder on the Hugging Face hub.
+        device: "cuda", "mps" or "cpu"; the best that is there where it is left out.
+        dtype: what the networks compute in: float32, float16 or bfloat16.
+        config: what a CompVis file is: a CompVis YAML, or a LatentDiffusionConfig. Stable Diffusion v1 (with 4 or, for
+            inpainting, 9 channels) where it is left out.
+        use_ema: take the EMA weights of a CompVis file that has both. As the YAML says where it is left out, else not.
+        tokenizer: a folder with the vocabulary of a CompVis file that does not read prompts by CLIP's.
+        variant: of a diffusers folder, such as "fp16".
+
+    Raises:
+        FileNotFoundError: nothing is there. CheckpointError: what is there can't be used; nothing has been loaded.
+    """
+    path, device = _find(path, variant), device or best_device()
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return diffusers.read_folder(path, device, dtype, variant)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one "
+                "of diffusers"
+            )
+        return minisd_folder.read_folder(path, path / "model.safetensors", device, dtype)
+    if config is None and _in_minisd_folder(path):
+        return minisd_folder.read_folder(path.parent, path, device, dtype)
+    return _load_compvis(path, device, dtype, config, use_ema, tokenizer)
+
+
+def _load_compvis(path: Path, device, dtype, config, use_ema: bool | None, tokenizer) -> LatentDiffusion:
+    state = read_weights(path)
+    if isinstance(config, str | Path | Mapping):
+        params = compvis.read_yaml(config)
+        base = Path() if isinstance(config, Mapping) else Path(config).parent
+        tokenizer = tokenizer or compvis.tokenizer_folder(params, base)
+        use_ema = params.get("use_ema", False) if use_ema is None else use_ema
+        config = compvis.config_from_yaml(params, state, "the configuration" if base == Path() else str(config), base)
+    elif config is None:
+        config = next((PRESETS[name] for name in CONFIGS if _fits(PRESETS[name], state)), PRESETS["sd-v1"])
+    if use_ema:
+        state = compvis.with_ema(state, path)
+    reader = _tokenizer(config, tokenizer)
+    with torch.device("meta"):
+        sd = LatentDiffusion(config, reader)
+    expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in state.items() if not set_aside(name)}
+    if expected != given:
+        check_names(expected, given, path, compvis.what_would_fit(state))
+    compvis.check_schedule(state, config, path)
+    if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
+        sd.scale_factor = float(state["scale_factor"])
+    load_weights(sd, state, path, device, dtype)
+    return sd.eval()
+
+
+def _in_minisd_folder(file: Path) -> bool:
+    return (file.parent / "config.json").is_file() and (file.parent / "model.safetensors").is_file()
+
+
+def _fits(config: LatentDiffusionConfig, state: Mapping[str, Tensor]) -> bool:
+    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
+    return first is not None and first.ndim == 4 and first.shape[1] == config.unet.in_channels
+
+
+def _tokenizer(config: LatentDiffusionConfig, folder: str | Path | None) -> BPETokenizer | None:
+    if not isinstance(config.cond_stage, CLIPTextConfig):
+        return None
+    reader = BPETokenizer.clip() if folder is None else read_tokenizer(Path(folder))
+    if len(reader.vocab) > config.cond_stage.vocab_size:
+        raise CheckpointError(
+            f"the text encoder knows {config.cond_stage.vocab_size:,} tokens, and the vocabulary of "
+            f"{'CLIP' if folder is None else folder} has {len(reader.vocab):,}: give the folder of its own (tokenizer=)"
+        )
+    return reader
+
+
+def save(
+    sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model, whole or not at all.
+
+    Args:
+        path: a folder; or, for CompVis's layout, a file ending in `.safetensors` or `.ckpt`. Beside the file are
+            written its YAML, and a folder with the tokenizer where it is not CLIP's own.
+        layout: "minisd"; "diffusers", for `StableDiffusionPipeline.from_pretrained`; or "compvis". Left out, the path
+            tells: CompVis's for such a file, else minisd's.
+        dtype: of the numbers in the file: float16 halves it and changes no picture visibly. As they are, if left out.
+
+    Raises:
+        OSError: it could not be written; what was there before still is. ValueError: the layout has no place for it.
+    """
+    path = Path(path)
+    if layout is None:
+        layout = "compvis" if path.suffix in (".safetensors", ".ckpt") else "minisd"
+    if layout == "minisd":
+        minisd_folder.write_folder(sd, path, dtype)
+    elif layout == "diffusers":
+        diffusers.write_folder(sd, path, dtype)
+    elif layout == "compvis" and path.suffix in (".safetensors", ".ckpt"):
+        compvis.write_file(sd, path, dtype)
+    elif layout == "compvis":
+        raise ValueError(f"a CompVis checkpoint is a file ending in .safetensors or .ckpt, and {path} does not")
+    else:
+        raise ValueError(f'layout must be "minisd", "diffusers" or "compvis", not {layout!r}')
+
+
+def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
+    """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
+    return minisd_folder.load_clip_folder(_find(path))
+
+
+def describe(path: str | Path, variant: str | None = None) -> str:
+    """What is in a file of weights or a model folder: parts, numbers of parameters, kind of numbers, configuration."""
+    path = _find(path, variant)
+    if (path / "model_index.json").is_file():
+        parts = {part: diffusers.read_part(path / part, variant) for part in ("unet", "vae", "text_encoder")}
+        state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        config, layout = diffusers.read_config(path), "diffusers' layout"
+    else:
+        path = path / "model.safetensors" if path.is_dir() else path
+        state = read_weights(path, check=False)
+        ours = _in_minisd_folder(path)
+        config = minisd_folder.read_config(path.parent) if ours else None
+        layout = "minisd's layout" if ours else "one file"
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    lines = [f"{path}: {len(state)} tensors, {size / 1e6:.1f} MB, {layout}"]
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        parts.setdefault(name.split(".")[0] if "." in name else "(schedule)", []).append(tensor)
+    for part, tensors in parts.items():
+        kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        lines.append(f"  {part:<20} {sum(map(Tensor.numel, tensors)):>13,} parameters, {', '.join(kinds)}")
+    if config is None:
+        lines.append(f"  {compvis.what_would_fit(state) or 'These are the names of no model that minisd knows'}.")
+    else:
+        lines += [f"  {name}: {value}" for name, value in asdict(config).items()]
+    return "\n".join(lines)
+
+
+def _find(path: str | Path, variant: str | None = None) -> Path:
+    """The file or folder that a name stands for: one that ships, one on the disk, or one on the hub."""
+    if Path(path).exists():
+        return Path(path)
+    if (SHIPPED / str(path) / "config.json").is_file():
+        return SHIPPED / str(path)
+    on_hub = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if on_hub and Path(path).suffix not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin"):
+        return diffusers.fetch(path, variant)
+    raise FileNotFoundError(
+        f"there is no model at {path}: give a file or a folder, 'emoji' or 'tiny', which ship with minisd, or the name "
+        "of a model on the Hugging Face hub, owner/name"
+    )
+
+
+def best_device() -> str:
+    """The fastest device of this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,436 @@
+"""CompVis checkpoints: one file with the names that minisd uses itself, and a YAML file that says what the model is.
+
+    v1-5-pruned.ckpt      {"state_dict": {"model.diffusion_model.…", "first_stage_model.…", "cond_stage_model.…", …}}
+    v1-inference.yaml     model.params: linear_start, …, unet_config, first_stage_config, cond_stage_config
+
+The weights need no translation: their names are the specification that minisd follows. The configuration does, and what
+minisd can't build is refused by name. The other direction writes both files, and beside them a folder that says what a
+CompVis YAML has no words for: how many heads the text tower has, and its tokenizer.
+
+CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate_from_config`, `ldm/modules/ema.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip import BPETokenizer, CLIPTextConfig
+from ..latent_diffusion import ClassConfig, LatentDiffusion, LatentDiffusionConfig
+from ..noising import NoiseSchedule
+from ..unet import UNetConfig
+from ..vae import AutoencoderConfig, IdentityConfig
+from ..vq import VQConfig
+from .diffusers import text_config_json
+from .files import (
+    CheckpointError,
+    cast,
+    folder_written_whole,
+    read_json,
+    write_ckpt,
+    write_json,
+    write_weights,
+    written_whole,
+)
+
+# Our names of the schedules, by CompVis's. "sqrt_linear" has no root in it, and "linear" has.
+BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
+
+# What a UNet's configuration may say beside the fields of UNetConfig: what has to be so, and what may be anything.
+UNET_ALSO = {
+    "dims": 2, "num_classes": None, "resblock_updown": False, "use_scale_shift_norm": False, "conv_resample": True,
+    "n_embed": None, "num_heads_upsample": -1, "use_linear_in_transformer": False,
+}  # fmt: skip
+UNET_WHATEVER = {"image_size", "legacy", "use_fp16", "use_checkpoint"}
+
+
+# --- YAML → configuration ---------------------------------------------------------------------------------------------
+
+
+def read_yaml(source: str | Path | Mapping) -> dict:
+    """The `model.params` of a CompVis YAML, from its file or as the mapping that was read from it.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: no YAML, or of something else than a latent diffusion model.
+    """
+    import yaml
+
+    name = "the configuration" if isinstance(source, Mapping) else str(source)
+    if not isinstance(source, Mapping):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"there is no configuration at {source}")
+        try:
+            source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))  # safe: names no classes, runs nothing
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise CheckpointError(f"{name} is no YAML that can be read ({reason})") from None
+    try:
+        model = source["model"]
+        target, params = str(model["target"]), dict(model["params"])
+        params["unet_config"], params["first_stage_config"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{name} does not describe a latent diffusion model: expected model.target and model.params with "
+            "unet_config, first_stage_config and cond_stage_config, as in CompVis's v1-inference.yaml"
+        ) from None
+    _one_of(target, {"LatentDiffusion", "LatentInpaintDiffusion"}, "model.target", name)
+    return params
+
+
+def config_from_yaml(
+    params: Mapping[str, Any], state: Mapping[str, Tensor], name: str, base: Path
+) -> LatentDiffusionConfig:
+    """What a CompVis YAML describes; what it names on the disk is looked for from the folder `base`.
+
+    It leaves the text tower's sizes to the name of a CLIP model: here, they are read off the weights.
+
+    Raises:
+        CheckpointError: a part that minisd does not have, by its name in the YAML.
+    """
+    try:
+        unet = _unet(_params(params, "unet_config"), name)
+        first_stage = _first_stage(params["first_stage_config"], name)
+        betas = params.get("beta_schedule", "linear")
+        if betas not in BETA_SCHEDULES:
+            raise CheckpointError(f"{name}: beta_schedule is {betas!r}; minisd knows {', '.join(BETA_SCHEDULES)}")
+        config = LatentDiffusionConfig(
+            unet=unet,
+            first_stage=first_stage,
+            cond_stage=_cond_stage(params, unet, state, name, base),
+            # of the latent; v1's YAML has one more in unet_config, which nobody reads
+            image_size=int(params.get("image_size", 64)) * first_stage.downsampling,
+            scale_factor=float(params.get("scale_factor", 1.0)),
+            beta_schedule=BETA_SCHEDULES[betas],
+            linear_start=float(params.get("linear_start", 1e-4)),
+            linear_end=float(params.get("linear_end", 2e-2)),
+            timesteps=int(params.get("timesteps", 1000)),
+            parameterization=str(params.get("parameterization", "eps")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CheckpointError(f"{name} does not describe a model ({reason})") from None
+    return config
+
+
+def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
+    for key in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions"):
+        params[key]
+    own = {field.name for field in fields(UNetConfig)}
+    for key, value in params.items():
+        if key in UNET_ALSO and value != UNET_ALSO[key] and value is not None:
+            raise CheckpointError(f"{name}: unet_config has {key}: {value}, and minisd's UNet only {UNET_ALSO[key]}")
+        if key not in own | UNET_ALSO.keys() | UNET_WHATEVER:
+            raise CheckpointError(f"{name}: unet_config has {key}: {value}, which minisd's UNet does not know")
+    # What is left out has the default of CompVis's class, which is not that of SD v1.
+    given = {"num_heads": -1, "num_head_channels": -1, "context_dim": None, "transformer_depth": 1, "dropout": 0.0,
+             "channel_mult": (1, 2, 4, 8), "use_spatial_transformer": False}  # fmt: skip
+    given |= {key: value for key, value in params.items() if key in own and key != "use_checkpoint"}
+    if isinstance(given["context_dim"], list):  # OmegaConf makes lists of some
+        (given["context_dim"],) = given["context_dim"]
+    for key in ("num_heads", "num_head_channels"):  # -1 is CompVis's "take the other"
+        given[key] = None if given[key] == -1 else given[key]
+    if given["num_head_channels"] is not None:
+        given["num_heads"] = None
+    return UNetConfig(**{key: _tuple(value) for key, value in given.items()})
+
+
+def _first_stage(part: Mapping[str, Any], name: str) -> AutoencoderConfig | VQConfig | IdentityConfig:
+    kinds = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
+    kind = kinds[_one_of(part["target"], kinds, "first_stage_config", name)]
+    if kind is IdentityConfig:
+        return kind()
+    params = part["params"]
+    known = {field.name for field in fields(kind)}
+    given = {key: _tuple(value) for key, value in params["ddconfig"].items() if key in known}
+    given |= {key: params[key] for key in ("embed_dim", "n_embed") if key in known}
+    return kind(**given)
+
+
+def _cond_stage(params: Mapping[str, Any], unet: UNetConfig, state: Mapping[str, Tensor], name: str, base: Path):
+    part = params.get("cond_stage_config")
+    if part is None or isinstance(part, str):  # "__is_unconditional__", "__is_first_stage__": no network of its own
+        return None
+    target = _one_of(part["target"], {"FrozenCLIPEmbedder", "ClassEmbedder"}, "cond_stage_config", name)
+    if target == "ClassEmbedder":
+        return ClassConfig(n_classes=part["params"].get("n_classes", 1000), embed_dim=part["params"]["embed_dim"])
+    folder = tokenizer_folder(params, base)
+    described = folder is not None and (folder / "config.json").is_file()
+    return text_config(state, read_json(folder / "config.json")["num_attention_heads"] if described else None)
+
+
+def tokenizer_folder(params: Mapping[str, Any], base: Path) -> Path | None:
+    """The folder that a YAML names as its CLIP (`version`), if it is on this disk; usually it is a name on the hub."""
+    part = params.get("cond_stage_config")
+    given = part.get("params") if isinstance(part, Mapping) else None
+    version = (given or {}).get("version")
+    folder = None if version is None else base / str(version)
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTextConfig:
+    """The text tower of a checkpoint, from the shapes of its weights; ViT-L/14's where there are none.
+
+    Weights don't tell the number of heads. Left out, it is one for each 64 channels, as in all of OpenAI's.
+    """
+    prefix = "cond_stage_model.transformer.text_model."
+    tokens = state.get(prefix + "embeddings.token_embedding.weight")
+    positions = state.get(prefix + "embeddings.position_embedding.weight")
+    if tokens is None or positions is None or tokens.ndim != 2 or positions.ndim != 2:
+        return CLIPTextConfig()
+    layers = _count(state, prefix + "encoder.layers.")
+    heads = heads or max(1, tokens.shape[1] // 64)
+    return CLIPTextConfig(
+        vocab_size=tokens.shape[0], max_length=positions.shape[0], width=tokens.shape[1], layers=layers, heads=heads,
+        projection_dim=tokens.shape[1],
+    )  # fmt: skip
+
+
+def _params(part: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return part[key]["params"]
+
+
+def _one_of(target: str, known, where: str, name: str) -> str:
+    kind = str(target).split(".")[-1]
+    if kind not in known:
+        raise CheckpointError(f"{name}: {where} names {target}, and minisd has only {', '.join(sorted(known))}")
+    return kind
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _count(state: Mapping[str, Any], prefix: str) -> int:
+    """How many there are of `prefix0.…`, `prefix1.…`, …"""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+# --- configuration → YAML ---------------------------------------------------------------------------------------------
+
+
+def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
+    """A CompVis YAML of a model. `version`: where its tokenizer is, relative to the YAML, or a name on the hub."""
+    import yaml
+
+    def params(part, leave_out=()) -> dict:
+        values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in leave_out}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    unet = params(config.unet, leave_out=("num_heads", "num_head_channels")) | {
+        "image_size": config.image_size // config.first_stage.downsampling,  # its class wants one, and ignores it
+        "num_heads": -1 if config.unet.num_heads is None else config.unet.num_heads,
+        "num_head_channels": -1 if config.unet.num_head_channels is None else config.unet.num_head_channels,
+        "legacy": False,
+    }
+    targets = {
+        AutoencoderConfig: "ldm.models.autoencoder.AutoencoderKL",
+        VQConfig: "ldm.models.autoencoder.VQModelInterface",
+        IdentityConfig: "ldm.models.autoencoder.IdentityFirstStage",
+    }
+    first_stage: dict[str, Any] = {"target": targets[type(config.first_stage)], "params": {}}
+    if not isinstance(config.first_stage, IdentityConfig):
+        outside = ("embed_dim", "n_embed", "beta", "legacy", "downsampling")
+        first_stage["params"] = {
+            key: getattr(config.first_stage, key) for key in outside[:2] if hasattr(config.first_stage, key)
+        } | {
+            "ddconfig": params(config.first_stage, leave_out=outside) | {"dropout": 0.0},
+            "lossconfig": {"target": "torch.nn.Identity"},
+        }
+    cond_stage: Any = "__is_unconditional__"
+    if isinstance(config.cond_stage, CLIPTextConfig):
+        text = {"version": version, "max_length": config.cond_stage.max_length}
+        cond_stage = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text}
+    elif config.cond_stage is not None:
+        cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": params(config.cond_stage)}
+    ways_in = {(True, False): "crossattn", (False, True): "concat", (True, True): "hybrid", (False, False): None}
+    model = {
+        "linear_start": config.linear_start,
+        "linear_end": config.linear_end,
+        "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[config.beta_schedule],
+        "timesteps": config.timesteps,
+        "parameterization": config.parameterization,
+        "image_size": config.image_size // config.first_stage.downsampling,
+        "scale_factor": config.scale_factor,
+        "conditioning_key": ways_in[config.cond_stage is not None, config.concat_channels > 0],
+        "use_ema": False,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": first_stage,
+        "cond_stage_config": cond_stage,
+    }
+    whole = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model}}
+    return yaml.safe_dump(whole, sort_keys=False)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def with_ema(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The same weights, with the running means of the UNet's in place of its own.
+
+    `LitEma` keeps them under the UNet's names without their dots (PyTorch allows none in the name of a buffer), so that
+    they can't be taken apart, only looked for: `model_ema.diffusion_modelinput_blocks00weight`.
+
+    Raises:
+        CheckpointError: the file has none, or lacks some.
+    """
+    own = [name for name in state if name.startswith("model.diffusion_model.")]
+    means = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
+    lacking = [name for name in own if means[name] not in state]
+    if lacking:
+        raise CheckpointError(
+            f"{source} has no EMA weights for {len(lacking)} of {len(own)} tensors of the UNet ({lacking[0]}, …): "
+            "load it with use_ema=False"
+        )
+    return {**state, **{name: state[mean] for name, mean in means.items()}}
+
+
+def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, source: str | Path) -> None:
+    """Hold the schedule that a file carries in its buffers against that of the configuration.
+
+    Raises:
+        CheckpointError: they differ: the weights were trained with another noise than they would be used with.
+    """
+    theirs = state.get("betas")
+    ours = config.schedule().betas
+    if theirs is None or (len(theirs) == len(ours) and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-6)):
+        return
+    raise CheckpointError(
+        f"the schedule in {source} has {len(theirs)} timesteps, from β = {theirs[0]:.5g} to {theirs[-1]:.5g}, and that "
+        f"of the configuration {len(ours)}, from {ours[0]:.5g} to {ours[-1]:.5g}: give the configuration that it was "
+        "trained with (config=)"
+    )
+
+
+def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """The schedule as CompVis keeps it among the weights (`DDPM.register_schedule`)."""
+    names = (
+        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+        "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+    )  # fmt: skip
+    buffers = {name: getattr(schedule, name) for name in names}
+    return buffers | {"log_one_minus_alphas_cumprod": 2 * schedule.sqrt_one_minus_alphas_cumprod.log()}
+
+
+def as_compvis(sd: LatentDiffusion) -> dict[str, Tensor]:
+    """The state_dict of CompVis's LatentDiffusion: the weights, the schedule, and the text tower's position_ids."""
+    state = sd.state_dict() | schedule_buffers(sd.schedule)
+    if isinstance(sd.config.cond_stage, CLIPTextConfig):
+        name = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        state[name] = torch.arange(sd.config.cond_stage.max_length)[None]
+    return state
+
+
+def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> None:
+    """Write a model as CompVis has it: the weights in one file, the YAML beside it.
+
+    A tokenizer that is not CLIP's, or a text tower with other heads than CLIP's, goes into a folder beside them, which
+    the YAML names as its `version`: the files of a CLIP in transformers' layout, without weights.
+    """
+    text, version = sd.config.cond_stage, "openai/clip-vit-large-patch14"
+    if isinstance(text, CLIPTextConfig):
+        tokenizer = sd.cond_stage_model.tokenizer
+        ordinary = tokenizer.vocab == BPETokenizer.clip().vocab and text.heads == max(1, text.width // 64)
+        if not ordinary:
+            version = f"{path.stem}.clip"
+            with folder_written_whole(path.with_name(version)) as unfinished:
+                tokenizer.save(unfinished, text.max_length)
+                write_json(text_config_json(text, tokenizer), unfinished / "config.json")
+    with written_whole(path.with_suffix(".yaml")) as unfinished:
+        unfinished.write_text(yaml_from_config(sd.config, version), encoding="utf-8")
+    (write_ckpt if path.suffix == ".ckpt" else write_weights)(cast(as_compvis(sd), dtype), path)
+
+
+# --- which configuration would have fitted? ---------------------------------------------------------------------------
+
+# Names that give a file away as something else.
+STRANGERS = {
+    "conditioner.embedders.": "it is Stable Diffusion XL",
+    "cond_stage_model.model.": "it is Stable Diffusion 2, whose text encoder is OpenCLIP's",
+    "model.diffusion_model.joint_blocks.": "it is Stable Diffusion 3",
+    "lora_": "it is a LoRA, which changes a model and is none",
+    "down_blocks.": "it is a UNet under diffusers' names: load the whole folder, with model_index.json",
+    "encoder.down_blocks.": "it is an autoencoder under diffusers' names: load the whole folder, with model_index.json",
+    "encoder.down.": "it is an autoencoder alone",
+    "control_model.": "it is a ControlNet",
+    "text_model.": "it is a text encoder alone",
+}
+
+
+def what_would_fit(state: Mapping[str, Tensor]) -> str:
+    """A sentence on what the weights are, read off their names and shapes; "" where they are nothing known."""
+    for prefix, what in STRANGERS.items():
+        if any(name.startswith(prefix) for name in state):
+            return f"By its names, {what}"
+    try:
+        parts = {"unet": _unet_of(state), "first_stage": _first_stage_of(state), "cond_stage": text_config(state)}
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return ""  # not even the outline of such a model
+    brief = {name: _brief(part) for name, part in parts.items()}
+    said = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))
+    if not said:
+        return "By its shapes, it is Stable Diffusion v1"
+    return (
+        f"By its shapes, this configuration would fit: LatentDiffusionConfig({said}); the number of heads can't be "
+        "told from weights"
+    )
+
+
+def _brief(config) -> str:
+    """A config by what it has that is not the default."""
+    default = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(config)}
+    values = {name: getattr(config, name) for name in default}
+    said = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != default[name])
+    return f"{type(config).__name__}({said})"
+
+
+def _unet_of(state: Mapping[str, Tensor]) -> UNetConfig:
+    prefix = "model.diffusion_model."
+    shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
+    channels, in_channels = shape["input_blocks.0.0.weight"][:2]
+    mults, counts, attends, depth, context_dim = [], [0], set(), 0, None
+    for i in range(1, _count(shape, "input_blocks.")):
+        block = f"input_blocks.{i}."
+        if block + "0.op.weight" in shape:
+            counts.append(0)
+            continue
+        counts[-1] += 1
+        width = shape[block + "0.in_layers.2.weight"][0]
+        mults[len(counts) - 1 :] = [width // channels]
+        if block + "1.proj_in.weight" in shape:
+            attends.add(2 ** (len(counts) - 1))
+            depth = _count(shape, block + "1.transformer_blocks.")
+            context_dim = shape[block + "1.transformer_blocks.0.attn2.to_k.weight"][1]
+    if len(set(counts)) != 1 or not mults:
+        raise ValueError("levels of different depths")
+    return UNetConfig(
+        in_channels=in_channels, out_channels=shape["out.2.weight"][0], model_channels=channels,
+        num_res_blocks=counts[0], channel_mult=tuple(mults), transformer_depth=max(1, depth),
+        attention_resolutions=tuple(sorted(attends, reverse=True)), context_dim=context_dim,
+    )  # fmt: skip
+
+
+def _first_stage_of(state: Mapping[str, Tensor]) -> AutoencoderConfig | VQConfig | IdentityConfig:
+    prefix = "first_stage_model."
+    shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
+    if not shape:
+        return IdentityConfig()
+    ch = shape["encoder.conv_in.weight"][0]
+    levels = _count(shape, "encoder.down.")
+    sizes = {
+        "in_channels": shape["encoder.conv_in.weight"][1],
+        "out_ch": shape["decoder.conv_out.weight"][0],
+        "ch": ch,
+        "ch_mult": tuple(shape[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
+        "num_res_blocks": _count(shape, "encoder.down.0.block."),
+        "z_channels": shape["decoder.conv_in.weight"][1],
+        "embed_dim": shape["post_quant_conv.weight"][1],
+    }
+    if "quantize.embedding.weight" in shape:
+        return VQConfig(**sizes, n_embed=shape["quantize.embedding.weight"][0])
+    return AutoencoderConfig(**sizes)

@@ -1,0 +1,324 @@
+"""Files of weights: read safely, checked by name and shape and for NaN, written whole.
+
+A `.ckpt` is a pickle, and a pickle is a program: reading one may run anything. Here, only tensors and plain containers
+are let in (`weights_only=True`), and what is not read is not run.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..clip import BPETokenizer
+
+
+class CheckpointError(ValueError):
+    """A file of weights that is not what it should be; the message says what, and what to do."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
+    """Names and tensors of a `.safetensors` file or of a PyTorch checkpoint (`.ckpt`, `.pt`, `.pth`, `.bin`).
+
+    The tensors lie in the file, mapped into memory, where the format allows it: they cost memory once they are used.
+
+    check: look whether each number is one. It reads the file once, and keeps none of it.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: broken, truncated, holding more than tensors, or NaN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights at {path}")
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from None
+    else:
+        state = _table(_unpickle(path), path)
+    for name, piece in _pieces(path, state) if check else ():
+        # A sum is NaN or infinite if a term is, and quicker; as it may also overflow, it only raises the suspicion.
+        if piece.is_floating_point() and not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
+            raise CheckpointError(f"{name} in {path} holds NaN or infinity: the file, or its training, was damaged")
+    return state
+
+
+def _table(content, path: Path) -> dict[str, Tensor]:
+    """The named tensors of an unpickled checkpoint; Lightning nests them beside other things."""
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no table of named tensors")
+    return state
+
+
+PIECE = 2**22  # numbers: so much of a file is in memory at a time while it is looked through
+
+
+def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All numbers of a file, piece by piece. To read them off the map would make all of it resident."""
+    places = _places(path, state)
+    if places is None:
+        yield from state.items()
+        return
+    buffer = bytearray(8 * PIECE)
+    with path.open("rb") as file:
+        for name, tensor in state.items():
+            size = tensor.element_size()
+            file.seek(places[name])
+            for i in range(0, tensor.numel(), PIECE):
+                count = min(PIECE, tensor.numel() - i)
+                file.readinto(memoryview(buffer)[: count * size])
+                yield name, torch.frombuffer(buffer, dtype=tensor.dtype, count=count)
+
+
+def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
+    """Where in the file each tensor begins, in bytes; None where that can't be known (older than zip)."""
+    if path.suffix == ".safetensors":
+        # Eight bytes that say how long the header is; the header, in JSON; the numbers.
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in state}
+    if not zipfile.is_zipfile(path):
+        return None
+    outline = _table(_unpickle(path, "meta"), path)  # not the tensors, but what and where they are
+    return {
+        name: tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+        for name, tensor in outline.items()
+    }
+
+
+class Inert:
+    """What stands in for a class of Lightning's: it takes whatever it is given, and keeps and does nothing.
+
+    The official v1 checkpoints carry the state of Lightning's callbacks beside the weights, under their classes.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _unpickle(path: Path, device: str = "cpu"):
+    """torch.load, of tensors and plain containers alone; names from Lightning are read as `Inert`, others refused."""
+    stand_ins = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                # only a zip can be mapped into memory; PyTorch before 1.6 wrote none
+                return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            what = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if what is None:
+                raise CheckpointError(f"{path} was not read: it is broken, or no checkpoint at all") from None
+            known = [name for _, name in stand_ins]
+            if what[1].split(".")[0] not in ("pytorch_lightning", "lightning") or what[1] in known:
+                raise CheckpointError(
+                    f"{path} was not read: it holds more than tensors ({what[1]}), and could run a program on being "
+                    "read; ask for it as .safetensors"
+                ) from None
+            stand_ins.append((Inert, what[1]))
+        except (
+            RuntimeError,
+            EOFError,
+            OSError,
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            UnicodeDecodeError,
+        ) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
+            raise CheckpointError(f"{path} is no whole checkpoint ({reason}): fetch or save it again") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, or one sentence on what is wrong with it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
+    return content
+
+
+def read_tokenizer(folder: Path) -> BPETokenizer:
+    """The tokenizer in a folder of transformers' layout. Raises FileNotFoundError, CheckpointError."""
+    try:
+        return BPETokenizer.load(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+# --- from a table of tensors into a model -----------------------------------------------------------------------------
+
+
+def load_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    hint: str = "",
+) -> None:
+    """Put weights into a model if, and only if, every name and shape is right.
+
+    The tensors take the place of the model's own and are not copied, unless `device` or `dtype` asks for others: a
+    model that was built on PyTorch's "meta" device, where tensors have a shape and no memory, is filled without ever
+    being there twice.
+
+    Names that a checkpoint may have beyond the model's are those of `set_aside`.
+
+    Raises:
+        CheckpointError: names the first few that are missing, superfluous or of another shape, and adds the `hint`.
+    """
+    own = model.state_dict()
+    given = {name: tensor for name, tensor in state.items() if not set_aside(name)}
+    check_names({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in given.items()}, source, hint)
+    if device is None and own:
+        devices = {tensor.device for tensor in own.values()} - {torch.device("meta")}
+        device = devices.pop() if len(devices) == 1 else "cpu"
+    filled = {}
+    for name, meant in own.items():
+        kind = (dtype or meant.dtype) if meant.is_floating_point() else meant.dtype
+        filled[name] = given[name].to(device, kind)
+    model.load_state_dict(filled, assign=True)
+
+
+def set_aside(name: str) -> bool:
+    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
+
+    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
+    """
+    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
+    return (
+        ("." not in name and name.startswith(of_ddpm))
+        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
+        or name.endswith("position_ids")
+    )
+
+
+def check_names(
+    expected: Mapping[str, Iterable], given: Mapping[str, Iterable], source: str | Path, hint: str = ""
+) -> None:
+    """Compare names and shapes. Raises CheckpointError, which names the first few that differ, and adds the hint."""
+    expected, given = ({name: list(shape) for name, shape in table.items()} for table in (expected, given))
+    problems = {
+        "missing": [name for name in expected if name not in given],
+        "superfluous": [name for name in given if name not in expected],
+        "of another shape": [
+            f"{name} is {given[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in given and given[name] != shape
+        ],
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(f"the weights in {source} do not fit the model: {'; '.join(found)}{hint and '. ' + hint}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path: Path, before: str = "what was there before") -> Iterator[Path]:
+    """Gives another name to write to, and renames it to `path` once that is done: no half file is left behind.
+
+    Raises:
+        OSError: it could not be written; what stood at `path`, which the message calls `before`, still stands there.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _disk_errors(path, before):
+            yield unfinished
+            unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What the user keeps from others in new files. It can't be asked for without setting it."""
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """The same for a folder: what is written is moved into it, file by file, once all of it is there."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with _disk_errors(folder, "what was there before"):
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
+                target = folder / file.relative_to(unfinished)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(path: Path, before: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
+
+
+def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a `.safetensors` file whole."""
+    with written_whole(Path(path)) as unfinished:
+        # "pt" is what transformers asks a file for before it trusts it to hold PyTorch's weights
+        save_file({name: _plain(tensor) for name, tensor in state.items()}, unfinished, {"format": "pt"})
+
+
+def write_ckpt(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a `.ckpt` file whole: a pickle of {"state_dict": …}, as CompVis has it."""
+    with written_whole(Path(path)) as unfinished:
+        torch.save({"state_dict": {name: _plain(tensor) for name, tensor in state.items()}}, unfinished)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The same tensors, those of real numbers in another dtype; None leaves them as they are."""
+    return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in state.items()}
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write a JSON file whole."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,114 @@
+"""minisd's own folder: what the models that ship, and those that `minisd train` makes, lie in.
+
+    config.json          what the model is: the three networks, the schedule, the latent scale factor
+    model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
+    tokenizer/           vocab.json and merges.txt, as transformers' CLIPTokenizer has them
+    clip.safetensors     the rest of CLIP (image tower, projections), which evaluation needs; clip.json describes it
+    README.md            the model card
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from ..latent_diffusion import ClassConfig, LatentDiffusion, LatentDiffusionConfig
+from ..unet import UNetConfig
+from ..vae import AutoencoderConfig, IdentityConfig
+from ..vq import VQConfig
+from .files import (
+    CheckpointError,
+    cast,
+    folder_written_whole,
+    load_weights,
+    read_json,
+    read_tokenizer,
+    read_weights,
+    write_json,
+    write_weights,
+)
+
+# What config.json may have for a part. Each says which it is by its "kind"; without one, it is the first.
+KINDS = {
+    "unet": (UNetConfig,),
+    "first_stage": (AutoencoderConfig, VQConfig, IdentityConfig),
+    "cond_stage": (CLIPTextConfig, ClassConfig),
+}
+
+
+def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
+    config = read_config(folder)
+    state = read_weights(file)
+    if file.name != "model.safetensors" and (folder / "model.safetensors").exists():
+        state = read_weights(folder / "model.safetensors") | state
+    tokenizer = read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
+    with torch.device("meta"):
+        sd = LatentDiffusion(config, tokenizer)
+    load_weights(sd, state, file, device, dtype)
+    return sd.eval()
+
+
+def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a model as a minisd folder."""
+    with folder_written_whole(folder) as unfinished:
+        if isinstance(sd.config.cond_stage, CLIPTextConfig):
+            sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", sd.cond_stage_model.max_length)
+        write_json(_config_json(sd.config), unfinished / "config.json")
+        write_weights(cast(sd.state_dict(), dtype), unfinished / "model.safetensors")
+
+
+def read_config(folder: Path) -> LatentDiffusionConfig:
+    """`config.json` of a minisd folder."""
+    config = read_json(folder / "config.json")
+    try:
+        built = {part: _built(config.pop(part), kinds) for part, kinds in KINDS.items()}
+        return LatentDiffusionConfig(**built, **config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model of minisd ({error})") from None
+
+
+def _built(values: dict | None, kinds: tuple[type, ...]):
+    """JSON has lists where the configs have tuples."""
+    if values is None:
+        return None
+    named = {kind.__name__: kind for kind in kinds}
+    kind = named[values.pop("kind", kinds[0].__name__)]
+    unknown = set(values) - {field.name for field in fields(kind)}
+    if unknown:
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _config_json(config: LatentDiffusionConfig) -> dict:
+    content = asdict(config)
+    for part in KINDS:
+        if content[part] is not None:
+            content[part] = {"kind": type(getattr(config, part)).__name__, **content[part]}
+    return content
+
+
+def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
+    """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
+    config = read_json(folder / "clip.json")
+    state = read_weights(folder / "clip.safetensors")
+    if (folder / "model.safetensors").exists():  # the text tower is not stored twice
+        prefix = "cond_stage_model.transformer."
+        whole = read_weights(folder / "model.safetensors")
+        state |= {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    text, vision = CLIPTextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
+    clip = CLIPModel(text, vision, tokenizer.end_token)
+    load_weights(clip, state, folder / "clip.safetensors")
+    return clip.eval(), tokenizer
+
+
+def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:
+    """Write both CLIP towers and their tokenizer; beside a model that holds the text tower, only what it lacks."""
+    folder = Path(folder)
+    beside_model = (folder / "model.safetensors").exists()
+    state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}
+    tokenizer.save(folder / "tokenizer", clip.text_config.max_length)
+    write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")
+    write_weights(cast(state, torch.float16), folder / "clip.safetensors")
