@@ -199,8 +199,10 @@ def ours_sampler(name: str, size: int, device: str) -> Call:
 
     def call() -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        *_, last = SAMPLERS[name](lambda x, t: eps, x_T, schedule, steps=STEPS, generator=generator)
-        return last.x
+        x = x_T
+        for step in SAMPLERS[name](lambda x, t: eps, x_T, schedule, steps=STEPS, generator=generator):
+            x = step.x  # nothing else is kept: diffusers' loop has no trajectory either
+        return x
 
     return call
 
