@@ -40,6 +40,13 @@ def test_what_was_saved_is_loaded(model, folder):
     assert torch.equal(loaded.cond_stage_model.tokenize(prompt), model.cond_stage_model.tokenize(prompt))
 
 
+@pytest.mark.parametrize("content", [[], {}, {"state_dict": 3}, {1: torch.zeros(1)}, {"a": "b"}, torch.zeros(3)])
+def test_a_file_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="holds no table of named tensors"):
+        read_weights(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_ckpt_loads_like_the_safetensors_file(model, folder, zipped):
     state = {"betas": torch.zeros(3), "model_ema.decay": torch.zeros(()), **model.state_dict()}
@@ -96,12 +103,14 @@ def checkpoint_of_lightning(state: dict, folder, monkeypatch, module: str, zippe
     for name in [package, *(f"{package}.{'.'.join(rest.split('.')[: i + 1])}" for i in range(rest.count(".") + 1))]:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     callback = type("ModelCheckpoint", (), {"__module__": module})
-    sys.modules[module].ModelCheckpoint = callback
+    attributes = type("AttributeDict", (dict,), {"__module__": module})
+    sys.modules[module].ModelCheckpoint, sys.modules[module].AttributeDict = callback, attributes
     remembered = callback()
     remembered.best_model_score = torch.tensor(0.5)
     content = {
         "epoch": 142, "state_dict": state, "callbacks": {callback: {"monitor": None}, "checkpoint": remembered},
         "optimizer_states": [], "pytorch-lightning_version": "1.4.2",
+        "hyper_parameters": attributes(lr=1e-4, betas=(0.9, 0.999)),
     }  # fmt: skip
     torch.save(content, folder / "official.ckpt", _use_new_zipfile_serialization=zipped)
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
@@ -149,6 +158,9 @@ def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
 
     write()
     assert read_weights(tmp_path / name).keys() == state.keys()
+    if hasattr(torch, "float8_e4m3fn") and name != "old.ckpt":  # of eight bits: of Stable Diffusion, some have that
+        write_weights({"a": torch.ones(9).to(torch.float8_e4m3fn)}, tmp_path / "eight.safetensors")
+        assert read_weights(tmp_path / "eight.safetensors")["a"].float().tolist() == [1] * 9
     for bad, place in (("large", (2, -1)), ("view", (5,)), ("one", ())):
         state[bad][place] = torch.nan
         write()

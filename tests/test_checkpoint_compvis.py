@@ -110,15 +110,15 @@ def is_the_file(sd, official, prefix="") -> bool:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["zip", "older than zip", "safetensors", "float16"])
+@pytest.mark.parametrize("form", ["zip", "older than zip", "safetensors", "renamed safetensors", "float16"])
 def test_every_form_of_the_file_loads_to_the_last_bit(official, files, clip_folder, form):
     from safetensors.torch import save_file
 
     state = {name: t.half() if t.is_floating_point() else t for name, t in official.items()}
     expected = official if form != "float16" else {name: t.float() for name, t in state.items()}
     file = files / "a.ckpt"
-    if form == "safetensors":
-        file = files / "a.safetensors"
+    if "safetensors" in form:
+        file = files / ("a.ckpt" if "renamed" in form else "a.safetensors")
         save_file(official, file)
     else:
         content = {"state_dict": state if form == "float16" else official}
@@ -180,7 +180,7 @@ def test_prompts_are_read_by_clips_vocabulary_if_no_other_is_named(official, fil
 
 
 def test_a_vocabulary_larger_than_the_text_encoder_is_refused(files):
-    with pytest.raises(CheckpointError, match="knows 512 tokens, and the vocabulary of CLIP has 49,408.*tokenizer="):
+    with pytest.raises(CheckpointError, match="knows 512 tokens, and the vocabulary has 49,408.*tokenizer="):
         load(files / "model.ckpt", config=files / "model.yaml")
 
 
@@ -264,6 +264,9 @@ def test_a_schedule_under_compviss_name_has_compviss_numbers(load_fixture, name)
         ("beta_schedule", "sqrt", "beta_schedule is 'sqrt'"),
         ("timesteps", "many", "does not describe a model"),
         ("unet_config", None, "does not describe a latent diffusion model"),
+        ("unet_config.params.model_channels", 33, "describes a model that can't be built .*divisible"),
+        ("unet_config.params.model_channels", -32, "describes a model that can't be built"),
+        ("unet_config.params.num_heads", 0, "describes a model that can't be built"),
     ],
 )
 def test_what_minisd_does_not_have_is_named(files, clip_folder, path, value, message):

@@ -22,6 +22,7 @@ from ..latent_diffusion import PRESETS, LatentDiffusion, LatentDiffusionConfig
 from . import compvis, diffusers, minisd_folder
 from .files import (
     CheckpointError,
+    build,
     cast,
     check_names,
     load_weights,
@@ -99,9 +100,10 @@ def _load_compvis(path: Path, device, dtype, config, use_ema: bool | None, token
         config = next((PRESETS[name] for name in CONFIGS if _fits(PRESETS[name], state)), PRESETS["sd-v1"])
     if use_ema:
         state = compvis.with_ema(state, path)
-    reader = _tokenizer(config, tokenizer)
-    with torch.device("meta"):
-        sd = LatentDiffusion(config, reader)
+    reader = None
+    if isinstance(config.cond_stage, CLIPTextConfig):
+        reader = BPETokenizer.clip() if tokenizer is None else read_tokenizer(Path(tokenizer))
+    sd = build(config, reader, path)
     expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state.items() if not set_aside(name)}
     if expected != given:
@@ -120,18 +122,6 @@ def _in_minisd_folder(file: Path) -> bool:
 def _fits(config: LatentDiffusionConfig, state: Mapping[str, Tensor]) -> bool:
     first = state.get("model.diffusion_model.input_blocks.0.0.weight")
     return first is not None and first.ndim == 4 and first.shape[1] == config.unet.in_channels
-
-
-def _tokenizer(config: LatentDiffusionConfig, folder: str | Path | None) -> BPETokenizer | None:
-    if not isinstance(config.cond_stage, CLIPTextConfig):
-        return None
-    reader = BPETokenizer.clip() if folder is None else read_tokenizer(Path(folder))
-    if len(reader.vocab) > config.cond_stage.vocab_size:
-        raise CheckpointError(
-            f"the text encoder knows {config.cond_stage.vocab_size:,} tokens, and the vocabulary of "
-            f"{'CLIP' if folder is None else folder} has {len(reader.vocab):,}: give the folder of its own (tokenizer=)"
-        )
-    return reader
 
 
 def save(

@@ -29,6 +29,7 @@ from ..unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample
 from ..vae import AttnBlock, AutoencoderConfig, AutoencoderKL, ResnetBlock
 from .files import (
     CheckpointError,
+    build,
     cast,
     check_names,
     folder_written_whole,
@@ -83,8 +84,7 @@ def read_folder(
             f"{', '.join(PARTS)}"
         )
     config, tokenizer = read_config(folder), read_tokenizer(folder / "tokenizer")
-    with torch.device("meta"):
-        sd = LatentDiffusion(config, tokenizer)
+    sd = build(config, tokenizer, folder)
     variant = _variant(folder, variant)
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name

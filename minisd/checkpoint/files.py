@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..clip import BPETokenizer
+from ..clip import BPETokenizer, CLIPTextConfig
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 
 
 class CheckpointError(ValueError):
@@ -42,7 +44,7 @@ def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights at {path}")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         try:
             state = load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -50,16 +52,27 @@ def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
     else:
         state = _table(_unpickle(path), path)
     for name, piece in _pieces(path, state) if check else ():
+        if not piece.is_floating_point():
+            continue
+        piece = piece.float() if piece.element_size() == 1 else piece  # of eight bits, PyTorch can't add up numbers
         # A sum is NaN or infinite if a term is, and quicker; as it may also overflow, it only raises the suspicion.
-        if piece.is_floating_point() and not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
+        if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
             raise CheckpointError(f"{name} in {path} holds NaN or infinity: the file, or its training, was damaged")
     return state
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By its name; or, if it was renamed, by its content: eight bytes that give a length, then a header in JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
 def _table(content, path: Path) -> dict[str, Tensor]:
-    """The named tensors of an unpickled checkpoint; Lightning nests them beside other things."""
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    """The named tensors of an unpickled checkpoint; Lightning nests them beside other things (an epoch, a step)."""
+    table = content.get("state_dict", content) if isinstance(content, dict) else None
+    table = table if isinstance(table, dict) else {}
+    state = {name: tensor for name, tensor in table.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    if not state:
         raise CheckpointError(f"{path} holds no table of named tensors")
     return state
 
@@ -86,8 +99,7 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
 def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
     """Where in the file each tensor begins, in bytes; None where that can't be known (older than zip)."""
-    if path.suffix == ".safetensors":
-        # Eight bytes that say how long the header is; the header, in JSON; the numbers.
+    if _is_safetensors(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -102,19 +114,14 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 class Inert:
-    """What stands in for a class of Lightning's: it takes whatever it is given, and keeps and does nothing.
+    """What stands in for a class of Lightning's: instead of an object that may act, it makes a mapping that can't.
 
-    The official v1 checkpoints carry the state of Lightning's callbacks beside the weights, under their classes.
+    The official v1 checkpoints carry the state of Lightning's callbacks beside the weights, under their classes. (A
+    plain mapping, since that is all that PyTorch's careful unpickler lets a file put things into.)
     """
 
     def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+        return OrderedDict()
 
 
 def _unpickle(path: Path, device: str = "cpu"):
@@ -170,6 +177,25 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
         return BPETokenizer.load(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+
+
+def build(config: LatentDiffusionConfig, tokenizer: BPETokenizer | None, source: str | Path) -> LatentDiffusion:
+    """The model of a configuration, without memory yet.
+
+    Raises:
+        CheckpointError: there can be no such model, or the vocabulary is larger than the text encoder's.
+    """
+    if isinstance(config.cond_stage, CLIPTextConfig) and len(tokenizer.vocab) > config.cond_stage.vocab_size:
+        raise CheckpointError(
+            f"the text encoder in {source} knows {config.cond_stage.vocab_size:,} tokens, and the vocabulary has "
+            f"{len(tokenizer.vocab):,}: it is that of another model (tokenizer= takes the folder of the right one)"
+        )
+    try:
+        with torch.device("meta"):
+            return LatentDiffusion(config, tokenizer)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{source} describes a model that can't be built ({reason})") from None
 
 
 # --- from a table of tensors into a model -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ..vae import AutoencoderConfig, IdentityConfig
 from ..vq import VQConfig
 from .files import (
     CheckpointError,
+    build,
     cast,
     folder_written_whole,
     load_weights,
@@ -44,8 +45,7 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
     if file.name != "model.safetensors" and (folder / "model.safetensors").exists():
         state = read_weights(folder / "model.safetensors") | state
     tokenizer = read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
-    with torch.device("meta"):
-        sd = LatentDiffusion(config, tokenizer)
+    sd = build(config, tokenizer, folder / "config.json")
     load_weights(sd, state, file, device, dtype)
     return sd.eval()
 
