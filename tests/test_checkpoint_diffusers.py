@@ -317,6 +317,24 @@ def test_the_models_that_ship_make_the_way_to_diffusers_and_back(name, tmp_path)
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ["sd-v1", "sd-v1-inpainting", "emoji", "tiny"])
+def test_a_configuration_that_was_written_is_read_as_it_was(tokenizer, tmp_path, name):
+    from minisd import PRESETS
+
+    config = PRESETS[name]
+    for file, content in layout.write_config(config, tokenizer).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+    again = layout.read_config(tmp_path)
+    # what counts only where there is attention: the resolution of the VAE, the heads of a level
+    assert replace(again.first_stage, resolution=config.first_stage.resolution) == config.first_stage
+    same_heads = {"num_heads": config.unet.num_heads, "num_head_channels": config.unet.num_head_channels}
+    assert replace(again, first_stage=config.first_stage, unet=replace(again.unet, **same_heads)) == config
+    for level, mult in enumerate(config.unet.channel_mult):
+        c = config.unet.model_channels * mult
+        assert again.unet.heads(c) == config.unet.heads(c) or 2**level not in config.unet.attention_resolutions
+
+
 @pytest.mark.parametrize("parameterization", ["v", "x0"])
 def test_what_the_unet_predicts_is_kept(make_sd, tmp_path, parameterization):
     sd = make_sd(parameterization=parameterization, beta_schedule="linear", linear_start=1e-4, linear_end=0.02)

@@ -144,7 +144,7 @@ def _config(unet: dict, vae: dict, text: dict, scheduler: dict, folder: Path) ->
             model_channels=channels[0],
             num_res_blocks=unet["layers_per_block"],
             channel_mult=tuple(c // channels[0] for c in channels),
-            attention_resolutions=tuple(2**level for level, attend in enumerate(attends) if attend),
+            attention_resolutions=tuple(2**level for level, attend in reversed(list(enumerate(attends))) if attend),
             transformer_depth=unet.get("transformer_layers_per_block", 1),
             context_dim=unet["cross_attention_dim"],
             dropout=unet.get("dropout", 0.0),

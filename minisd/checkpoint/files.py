@@ -154,8 +154,9 @@ def _unpickle(path: Path, device: str = "cpu"):
             AttributeError,
             UnicodeDecodeError,
         ) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
-            raise CheckpointError(f"{path} is no whole checkpoint ({reason}): fetch or save it again") from None
+            reason = str(error).split("\n")[0].split(". ")[0][:120]
+            reason = f" ({reason})" if " " in reason else ""  # else it is a number from the unpickler's depths
+            raise CheckpointError(f"{path} is no whole checkpoint{reason}: fetch or save it again") from None
 
 
 def read_json(path: Path) -> dict:
