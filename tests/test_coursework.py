@@ -1215,7 +1215,7 @@ def changed(change):
         (lambda x_0, t, noise, alphas_cumprod: x_0, "`x_0` as it came in"),
         (lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t, noise, alphas_cumprod.flip(0)), "runs backwards"),
         (lambda x_0, t, noise, alphas_cumprod: q_sample(noise, t, x_0, alphas_cumprod), "exchanged"),
-        (lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t, noise, alphas_cumprod) + noise, "factor of `noise`"),
+        (lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t, noise, alphas_cumprod) + noise, "plus `noise`"),
         (lambda x_0, t, noise, alphas_cumprod: x_0.mul_(0) + q_sample(x_0, t, noise, alphas_cumprod), "in place"),
         (lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t, noise, alphas_cumprod[:1000].view(12)), "RuntimeError"),
         (lambda x_0, t, noise, alphas_cumprod: x_0 / undefined, "NameError.*misspelt"),
@@ -1230,6 +1230,22 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
     verdict = check.q_sample(function)
     assert not verdict.right
     assert re.search(said, verdict.mistake or "", re.DOTALL), verdict.message
+
+
+ODD = [
+    None, 3.0, 2, True, "abc", [], [1, 2], (torch.ones(2), 3), {"a": 1}, ..., len, torch.nn.Linear(2, 2),
+    torch.tensor(1.5), torch.ones(3), torch.randn(2, 4, 3, 5), torch.full((2, 4, 3, 5), torch.nan), torch.arange(4),
+    torch.tensor(torch.inf), torch.ones(3, 3).bool(), torch.ones(2, 2) * 1j, torch.zeros(0, 4, 3, 5),
+    np.ones(3), np.float32(2), [torch.ones(2)] * 3, [None, None],
+]  # fmt: skip
+
+
+@each_exercise
+def test_the_checker_survives_whatever_comes_back(exercise, monkeypatch):
+    monkeypatch.setattr(sys.modules["minisd.coursework.judge"], "PAIRS", 10)  # each of them would be searched for long
+    for value in ODD[list(EXERCISES).index(exercise.name) % 5 :: 5]:
+        verdict = judge(exercise, lambda *args, value=value: value)
+        assert not verdict.right, value
 
 
 def test_an_error_is_told_with_its_line():
@@ -1283,9 +1299,18 @@ def test_the_students_random_numbers_are_left_alone():
 
 
 def test_what_nobody_can_name_is_told_in_numbers():
-    verdict = check.q_sample(changed(lambda x: x + 0.01 * (7.3 * x.cumsum(-1)).sin()))
+    verdict = check.to_uint8(lambda x: (7 + 0 * x).to(torch.uint8))
     assert not verdict.right and verdict.mistake is None
     assert "should begin" in verdict.message
+
+
+def test_the_part_that_is_wrong_is_found_if_the_mistake_has_no_name():
+    def inpaint_blend(x_t, z_0, noise, mask, a_t):
+        known = a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise
+        return torch.where(mask, x_t.sin() * 1.1, known)
+
+    mistake = check.inpaint_blend(inpaint_blend).mistake
+    assert "`z_0` and `noise`" in mistake and "what `x_t` does is not" in mistake
 
 
 # --- the checker's face -----------------------------------------------------------------------------------------------
@@ -1323,6 +1348,7 @@ DRAWN = [name for name, exercise in EXERCISES.items() if draws(exercise)]
 WANT_MORE = {"timestep_embedding", "res_block", "split_heads", "merge_heads", "cross_attention"}
 
 
+@pytest.mark.filterwarnings("ignore:the prompt is longer")
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_pipeline_draws_with_a_students_function(name):
     """The same picture with the right one, another with a wrong one."""

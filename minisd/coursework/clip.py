@@ -153,6 +153,7 @@ def _put_pad(f):
          "You padded with 0: CLIP pads with the end token."),
         ("return row + [end] * (max_length - len(row))", "return row",
          "The padding is missing: all rows of a batch have the length max_length."),
+        ("[start, *ids[: max_length - 2], end]", "ids[:max_length]", "Start and end token are missing."),
         ("[start, *ids[: max_length - 2], end]", "[*ids[: max_length - 2], end]", "The start token is missing."),
         ("return row + [end] * (max_length - len(row))", "return [end] * (max_length - len(row)) + row",
          "The padding comes first: it goes behind the sentence."),
@@ -442,6 +443,16 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
         "Rows: which text for this picture? Columns: which picture for this text? The mean of both.",
     ),
     mistakes=[
+        ("", "image, text = image_features / image_features.norm(), text_features / text_features.norm()\n"
+         "logits = logit_scale.exp() * image @ text.T\nlabels = torch.arange(len(logits))\n"
+         "return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "You divided by the norm of the whole batch: each vector by its own, along the last axis."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2", "-logits.diag().mean()",
+         "You only pull each pair together (the mean of the diagonal): the others have to be pushed away, by a"
+         " cross-entropy over each row and column."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "F.mse_loss(logits.softmax(dim=-1), torch.eye(len(logits)))",
+         "You compare with the identity by squares: it is a choice among b, so a cross-entropy."),
         ("image = F.normalize(image_features, dim=-1)", "image = image_features",
          "The picture's vectors are not normalised: without it length counts, not direction alone."),
         ("text = F.normalize(text_features, dim=-1)", "text = text_features",

@@ -13,6 +13,7 @@ import io
 import itertools
 import linecache
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -30,7 +31,7 @@ from . import mutants
 from .exercise import Exercise
 
 SECONDS = 10.0  # that one call of a student's function may take
-PAIRS = 600  # so many pairs of mistakes are tried: about a second
+PAIRS = 800  # so many pairs of mistakes are tried: about a second
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Outcome:
 
 @cache
 def cases_of(exercise: Exercise) -> dict[str, dict[str, Any]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _own_randomness(seed=0):
         cases = exercise.cases()
     return {label: {name: args[name] for name in exercise.arguments} for label, args in cases.items()}
 
@@ -84,20 +84,21 @@ def right_outcomes(exercise: Exercise) -> list[Outcome]:
     return [run(exercise, exercise.compile(), args) for args in cases_of(exercise).values()]
 
 
-def run(exercise: Exercise, function: Callable, args: dict[str, Any], seed: int = 0) -> Outcome:
+def run(
+    exercise: Exercise, function: Callable, args: dict[str, Any], seed: int = 0, gradients: bool = True
+) -> Outcome:
     """Call the function on copies of the arguments, and watch."""
     given = {name: _copy(value) for name, value in args.items()}
     leaves = []
-    for name in exercise.gradients:
+    for name in exercise.gradients if gradients else ():
         if isinstance(given[name], nn.Module):
             leaves += list(given[name].parameters())
         else:
             leaves.append(given[name].requires_grad_())
             given[name] = leaves[-1] * 1  # no leaf: one may change it in place
     outcome, printed = Outcome(), io.StringIO()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+    with _own_randomness(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
         try:
             with _at_most(SECONDS):
                 outcome.value = function(*given.values())
@@ -118,6 +119,18 @@ def _detached(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     return value.detach() if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Inside, torch.randn draws from this seed; outside, nobody notices. (torch.manual_seed is slow: it asks all GPUs.)
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 @contextlib.contextmanager
@@ -156,7 +169,7 @@ def _unchanged(now: Any, before: Any) -> bool:
 def _gradients(value: Any, leaves: list[Tensor]) -> list[Tensor] | None:
     """Of a sum of all that was returned, in which every number has its own weight."""
     tensors = [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)]
-    tensors = [t for t in tensors if t.requires_grad]
+    tensors = [t for t in tensors if t.requires_grad and t.is_floating_point()]
     if not tensors:
         return None
     total = sum((t * torch.arange(1, t.numel() + 1).cos().view(t.shape)).sum() for t in tensors)
@@ -189,9 +202,13 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
         a = _as_list(a)
         return a is not None and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(b, int | float) and not isinstance(b, bool):
-        a = a.item() if isinstance(a, Tensor | np.ndarray | np.generic) and np.size(a) == 1 else a
+        if isinstance(a, Tensor | np.ndarray | np.generic):
+            one = a.numel() == 1 if isinstance(a, Tensor) else a.size == 1
+            a = a.item() if one else None
         return isinstance(a, int | float) and abs(a - b) <= tolerance * abs(b) + 1e-9
-    return bool(a == b) if isinstance(a, type(b)) else False
+    if isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and a.shape == b.shape and bool(np.all(a == b))
+    return bool(a == b) if type(a) is type(b) else False
 
 
 def _as_list(value: Any) -> list | None:
@@ -376,21 +393,29 @@ class Trial:
         if broken:
             yield self.raised(broken[0].error) + self.where()
         yield from self.related()
+        yield from self.more_or_less()
         yield from self.convict(itertools.islice(_pairs(self.exercise), PAIRS))
         yield from self.weights(named=False)
         yield from self.right_somewhere()
+        yield from self.probe(function)
 
     def convict(self, suspects: Iterable[tuple[Callable, str]]) -> Iterator[str]:
         """Who does on every case what the student's function does?"""
         # where the student is wrong tells suspects apart; where the student is right, most are acquitted
         order = sorted(range(len(self.cases)), key=lambda i: self.hits[i])
         for function, sentence in suspects:
-            for i in order:
-                outcome = run(self.exercise, function, self.cases[i])
-                if not same_outcome(self.outcomes[i], outcome, self.exercise.tolerance):
-                    break
-            else:
+            if all(self.does_the_same(function, i) for i in order):
                 yield sentence
+
+    def does_the_same(self, function: Callable, i: int) -> bool:
+        """Whether a suspect does on case i what the student's function did. Gradients cost time, and come last."""
+        mine, tolerance = self.outcomes[i], self.exercise.tolerance
+        outcome = run(self.exercise, function, self.cases[i], gradients=False)
+        if self.exercise.gradients and outcome.error is None:
+            if not same(mine.value, outcome.value, tolerance):
+                return False
+            outcome = run(self.exercise, function, self.cases[i])
+        return same_outcome(mine, outcome, tolerance)
 
     def wrong(self) -> Iterator[tuple[dict[str, Any], Outcome, Outcome]]:
         """The cases that went wrong, without an error: (arguments, outcome, right outcome)."""
@@ -500,7 +525,7 @@ class Trial:
                     if same(getattr(a, name)(dim=dims), b, tolerance):
                         yield f"A {name} over axis {' and '.join(map(str, dims))} is missing: the shape is {shapes}."
         yield from self.convict(_changes(self.exercise))
-        grown = a.ndim > b.ndim or a.numel() > b.numel()
+        grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
         broadcast = (
             " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become"
             " [b 1 1 1]"
@@ -527,6 +552,12 @@ class Trial:
             )
             return
         yield from self.convict(_changes(self.exercise))
+        if all(not o.gradients or not any(g.any() for g in o.gradients) for o in self.outcomes):
+            yield (
+                f"The values are right, but the gradient to {through} is 0: the result was cut off from it, by"
+                f" `.item()`,"
+                " `.detach()` or a new `torch.tensor(...)`. Nothing would be learned."
+            )
         for _, outcome, right in self.wrong():
             factors = [_factor(a, b) for a, b in zip(outcome.gradients or [], right.gradients, strict=False)]
             if outcome.gradients and all(factor is not None for factor in factors):
@@ -599,11 +630,8 @@ class Trial:
                 sentences.append(f"the factor of `{name}` is {is_}, but should be {should} ({numbers})")
             elif is_:
                 sentences.append(f"the factor of `{name}` is {is_}, which is {numbers}")
-            elif _close(a / b, (a / b)[:1].expand_as(a)):
-                times = f"{float((a / b)[0]):.4g} times"
-                sentences.append(f"the factor of `{name}` is {times} what it should be ({numbers})")
-            elif ratio := _formula(a / b, formulas):
-                sentences.append(f"the factor of `{name}` is {ratio} times what it should be ({numbers})")
+            elif times := _times(a, b, formulas):
+                sentences.append(f"the factor of `{name}` is {times} times what it should be ({numbers})")
             else:
                 all_named = False
                 wanted = f", which is {should}" if should else ""
@@ -700,21 +728,98 @@ class Trial:
             yield "The right numbers, but in another order: which axis is split, merged or reshaped, and how?"
 
     def _parts(self, whole) -> Iterator[str]:
-        """Right in some places only."""
+        """Right in some places only, and in each case that went wrong."""
         for dim in range(min(b.ndim for *_, b in whole)):
+            found = []
             for _, a, b in whole:
                 scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 1.0
                 close = ((a - b).abs() <= self.exercise.tolerance * (b.abs() + 0.1 * scale)) | (a == b)
                 right = close.movedim(dim, 0).flatten(1).all(1).tolist() if b.ndim > 1 else close.tolist()
-                places = [i for i, good in enumerate(right) if good]
-                if places and len(right) > 2 and len(places) < len(right):
-                    if dim == 0 and places == [0] and b.ndim > 1:
-                        yield "Right for the first entry of a batch only: the others are treated as if they were it."
-                        return
-                    if len(places) * 4 >= len(right) or places == [0]:
-                        wrong = [i for i in range(len(right)) if i not in places]
-                        yield f"Along axis {dim} it is right at {_short(places)} and wrong at {_short(wrong)}."
-                        return
+                if len(right) > 1:
+                    found.append([i for i, good in enumerate(right) if good])
+                if len(right) > 1 and len(found[-1]) in (0, len(right)):
+                    found = []
+                    break
+            if not found:
+                continue
+            if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole):
+                yield "Right for the first entry of a batch only: the others are treated as if they were it."
+            size = max(b.shape[dim] for *_, b in whole)
+            wrong = [i for i in range(size) if i not in found[0]]
+            yield f"Along axis {dim} it is right at {_short(found[0])} and wrong at {_short(wrong)}."
+
+    def more_or_less(self) -> Iterator[str]:
+        """The right result and a term more; or a step of the solution, returned in its place."""
+        found: dict[str, list[bool]] = {}
+        pairs = self._comparable()
+        solution = self.exercise.compile()
+        for args, outcome, right in pairs:
+            a, b, tolerance = outcome.value.double(), right.value.double(), self.exercise.tolerance
+            known = {name: v for name, v in (args | _steps(solution, args)).items() if isinstance(v, Tensor)}
+            for name, value in known.items():
+                if value.shape != b.shape or not value.is_floating_point() or same(value, b, tolerance):
+                    continue
+                value = value.detach().double()
+                scale = max(float(a.abs().max()), 1.0)
+                for sentence, other in (
+                    (f"Your result is the step `{name}` of the solution: something is missing after it.", value),
+                    (f"Your result is the right one plus `{name}`: a term too many.", b + value),
+                    (f"Your result is the right one minus `{name}`.", b - value),
+                    (f"Your result is the right one times `{name}`: a factor too many.", b * value),
+                    (f"Your result is the mean of the right one and of `{name}`.", (b + value) / 2),
+                ):
+                    found.setdefault(sentence, []).append(
+                        bool(((a - other).abs() <= 10 * tolerance * scale).all()) and not same(other, b, tolerance)
+                    )
+        yield from (sentence for sentence, fits in found.items() if len(fits) == len(pairs) and all(fits))
+
+    def probe(self, function: Callable) -> Iterator[str]:
+        """Nothing fits. What does the result hang on, and what not?"""
+        exercise, args = self.exercise, self.cases[0]
+        mine, right = self.outcomes[0], self.rights[0]
+        values = (mine.value, right.value)
+        if mine.error is not None or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            return
+        good, bad = [], []  # arguments, by whether a change of them changes the result as it should
+        for name, value in args.items():
+            if type(value) is float or (isinstance(value, Tensor) and value.is_floating_point()):
+                changed = {**args, name: value * 0.7 + (0.05 if type(value) is float else 0.05 * value.flip(0))}
+                a, b = run(exercise, function, changed), run(exercise, exercise.compile(), changed)
+                if a.error is not None or not isinstance(a.value, Tensor) or a.value.shape != mine.value.shape:
+                    continue
+                if same(b.value, right.value, 1e-4):
+                    continue  # it does not matter here
+                if same(a.value, mine.value, 1e-7):
+                    yield f"`{name}` has no influence on your result."
+                if mine.value.shape == right.value.shape:
+                    equal = same(a.value - mine.value, b.value - right.value, 10 * exercise.tolerance)
+                    (good if equal else bad).append(f"`{name}`")
+        if good and bad:
+            yield (
+                f"What {' and '.join(good)} does to your result is right, but what {' and '.join(bad)} does is not:"
+                " look at the terms in which it stands."
+            )
+        b = len(right.value) if right.value.ndim else 0
+        batched = [n for n, v in args.items() if isinstance(v, Tensor) and v.ndim and len(v) == b]
+        if b > 1 and batched and mine.value.shape[:1] == right.value.shape[:1]:
+            alone = {**args, **{name: args[name][:1] for name in batched}}
+            a, r = run(exercise, function, alone), run(exercise, exercise.compile(), alone)
+            own = r.error is None and same(r.value, right.value[:1], exercise.tolerance)
+            if own and a.error is None and not same(a.value, mine.value[:1], 1e-3):
+                yield (
+                    "What you return for one sample of a batch depends on the others that are in it: a mean, a sum, a"
+                    " norm or"
+                    " a softmax runs over the batch."
+                )
+        names = exercise.linear
+        if names and all(args[n].shape == mine.value.shape for n in names):
+            if _solve([args[n] for n in names], mine.value) is None:
+                listed = " and ".join(f"`{n}`" for n in names)
+                yield (
+                    f"The right result is a weighted sum of {listed}, with one weight for each sample. Yours is none:"
+                    f" there is a"
+                    " mean, a product, a clamp or another shape in it."
+                )
 
     # --- when nothing else is known -------------------------------------------------------------------------------
 
@@ -749,7 +854,7 @@ class Trial:
         for i, (label, hit) in enumerate(zip(self.labels, self.hits, strict=True)):
             if not hit:
                 mine, right = self.outcomes[i].value, self.rights[i].value
-                if isinstance(mine, Tensor) and mine.is_floating_point() and mine.shape == right.shape:
+                if isinstance(mine, Tensor) and isinstance(right, Tensor) and mine.shape == right.shape:
                     far = f", by up to {float((mine.double() - right.double()).abs().max()):.3g}"
                 else:
                     far = ""
@@ -796,6 +901,27 @@ HINTS = {
 }
 
 
+def _steps(function: Callable, args: dict[str, Any]) -> dict[str, Any]:
+    """What a function has in its local variables when it returns."""
+    found: dict[str, Any] = {}
+
+    def call(frame, event, _):
+        return inside if frame.f_code is function.__code__ else None
+
+    def inside(frame, event, _):
+        if event == "return":
+            found.update(frame.f_locals)
+        return inside
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        function(*(_copy(value) for value in args.values()))
+    finally:
+        sys.settrace(before)
+    return found
+
+
 def _solve(terms: list[Tensor], value: Tensor) -> Tensor | None:
     """The weights [b terms] with which value is a weighted sum of the terms, sample by sample; None if it is none."""
     A = torch.stack([t.detach().double().reshape(len(t), -1) for t in terms], dim=-1)  # [b n terms]
@@ -836,6 +962,18 @@ def _formula(weights: Tensor, formulas: tuple[list[str], Tensor]) -> str | None:
         return None
     fits = ((values - weights).abs() <= 3e-4 * values.abs() + 2e-5).all(dim=1)
     return names[int(fits.int().argmax())] if fits.any() else None
+
+
+def _times(a: Tensor, b: Tensor, formulas: tuple[list[str], Tensor]) -> str | None:
+    """How many times b is a? A number, or the name of one."""
+    here = b.abs() > 1e-6
+    if not here.any() or not _close(a[~here], b[~here]):
+        return None
+    ratio = a[here] / b[here]
+    if _close(ratio, ratio[:1].expand_as(ratio)):
+        return f"{float(ratio[0]):.4g}"
+    names, values = formulas
+    return _formula(ratio, (names, values[:, here])) if names else None
 
 
 def _factor(a: Tensor, b: Tensor) -> float | None:

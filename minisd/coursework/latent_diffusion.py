@@ -122,7 +122,7 @@ def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: flo
         ("min(decay, (1 + num_updates) / (10 + num_updates))", "(1 + num_updates) // (10 + num_updates) * decay",
          "An integer division: // rounds down to 0."),
     ],
-    tolerance=1e-7,
+    tolerance=2e-6,
     swap=_put_ema_decay,
 )  # fmt: skip
 def ema_decay(num_updates: int, decay: float) -> float:
@@ -522,6 +522,8 @@ def _put_training_step(f):
          "x_t is made with the encoder's noise, but the model is asked for `noise`."),
         ("return (noise - prediction)", "return (encoder_noise - prediction)",
          "The target is the encoder's noise: the model is to find the diffusion's."),
+        ("model(z_t, t, context)", "model(z_t, t / len(alphas_cumprod), context)",
+         "The model is told t / T: it is told t itself, an integer."),
         ("return (noise - prediction)", "return (z - prediction)",
          "The target is z: this model is asked for the noise."),
         ("drop[:, None, None], empty_context, context", "drop[:, None, None], context, empty_context",

@@ -12,7 +12,7 @@ from ..loss import LOSSES
 from ..noising import NoiseSchedule
 from ..training import unet as training_unet
 from .exercise import exercise
-from .noising import NOT_RESHAPED, alphas_cumprod_of, pictures
+from .noising import NOT_RESHAPED, alphas_cumprod_of, of_t, pictures
 
 
 class ToyUNet(nn.Module):
@@ -75,6 +75,13 @@ def _put_epsilon_loss(f):
          " ε itself."),
         ("return (noise - prediction)", "return ((1 - alpha_bar).sqrt() * noise - prediction)",
          "Your target is the noise times √(1-ᾱ_t): the model is asked for ε itself, of variance 1 at each t."),
+        ("return (noise - prediction)",
+         "return (x_0 - (x_t - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt())",
+         "You compare pictures, x_0 and the one that follows from the prediction: that weights each t by 1 / SNR."
+         " Compare the noise."),
+        ("model(x_t, t, context)", "model(x_t, t / 1000, context)", "The model is told t / 1000: it is told t itself."),
+        ("return (noise - prediction).square().mean()", "return F.smooth_l1_loss(prediction, noise)",
+         "This is the Huber loss (smooth L1): the loss is the mean of the squares."),
         (".square().mean()", ".square().sum()",
          "You took the sum: the loss is a mean, which does not change with the size of batch and picture."),
         (".square().mean()", ".square().flatten(1).sum(1).mean()",
@@ -261,7 +268,7 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
     difficulty=3,
     minutes=15,
     cases=lambda: {
-        "three points": {"x_t": torch.randn(3, 2), "t": torch.tensor([3, 8, 5]), "v": torch.randn(3, 2),
+        "three points": {"x_t": torch.randn(3, 6), "t": torch.tensor([3, 8, 5]), "v": torch.randn(3, 6),
                          "alphas_cumprod": alphas_cumprod_of(12)},
         "one point": {"x_t": torch.randn(1, 4), "t": torch.tensor([6]), "v": torch.randn(1, 4),
                       "alphas_cumprod": alphas_cumprod_of(12)},
@@ -291,7 +298,8 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
         ("[t]", "[(t - 1).clamp(min=0)]", "Your coefficients are those of t-1."),
         ("[t]", "[t[:1]]", "You use the first timestep for the whole batch, but each point has its own t."),
     ],
-    linear=(),
+    linear=("x_t", "v"),
+    quantities=of_t,
     swap=lambda f: [
         (NoiseSchedule, "predict_noise_from_v",
          lambda self, x_t, t, v: f(x_t.flatten(1), t, v.flatten(1),

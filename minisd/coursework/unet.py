@@ -140,6 +140,10 @@ def _put_attention(f):
          "\nreturn scores.softmax(dim=-1) / q.shape[-1] ** 0.5",
          "You divided by √d after the softmax: the scores are divided, before it, or the weights no longer sum to"
          " 1."),
+        (" / q.shape[-1] ** 0.5", " / 8", "You wrote down √64 = 8: d comes with q, it is q.shape[-1]."),
+        (" / q.shape[-1] ** 0.5", " / 8**0.5", "You wrote down √8: d comes with q, it is q.shape[-1]."),
+        ("scores.softmax(dim=-1)", "scores.exp().softmax(dim=-1)",
+         "You took the exponential before the softmax, which does it itself."),
         ("softmax(dim=-1)", "softmax(dim=-2)",
          "The softmax runs over the queries: the weights of each query over all keys have to sum to 1, along the"
          " last axis."),
@@ -336,6 +340,9 @@ def _put_cross(f):
          "The heads are merged as (d h): they were split as (h d)."),
         ('to_out(rearrange(out, "b h n d -> b n (h d)"))', 'rearrange(out, "b h n d -> b n (h d)")',
          "to_out is missing: the last projection mixes what the heads found."),
+        (" / q.shape[-1] ** 0.5\nout = scores.softmax(dim=-1) @ v",
+         "\nout = scores.softmax(dim=-1) / q.shape[-1] ** 0.5 @ v",
+         "You divided by √d after the softmax: the scores are divided, before it."),
         ("h=heads)", "h=1)", "There is one head only: the channels are split into `heads` of them."),
         ("/ q.shape[-1] ** 0.5\nout = scores.softmax(dim=-1) @ v",
          '/ q.shape[-1] ** 0.5\nw = rearrange(q, "b h n d -> b 1 n (h d)") @ rearrange(k, "b h n d -> b 1 (h d) n")'
@@ -474,6 +481,11 @@ def _put_block(f):
         "First the pixels look at each other, then at the words, then each thinks for itself.",
     ),
     mistakes=[
+        ("", "h = norm1(x)\nx = x + attn1(h)\nx = x + attn2(h, context)\nreturn x + ff(h)",
+         "You normalised once, at the beginning: each layer reads the sum that the one before has left, through its own"
+         " norm."),
+        ("", "x = x + attn1(norm1(x))\nx = x + ff(norm3(x))\nreturn x + attn2(norm2(x), context)",
+         "ff comes before attn2 in yours: it is the last of the three."),
         ("x = x + attn1(norm1(x))", "x = attn1(norm1(x))", "The residual around attn1 is missing: x + attn1(...)."),
         ("x = x + attn2(norm2(x), context)", "x = attn2(norm2(x), context)",
          "The residual around attn2 is missing: x + attn2(...)."),
@@ -775,6 +787,8 @@ def group_norm(
     mistakes=[
         ('mode="nearest"', 'mode="bilinear"',
          "You interpolated: each pixel is repeated (nearest), and the convolution smooths."),
+        ('mode="nearest"', 'mode="bilinear", align_corners=True',
+         "You interpolated (with the corners aligned): each pixel is repeated (nearest)."),
         ('mode="nearest"', 'mode="bicubic"', "You interpolated with cubic curves: each pixel is repeated (nearest)."),
         ('return conv(F.interpolate(x, scale_factor=2, mode="nearest"))',
          'return F.interpolate(conv(x), scale_factor=2, mode="nearest")',
