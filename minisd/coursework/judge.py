@@ -698,6 +698,8 @@ class Trial:
                     found[f"the number of entries of `{name}`"] = value.numel()
                     if value.ndim > 1:
                         found[f"the number of entries of `{name}` in each sample"] = value[0].numel()
+                    if value.ndim == 4:
+                        found[f"the number of pixels of `{name}`"] = value[0, 0].numel()
                 elif isinstance(value, int | float) and value > 0:
                     found[f"`{name}`"] = value
             sizes.append(found)

@@ -680,6 +680,8 @@ def _put_res_block(f):
         ("out_layers(h)", "h", "out_layers is missing."),
         ("h = out_layers(h)", "h = h + out_layers(h)",
          "There is a residual too many, around out_layers: the only one is skip_connection(x)."),
+        ("emb_layers(emb)", "F.silu(emb_layers(emb))",
+         "There is a SiLU too many after the time: emb_layers begins with one, and its Linear comes last."),
         ("emb_layers(emb)", "emb_layers(F.silu(emb))",
          "There is a SiLU too many before the time: emb_layers begins with one."),
         ("skip_connection(x) + h", "skip_connection(x) * h", "You multiplied: the input is added."),
