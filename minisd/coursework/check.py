@@ -1,0 +1,37 @@
+"""check.q_sample(my_q_sample): one function for each exercise."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .exercise import EXERCISES, find
+from .judge import Verdict, judge
+
+
+class Check:
+    """`check.NAME(function)` runs a student's function, says what it found, and returns the `Verdict`.
+
+        check.q_sample(q_sample)               # in a notebook
+        check.q_sample(q_sample).expect()      # in a test: raises AssertionError unless it is right
+        check("q_sample", q_sample)            # by name
+    """
+
+    def __call__(self, name: str, function: Any) -> Verdict:
+        verdict = judge(find(name), function)
+        print(verdict.message)
+        return verdict
+
+    def __getattr__(self, name: str) -> Callable[[Any], Verdict]:
+        if name not in EXERCISES:
+            raise AttributeError(f"there is no exercise {name!r}: choose one of {', '.join(EXERCISES)}")
+
+        def check(function: Any) -> Verdict:
+            return self(name, function)
+
+        check.__name__, check.__doc__ = name, EXERCISES[name].task
+        return check
+
+    def __dir__(self) -> list[str]:
+        return list(EXERCISES)
+
+
+check = Check()

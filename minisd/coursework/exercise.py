@@ -1,0 +1,201 @@
+"""What an exercise is: one function with its task, its solution, and the mistakes that are made in it.
+
+The stage modules beside this file are the one source of everything. There, an exercise is a function under the
+decorator `@exercise(...)`: its signature and docstring are the task, and what stands between the two fences is the
+solution.
+
+    # BEGIN SOLUTION
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    ...
+    # END SOLUTION
+
+A mistake is an edit of the solution, `("(1 - alpha_bar).sqrt()", "1 - alpha_bar", "You forgot the root ...")`. So it
+can be run: the checker compares what a student's function returns with what each edited solution returns, and two
+edits can be made at once.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
+STAGES = ("noising", "loss", "unet", "vae", "clip", "sampling", "latent_diffusion")  # in their order: 1 to 7
+
+EXERCISES: dict[str, "Exercise"] = {}  # all of them, by name; filled when minisd.coursework is imported
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An edit of a solution, and the sentence that teaches what is wrong with it.
+
+    old: a piece of the solution that occurs exactly once in it; "" if `new` takes the place of the whole solution.
+    """
+
+    old: str
+    new: str
+    sentence: str
+
+    def edit(self, solution: str) -> str | None:
+        """The solution with the mistake in it; None if `old` does not occur exactly once."""
+        if not self.old:
+            return textwrap.dedent(self.new).strip("\n")
+        return solution.replace(self.old, self.new) if solution.count(self.old) == 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Exercise:
+    """A function to be written. See `exercise` for the fields."""
+
+    reference: Callable
+    difficulty: int
+    minutes: int
+    cases: Callable[[], dict[str, dict[str, Any]]]
+    hints: tuple[str, ...]
+    mistakes: tuple[Mistake, ...]
+    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | None
+    gradients: tuple[str, ...]
+    linear: tuple[str, ...]
+    quantities: Callable[..., dict[str, Any]] | None
+    may_change: tuple[str, ...]
+    read: Callable | None
+    tolerance: float
+
+    @property
+    def name(self) -> str:
+        return self.reference.__name__
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, which is that of its module."""
+        return self.reference.__module__.rsplit(".", 1)[-1]
+
+    @property
+    def number(self) -> int:
+        return STAGES.index(self.stage) + 1
+
+    @property
+    def task(self) -> str:
+        return inspect.cleandoc(self.reference.__doc__)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return tuple(inspect.signature(self.reference).parameters)
+
+    @cached_property
+    def source(self) -> str:
+        """The function as it stands in the stage's module, from `def` on, with its fences."""
+        text = Path(inspect.getsourcefile(inspect.unwrap(self.reference))).read_text("utf-8")
+        function = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == self.name)
+        lines = text.splitlines()
+        last = next(i for i in range(function.lineno, len(lines)) if lines[i].strip() == END)
+        return "\n".join(lines[function.lineno - 1 : last + 1]) + "\n"
+
+    @property
+    def head(self) -> str:
+        """Signature and docstring."""
+        return self.source[: self.source.index("    " + BEGIN)]
+
+    @property
+    def solution(self) -> str:
+        """What stands between the fences, at the left margin."""
+        body = self.source[self.source.index(BEGIN) + len(BEGIN) : self.source.index("    " + END)]
+        return textwrap.dedent(body).strip("\n")
+
+    @property
+    def stub(self) -> str:
+        """What the student is given."""
+        return self.head + "    raise NotImplementedError  # your code here\n"
+
+    @property
+    def answer(self) -> str:
+        """What the teacher is given: the stub with the solution in it."""
+        return self.head + textwrap.indent(self.solution, "    ") + "\n"
+
+    def compile(self, solution: str | None = None) -> Callable:
+        """The function with this solution in it, or with its own."""
+        signature = self.source[: self.source.index('    """')]  # without the docstring: nothing to compile in it
+        code = signature + textwrap.indent(self.solution if solution is None else solution, "    ") + "\n"
+        namespace = dict(inspect.unwrap(self.reference).__globals__)
+        exec(compile(code, f"<{self.name}>", "exec"), namespace)  # our own text, from the module beside this one
+        return namespace[self.name]
+
+
+def exercise(
+    *,
+    difficulty: int,
+    minutes: int,
+    cases: Callable[[], dict[str, dict[str, Any]]],
+    hints: tuple[str, ...],
+    mistakes: list[tuple[str, str, str]],
+    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | None = None,
+    gradients: tuple[str, ...] = (),
+    linear: tuple[str, ...] = (),
+    quantities: Callable[..., dict[str, Any]] | None = None,
+    may_change: tuple[str, ...] = (),
+    read: Callable[[Any], Any] | None = None,
+    tolerance: float = 1e-4,
+) -> Callable[[Callable], Callable]:
+    """Make an exercise of a function, which stays what it is.
+
+    Args:
+        difficulty: from 1, one line to copy from an equation, to 5.
+        minutes: what a student needs who has read the stage's notebook.
+        cases: called without arguments; what the function is tried on: a name for each case -> its arguments by name.
+        hints: shown one at a time, from a nudge to nearly everything.
+        mistakes: (old, new, sentence) of each `Mistake`.
+        swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there).
+        gradients: arguments through which gradients must flow (tensors, or modules: then their parameters).
+        linear: arguments of which the result is a weighted sum. The checker finds the weights, and ...
+        quantities: ... (arguments) -> numbers or [b] tensors by their symbol, to name those that are wrong.
+        may_change: arguments that a right solution may change in place.
+        read: what counts of a result, if not every form of it is to be told apart: tensor -> tensor.
+        tolerance: relative.
+    """
+
+    def register(function: Callable) -> Callable:
+        EXERCISES[function.__name__] = Exercise(
+            function, difficulty, minutes, cases, hints, tuple(Mistake(*m) for m in mistakes), swap, gradients,
+            linear, quantities, may_change, read, tolerance,
+        )  # fmt: skip
+        return function
+
+    return register
+
+
+@contextmanager
+def swap(name: str, function: Callable) -> Iterator[None]:
+    """Inside, minisd itself runs with the student's function in the place of its own.
+
+        with swap("q_sample", my_q_sample):
+            minisd.load("tiny").txt2img("a red circle")
+
+    Raises:
+        ValueError: there is no such exercise, or it has no place in the pipeline.
+    """
+    exercise = find(name)
+    if exercise.swap is None:
+        having = ", ".join(name for name, exercise in EXERCISES.items() if exercise.swap)
+        raise ValueError(f"{name} has no place of its own in the pipeline; these have: {having}")
+    with ExitStack() as stack:
+        for target, key, value in exercise.swap(function):
+            in_a_dict = isinstance(target, dict)
+            stack.enter_context(patch.dict(target, {key: value}) if in_a_dict else patch.object(target, key, value))
+        yield
+
+
+def find(name: str) -> Exercise:
+    """The exercise of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in EXERCISES:
+        raise ValueError(f"there is no exercise {name!r}: choose one of {', '.join(EXERCISES)}")
+    return EXERCISES[name]

@@ -1,0 +1,171 @@
+"""Notebooks of the exercises: for students, for teachers, and for nbgrader and otter. All from the stages' modules."""
+
+import json
+from pathlib import Path
+
+from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
+from .picture import ROUTES
+
+FORMS = ("plain", "nbgrader", "otter")
+
+SETUP = """\
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from minisd.coursework import check, draw
+
+Layer = Callable[[Tensor], Tensor]"""
+
+
+def export(folder: str | Path, form: str = "plain") -> list[Path]:
+    """Write a notebook for each stage, and return the paths.
+
+    Args:
+        folder: it is made if it is not there; notebooks of the same names are written over.
+        form: "plain": `exercises/` for students, and `solutions/` apart from them.
+            "nbgrader": `source/STAGE/STAGE.ipynb`, of which `nbgrader generate_assignment` makes the students' version.
+            "otter": `STAGE/STAGE.ipynb`, of which `otter assign` makes both.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"the forms are {', '.join(FORMS)}, not {form!r}")
+    written = []
+    for number, stage in enumerate(STAGES, 1):
+        name = f"{number:02}_{stage}"
+        if form == "plain":
+            notebooks = {f"exercises/{name}": plain(stage), f"solutions/{name}": plain(stage, solved=True)}
+        elif form == "nbgrader":
+            notebooks = {f"source/{name}/{name}": nbgrader(stage)}
+        else:
+            notebooks = {f"{name}/{name}": otter(stage)}
+        for place, cells in notebooks.items():
+            path = Path(folder) / f"{place}.ipynb"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(as_notebook(cells), "utf-8")
+            written.append(path)
+    return written
+
+
+def of_stage(stage: str) -> list[Exercise]:
+    return [exercise for exercise in EXERCISES.values() if exercise.stage == stage]
+
+
+# --- the three forms --------------------------------------------------------------------------------------------------
+
+
+def plain(stage: str, solved: bool = False) -> list[dict]:
+    cells = [opening(stage), code(SETUP)]
+    for exercise in of_stage(stage):
+        cells += [heading(exercise), code(exercise.answer if solved else exercise.stub), hints(exercise)]
+        cells.append(code(f"check.{exercise.name}({exercise.name})"))
+        cells += [swapped_in(exercise)] if draws(exercise) else []
+    return cells
+
+
+def nbgrader(stage: str) -> list[dict]:
+    """With nbgrader's fences and metadata: a cell to be written, and one that is graded and locked, for each exercise.
+    """
+    cells = [opening(stage), code(SETUP)]
+    for exercise in of_stage(stage):
+        fenced = exercise.source.replace(BEGIN, "### BEGIN SOLUTION").replace(END, "### END SOLUTION")
+        own = {"grade": False, "solution": True, "locked": False}
+        graded = {"grade": True, "solution": False, "locked": True, "points": exercise.difficulty}
+        cells += [heading(exercise), code(fenced, _graded(exercise.name, own)), hints(exercise)]
+        test = f"check.{exercise.name}({exercise.name}).expect()"
+        cells.append(code(test, _graded(f"check_{exercise.name}", graded)))
+    return cells
+
+
+def _graded(grade_id: str, flags: dict) -> dict:
+    return {"nbgrader": {"grade_id": grade_id, "schema_version": 3, "task": False, **flags}}
+
+
+def otter(stage: str) -> list[dict]:
+    """With the raw cells that `otter assign` reads. Its tests are functions that raise an exception."""
+    config = "# ASSIGNMENT CONFIG\nexport_cell: false\ntests:\n  ok_format: false"
+    cells = [raw(config), opening(stage), code(SETUP)]
+    for exercise in of_stage(stage):
+        name = exercise.name
+        cells += [raw(f"# BEGIN QUESTION\nname: {name}\npoints: {exercise.difficulty}"), heading(exercise)]
+        cells += [raw("# BEGIN SOLUTION"), code(exercise.source), raw("# END SOLUTION"), raw("# BEGIN TESTS")]
+        test = f"def test_{name}({name}):\n    from minisd.coursework import check\n\n    check.{name}({name}).expect()"
+        cells += [code(f"{test}\n\ntest_{name}({name})"), raw("# END TESTS"), raw("# END QUESTION"), hints(exercise)]
+    return cells
+
+
+# --- the cells --------------------------------------------------------------------------------------------------------
+
+
+def opening(stage: str) -> dict:
+    exercises = of_stage(stage)
+    minutes = sum(exercise.minutes for exercise in exercises)
+    return markdown(
+        f"# {STAGES.index(stage) + 1} · {stage}: exercises\n\n{len(exercises)} functions, about {minutes} minutes."
+        f" Write"
+        " each one, and run the check under it: it says whether the function is right, or what the mistake is."
+    )
+
+
+def heading(exercise: Exercise) -> dict:
+    stars = "★" * exercise.difficulty + "☆" * (5 - exercise.difficulty)
+    return markdown(f"## {exercise.name}\n\n{stars} · about {exercise.minutes} minutes")
+
+
+def hints(exercise: Exercise) -> dict:
+    """Folded, one in the other, so that nobody sees the last before the first."""
+    text = ""
+    for number, hint in reversed(list(enumerate(exercise.hints, 1))):
+        text = f"<details><summary>Hint {number}</summary>\n\n{hint}\n\n{text}</details>\n"
+    return markdown(text.strip())
+
+
+def swapped_in(exercise: Exercise) -> dict:
+    return code(f"draw({exercise.name!r}, {exercise.name})  # minisd itself, with your function in it")
+
+
+def draws(exercise: Exercise) -> bool:
+    """Whether a picture depends on it."""
+    return exercise.swap is not None and ROUTES.get(exercise.name, draws) is not None
+
+
+def markdown(text: str) -> dict:
+    return {"cell_type": "markdown", "metadata": {}, "source": text}
+
+
+def raw(text: str) -> dict:
+    return {"cell_type": "raw", "metadata": {}, "source": text}
+
+
+def code(text: str, metadata: dict | None = None) -> dict:
+    source = text.strip()
+    return {"cell_type": "code", "execution_count": None, "metadata": metadata or {}, "outputs": [], "source": source}
+
+
+def as_notebook(cells: list[dict]) -> str:
+    """The JSON of a notebook; cells are numbered, so that the same exercises make the same file."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    numbered = [{"id": f"cell-{i}", **cell} for i, cell in enumerate(cells)]
+    notebook = {"cells": numbered, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+
+
+# --- for the teachers' page -------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    """All exercises in a table of Markdown: docs/coursework.md has it, and a test holds it to the code."""
+    rows = ["| stage | exercise | difficulty | minutes | mistakes known | draws |", "|---|---|---|---|---|---|"]
+    for e in EXERCISES.values():
+        drawn = "yes" if draws(e) else "swap only" if e.swap else ""
+        cells = (f"{e.number} {e.stage}", f"`{e.name}`", "★" * e.difficulty, e.minutes, len(e.mistakes), drawn)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
