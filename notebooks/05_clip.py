@@ -84,9 +84,9 @@ viz.matrices(panels, words, words, numbers=".3g", cell=(0.42, 0.34))
 #
 # ## Naive idea 2: a place of its own for each word
 #
-# **One-hot**: a vector as long as the vocabulary, 0 everywhere but at the word's number. Right: now no word is more
-# than another. But all are equally strange to each other: every distance is $\sqrt2 \approx 1.41$. And a word that is
-# not in the list has no vector at all: with *fox* in it, *foxes* is unknown.
+# **One-hot**: a vector as long as the vocabulary, 0 everywhere but at the word's number (above, on the right). Now no
+# word is more than another. But all are equally strange to each other: every distance is $\sqrt2 \approx 1.41$. And a
+# word that is not in the list has no vector at all: with *fox* in it, *foxes* is unknown.
 #
 # ## Naive idea 3: a bag of words
 #
@@ -172,7 +172,7 @@ viz.token_table(table)
 #
 # The list of merges *is* the tokenizer. To read a new text, split it into letters, and apply the merges in their
 # order. Two such lists come with minisd: ours, learned from the captions of our corpus, and that of OpenAI's CLIP,
-# learned from captions of the internet, which Stable Diffusion v1 uses.
+# learned from far more text, which Stable Diffusion v1 uses.
 #
 # **Predict, then run.** Into how many tokens does CLIP cut *foxes*, *cyberpunk*, *axolotl*, *2024* and the emoji of a
 # fox? And ours?
@@ -270,7 +270,7 @@ print(f"text tower: {parameters:,} parameters, {token_table.numel() / parameters
 #
 # $$x \leftarrow x + \mathrm{Attention}(\mathrm{LN}_1(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}_2(x))$$
 # $$\mathrm{Attention} = \mathrm{softmax}\!\left(\frac{QK^\top}{\sqrt{d_h}} + M\right)V
-#   \qquad \text{(Vaswani et al. 2017, eq. 1)}$$
+#   \qquad \text{(Vaswani et al. 2017, eq. 1, with a mask)}$$
 #
 # $d_h$ is the width of a head: the attention is done three times side by side, on 64 of the 192 numbers each. $M$ is
 # the **causal mask**: $-\infty$ above the diagonal, else 0. As $e^{-\infty} = 0$, token $i$ gets nothing from the
@@ -280,7 +280,6 @@ print(f"text tower: {parameters:,} parameters, {token_table.numel() / parameters
 layer = tower.encoder.layers[0]
 attn, mlp, heads = layer.self_attn, layer.mlp, 3
 n, d = x.shape[1:]
-steps = [("x", x)]
 
 with torch.no_grad():
     h = layer.layer_norm1(x)  # mean 0, variance 1 in each row, then scaled and shifted
@@ -457,13 +456,14 @@ titles = [concepts[i] for i in asked[:6]]
 viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), size=0.64)
 
 # %% [markdown]
-# With all rows, 29 of 32 drawings show the right thing. Without the words: 26. With the words alone: 20. This UNet
-# reads mostly **padding**, which looks like waste, and is not. Whoever zeroes it, or leaves it out, as is right in
-# other transformers, gives this UNet a context that it was never trained on.
+# With all rows, 29 of 32 drawings show the right thing. Without the words: 26. With the words alone: 20. (32 are few: a
+# difference of 3 may be chance, one of 9 hardly is.) This UNet reads the **padding** at least as much as the words. It
+# looks like waste, and is not. Whoever zeroes it, or leaves it out, as is right in other transformers, gives this UNet
+# a context that it was never trained on.
 #
-# And one vector everywhere? 28. For "concept, style", it is enough: the difference from 29 is chance. So our captions
-# are too short for the arguments above to show. They were made for prompts with many things in them, each of which has
-# to find its place. Models that draw from one vector exist, too. CompVis has a class for it that SD v1 does not use.
+# And one vector everywhere? 28, so for "concept, style" it is enough. Our captions are too short for the arguments
+# above to show. Those speak of prompts with many things in them, each of which has to find its place. CompVis has a
+# class for the one vector, too; SD v1 does not use it.
 #
 # ## CLIP: who taught the tower what words look like?
 #
@@ -586,8 +586,8 @@ for query in ("fox", "dog", "red", "sad face", "puppy", "kitten", "zorblax"):
 # %% [markdown]
 # This is worth a long look.
 #
-# - The words that are nearest to *fox*, after itself, are *camel* and *pizza*. Near means: **looks alike**. Both are
-#   orange. A dictionary would say *wolf*. OpenAI's CLIP was trained on 400 million captions, which speak of more
+# - The words that are nearest to *fox*, after itself, are *camel* and *pizza*. Near means: **looks alike**, here by
+#   colour. A dictionary would say *wolf*. OpenAI's CLIP was trained on 400 million captions, which speak of more
 #   than looks. Ours has seen 8,000 pictures, each with its name.
 # - *red* is near to a rose and a balloon, whose captions do not say that they are red. The pictures do.
 # - *puppy* and *kitten* stand in no caption. They can be written, and they get vectors, but the vectors **mean
@@ -626,8 +626,8 @@ print(f"{'guessing':22} {'':5}    {1 / len(styles):4.0%}      {1 / len(kept):4.1
 # - **Held-out concepts**: none right. How could it be? Nobody ever told it which picture *lady beetle* is. But the
 #   *style* of these pictures it names in half of the cases: style carries over to things that are new.
 #
-# With 400 million pairs, hardly a thing is new. That is the secret of "zero-shot": CLIP ViT-L/14 names 1,000 classes of
-# ImageNet, 76% right, without having been trained for it (Radford et al., table 11).
+# With 400 million pairs, hardly a thing is new. That is the secret of "zero-shot": OpenAI's best CLIP names 76% of
+# ImageNet's pictures right, among 1,000 classes, and was never trained on ImageNet (Radford et al. 2021, section 3.1).
 #
 # ## What a changed word changes
 #
@@ -648,8 +648,8 @@ viz.strip(pictures[:1], [s.removeprefix("a ").removesuffix(", noto style") for s
 viz.strip(pictures[1:], [s.removeprefix("a fox, ").removesuffix(" style") for s in styled], ["a fox", "a rocket"])
 
 # %% [markdown]
-# The word that is exchanged changes what it names, and little else: the same noise gives the same pose, the same
-# leaf, the same light. *yellow apple* and *blue apple* stand in no caption. The yellow one is put together from a
+# The word that is exchanged changes what it names, and little else: the same noise gives apples of the same pose, with
+# the same light. *yellow apple* and *blue apple* stand in no caption. The yellow one is put together from a
 # yellow it knows and an apple it knows; the blue one loses its form on the way. *fluent* and *fluent flat*, which look
 # much alike in truth, look alike here.
 #
@@ -700,14 +700,16 @@ for name, how in forms.items():
     right = sum(found[i].item() == i for i in train) / len(train)
     cosine = (vectors * original).sum(1).mean()
     lines.append(f"{name:9} {right:4.0%} found; mean cosine with the caption as it is: {cosine:.2f}")
+bags = {tuple(sorted(caption.replace(",", " ").split())) for caption in corpus.captions}
+lines.append(f"mean cosine of any two captions: {(original @ original.T).mean():.2f}")
+lines.append(f"{len(corpus)} captions, {len(bags)} different bags of words")
 print("\n".join(lines))
-print(f"mean cosine of any two captions: {(original @ original.T).mean():.2f}")
 
 # %% [markdown]
 # So it notices: fewer are found. But a shuffled caption still points the same way as the caption (0.91; two captions
 # that have nothing to do with each other are at 0.03). And fewer hits show only that shuffled captions are strange to
-# it. They do not show that it knows what order *means*. In our emoji, order means nothing: no two captions have the
-# same words in a different order, so there was nothing to learn.
+# it. They do not show that it knows what order *means*. In this sample it means nothing: each caption has a bag of
+# words of its own, so to know the bag is to know the caption.
 #
 # **Second test, where order means something.** The model `tiny` draws shapes, from captions such as "a red circle above
 # a blue square". Exchange the two things: same words, another picture.
@@ -739,12 +741,12 @@ drawn = {
     for name, context in (("A above B", forwards), ("B above A", backwards))
 }
 
-A_on_top = {}
+A_on_top, lines = {}, []
 for name, pictures in drawn.items():
     A_on_top[name] = [is_above(p, c1, c2) for p, (c1, _, c2, _) in zip(pictures, things, strict=True)]
-    print(f"{name}: A is on top in {sum(A_on_top[name])} of {len(things)} drawings")
+    lines.append(f"{name}: A is on top in {sum(A_on_top[name])} of {len(things)} drawings")
 changed = sum(one != other for one, other in zip(*A_on_top.values(), strict=True))
-print(f"exchanging A and B in the prompt exchanged them in the drawing: {changed} of {len(things)}")
+lines.append(f"exchanging A and B in the prompt exchanged them in the drawing: {changed} of {len(things)}")
 
 scenes = [scene(0, k) for k in range(2000 if full else 200)]
 real, _ = shape_corpus(len(scenes))
@@ -753,15 +755,16 @@ tests = [
     for k, s in enumerate(scenes)
     if " above " in s.caption and s.items[0].colour != s.items[1].colour
 ]
-print(f"(the measure, on real pictures: right in {sum(tests)} of {len(tests)})")
+lines.append(f"(the measure, on real pictures: right in {sum(tests)} of {len(tests)})")
+print("\n".join(lines))
 titles = [f"A: {one.removeprefix('a ')}" for _, one, _, _ in things[:7]]
 notes = [[f"B: {other.removeprefix('a ')}" for _, _, _, other in things[:7]]] * 2
 viz.strip([pictures[:7] for pictures in drawn.values()], titles, list(drawn), notes, size=0.96)
 
 # %% [markdown]
-# Not once. The model has understood "above": there are two things, and one is above the other. Which one it is, the
-# noise decides, not the prompt. (Its colours and shapes are often wrong as well; it has fewer than a million
-# parameters. But it never answers to the order.)
+# Not once. Both rows start from the same noise, and hardly differ. The model has understood "above": there are two
+# things, and one is above the other. Which one it is, the noise decides, not the prompt. (Its colours and shapes are
+# often wrong as well; it has fewer than a million parameters.)
 #
 # Is the order lost in the text tower, or does the UNet not listen? Compare the contexts, token by token:
 
@@ -783,7 +786,7 @@ viz.matrices({"mean difference of contexts": panel}, labels, places, ".1f", (0.4
 
 # %% [markdown]
 # Upper row: the two orders of the same prompt. Lower row: two different prompts. At the words, the contexts of the two
-# orders are as far apart as those of strangers. So the order **is** in the context. But from the end token on, where
+# orders are no nearer than those of strangers. So the order **is** in the context. But from the end token on, where
 # the tower sums up, they are nearly the same (0.2, against 0.7 to 0.9). Contrastive training had little need of the
 # order: only 80 of 1,052 captions have a partner with the same words in another order, and hardly ever are both in
 # one batch of 64. Whoever knows the bag of words finds the right picture. And the UNet has not learned to use what
