@@ -253,3 +253,76 @@ def test_every_figure_can_be_drawn(minisd, viz, pictures, steps):
     for figure in figures:
         assert drawn(figure).std() > 5  # not an empty page
         assert is_closed(figure)
+
+
+# -- words and matrices -------------------------------------------------------------------------------------
+
+
+def boxes_of(figure) -> list:
+    return list(figure.axes[0].patches)
+
+
+def test_token_table_shows_each_piece_and_its_id(viz):
+    sentences = {"first": ["<|s|>", "re", "d</w>"], "second": ["$x$</w>"]}
+    figure = viz.token_table(sentences, {"first": [5, 6, 77], "second": [8]})
+    said = words(figure.axes[0])
+    assert said == {"first", "second", "<|s|>", "re", "d</w>", "$x$</w>", "5", "6", "77", "8"}
+    special, inside, end, other = (box.get_facecolor() for box in boxes_of(figure))
+    assert end == other and len({special, inside, end}) == 3  # what ends a word, goes on, or is no text
+    drawn(figure)
+
+
+def test_token_table_draws_a_run_once(viz):
+    figure = viz.token_table({"": ["a</w>", "<|e|>", "<|e|>", "<|e|>"], "two": ["b</w>", "b</w>"]})
+    assert "<|e|> x 3" in words(figure.axes[0])
+    assert len(boxes_of(figure)) == 4
+
+
+def test_token_table_breaks_what_is_longer_than_its_width(viz):
+    figure = viz.token_table({"long": ["abcdefgh</w>", "ijklmnop</w>"] * 8}, width=4.0)
+    boxes = boxes_of(figure)
+    assert len(boxes) == 16
+    assert max(box.get_x() + box.get_width() for box in boxes) <= 4.0
+    assert len({box.get_y() for box in boxes}) > 2
+    assert figure.get_figwidth() <= 4.1
+
+
+def test_matrices_show_the_numbers(viz):
+    matrix = torch.tensor([[0.5, 1.0], [0.25, 0.0]])
+    figure = viz.matrices({"m": matrix}, ["fox", "cat"], ["red", "green"], numbers=".2f")
+    (axes,) = figure.axes
+    torch.testing.assert_close(torch.as_tensor(axes.images[0].get_array()), matrix)
+    assert words(axes) == {"m", "0.50", "1.00", "0.25", "0.00"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["fox", "cat"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["red", "green"]
+    assert axes.images[0].norm.vmin == 0  # white is nothing
+    drawn(figure)
+
+
+def test_matrices_keep_white_for_zero_where_there_are_signs(viz):
+    figure = viz.matrices({"m": torch.tensor([[-1.0, 3.0]]), "n": torch.zeros(1, 2)})
+    signed, zeros = (axes.images[0] for axes in figure.axes if axes.get_title())
+    assert (signed.norm.vmin, signed.norm.vmax) == (-3, 3)
+    assert min(signed.to_rgba(0.0)) > 0.95
+    assert min(zeros.to_rgba(0.0)) > 0.95
+    assert len(figure.axes) == 4  # each with its scale
+    drawn(figure)
+
+
+def test_matrices_show_what_is_missing_in_grey(viz):
+    figure = viz.matrices({"m": torch.tensor([[0.5, float("nan")]])}, numbers=".1f")
+    assert words(figure.axes[0]) == {"m", "0.5"}
+    pixels = figure.axes[0].images[0].to_rgba(figure.axes[0].images[0].get_array())
+    assert pixels[0, 1].tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
+
+
+def test_matrices_put_a_picture_beside_each_row(viz, pictures):
+    figure = viz.matrices({"m": torch.ones(3, 2)}, ["a", "b", "c"], numbers=".0f", pictures=pictures[0])
+    matrix, *thumbnails = figure.axes
+    assert len(thumbnails) == 3
+    for row, (axes, picture) in enumerate(zip(thumbnails, pictures[0], strict=True)):
+        torch.testing.assert_close(shown(axes), picture, atol=1e-6, rtol=0)
+        assert axes.get_position().x1 < matrix.get_position().x0
+        height = matrix.get_position().height / 3
+        assert (matrix.get_position().y1 - axes.get_position().y1) // height == row
+    drawn(figure)
