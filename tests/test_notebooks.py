@@ -7,8 +7,10 @@ MODE = "smoke" after it: every line runs, on so little that the figures mean not
     python tests/test_notebooks.py notebooks/01_noising.py
 """
 
+import base64
 import difflib
 import hashlib
+import io
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
@@ -42,8 +45,21 @@ def make(source: Path) -> None:
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # not drawn at random, so that a second run changes what changed and no more
     run(notebook, timeout=None)
+    shrink(notebook)
     notebook.metadata["made_from"] = code_hash(notebook)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
+
+
+def shrink(notebook) -> None:
+    """Give each figure a palette of 256 colours: less than half the size, and no difference to the eye."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                small = io.BytesIO()
+                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+                picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+                data["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 
 def how_to_make(source: Path) -> str:
