@@ -413,7 +413,7 @@ viz.strip([pictures], [f"$x_t$, t = {now.t}", r"$\hat x_0$", "result"])
 #   more than what goes in.
 # - `input_blocks.3` and the middle: 4×4 pixels. These are not pictures any more. What they know about each sixteenth
 #   of the picture is spread over 192 channels.
-# - `output_blocks.1`: back at 8×8, and the head is back, with little noise, in numbers several times as large. This is what
+# - `output_blocks.1`: back at 8×8, and the head is back, with little noise, in larger numbers. This is what
 #   was concluded below.
 # - `output_blocks.3`: the noise is back too. That is right: the noise is what the network has to put out, and it came
 #   along the topmost dashed line.
