@@ -10,6 +10,7 @@ latent_diffusion. Beside them: data (captioned pictures), training, evaluation, 
 
 from . import data, sampling, viz
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
+from .attention_maps import AttentionMaps, record_attention
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
 from .compare import Comparison, compare
@@ -18,6 +19,7 @@ from .latent_diffusion import PRESETS, ClassConfig, ClassEmbedder, LatentDiffusi
 from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
 from .sampling import Guided, Step, classifier_free_guidance
+from .trace import Trace, trace
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
 from .vq import VQConfig, VQModel, VQModelInterface
@@ -25,11 +27,12 @@ from .vq import VQConfig, VQModel, VQModelInterface
 __version__ = "0.1.0"
 
 __all__ = [
-    "AttentionBlock", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel", "CLIPTextConfig",
-    "CLIPTextModel", "CLIPVisionConfig", "CheckpointError", "ClassConfig", "ClassEmbedder", "Comparison",
-    "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser", "FrozenCLIPEmbedder", "Guided",
-    "IdentityConfig", "IdentityFirstStage", "LatentDiffusion", "LatentDiffusionConfig", "NoiseSchedule", "PRESETS",
-    "SpatialTransformer", "Step", "Trajectory", "UNetConfig", "UNetModel", "VQConfig", "VQModel", "VQModelInterface",
-    "classifier_free_guidance", "compare", "data", "epsilon_loss", "load", "load_clip", "sampling", "save",
-    "text_dropout", "v_loss", "viz", "x0_loss",
+    "AttentionBlock", "AttentionMaps", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel",
+    "CLIPTextConfig", "CLIPTextModel", "CLIPVisionConfig", "CheckpointError", "ClassConfig", "ClassEmbedder",
+    "Comparison", "CrossAttention", "DiagonalGaussianDistribution", "Drawing", "ExactDenoiser",
+    "FrozenCLIPEmbedder", "Guided", "IdentityConfig", "IdentityFirstStage", "LatentDiffusion",
+    "LatentDiffusionConfig", "NoiseSchedule", "PRESETS", "SpatialTransformer", "Step", "Trace", "Trajectory",
+    "UNetConfig", "UNetModel", "VQConfig", "VQModel", "VQModelInterface", "classifier_free_guidance", "compare",
+    "data", "epsilon_loss", "load", "load_clip", "record_attention", "sampling", "save", "text_dropout", "trace",
+    "v_loss", "viz", "x0_loss",
 ]  # fmt: skip

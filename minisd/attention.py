@@ -8,6 +8,8 @@ Source: Vaswani et al. 2017 (arXiv:1706.03762); Rombach et al. 2022 (arXiv:2112.
 CompVis `ldm/modules/attention.py`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,18 +23,23 @@ def attention(
     k: Float[Tensor, "b heads m d"],
     v: Float[Tensor, "b heads m d"],
     causal: bool = False,
+    record: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
     """softmax(q kᵀ / √d) v: every query takes a weighted mean of the values (Vaswani et al., eq. 1).
 
     The one attention of the package: UNet, VAE and CLIP all call it, and it picks the kernel.
     `causal` lets token i look at tokens 0..i only, as a language model must (CLIP's text tower).
+    `record` is called with the weights [b heads n m], which the fused kernel never holds (minisd.record_attention).
     """
-    if _plain_is_faster(q):
+    if record or _plain_is_faster(q):
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
             n, m = scores.shape[-2:]
             scores = scores.masked_fill(torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
-        return scores.softmax(dim=-1).to(v.dtype) @ v
+        weights = scores.softmax(dim=-1)
+        if record:
+            record(weights)
+        return weights.to(v.dtype) @ v
     # The same sum without ever holding the n x m table in memory: at 64x64 pixels that table has 16.8 million
     # entries a head. Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -54,6 +61,8 @@ class CrossAttention(nn.Module):
         heads, dim_head: the inner width is heads * dim_head.
     """
 
+    record: Callable[[Tensor], None] | None = None  # is called with the weights, while somebody looks at them
+
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__()
         context_dim = query_dim if context_dim is None else context_dim
@@ -69,7 +78,7 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
-        out = attention(q, k, v)
+        out = attention(q, k, v, record=self.record)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 

@@ -501,3 +501,6 @@ class _TransformersTokenizer:
         whole = self.tokenizer(prompts)["input_ids"]
         lost = [self.tokenizer.decode(w[max_length - 1 : -1]) if len(w) > max_length else "" for w in whole]
         return Tokens(ids, lost)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens(ids)

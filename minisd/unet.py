@@ -14,6 +14,7 @@ Source: Ronneberger et al. 2015 (arXiv:1505.04597); Dhariwal & Nichol 2021 (arXi
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -246,3 +247,52 @@ class UNetModel(nn.Module):
             raise ValueError(f"this UNet reads a context of width {config.context_dim}, and none was given")
         if context.shape[-1] != config.context_dim:
             raise ValueError(f"this UNet reads a context of width {config.context_dim}, not {context.shape[-1]}")
+
+
+class BlockOutline(NamedTuple):
+    """One block of a UNet, as `outline` tells of it. Shapes are (channels, height, width)."""
+
+    name: str  # as in the checkpoint: "input_blocks.1"
+    layers: tuple[str, ...]  # the classes of what is in it
+    shape_in: tuple[int, int, int]  # of an output block: with what was handed across
+    shape_out: tuple[int, int, int]
+    skip: str  # the input block that hands its output across to here, or ""
+    parameters: int
+
+
+@torch.no_grad()
+def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutline]:
+    """The blocks of a UNet in the order of its forward pass, for latents of `size` by `size` pixels.
+
+    It is built and run without memory and without arithmetic (torch's "meta" device): the shapes are what really
+    came out, even of a UNet that this computer could not hold.
+    """
+    with torch.device("meta"):
+        unet = UNetModel(config)
+        x, t = torch.empty(1, config.in_channels, size, size), torch.empty(1, dtype=torch.int64)
+        context = None if config.context_dim is None else torch.empty(1, 1, config.context_dim)
+    named = {f"input_blocks.{i}": block for i, block in enumerate(unet.input_blocks)}
+    named["middle_block"] = unet.middle_block
+    named |= {f"output_blocks.{i}": block for i, block in enumerate(unet.output_blocks)}
+    named["out"] = unet.out
+
+    shapes = {}
+
+    def watch(name: str):
+        return lambda _, args, out: shapes.update({name: (tuple(args[0].shape[1:]), tuple(out.shape[1:]))})
+
+    for name, block in named.items():
+        block.register_forward_hook(watch(name))
+    unet(x, t, context)
+
+    across = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]
+    return [
+        BlockOutline(
+            name,
+            tuple(type(layer).__name__ for layer in block),
+            *shapes[name],
+            across.pop() if name.startswith("output_blocks") else "",
+            sum(p.numel() for p in block.parameters()),
+        )
+        for name, block in named.items()
+    ]

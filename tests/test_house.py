@@ -28,10 +28,12 @@ STANDS_ON = {
     "loss": ["noising"],
     "drawing": ["sampling", "viz"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "drawing"],
+    "attention_maps": ["latent_diffusion"],
+    "trace": ["latent_diffusion"],
     "checkpoint": ["latent_diffusion"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation"],  # `import minisd` as a whole
+    "__init__": ["training", "evaluation", "trace", "attention_maps", "compare"],  # `import minisd` as a whole
     "coursework": ["__init__"],
     "cli": ["__init__"],
     "__main__": ["cli"],

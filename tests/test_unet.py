@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minisd.attention import CrossAttention, SpatialTransformer
-from minisd.unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample, timestep_embedding
+from minisd.unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample, outline, timestep_embedding
 
 COMPVIS = UNetConfig(
     model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2, 1), num_heads=4, context_dim=32
@@ -217,6 +217,31 @@ def test_gradient_checkpointing_computes_the_blocks_again(randomise, use_checkpo
     assert calls == {"ResBlock": 1, "transformer": 1}
     unet(*inputs).sum().backward()
     assert calls == {"ResBlock": 1 + times, "transformer": 1 + times}
+
+
+# -- its outline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [UNetConfig(), COMPVIS], ids=["sd-v1", "small"])
+def test_the_outline_fits_together(config):
+    blocks = outline(config, 32)
+    by_name = {block.name: block for block in blocks}
+    assert blocks[0].shape_in == (4, 32, 32) and blocks[-1].shape_out == (4, 32, 32)
+    used = []
+    for before, block in zip(blocks, blocks[1:], strict=False):
+        channels, *grid = before.shape_out
+        if block.skip:
+            used.append(block.skip)
+            assert by_name[block.skip].shape_out[1:] == tuple(grid)
+            channels += by_name[block.skip].shape_out[0]
+        assert block.shape_in == (channels, *grid)
+    assert used == [block.name for block in reversed(blocks) if block.name.startswith("input")]
+    time_embed = 4 * config.model_channels * (config.model_channels + 1 + 4 * config.model_channels + 1)
+    total = sum(block.parameters for block in blocks) + time_embed
+    if config == UNetConfig():
+        assert total == 859_520_964  # as everybody counts Stable Diffusion v1
+    else:
+        assert total == sum(p.numel() for p in UNetModel(config).parameters())
 
 
 # -- errors --------------------------------------------------------------------------------------------------------

@@ -326,3 +326,83 @@ def test_matrices_put_a_picture_beside_each_row(viz, pictures):
         height = matrix.get_position().height / 3
         assert (matrix.get_position().y1 - axes.get_position().y1) // height == row
     drawn(figure)
+# -- inside the UNet, and the model as boxes ----------------------------------------------------------------
+
+
+def test_unet_diagram_says_what_every_block_is_and_hands_on(minisd, viz):
+    from minisd.unet import outline
+
+    blocks = outline(minisd.PRESETS["emoji"].unet, size=8)
+    figure = viz.unet_diagram(blocks, "small")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    for block in blocks[:-1]:
+        channels, h, w = block.shape_out
+        assert f"{channels}, {h}×{w}" in texts
+    assert len(figure.axes[0].patches) >= len(blocks) - 1  # a box for each, but for `out`
+    assert "Res + Transformer + Up" in texts and "Down" in texts and "small" in texts
+    handed = sorted(block.shape_out[0] for block in blocks if block.name.startswith("input_blocks"))
+    assert sorted(int(text) for text in texts if text in {"96", "192"}) == handed
+
+
+def test_feature_maps_show_the_channels_that_vary_most(viz):
+    maps = torch.zeros(5, 4, 4)
+    maps[3, 0, 0], maps[1, :2] = -4.0, 1.0
+    figure = viz.feature_maps({"layer": maps, "small": maps[:1]}, channels=2)
+    assert len(figure.axes) == 3
+    assert words(figure.axes[0]) == {"layer", "#3: 4.0"} and words(figure.axes[1]) == {"#1: 1.0"}
+    torch.testing.assert_close(torch.as_tensor(figure.axes[0].images[0].get_array()).float(), maps[3])
+    assert figure.axes[0].images[0].get_clim() == (-4.0, 4.0)
+
+
+def test_attention_maps_lie_on_the_picture(viz, pictures):
+    weights = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    figure = viz.attention_maps(weights, pictures[0, 0], ["a", "b", "c"], ["one", "two"])
+    assert len(figure.axes) == 2 * (1 + 3)
+    torch.testing.assert_close(shown(figure.axes[0]), pictures[0, 0])
+    for row in range(2):
+        for column in range(3):
+            axes = figure.axes[row * 4 + 1 + column]
+            grey, heat = axes.images
+            assert heat.get_extent() == grey.get_extent() == [0, 8, 8, 0]
+            torch.testing.assert_close(torch.as_tensor(heat.get_array()).float(), weights[row, column])
+            assert heat.get_clim() == (0, pytest.approx(weights[row].max().item()))  # one scale a row
+            assert f"{weights[row, column].max():.2f}" in words(axes)
+    assert figure.axes[1].get_title() == "a" and words(figure.axes[4]) == {"two"}
+    each = viz.attention_maps(weights, list(pictures[0, :2]))
+    torch.testing.assert_close(shown(each.axes[4]), pictures[0, 1])
+
+
+def test_heatmaps_show_the_table(viz):
+    table = torch.tensor([[1.0, -3.0], [0.5, 2.0], [0.0, 0.0]])
+    figure = viz.heatmaps({"a": table}, "x", "y")
+    torch.testing.assert_close(torch.as_tensor(figure.axes[0].images[0].get_array()).float(), table)
+    assert figure.axes[0].images[0].get_clim() == (-3.0, 3.0) and figure.axes[0].get_ylabel() == "y"
+    assert viz.heatmaps({"a": table}, diverging=False).axes[0].images[0].get_cmap().name == "viridis"
+
+
+def test_the_diagrams_name_classes_and_methods_that_exist(minisd, viz):
+    figures = [viz.training_diagram(), viz.sampling_diagram(), viz.class_diagram()]
+    texts = ["\n".join(text.get_text() for text in figure.axes[0].texts) for figure in figures]
+    training, sampling, classes = texts
+    for method in ("get_learned_conditioning", "encode_first_stage", "q_sample", "apply_model", "p_losses"):
+        assert method in training and hasattr(minisd.LatentDiffusion, method)
+    for method in ("get_learned_conditioning", "apply_model", "decode_first_stage"):
+        assert method in sampling and hasattr(minisd.LatentDiffusion, method)
+    from importlib import import_module
+
+    for module, names in {
+        "latent_diffusion": ["LatentDiffusion"],
+        "unet": ["UNetModel", "ResBlock", "Downsample", "Upsample"],
+        "attention": ["SpatialTransformer", "CrossAttention", "FeedForward"],
+        "vae": ["AutoencoderKL", "Encoder", "Decoder", "ResnetBlock", "AttnBlock", "DiagonalGaussianDistribution"],
+        "vq": ["VQModel"],
+        "clip": ["FrozenCLIPEmbedder", "BPETokenizer", "CLIPTextModel", "CLIPAttention", "CLIPMLP"],
+    }.items():
+        assert f"{module}.py" in classes
+        for name in names:
+            assert name in classes and hasattr(import_module(f"minisd.{module}"), name)
+    for figure in figures:  # nothing is cut off at the edge
+        page = drawn(figure)
+        assert is_closed(figure) and page.std() > 5
+        edge = [page[0], page[-1], page[:, 0], page[:, -1]]
+        assert all((side[..., :3] > 250).all() for side in edge)

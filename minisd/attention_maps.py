@@ -1,0 +1,205 @@
+"""Where the UNet looks: the weights of its attention, kept while a picture is drawn.
+
+    with record_attention(sd) as maps:
+        sd.txt2img("fox, noto style", steps=25)
+    maps.tokens                                     # "<start>", "fox", ",", "noto", "style", "<end>", "<pad>", …
+    maps.at(step=-1, layer="middle_block", token="fox")    # [h w]: how much each pixel looks at that word
+
+Each cross-attention gives each pixel a weight for every token; they sum to 1 (Vaswani et al. 2017, eq. 1). Hertz et al.
+2022 (arXiv:2208.01626) and Tang et al. 2022 (arXiv:2210.04885) read such maps in Stable Diffusion.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .attention import CrossAttention, SpatialTransformer
+from .clip import END, START, FrozenCLIPEmbedder
+from .latent_diffusion import LatentDiffusion
+
+
+class AttentionMaps:
+    """The weights of one drawing, by step and layer. A second drawing under the same `with` takes the first's place."""
+
+    def __init__(self):
+        self.timesteps: list[int] = []  # t of each call of the UNet: of each step (plms and heun call it more often)
+        self.prompts: list[list[str]] = []  # for each picture, the tokens of its prompt
+        self.guided = False  # whether the batch was [unconditional, conditional], as in classifier-free guidance
+        self._weights: list[dict[str, Tensor]] = []  # for each call {layer: [b n m] or [b heads n m]}
+        self._grids: list[dict[str, tuple[int, int]]] = []  # height and width of the map that the n pixels were
+
+    @property
+    def tokens(self) -> list[str]:
+        """What the first picture's prompt was split into: "<start>", pieces of words, "<end>", then "<pad>"."""
+        if not self.prompts:
+            raise ValueError("the prompt was not encoded inside the `with`, so its tokens are unknown: draw inside it")
+        return self.prompts[0]
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, as in the checkpoint, in the order in which the UNet comes by them."""
+        return list(self._weights[0]) if self._weights else []
+
+    def raw(self, step: int, layer: str) -> Float[Tensor, "b n m"] | Float[Tensor, "b heads n m"]:
+        """All weights of one layer in one call: each of n pixels looks at m tokens (attn1: at m = n pixels)."""
+        return self._called(step)[layer]
+
+    def at(
+        self,
+        step: int | None = None,
+        layer: str | None = None,
+        token: int | str | None = None,
+        picture: int = 0,
+        head: int | None = None,
+        size: tuple[int, int] | None = None,
+        unconditional: bool = False,
+    ) -> Float[Tensor, "h w"] | Float[Tensor, "m h w"]:
+        """How much each pixel looks at a token, in [0, 1].
+
+        Args:
+            step: which call of the UNet, from the end if negative. None: their mean.
+            layer: a layer, or the first part of the names of some ("output_blocks"). None: all. The mean of them.
+            token: its place, from 0, or what `tokens` calls it: a word in several pieces or places counts as their sum.
+                None: all of them, [m h w].
+            picture: which of the batch.
+            head: which head, if recorded by head. None: their mean.
+            size: (height, width) to enlarge the maps to, each pixel to a block; None: that of the finest of the layers.
+            unconditional: of the half that was shown the empty prompt. Without guidance there is no such half.
+
+        Raises:
+            ValueError: no such step, layer, token, picture or half.
+        """
+        names = [name for name in self.layers if name.startswith(layer or "") and name.endswith("attn2")]
+        if not names:
+            known = ", ".join(self.layers) or "none"
+            raise ValueError(f"no cross-attention was recorded in a layer {layer!r}; there are: {known}")
+        if unconditional and not self.guided:
+            raise ValueError("without guidance, the UNet is not asked about the empty prompt")
+        calls = range(len(self._weights)) if step is None else [step]
+        size = size or max(self._grids[0][name] for name in names)
+
+        maps = []
+        for call in calls:
+            for name in names:
+                weights = self._called(call)[name]
+                pictures = len(weights) // 2 if self.guided else len(weights)
+                if not 0 <= picture < pictures:
+                    raise ValueError(f"there is no picture {picture}: {pictures} were drawn, counted from 0")
+                one = weights[picture + (pictures if self.guided and not unconditional else 0)]
+                if one.ndim == 3:  # [heads n m]
+                    one = one.mean(0) if head is None else one[head]
+                elif head is not None:
+                    raise ValueError("the heads were averaged: record_attention(sd, by_head=True) keeps them apart")
+                one = one.T.unflatten(1, self._grids[call][name])  # [m h w]
+                maps.append(F.interpolate(one[None], size, mode="nearest")[0])
+        mean = torch.stack(maps).mean(0)
+        return mean if token is None else mean[self._places(token, picture, len(mean), unconditional)].sum(0)
+
+    def _called(self, step: int) -> dict[str, Tensor]:
+        if not -len(self._weights) <= step < len(self._weights):
+            raise ValueError(f"there is no step {step}: {len(self._weights)} calls of the UNet were recorded")
+        return self._weights[step]
+
+    def _places(self, token: int | str, picture: int, count: int, unconditional: bool) -> list[int]:
+        """Where a token stands in the prompt; for a word in several pieces, all of them."""
+        if isinstance(token, int):
+            if not -count <= token < count:
+                raise ValueError(f"there is no token {token}: the context has {count}")
+            return [token]
+        if unconditional:
+            raise ValueError("the empty prompt has no words: name a token of it by its place, 0 for the start")
+        tokens = self.prompts[picture] if self.tokens else []
+        spans = [(i, j) for i in range(count) for j in range(i + 1, count + 1) if "".join(tokens[i:j]) == token.lower()]
+        if not spans:
+            raise ValueError(f"{token!r} is not in the prompt, whose tokens are {' '.join(tokens)}")
+        return [place for i, j in spans for place in range(i, j)]
+
+
+@contextmanager
+def record_attention(
+    sd: LatentDiffusion, self_attention: bool = False, by_head: bool = False
+) -> Iterator[AttentionMaps]:
+    """Keep the attention of the UNet's transformers during any drawing inside the `with`.
+
+    The picture is the same to rounding, drawn a little more slowly: the fused kernel never holds the weights, so the
+    plain softmax computes them. They are kept on the CPU: in Stable Diffusion v1, 17 MB a step for a guided picture.
+
+    self_attention: also keep attn1, where pixels look at pixels: `maps.raw(step, layer)`, [b n n].
+    by_head: keep the heads apart, instead of their mean.
+
+    Raises:
+        ValueError: a model that reads no words.
+    """
+    embedder, unet = sd.cond_stage_model, sd.model.diffusion_model
+    watched = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, CrossAttention) and name.endswith(("attn1", "attn2") if self_attention else "attn2")
+    }
+    if not isinstance(embedder, FrozenCLIPEmbedder) or not watched:
+        raise ValueError("this model reads no words, so there is no attention to them that could be recorded")
+
+    maps, encoded = AttentionMaps(), []
+
+    def when_encoded(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        if maps.timesteps:  # prompts after steps: a new drawing
+            encoded.clear()
+            maps.__init__()
+        encoded.append((args or tuple(kwargs.values()))[0].tolist())
+        # The prompts come first, then those that they are told apart from (the empty one).
+        maps.prompts = [_readable(embedder.tokenizer.pieces(ids)) for ids in encoded[0]]
+
+    def when_called(_: nn.Module, args: tuple) -> None:
+        x, timesteps = args[:2]
+        maps.timesteps.append(int(timesteps[0]))
+        maps.guided = len(encoded) > 1 and len(x) == 2 * len(encoded[0])
+        maps._weights.append({})
+        maps._grids.append({})
+
+    def keeper(name: str, outer):
+        def keep(weights: Tensor) -> None:
+            if outer:  # a `with` around this one records too
+                outer(weights)
+            weights = weights.detach().float()
+            maps._weights[-1][name] = (weights if by_head else weights.mean(1)).cpu()
+
+        return keep
+
+    def when_transformed(name: str):
+        def note_grid(_: nn.Module, args: tuple) -> None:
+            for layer in watched:
+                if layer.startswith(name + "."):
+                    maps._grids[-1][layer] = tuple(args[0].shape[-2:])
+
+        return note_grid
+
+    hooks = [
+        embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True),
+        unet.register_forward_pre_hook(when_called),
+        *(
+            module.register_forward_pre_hook(when_transformed(name))
+            for name, module in unet.named_modules()
+            if isinstance(module, SpatialTransformer)
+        ),
+    ]
+    before = {name: layer.record for name, layer in watched.items()}
+    try:
+        for name, layer in watched.items():
+            layer.record = keeper(name, before[name])
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, layer in watched.items():
+            layer.record = before[name]
+
+
+def _readable(pieces: list[str]) -> list[str]:
+    """CLIP's pieces as one would write them. What pads the prompt is an end token too, but the first ends it."""
+    readable = ["<start>" if p == START else "<end>" if p == END else p.removesuffix("</w>") for p in pieces]
+    end = readable.index("<end>")
+    return readable[: end + 1] + ["<pad>"] * (len(readable) - end - 1)
