@@ -12,6 +12,8 @@
     feature_maps, attention_maps    what is inside: channels of a layer; where the pixels look, on the picture
     heatmaps                        tables of numbers as colours
     training_diagram, sampling_diagram, class_diagram    the whole model, drawn as boxes
+    clouds, vector_field            a 2-D toy: its points, and an arrow at each place
+    loss_by_timestep                what a model still gets wrong at each t, above the floor that none gets below
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
@@ -724,6 +726,110 @@ def _bare(axes: "Axes") -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("0.8")
+# -- a toy in two dimensions, and the loss at each t --------------------------------------------------------
+
+
+def clouds(
+    panels: Mapping[str, Mapping[str, Float[Tensor, "_ 2"]]],
+    behind: Float[Tensor, "n 2"] | None = None,
+    columns: int | None = None,
+    reach: float = 2.8,
+    size: float = 1.45,
+) -> "Figure":
+    """Panels of points in the plane: {title of the panel: {name: points [n 2]}}.
+
+    behind: the data, in grey in every panel. columns: panels in a row; all of them, if left out.
+    reach: both axes go from -reach to reach; what lies outside is not seen. size: of a panel, in inches.
+    """
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for named in panels.values() for name in named))
+    figure = _figure(columns * size, rows * (size + 0.22) + 0.28 * (len(names) > 1), layout="constrained")
+    for axes, (title, named) in zip(_planes(figure, rows, columns, reach), panels.items(), strict=False):
+        if behind is not None:
+            axes.scatter(*_array(behind).T, s=2, color="0.8", linewidths=0, antialiased=False)
+        for name, points in named.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axes.scatter(*_array(points).T, s=3, color=colour, linewidths=0, antialiased=False, label=name)
+        axes.set_title(title, fontsize=8, pad=3)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    if len(names) > 1:
+        # A panel may lack some of the names: take each from the first that has it.
+        handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+        figure.legend(
+            [handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
+            markerscale=3,
+        )  # fmt: skip
+    return figure
+
+
+def vector_field(
+    panels: Mapping[str, tuple[Float[Tensor, "k 2"], Mapping[str, Float[Tensor, "k 2"]]]],
+    behind: Mapping[str, Float[Tensor, "n 2"]] | None = None,
+    longest: float = 2.0,
+    spacing: float = 0.6,
+    reach: float = 2.8,
+    size: float = 1.8,
+) -> "Figure":
+    """Arrows at places of the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
+
+    The first name's arrows are broad and pale, so that those of the second can be seen on them where the two agree.
+    behind: {title: points [n 2]}, in grey. longest: a vector of this length makes an arrow of one `spacing`; any that
+    is longer is drawn just so long.
+    """
+    figure = _figure(len(panels) * size, size + 0.5, layout="constrained")
+    styles = [
+        {"color": "#9ecae9", "width": 0.022, "headwidth": 2, "headlength": 1.5, "headaxislength": 1.5},
+        {"color": COLOURS[1], "width": 0.008, "headwidth": 4, "headlength": 4, "headaxislength": 4},
+    ]
+    for axes, (title, (places, fields)) in zip(_planes(figure, 1, len(panels), reach), panels.items(), strict=True):
+        if behind and title in behind:
+            axes.scatter(*_array(behind[title]).T, s=2, color="0.75", linewidths=0, antialiased=False)
+        for (name, vectors), style in zip(fields.items(), styles, strict=False):
+            length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            arrows = vectors / length * length.clamp(max=longest) * (spacing / longest)
+            axes.quiver(
+                *_array(places).T, *_array(arrows).T, angles="xy", scale_units="xy", scale=1, label=name, minlength=0.1,
+                **style,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=9, pad=3)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def loss_by_timestep(
+    panels: Mapping[str, Mapping[str, tuple]],
+    floors: Mapping[str, tuple] | None = None,
+    floor_label: str = "the best possible",
+    log: Sequence[str] = (),
+    xlabel: str = "t",
+    width: float = 3.4,
+    height: float = 2.4,
+) -> "Figure":
+    """Panels of losses against t: {title of the panel: {name of the model: (t, loss)}}.
+
+    floors: {title: (t, loss)}, in black: what the best possible model would get (`minisd.ExactDenoiser`).
+    log: the titles of the panels whose y axis is logarithmic. xlabel: "step", for the losses of a training.
+    """
+    figure = curves(panels, xlabel, "loss", log, width, height)
+    for axes, title in zip(figure.axes, panels, strict=True):
+        if floors and title in floors:
+            t, loss = floors[title]
+            axes.plot(_array(t), _array(loss), color="black", lw=1.1, label=floor_label)
+        axes.legend(frameon=False, fontsize=7.5, handlelength=2.6)
+    return figure
+
+
+def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
+    """Square panels of the plane, row by row, without a scale."""
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in panels:
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_color("0.8")
+    return panels
 
 
 # -- what the figures have in common ------------------------------------------------------------------------

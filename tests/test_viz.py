@@ -406,3 +406,46 @@ def test_the_diagrams_name_classes_and_methods_that_exist(minisd, viz):
         assert is_closed(figure) and page.std() > 5
         edge = [page[0], page[-1], page[:, 0], page[:, -1]]
         assert all((side[..., :3] > 250).all() for side in edge)
+# -- a toy in two dimensions, and the loss at each t --------------------------------------------------------
+
+
+def test_clouds_hold_their_points_and_one_name_has_one_colour(viz):
+    data, a, b = torch.randn(20, 2), torch.rand(5, 2), -torch.rand(7, 2)
+    figure = viz.clouds({"one": {"a": a, "b": b}, "two": {"b": b}, "three": {"a": a}}, behind=data, columns=2)
+    one, two, three = figure.axes  # and no empty fourth
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three"]
+    for axes, expected in [(one, [data, a, b]), (two, [data, b]), (three, [data, a])]:
+        points = [torch.as_tensor(c.get_offsets().data).float() for c in axes.collections]
+        assert [len(p) for p in points] == [len(p) for p in expected]
+        assert all(torch.allclose(p, q) for p, q in zip(points, expected, strict=True))
+    assert np.array_equal(two.collections[1].get_facecolor(), one.collections[2].get_facecolor())
+    assert not np.array_equal(one.collections[1].get_facecolor(), one.collections[2].get_facecolor())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert drawn(figure).std() > 5 and is_closed(figure)
+    assert not viz.clouds({"one": {"a": a}}).legends  # a single name tells nothing
+
+
+def test_vector_field_keeps_directions_and_caps_lengths(viz):
+    places = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+    vectors = torch.tensor([[1.0, 0.0], [0.0, -40.0], [0.0, 0.0]])
+    panels = {"t = 5": (places, {"exact": vectors, "learned": -vectors})}
+    figure = viz.vector_field(panels, {"t = 5": torch.randn(9, 2)}, longest=2.0, spacing=0.5)
+    cloud, exact, learned = figure.axes[0].collections
+    assert len(cloud.get_offsets()) == 9
+    assert np.allclose(np.stack([exact.U, exact.V], 1), [[0.25, 0.0], [0.0, -0.5], [0.0, 0.0]])
+    assert np.allclose(learned.V, [0.0, 0.5, 0.0])
+    assert np.allclose(exact.XY, places.numpy())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["exact", "learned"]
+    assert drawn(figure).std() > 5 and is_closed(figure)
+
+
+def test_loss_by_timestep_draws_the_floor_in_black(viz):
+    t = [0, 500, 999]
+    panels = {"toy": {"a": (t, [0.9, 0.5, 0.1])}, "pictures": {"a": (t, torch.tensor([0.8, 0.2, 0.01]))}}
+    figure = viz.loss_by_timestep(panels, {"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
+    toy, pictures = figure.axes
+    assert [line.get_color() for line in toy.lines] == [viz.COLOURS[0], "black"]
+    assert list(toy.lines[1].get_ydata()) == pytest.approx([0.8, 0.4, 0.05])
+    assert len(pictures.lines) == 1 and pictures.get_yscale() == "log" and toy.get_yscale() == "linear"
+    assert [text.get_text() for text in toy.get_legend().get_texts()] == ["a", "the best possible"]
+    assert drawn(figure).std() > 5 and is_closed(figure)
