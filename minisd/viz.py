@@ -367,17 +367,22 @@ def maps(
 
 def plane(
     panels: Mapping[str, tuple[Float[Tensor, "ny nx c h w"], tuple[float, float, float, float], Float[Tensor, "n 2"]]],
-    width: float = 4.6,
+    width: float = 3.52,
 ) -> "Figure":
     """A latent of two numbers, as a map: {title: (pictures, (left, right, bottom, top), points)}.
 
     pictures: what is drawn at the places of a grid, row by row from the top; the grid's outermost places are the four
     numbers. points: where the data lie, as dots; those beyond the grid are left out.
+    width: of a panel in inches; at 3.52, a pixel of 11 pictures of 16 pixels is 2 of the screen's.
     """
-    figure = _figure(width * len(panels), width * 1.02, layout="constrained")
-    for axes, (title, (pictures, (x0, x1, y0, y1), points)) in zip(
-        _panels(figure, len(panels)), panels.items(), strict=True
-    ):
+    left, top, below = 0.55, 0.25, 0.45  # inches, for the axes' numbers and the title
+    height = max(width * p.shape[0] * p.shape[-2] / (p.shape[1] * p.shape[-1]) for p, _, _ in panels.values())
+    figure = _figure(len(panels) * (left + width + 0.15), top + height + below)
+    for i, (title, (pictures, (x0, x1, y0, y1), points)) in enumerate(panels.items()):
+        place = (i * (left + width + 0.15) + left, below, width, height)
+        size = (*figure.get_size_inches(), *figure.get_size_inches())
+        axes = figure.add_axes(tuple(a / b for a, b in zip(place, size, strict=True)))
+        axes.tick_params(labelsize=7)
         ny, nx = pictures.shape[:2]
         half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # of what one picture covers
         mosaic = rearrange((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2, "y x c h w -> (y h) (x w) c")
