@@ -22,7 +22,7 @@
 # - where 0.18215 comes from, and what happens without it;
 # - what an autoencoder loses, on a photograph and at the seams of tiles.
 #
-# About 50 minutes to read; it runs in two or three minutes on a laptop. You need $\bar\alpha_t$ and the
+# About 50 minutes to read; it runs in one or two minutes on a laptop. You need $\bar\alpha_t$ and the
 # signal-to-noise ratio from [notebook 01](01_noising.ipynb). The modules of this stage are
 # [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py).
 
@@ -91,7 +91,7 @@ viz.curves({"one call": lines}, "log2 of the side (3: 8x8, 6: 64x64)", "ms", log
 
 # %% [markdown]
 # What to see: each step to the right doubles the side. The convolution then costs about 4 times as much, attention in
-# the end 16 times. (A very small call costs something just for being a call.) The UNet does its attention
+# the end 16 times. (A very small call has a price of its own.) The UNet does its attention
 # at half the side, so that for a while the convolutions set its price.
 #
 # **Predict, then run.** Stable Diffusion draws 512×512 pixels from a latent of 64×64. By which factor is a
@@ -503,7 +503,7 @@ viz.curves(panels, "step", width=3.4, height=2.3)
 #
 # To train the autoencoder that ships took 17 minutes on two cores. To see the difference it is enough to start from
 # it. We take its encoder (of the posterior, only the mean) and its decoder, put a codebook of 256
-# codes between them, and train on. Same size, same pictures, same latent of 8×8×4.
+# codes between them, and train on. Same size, same pictures, same latent.
 
 
 # %%
@@ -611,8 +611,8 @@ viz.strip(rows, labels=["held-out picture", *results])
 # the apple yellow. With 255 codes most colours come back.
 #
 # KL still draws better, by nearly 3 dB. It also says four times as much: its latents carry some 2,000 bits for
-# a picture, and 64 codes of 8 bits only 512. Also, the VQ model was trained for a minute. VQ with more and larger maps
-# (VQ-f4: 64×64 codes out of 8,192, for 256×256 pixels) is as good as KL.
+# a picture, and 64 codes of 8 bits only 512. Also, the VQ model was trained for half a minute. The
+# official VQ-f4 has 64×64 codes out of 8,192 for 256×256 pixels.
 #
 # Which one does diffusion use? Rombach et al. tried both, and Stable Diffusion took KL. With VQ, the codebook
 # belongs to the decoder: noise is added to $h$, and what comes out is moved to its code before it is decoded
@@ -627,8 +627,8 @@ viz.strip(rows, labels=["held-out picture", *results])
 # $$s = \frac{1}{\mathrm{std}(z)}, \qquad z \text{ sampled, over all pictures, channels and places}
 #   \qquad \text{(Rombach et al., appendix G)}$$
 #
-# Stable Diffusion's 0.18215 is just that: its latents have a standard deviation of $1 / 0.18215 = 5.49$. CompVis
-# measured it once, on the first batch of a training run, and wrote it into the configuration.
+# Stable Diffusion's 0.18215 is just that: its latents have a standard deviation of $1 / 0.18215 = 5.49$. CompVis's
+# code can measure it on the first batch of a training run (`scale_by_std`); here it is a number in the configuration.
 
 # %%
 z_test = test_posterior.sample(generator=torch.Generator().manual_seed(0))  # [n 4 8 8]
@@ -675,7 +675,7 @@ viz.curves({"log SNR": snr, "std of the signal that is left": left}, log=["std o
 
 # %% [markdown]
 # How does it look? Below, a fox's latent is noised as training would. What is shown is $x_t$ divided by the standard
-# deviation of its latents, decoded: so the rows differ in nothing but the noise.
+# deviation of its latents, decoded: so the rows differ only in how much noise there is.
 
 # %%
 times = [0, 350, 700, 999]
@@ -688,8 +688,9 @@ for s in factors.values():
 viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 
 # %% [markdown]
-# In the lowest row the fox can still be seen where, in the uppermost, it is long gone. A network that is trained so
-# spends most of its time on problems that are no problems, and never learns to begin a picture.
+# In the lowest row the fox (pale, as $\sqrt{\bar\alpha_t}$ shrinks it) can still be seen where, in the uppermost, it
+# is long gone. A network that is trained so spends most of its time on problems that are no problems, and never
+# learns to begin a picture.
 #
 # It also goes wrong with a network that was trained *with* the factor, if its user forgets it. The sampler below
 # draws latents of standard deviation 1, as it was taught. The decoder wants them at their own scale, $z / s$.
@@ -705,8 +706,8 @@ viz.strip(rows, labels=["divided by the factor", "forgotten"])
 # %% [markdown]
 # What to see: the lower foxes are pale. The decoder is told of each place "nearly nothing", 0.63 of what was meant;
 # with 0.18 it would be a grey fog. If a model of yours draws the right things in the wrong contrast, look here
-# first. (`encode_first_stage`, `get_first_stage_encoding` and `decode_first_stage` are the only places that know the
-# factor. Whoever calls `vae.encode` and `vae.decode` has to apply it.)
+# first. (`get_first_stage_encoding` and `decode_first_stage` are the places that know the factor. Whoever calls
+# `vae.encode` and `vae.decode` has to apply it.)
 #
 # ## Between two pictures
 #
@@ -833,7 +834,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # | L1 and KL, in `minisd/training/vae.py` | `LPIPSWithDiscriminator`: L1, LPIPS, KL and a GAN | `ldm/modules/losses/` |
 # | `enable_tiling` | has no counterpart; diffusers has the same | |
 #
-# That loss is the one great difference. With L1 alone, what the latent does not say becomes a mean of all that is
+# With L1 alone, what the latent does not say becomes a mean of all that is
 # possible: a blur. CompVis adds a perceptual distance (LPIPS) and a discriminator, which would rather see wrong
 # detail than none.
 #
@@ -841,7 +842,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #
 # - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
 # - Give the codebook 16 codes, then 1,024. How do PSNR and perplexity follow?
-# - Set `size=32` in `photograph`. Is the cat easier for the VAE as an icon?
+# - Try `photograph(32)`: is the cat easier as an icon?
 #
 # Before this: [notebook 03](03_unet.ipynb), the network that reads latents. Next: [notebook 05](05_clip.ipynb), how a
 # sentence becomes numbers.
