@@ -14,6 +14,7 @@
     training_diagram, sampling_diagram, class_diagram    the whole model, drawn as boxes
     clouds, vector_field            a 2-D toy: its points, and an arrow at each place
     loss_by_timestep                what a model still gets wrong at each t, above the floor that none gets below
+    maps, plane                     a latent's channels, each row with its scale; a latent of two numbers as a map
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
@@ -830,6 +831,93 @@ def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Ax
         for spine in axes.spines.values():
             spine.set_color("0.8")
     return panels
+
+
+# -- latents ------------------------------------------------------------------------------------------------
+
+
+def maps(
+    rows: Sequence[Float[Tensor, "_ h w"]] | Float[Tensor, "r n h w"],
+    titles: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    pictures: Sequence[Float[Tensor, "c _ _"]] | Float[Tensor, "r c _ _"] | None = None,
+    size: float = 0.96,
+) -> "Figure":
+    """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a scale, at its right.
+
+    titles: one above each column; labels: one left of each row; pictures: one before each row, what its maps are of.
+    A row with negative numbers is blue below 0, white at 0 and red above it; one without is the darker, the larger.
+    """
+    columns = max(len(row) for row in rows) + (pictures is not None)
+    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
+    top, right = 0.22 if titles else 0.05, 0.55
+    width = left + columns * (size + 0.05) + right
+    height = top + len(rows) * (size + 0.05)
+
+    figure = _figure(width, height)
+    for i, row in enumerate(rows):
+        y = height - top - (i + 1) * (size + 0.05) + 0.05
+
+        def place(x: float, w: float = size, y: float = y):
+            return figure.add_axes((x / width, y / height, w / width, size / height))
+
+        x = left
+        first = None
+        if pictures is not None:
+            first = place(x)
+            _picture(first, pictures[i])
+            x += size + 0.05
+        reach, signed = row.abs().max().item() or 1.0, bool((row < 0).any())
+        for j, values in enumerate(row):
+            axes = place(x)
+            image = axes.imshow(
+                _array(values), cmap="RdBu_r" if signed else "Blues", vmin=-reach if signed else 0, vmax=reach,
+                interpolation="nearest",
+            )  # fmt: skip
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if titles and i == 0:
+                axes.set_title(titles[j], fontsize=8, pad=3)
+            first = first or axes
+            x += size + 0.05
+        scale = place(x + 0.03, 0.08)
+        figure.colorbar(image, cax=scale).ax.tick_params(labelsize=6, length=2, pad=2)
+        if labels:
+            first.text(-0.06, 0.5, labels[i], transform=first.transAxes, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def plane(
+    panels: Mapping[str, tuple[Float[Tensor, "ny nx c h w"], tuple[float, float, float, float], Float[Tensor, "n 2"]]],
+    width: float = 3.52,
+) -> "Figure":
+    """A latent of two numbers, as a map: {title: (pictures, (left, right, bottom, top), points)}.
+
+    pictures: what is drawn at the places of a grid, row by row from the top; the grid's outermost places are the four
+    numbers. points: where the data lie, as dots; those beyond the grid are left out.
+    width: of a panel in inches; at 3.52, a pixel of 11 pictures of 16 pixels is 2 of the screen's.
+    """
+    left, top, below = 0.55, 0.25, 0.45  # inches, for the axes' numbers and the title
+    height = max(width * p.shape[0] * p.shape[-2] / (p.shape[1] * p.shape[-1]) for p, _, _ in panels.values())
+    figure = _figure(len(panels) * (left + width + 0.15), top + height + below)
+    for i, (title, (pictures, (x0, x1, y0, y1), points)) in enumerate(panels.items()):
+        place = (i * (left + width + 0.15) + left, below, width, height)
+        size = (*figure.get_size_inches(), *figure.get_size_inches())
+        axes = figure.add_axes(tuple(a / b for a, b in zip(place, size, strict=True)))
+        axes.tick_params(labelsize=7)
+        ny, nx = pictures.shape[:2]
+        half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # of what one picture covers
+        mosaic = rearrange((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2, "y x c h w -> (y h) (x w) c")
+        extent = (x0 - half_x, x1 + half_x, y0 - half_y, y1 + half_y)
+        axes.imshow(mosaic.numpy(), extent=extent, aspect="auto", interpolation="nearest")
+        xs, ys = _array(points).T
+        axes.plot(xs, ys, "o", color=COLOURS[0], markersize=4, markeredgecolor="white", markeredgewidth=0.8)
+        axes.set_xlim(extent[:2])
+        axes.set_ylim(extent[2:])
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("$z_1$", fontsize=8)
+        axes.set_ylabel("$z_2$", fontsize=8, rotation=0)
+    return figure
 
 
 # -- what the figures have in common ------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import minisd.data.pictures as pictures
 import minisd.data.sample_pictures as sample_pictures
 import minisd.data.shapes as shapes
 import minisd.data.split as split
-from minisd.data import CaptionedPictures, build_emoji, draw_shapes, sample, shape_corpus
+from minisd.data import CaptionedPictures, build_emoji, draw_shapes, photograph, sample, shape_corpus
 from minisd.data.concepts import Concept, concepts, family, join, plain, slug
 from minisd.data.packages import DEFAULT_STYLES, STYLES, Package
 
@@ -653,6 +653,20 @@ def test_the_sample_is_readable_small_and_free_of_share_alike():
     assert all(STYLES[row["style"]].title in notice for row in data.rows)
     assert "UNICODE LICENSE" in notice and "Microsoft Corporation" in notice
     assert (data.folder / "LICENSE-APACHE-2.0.txt").read_text().lstrip().startswith("Apache License")
+
+
+def test_the_photograph_is_one_and_says_whose_it_is():
+    x = photograph()
+    assert x.shape == (1, 3, 128, 128) and x.dtype == torch.float32
+    assert -1 <= x.min() < -0.8 and 0.5 < x.max() <= 1, "in [-1, 1], and from dark to light"
+    torch.testing.assert_close(photograph(32), torch.nn.functional.avg_pool2d(x, 4), atol=0.005, rtol=0)
+    # A drawing is mostly flat; in a photograph hardly any two neighbours are equal.
+    flat = {name: (p[..., 1:] == p[..., :-1]).all(1).float().mean() for name, p in
+            {"photograph": x, "drawings": sample().batch(range(20))}.items()}  # fmt: skip
+    assert flat["photograph"] < 0.1 < 0.4 < flat["drawings"]
+    file = sample_pictures.SAMPLE / "photograph.webp"
+    assert file.stat().st_size <= 20_000
+    assert "Stefan van der Walt" in (file.parent / "NOTICE.md").read_text()
 
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):

@@ -449,3 +449,41 @@ def test_loss_by_timestep_draws_the_floor_in_black(viz):
     assert len(pictures.lines) == 1 and pictures.get_yscale() == "log" and toy.get_yscale() == "linear"
     assert [text.get_text() for text in toy.get_legend().get_texts()] == ["a", "the best possible"]
     assert drawn(figure).std() > 5 and is_closed(figure)
+# -- latents ------------------------------------------------------------------------------------------------
+
+
+def test_maps_show_the_numbers_each_row_on_its_scale(viz, pictures):
+    rows = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.rand(4, 8, 8) * 100]
+    figure = viz.maps(rows, ["a", "b", "c", "d"], ["mean", "std"], pictures[0][:2])
+    assert len(figure.axes) == 2 * (1 + 4 + 1)  # a picture, four channels and a scale
+    torch.testing.assert_close(shown(figure.axes[6]), pictures[0, 1], atol=1e-6, rtol=0)
+    for i, row in enumerate(rows):
+        for j, axes in enumerate(figure.axes[6 * i + 1 : 6 * i + 5]):
+            torch.testing.assert_close(torch.as_tensor(axes.images[0].get_array()), row[j])
+            low, high = axes.images[0].get_clim()
+            assert high == pytest.approx(row.abs().max().item())
+            assert low == (0 if i else -high), "white is zero, wherever there are signs"
+    assert [axes.get_title() for axes in figure.axes[1:5]] == ["a", "b", "c", "d"]
+    assert "mean" in words(figure.axes[0]) and "std" in words(figure.axes[6])
+    assert max(axes.get_position().x1 for axes in figure.axes) < 1
+    assert is_closed(figure) and drawn(figure).std() > 5
+
+
+def test_maps_do_without_pictures_and_with_nothing_but_zeros(viz):
+    figure = viz.maps(torch.zeros(1, 2, 4, 4), labels=["zero"])
+    assert len(figure.axes) == 3 and "zero" in words(figure.axes[0])
+    assert drawn(figure).std() > 5
+
+
+def test_plane_puts_pictures_and_points_where_they_belong(viz):
+    pictures = torch.linspace(-1, 1, 6).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 4, 4)  # dark to light
+    points = torch.tensor([[0.0, 10.0], [1.0, 20.0]])
+    figure = viz.plane({"left": (pictures, (0, 2, 10, 20), points), "right": (pictures, (0, 2, 10, 20), points)})
+    assert [axes.get_title() for axes in figure.axes] == ["left", "right"]
+    image = figure.axes[0].images[0]
+    assert tuple(image.get_extent()) == (-0.5, 2.5, 5, 25)
+    mosaic = torch.as_tensor(image.get_array())  # [8 12 3]: its first row is the top, as matplotlib draws it
+    assert mosaic[0, 0, 0] == 0 and mosaic[-1, -1, 0] == 1 and mosaic[0, -1, 0] == pytest.approx(0.4)
+    xs, ys = figure.axes[0].lines[0].get_data()
+    assert list(xs) == [0, 1] and list(ys) == [10, 20]
+    assert is_closed(figure) and drawn(figure).std() > 5

@@ -1,14 +1,14 @@
 """Captioned pictures: the class that reads them, and the corpora that this project trains on.
 
 - `CaptionedPictures(folder)`: any folder of captioned pictures, as tensors
-- `sample()`: real pictures that come with the package
+- `sample()`: real pictures that come with the package; `photograph()`: and a photograph
 - `draw_shapes(folder)`: coloured shapes with exact captions, drawn in seconds
 - `build_emoji(folder)`: 1,640 concepts in seven styles, fetched and rendered in minutes
 """
 
 from .emoji import build_emoji
 from .pictures import CaptionedPictures
-from .sample_pictures import sample
+from .sample_pictures import photograph, sample
 from .shapes import draw_shapes, shape_corpus
 
-__all__ = ["CaptionedPictures", "build_emoji", "draw_shapes", "sample", "shape_corpus"]
+__all__ = ["CaptionedPictures", "build_emoji", "draw_shapes", "photograph", "sample", "shape_corpus"]

@@ -1,4 +1,5 @@
 """Real pictures that come with the package: some 260 well-known concepts, for tests and notebooks without a network.
+And one photograph, to show what a model of drawings makes of one.
 
 Only the styles whose licences ask for nothing but a notice (Apache-2.0, MIT). All pictures are in one lossless contact
 sheet, `pictures.webp`, which `CaptionedPictures` reads as it reads any other packed folder.
@@ -8,12 +9,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from .attribution import CLDR_NAMES, attribution
 from .folder import write_text
 from .packages import STYLES
-from .pictures import SHEET_COLUMNS, CaptionedPictures
+from .pictures import SHEET_COLUMNS, CaptionedPictures, read_picture
 
 SAMPLE = Path(__file__).parent / "sample"
 SAMPLE_STYLES = ("noto", "fluent", "fluent flat", "noto blob", "fx")
@@ -55,6 +59,12 @@ def sample(size: int | None = None) -> CaptionedPictures:
     return CaptionedPictures(SAMPLE, size=size)
 
 
+def photograph(size: int = 128) -> Float[Tensor, "1 3 size size"]:
+    """A photograph in [-1, 1]: the face of Chelsea, a cat, by Stefan van der Walt (CC0). 128x128 is how it is kept."""
+    pixels = torch.tensor(read_picture(SAMPLE / "photograph.webp", size))
+    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
+
+
 def write_sample(corpus: str | Path = "data/emoji", folder: str | Path = SAMPLE) -> Path:
     """Cut the sample out of an emoji corpus. The same corpus gives the same files."""
     pictures = CaptionedPictures(corpus)
@@ -71,10 +81,20 @@ def write_sample(corpus: str | Path = "data/emoji", folder: str | Path = SAMPLE)
     return folder
 
 
+PHOTOGRAPH = """\
+# Who took the photograph
+
+`photograph.webp` is the face of Chelsea, a cat: a photograph by Stefan van der Walt, who placed it in the public domain
+([CC0](https://creativecommons.org/publicdomain/zero/1.0/)). Taken from scikit-image 0.26.0 (`skimage.data.chelsea`);
+cropped to a square and made smaller, 128x128.
+"""
+
+
 def notice() -> str:
     """What has to stand beside the sample."""
     styles = [STYLES[name] for name in SAMPLE_STYLES]
-    return attribution(styles, CLDR_NAMES) + "\nThe text of the Apache License 2.0 is in LICENSE-APACHE-2.0.txt.\n"
+    apache = "The text of the Apache License 2.0 is in LICENSE-APACHE-2.0.txt.\n"
+    return "\n".join([attribution(styles, CLDR_NAMES), apache, PHOTOGRAPH])
 
 
 def write_sheet(path: Path, pictures: np.ndarray) -> None:
