@@ -7,6 +7,7 @@
     curves, schedule_curves         numbers against t
     histograms                      samples, against the Gaussian that they should follow
     density_over_time               a 1-D toy: the density of q(x_t), and the paths through it
+    captioned                       pictures with their captions under them
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
@@ -307,6 +308,34 @@ def density_over_time(
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("t", fontsize=8)
         axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
+    return figure
+
+
+# -- pictures with their captions ---------------------------------------------------------------------------
+
+
+def captioned(
+    pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
+) -> "Figure":
+    """Pictures in [-1, 1], row by row, each with its caption under it, broken into lines where it is long."""
+    from textwrap import fill
+
+    if len(pictures) != len(captions):
+        raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
+    columns = min(columns, len(pictures))
+    broken = [fill(caption, int(16 * size)) for caption in captions]  # so many letters of this size are as wide
+    rows = -(-len(pictures) // columns)
+    height = size * pictures.shape[-2] / pictures.shape[-1]
+    below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches
+    page = columns * (size + 0.1), rows * (height + below) + 0.05
+
+    figure = _figure(*page)
+    for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = column * (size + 0.1) + 0.05, page[1] - 0.05 - row * (height + below) - height
+        axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
+        _picture(axes, picture)
+        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
     return figure
 
 

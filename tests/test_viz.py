@@ -253,3 +253,23 @@ def test_every_figure_can_be_drawn(minisd, viz, pictures, steps):
     for figure in figures:
         assert drawn(figure).std() > 5  # not an empty page
         assert is_closed(figure)
+
+
+# -- pictures with their captions ---------------------------------------------------------------------------
+
+
+def test_captioned_puts_each_caption_under_its_picture(viz, pictures):
+    long = "a small purple triangle in the bottom left"
+    figure = viz.captioned(pictures[0], ["a fox", long, "a house"], columns=2)
+    assert len(figure.axes) == 3
+    for axes, picture in zip(figure.axes, pictures[0], strict=True):
+        torch.testing.assert_close(shown(axes), picture, atol=1e-6, rtol=0)
+    captions = [axes.texts[0] for axes in figure.axes]
+    assert [text.get_text().replace("\n", " ") for text in captions] == ["a fox", long, "a house"]
+    assert "\n" in captions[1].get_text() and "\n" not in captions[0].get_text()
+    boxes = [text.get_window_extent() for text in captions]
+    assert boxes[0].x1 < boxes[1].x0  # side by side, and they don't run into each other
+    assert boxes[1].y0 > figure.axes[2].get_window_extent().y1  # nor into the row below
+    assert drawn(figure).std() > 5 and is_closed(figure)
+    with pytest.raises(ValueError, match="3 pictures and 1 captions"):
+        viz.captioned(pictures[0], ["a fox"])
