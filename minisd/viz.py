@@ -74,7 +74,7 @@ def strip(
 ) -> "Figure":
     """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
-    titles: one above each column; labels: one left of each row; notes: for each row, one under each picture, or [].
+    titles: one above each column, in one line or more; labels: one left of each row; notes: for each row, one under each picture, or [].
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
     """
     columns = max(len(row) for row in rows)
@@ -82,7 +82,7 @@ def strip(
     # What a label needs, in inches: matplotlib places axes in shares of the figure, and the pictures are to
     # come out at one size however long a label is.
     left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    top = 0.22 if titles else 0.05
+    top = 0.22 + 0.13 * max(title.count("\n") for title in titles) if titles else 0.05
     below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
     width = left + columns * (size + 0.05)
     height = top + size * sum(heights) + sum(below)

@@ -273,3 +273,9 @@ def test_captioned_puts_each_caption_under_its_picture(viz, pictures):
     assert drawn(figure).std() > 5 and is_closed(figure)
     with pytest.raises(ValueError, match="3 pictures and 1 captions"):
         viz.captioned(pictures[0], ["a fox"])
+
+
+def test_strip_has_room_for_titles_of_two_lines(viz, pictures):
+    figure = viz.strip(pictures, ["one line", "one\nand another", "three"])
+    assert figure.axes[1].title.get_window_extent().y1 <= figure.bbox.y1
+    assert figure.axes[0].get_window_extent().width == pytest.approx(96)  # the pictures are as large as ever
