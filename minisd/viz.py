@@ -15,6 +15,7 @@
     clouds, vector_field            a 2-D toy: its points, and an arrow at each place
     loss_by_timestep                what a model still gets wrong at each t, above the floor that none gets below
     maps, plane                     a latent's channels, each row with its scale; a latent of two numbers as a map
+    captioned                       pictures with their captions under them
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
@@ -81,7 +82,7 @@ def strip(
 ) -> "Figure":
     """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
-    titles: one above each column; labels: one left of each row; notes: for each row, one under each picture, or [].
+    titles: one above each column, in one line or more; labels: one left of each row; notes: for each row, one under each picture, or [].
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
     """
     columns = max(len(row) for row in rows)
@@ -89,7 +90,7 @@ def strip(
     # What a label needs, in inches: matplotlib places axes in shares of the figure, and the pictures are to
     # come out at one size however long a label is.
     left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    top = 0.22 if titles else 0.05
+    top = 0.22 + 0.13 * max(title.count("\n") for title in titles) if titles else 0.05
     below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
     width = left + columns * (size + 0.05)
     height = top + size * sum(heights) + sum(below)
@@ -917,6 +918,31 @@ def plane(
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("$z_1$", fontsize=8)
         axes.set_ylabel("$z_2$", fontsize=8, rotation=0)
+# -- pictures with their captions ---------------------------------------------------------------------------
+
+
+def captioned(
+    pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
+) -> "Figure":
+    """Pictures in [-1, 1], row by row, each with its caption under it, broken into lines where it is long."""
+    from textwrap import fill
+
+    if len(pictures) != len(captions):
+        raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
+    columns = min(columns, len(pictures))
+    broken = [fill(caption, int(16 * size)) for caption in captions]  # so many letters of this size are as wide
+    rows = -(-len(pictures) // columns)
+    height = size * pictures.shape[-2] / pictures.shape[-1]
+    below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches
+    page = columns * (size + 0.1), rows * (height + below) + 0.05
+
+    figure = _figure(*page)
+    for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = column * (size + 0.1) + 0.05, page[1] - 0.05 - row * (height + below) - height
+        axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
+        _picture(axes, picture)
+        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
     return figure
 
 

@@ -487,3 +487,27 @@ def test_plane_puts_pictures_and_points_where_they_belong(viz):
     xs, ys = figure.axes[0].lines[0].get_data()
     assert list(xs) == [0, 1] and list(ys) == [10, 20]
     assert is_closed(figure) and drawn(figure).std() > 5
+# -- pictures with their captions ---------------------------------------------------------------------------
+
+
+def test_captioned_puts_each_caption_under_its_picture(viz, pictures):
+    long = "a small purple triangle in the bottom left"
+    figure = viz.captioned(pictures[0], ["a fox", long, "a house"], columns=2)
+    assert len(figure.axes) == 3
+    for axes, picture in zip(figure.axes, pictures[0], strict=True):
+        torch.testing.assert_close(shown(axes), picture, atol=1e-6, rtol=0)
+    captions = [axes.texts[0] for axes in figure.axes]
+    assert [text.get_text().replace("\n", " ") for text in captions] == ["a fox", long, "a house"]
+    assert "\n" in captions[1].get_text() and "\n" not in captions[0].get_text()
+    boxes = [text.get_window_extent() for text in captions]
+    assert boxes[0].x1 < boxes[1].x0  # side by side, and they don't run into each other
+    assert boxes[1].y0 > figure.axes[2].get_window_extent().y1  # nor into the row below
+    assert drawn(figure).std() > 5 and is_closed(figure)
+    with pytest.raises(ValueError, match="3 pictures and 1 captions"):
+        viz.captioned(pictures[0], ["a fox"])
+
+
+def test_strip_has_room_for_titles_of_two_lines(viz, pictures):
+    figure = viz.strip(pictures, ["one line", "one\nand another", "three"])
+    assert figure.axes[1].title.get_window_extent().y1 <= figure.bbox.y1
+    assert figure.axes[0].get_window_extent().width == pytest.approx(96)  # the pictures are as large as ever
