@@ -82,7 +82,8 @@ def strip(
 ) -> "Figure":
     """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
-    titles: one above each column, in one line or more; labels: one left of each row; notes: for each row, one under each picture, or [].
+    titles: one above each column, in one line or more; labels: one left of each row.
+    notes: for each row, one under each picture, or [].
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
     """
     columns = max(len(row) for row in rows)
