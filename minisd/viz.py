@@ -16,6 +16,8 @@
     loss_by_timestep                what a model still gets wrong at each t, above the floor that none gets below
     maps, plane                     a latent's channels, each row with its scale; a latent of two numbers as a map
     captioned                       pictures with their captions under them
+    plane, pursuit                  a 2-D toy and the paths to it; steps beside the curve that they should follow
+    convergence, ruler              the error of samplers over what they cost; the timesteps that they visit
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
@@ -944,6 +946,125 @@ def captioned(
         axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
         _picture(axes, picture)
         axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+# -- how samplers walk, and how well ------------------------------------------------------------------------
+
+
+def plane(
+    x_0: Float[Tensor, "n 2"],
+    panels: Mapping[str, Float[Tensor, "s k 2"]],
+    width: float = 2.6,
+    reach: float = 2.6,
+) -> "Figure":
+    """A toy in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
+
+    A path begins at its small ring and ends at its disc. Its colour tells which path it is, in all panels.
+    """
+    figure = _figure(width * len(panels), width + 0.1, layout="constrained")
+    data = _array(x_0)
+    for axes, (title, paths) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
+        axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
+        for k, path in enumerate(_array(paths).swapaxes(0, 1)):
+            colour = COLOURS[k % len(COLOURS)]
+            markers = {"marker": ".", "markersize": 3} if len(path) <= 30 else {}  # as far as they can be told apart
+            axes.plot(path[:, 0], path[:, 1], color=colour, lw=0.7, zorder=2, **markers)
+            axes.plot(*path[0], "o", color=colour, markersize=4, markerfacecolor="white", zorder=3)
+            axes.plot(*path[-1], "o", color=colour, markersize=4.5, zorder=4)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def pursuit(
+    exact: tuple,
+    panels: Mapping[str, tuple],
+    xlabel: str = r"$\sigma$",
+    ylabel: str = r"$\bar x$",
+    width: float = 2.5,
+    height: float = 2.3,
+) -> "Figure":
+    """A curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of somebody who pursues it.
+
+    Time runs to the right, so that x falls: x is an amount of noise.
+    """
+    figure = _figure(width * len(panels), height, layout="constrained")
+    for axes, (i, (title, (x, y))) in zip(
+        _panels(figure, len(panels), sharey=True), enumerate(panels.items()), strict=True
+    ):
+        axes.plot(_array(exact[0]), _array(exact[1]), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
+        axes.plot(_array(x), _array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.invert_xaxis()
+        if i == 0:
+            axes.set_ylabel(ylabel, fontsize=8, rotation=0)
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def convergence(
+    panels: Mapping[str, Mapping[str, tuple]],
+    slopes: Sequence[int] = (1, 2),
+    xlabel: str = "calls of the model",
+    ylabel: str = "error",
+    width: float = 3.8,
+    height: float = 3.1,
+) -> "Figure":
+    """Error over cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
+
+    slopes: grey lines for comparison; along that of slope p, twice the calls leave 1/2^p of the error.
+    """
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = _figure(width * len(panels), height, layout="constrained")
+    for axes, (title, lines) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
+        xs = [_array(x) for x, _ in lines.values()]
+        ys = [_array(y) for _, y in lines.values()]
+        x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
+        for p in slopes:
+            # from the upper left corner of what is drawn, and no further down than that is
+            guide = max(map(max, ys)) * (x / x[0]) ** -p
+            bottom = min(map(min, ys))
+            end = x[1] if guide[1] >= bottom else x[0] * (guide[0] / bottom) ** (1 / p)
+            guide[1] = max(guide[1].item(), bottom)
+            axes.plot([x[0], end], guide, color="0.75", lw=1)
+            axes.text(end, guide[1], f" slope {p}", color="0.45", fontsize=7, va="center")
+        for i, (name, calls, errors) in enumerate(zip(lines, xs, ys, strict=True)):
+            colour, marker = COLOURS[i % len(COLOURS)], "os^Dv*"[i % 6]
+            style = {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.2, "markersize": 4}
+            axes.plot(calls, errors, color=colour, marker=marker, label=name, **style)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x[0] <= n <= x[1]]
+        axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        if axes is figure.axes[0]:
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
+    return figure
+
+
+def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> "Figure":
+    """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, what stands at the end of the line)}."""
+    figure = _figure(width, 0.62 * len(rows) + 0.45, layout="constrained")
+    (axes,) = _panels(figure, 1)
+    for i, (timesteps, end) in enumerate(rows.values()):
+        y = len(rows) - 1 - i
+        axes.plot([T - 1, 0], [y, y], color="0.8", lw=1, zorder=1)
+        axes.scatter(list(timesteps), [y] * len(timesteps), s=22, color=COLOURS[i % len(COLOURS)], zorder=2)
+        for t in timesteps if len(timesteps) <= 12 else (timesteps[0], timesteps[-1]):
+            axes.annotate(str(t), (t, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.text(-0.03 * T, y, end, va="center", fontsize=8)
+    axes.set_xlim(1.03 * T, -0.16 * T)
+    axes.set_ylim(-0.4, len(rows) - 0.4)
+    axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xticks([t for t in range(0, T, T // 5)] + [T - 1])
+    axes.set_xlabel("t", fontsize=8)
     return figure
 
 

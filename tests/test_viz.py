@@ -511,3 +511,37 @@ def test_strip_has_room_for_titles_of_two_lines(viz, pictures):
     figure = viz.strip(pictures, ["one line", "one\nand another", "three"])
     assert figure.axes[1].title.get_window_extent().y1 <= figure.bbox.y1
     assert figure.axes[0].get_window_extent().width == pytest.approx(96)  # the pictures are as large as ever
+# -- how samplers walk, and how well ------------------------------------------------------------------------
+
+
+def test_plane_draws_each_path_from_its_ring_to_its_disc(viz):
+    data, paths = torch.tensor([[0.0, 0.5], [1.0, -1.0]]), torch.randn(4, 3, 2)
+    axes = viz.plane(data, {"a": paths, "b": paths[:2]}).axes
+    assert [a.get_title() for a in axes] == ["a", "b"]
+    torch.testing.assert_close(torch.as_tensor(axes[0].collections[0].get_offsets().data).float(), data)
+    path, ring, disc = axes[0].lines[3:6]  # of the second path
+    torch.testing.assert_close(torch.as_tensor(path.get_xydata()).float(), paths[:, 1])
+    torch.testing.assert_close(torch.as_tensor(ring.get_xydata()[0]).float(), paths[0, 1])
+    torch.testing.assert_close(torch.as_tensor(disc.get_xydata()[0]).float(), paths[-1, 1])
+
+
+def test_pursuit_shows_the_curve_in_each_panel_and_noise_falling_to_the_right(viz):
+    curve, steps = (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])), ([3.0, 1.0], [0.0, 0.5])
+    for axes in viz.pursuit(curve, {"a": steps, "b": steps}).axes:
+        assert list(axes.lines[0].get_ydata()) == [0, 1, 0] and list(axes.lines[1].get_ydata()) == [0, 0.5]
+        assert axes.xaxis_inverted()
+
+
+def test_convergence_has_guides_of_the_slopes_that_were_asked_for(viz):
+    n = torch.tensor([5.0, 50.0])
+    (axes,) = viz.convergence({"a": {"first": (n, 1 / n), "second": (n, 1 / n**2)}}).axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    for line, slope in zip(axes.lines, [1, 2, 1, 2], strict=True):  # two guides, then the data
+        x, y = (torch.as_tensor(values).double().log() for values in line.get_data())
+        assert ((y[0] - y[-1]) / (x[-1] - x[0])).item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_ruler_marks_each_timestep(viz):
+    (axes,) = viz.ruler({"up": ([981, 1], "to 0"), "down": ([999, 499], "to x")}).axes
+    assert axes.collections[0].get_offsets().data.tolist() == [[981, 1], [1, 1]]
+    assert {"981", "1", "999", "499", "to 0", "to x"} <= words(axes)
