@@ -16,7 +16,7 @@
     loss_by_timestep                what a model still gets wrong at each t, above the floor that none gets below
     maps, plane                     a latent's channels, each row with its scale; a latent of two numbers as a map
     captioned                       pictures with their captions under them
-    plane, pursuit                  a 2-D toy and the paths to it; steps beside the curve that they should follow
+    walks, pursuit                  a 2-D toy and the paths to it; steps beside the curve that they should follow
     convergence, ruler              the error of samplers over what they cost; the timesteps that they visit
 
 Those from `strip` on return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
@@ -461,6 +461,8 @@ def _rectangle(corner: tuple[float, float], width: float, height: float, colour:
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, width, height, facecolor=colour, edgecolor="0.6", linewidth=0.5)
+
+
 # -- inside the UNet, and the model as boxes -----------------------------------------------------------------
 
 
@@ -731,6 +733,8 @@ def _bare(axes: "Axes") -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("0.8")
+
+
 # -- a toy in two dimensions, and the loss at each t --------------------------------------------------------
 
 
@@ -921,6 +925,9 @@ def plane(
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("$z_1$", fontsize=8)
         axes.set_ylabel("$z_2$", fontsize=8, rotation=0)
+    return figure
+
+
 # -- pictures with their captions ---------------------------------------------------------------------------
 
 
@@ -946,10 +953,13 @@ def captioned(
         axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
         _picture(axes, picture)
         axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+    return figure
+
+
 # -- how samplers walk, and how well ------------------------------------------------------------------------
 
 
-def plane(
+def walks(
     x_0: Float[Tensor, "n 2"],
     panels: Mapping[str, Float[Tensor, "s k 2"]],
     width: float = 2.6,

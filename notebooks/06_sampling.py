@@ -581,7 +581,7 @@ paths = {name: torch.stack([x, *(step.x for step in steps)]) for name, steps in 
 for name in ("DDIM, 6 steps", "DPM-Solver++, 6 steps"):
     apart = (paths[name][-1] - paths["DDIM, 50 steps"][-1]).norm(dim=1).mean()
     print(f"{name:22} ends {apart:.2f} from where 50 steps of DDIM do, on average")
-viz.plane(moons, paths)
+viz.walks(moons, paths)
 
 # %% [markdown]
 # DDPM staggers, DDIM glides. With six steps, the two are polygons: they get roughly there.

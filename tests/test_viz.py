@@ -326,6 +326,8 @@ def test_matrices_put_a_picture_beside_each_row(viz, pictures):
         height = matrix.get_position().height / 3
         assert (matrix.get_position().y1 - axes.get_position().y1) // height == row
     drawn(figure)
+
+
 # -- inside the UNet, and the model as boxes ----------------------------------------------------------------
 
 
@@ -406,6 +408,8 @@ def test_the_diagrams_name_classes_and_methods_that_exist(minisd, viz):
         assert is_closed(figure) and page.std() > 5
         edge = [page[0], page[-1], page[:, 0], page[:, -1]]
         assert all((side[..., :3] > 250).all() for side in edge)
+
+
 # -- a toy in two dimensions, and the loss at each t --------------------------------------------------------
 
 
@@ -449,6 +453,8 @@ def test_loss_by_timestep_draws_the_floor_in_black(viz):
     assert len(pictures.lines) == 1 and pictures.get_yscale() == "log" and toy.get_yscale() == "linear"
     assert [text.get_text() for text in toy.get_legend().get_texts()] == ["a", "the best possible"]
     assert drawn(figure).std() > 5 and is_closed(figure)
+
+
 # -- latents ------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +493,8 @@ def test_plane_puts_pictures_and_points_where_they_belong(viz):
     xs, ys = figure.axes[0].lines[0].get_data()
     assert list(xs) == [0, 1] and list(ys) == [10, 20]
     assert is_closed(figure) and drawn(figure).std() > 5
+
+
 # -- pictures with their captions ---------------------------------------------------------------------------
 
 
@@ -511,12 +519,14 @@ def test_strip_has_room_for_titles_of_two_lines(viz, pictures):
     figure = viz.strip(pictures, ["one line", "one\nand another", "three"])
     assert figure.axes[1].title.get_window_extent().y1 <= figure.bbox.y1
     assert figure.axes[0].get_window_extent().width == pytest.approx(96)  # the pictures are as large as ever
+
+
 # -- how samplers walk, and how well ------------------------------------------------------------------------
 
 
-def test_plane_draws_each_path_from_its_ring_to_its_disc(viz):
+def test_walks_draws_each_path_from_its_ring_to_its_disc(viz):
     data, paths = torch.tensor([[0.0, 0.5], [1.0, -1.0]]), torch.randn(4, 3, 2)
-    axes = viz.plane(data, {"a": paths, "b": paths[:2]}).axes
+    axes = viz.walks(data, {"a": paths, "b": paths[:2]}).axes
     assert [a.get_title() for a in axes] == ["a", "b"]
     torch.testing.assert_close(torch.as_tensor(axes[0].collections[0].get_offsets().data).float(), data)
     path, ring, disc = axes[0].lines[3:6]  # of the second path
