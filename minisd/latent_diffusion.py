@@ -187,7 +187,8 @@ class LatentDiffusion(nn.Module):
             )
         elif config.cond_stage is not None:
             self.cond_stage_model = ClassEmbedder(config.cond_stage).eval().requires_grad_(False)
-        self.schedule = config.schedule()
+        with torch.device("cpu"):  # numbers and no weights: they are there even where networks are built without memory
+            self.schedule = config.schedule()
         self.scale_factor = config.scale_factor
 
     @property

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from .. import drawing, sampling
 from .. import latent_diffusion as latent_diffusion_module
-from .. import sampling
 from ..latent_diffusion import LatentDiffusion
 from ..training import trainer
 from .exercise import exercise
@@ -265,7 +265,7 @@ def _put_uint8(f):
     def to_pil(images):
         return [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in f(images)]
 
-    return [(latent_diffusion_module, "to_pil", to_pil)]
+    return [(drawing, "to_pil", to_pil)]
 
 
 @exercise(

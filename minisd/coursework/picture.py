@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint import load
 from ..data import shape_corpus
-from ..latent_diffusion import LatentDiffusion
+from ..latent_diffusion import Cond, LatentDiffusion
 from ..loss import LOSSES
 from ..noising import ExactDenoiser
 from ..sampling import SAMPLERS, make_timesteps, randn
@@ -112,12 +112,12 @@ def _of_v(sd: LatentDiffusion, *args) -> Image.Image:
     """The UNet's answer taken for a v, made of its ε: so that a sampler has to find the ε in it again."""
     sd = copy.copy(sd)
     sd.config = replace(sd.config, parameterization="v")
-    unet = sd.model
+    predict_noise = sd.apply_model
 
-    def answers_v(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def answers_v(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         signal = sd.schedule._at(sd.schedule.sqrt_alphas_cumprod, t, x)
         sigma = sd.schedule._at(sd.schedule.sqrt_one_minus_alphas_cumprod, t, x)
-        return (unet(x, t, context) - sigma * x) / signal  # ε = √(1-ᾱ) x_t + √ᾱ v
+        return (predict_noise(x, t, cond) - sigma * x) / signal  # ε = √(1-ᾱ) x_t + √ᾱ v
 
     sd.apply_model = answers_v
     return _drawn(sd, *args)

@@ -106,7 +106,10 @@ def timestep_embedding(timesteps: Int[Tensor, "b"], dim: int, max_period: float)
 
 def _put_attention(f):
     real = attention_module.attention
-    plain = lambda q, k, v, causal=False: real(q, k, v, causal) if causal else f(q, k, v).to(v)  # noqa: E731
+
+    def plain(q, k, v, causal=False, record=None):
+        return real(q, k, v, causal, record) if causal or record else f(q, k, v).to(v)
+
     return [(module, "attention", plain) for module in (attention_module, vae_module, clip_module)]
 
 
@@ -808,7 +811,7 @@ def group_norm(
          "u = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])\nu[..., ::2, ::2] = x\nreturn conv(u)",
          "Between the pixels there are zeros: each pixel is repeated."),
     ],
-    swap=lambda f: [(unet_module.Upsample, "forward", lambda self, x: f(x, self.conv)),
+    swap=lambda f: [(unet_module.Upsample, "forward", lambda self, x, size=None: f(x, self.conv)),
                     (vae_module.Upsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
 def upsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
