@@ -1033,8 +1033,8 @@ def convergence(
         x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
         for p in slopes:
             # from the upper left corner of what is drawn, and no further down than that is
-            guide = max(map(max, ys)) * (x / x[0]) ** -p
-            bottom = min(map(min, ys))
+            top, bottom = float(max(map(max, ys))), float(min(map(min, ys)))
+            guide = top * (x / x[0]) ** -p
             end = x[1] if guide[1] >= bottom else x[0] * (guide[0] / bottom) ** (1 / p)
             guide[1] = max(guide[1].item(), bottom)
             axes.plot([x[0], end], guide, color="0.75", lw=1)

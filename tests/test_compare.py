@@ -247,7 +247,7 @@ def test_another_shape_is_told_from_another_number():
 
 
 def test_what_does_not_show_is_said_nevertheless(randomise, unet, theirs):
-    """eps 1e-6 for 1e-5 hardly changes an output of random weights; zeros and train mode hide and add."""
+    """eps 1e-6 for 1e-5 hardly changes an output of random weights; zeros hide what is before them."""
     theirs.out[0].eps = 1e-6
     nn.init.zeros_(theirs.out[2].weight)
     nn.init.zeros_(theirs.out[2].bias)
@@ -255,8 +255,8 @@ def test_what_does_not_show_is_said_nevertheless(randomise, unet, theirs):
     ours.out[0].eps = 1e-5
     found = compare(ours, theirs.train(), INPUTS)
     assert found.equal and theirs.training and not ours.training
-    train, zeros, settings = found.hints
-    assert train.startswith("theirs is in train mode, with 0 layers") and zeros.endswith(": out.2")
+    zeros, settings = found.hints  # without dropout, train mode changes nothing, and is not worth a word
+    assert zeros.endswith(": out.2")
     assert settings.endswith("out.0 (eps is 1e-05 in ours and 1e-06 in theirs)")
 
 
