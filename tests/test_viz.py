@@ -551,6 +551,12 @@ def test_convergence_has_guides_of_the_slopes_that_were_asked_for(viz):
         assert ((y[0] - y[-1]) / (x[-1] - x[0])).item() == pytest.approx(slope, rel=1e-4)
 
 
+def test_guides_end_where_the_data_do(viz):
+    (axes,) = viz.convergence({"a": {"flat": (torch.tensor([5.0, 50.0]), torch.tensor([1.0, 0.5]))}}).axes
+    for line in axes.lines[:2]:
+        assert list(line.get_ydata()) == pytest.approx([1.0, 0.5])
+
+
 def test_ruler_marks_each_timestep(viz):
     (axes,) = viz.ruler({"up": ([981, 1], "to 0"), "down": ([999, 499], "to x")}).axes
     assert axes.collections[0].get_offsets().data.tolist() == [[981, 1], [1, 1]]
