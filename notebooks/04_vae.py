@@ -199,7 +199,7 @@ viz.strip(rows, labels=["held-out picture", *methods], notes=[[], *notes])
 #   keeps outlines clean and blurs what is small: the pattern of the beetle, the hands of the watch.
 #
 # (The VAE was trained on 8,000 emoji, PCA on those of them that are in the sample. A handful of the held-out pictures
-# the VAE did see; its [model card](../minisd/weights/emoji/README.md) says so.)
+# the VAE did see; its model card (minisd/weights/emoji/README.md) says so.)
 #
 # ## An autoencoder, and the holes in its latents
 #

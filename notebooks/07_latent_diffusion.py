@@ -22,8 +22,8 @@
 # - what a saved model consists of, and what changes when it is a thousand times larger.
 #
 # About an hour to read; it runs in four to ten minutes on a laptop. The modules of this stage are
-# [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py), [`minisd/training/`](../minisd/training) and
-# [`minisd/checkpoint/`](../minisd/checkpoint). Before this: [notebook 06](06_sampling.ipynb).
+# [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py), [`minisd/training/`](../minisd/training/unet.py) and
+# [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py). Before this: [notebook 06](06_sampling.ipynb).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
