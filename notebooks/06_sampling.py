@@ -438,7 +438,9 @@ viz.pursuit(undimmed(curve, curve_t), panels)
 
 # %% [markdown]
 # The grey curve is exact, the dots are four steps. Time runs to the right. See how DDIM leaves the curve where it
-# bends: it trusts the slope at the *start* of each step. The others look at more than one slope.
+# bends: it trusts the slope at the *start* of each step. The others look at more than one slope. (This start was
+# chosen so that the difference can be seen; from another, DDIM may come out closest. One path is no measure: the next
+# figure has one.)
 #
 # ## Better steps
 #
