@@ -208,7 +208,6 @@ def load_weights(
     source: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    hint: str = "",
 ) -> None:
     """Put weights into a model if, and only if, every name and shape is right.
 
@@ -219,11 +218,11 @@ def load_weights(
     Names that a checkpoint may have beyond the model's are those of `set_aside`.
 
     Raises:
-        CheckpointError: names the first few that are missing, superfluous or of another shape, and adds the `hint`.
+        CheckpointError: names the first few that are missing, superfluous or of another shape.
     """
     own = model.state_dict()
     given = {name: tensor for name, tensor in state.items() if not set_aside(name)}
-    check_names({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in given.items()}, source, hint)
+    check_names({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in given.items()}, source)
     if device is None and own:
         devices = {tensor.device for tensor in own.values()} - {torch.device("meta")}
         device = devices.pop() if len(devices) == 1 else "cpu"
