@@ -239,7 +239,8 @@ with torch.no_grad():
     emb = unet.time_embed(embedding)  # [1000 384]: two Linear layers, learned
     shift = unet.input_blocks[1][0].emb_layers(emb)  # [1000 96]: what the first ResBlock makes of it
 print(f"t [1000] -> embedding {list(embedding.shape)} -> emb {list(emb.shape)} -> shift {list(shift.shape)}")
-viz.heatmaps({"timestep embedding": embedding.T, "what the first ResBlock adds": shift.T}, "t", "channel", width=3.8)
+panels = {"timestep embedding": embedding.T, "what the first ResBlock adds": shift.T}
+viz.matrices(panels, cell=(0.003, 0.02), xlabel="t", ylabel="channel")
 
 # %% [markdown]
 # Left, the clocks: fast on top, then slower, the cosines above the sines. Right, what becomes of them in the first

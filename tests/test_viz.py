@@ -309,6 +309,16 @@ def test_matrices_keep_white_for_zero_where_there_are_signs(viz):
     drawn(figure)
 
 
+def test_matrices_number_what_is_too_many_to_be_named(viz):
+    panels = {"m": torch.rand(60, 900), "n": torch.rand(60, 900)}
+    figure = viz.matrices(panels, cell=(0.004, 0.03), xlabel="t", ylabel="c")
+    first, second = (axes for axes in figure.axes if axes.get_title())
+    assert (first.get_xlabel(), first.get_ylabel(), second.get_ylabel()) == ("t", "c", "")
+    assert {"0", "400"} < {label.get_text() for label in first.get_xticklabels()} and len(first.get_yticks()) > 2
+    assert len(second.get_yticks()) == 0  # the same as the first's
+    drawn(figure)
+
+
 def test_matrices_show_what_is_missing_in_grey(viz):
     figure = viz.matrices({"m": torch.tensor([[0.5, float("nan")]])}, numbers=".1f")
     assert words(figure.axes[0]) == {"m", "0.5"}
@@ -372,14 +382,6 @@ def test_attention_maps_lie_on_the_picture(viz, pictures):
     assert figure.axes[1].get_title() == "a" and words(figure.axes[4]) == {"two"}
     each = viz.attention_maps(weights, list(pictures[0, :2]))
     torch.testing.assert_close(shown(each.axes[4]), pictures[0, 1])
-
-
-def test_heatmaps_show_the_table(viz):
-    table = torch.tensor([[1.0, -3.0], [0.5, 2.0], [0.0, 0.0]])
-    figure = viz.heatmaps({"a": table}, "x", "y")
-    torch.testing.assert_close(torch.as_tensor(figure.axes[0].images[0].get_array()).float(), table)
-    assert figure.axes[0].images[0].get_clim() == (-3.0, 3.0) and figure.axes[0].get_ylabel() == "y"
-    assert viz.heatmaps({"a": table}, diverging=False).axes[0].images[0].get_cmap().name == "viridis"
 
 
 def test_the_diagrams_name_classes_and_methods_that_exist(minisd, viz):

@@ -1,0 +1,147 @@
+"""Pictures side by side: rows with titles, pictures that dissolve, what a sampler did, captions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .page import empty_figure, show_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def strip(
+    rows: Sequence[Float[Tensor, "_ c _ _"]] | Float[Tensor, "r n c h w"],
+    titles: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
+    size: float = 0.96,
+) -> "Figure":
+    """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
+
+    titles: one above each column, in one line or more; labels: one left of each row.
+    notes: for each row, one under each picture, or [].
+    size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
+    """
+    columns = max(len(row) for row in rows)
+    heights = [row.shape[-2] / row.shape[-1] for row in rows]
+    # What a label needs, in inches: matplotlib places axes in shares of the figure, and the pictures are to
+    # come out at one size however long a label is.
+    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
+    top = 0.22 + 0.13 * max(title.count("\n") for title in titles) if titles else 0.05
+    below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
+    width = left + columns * (size + 0.05)
+    height = top + size * sum(heights) + sum(below)
+
+    figure = empty_figure(width, height)
+    y = height - top
+    for i, row in enumerate(rows):
+        y -= heights[i] * size
+        for j, picture in enumerate(row):
+            x = left + j * (size + 0.05)
+            axes = figure.add_axes((x / width, y / height, size / width, heights[i] * size / height))
+            show_picture(axes, picture)
+            if titles and i == 0 and j < len(titles):
+                axes.set_title(titles[j], fontsize=8, pad=3)
+            if labels and j == 0:
+                axes.text(-0.06, 0.5, labels[i], transform=axes.transAxes, ha="right", va="center", fontsize=8)
+            if notes and j < len(notes[i]):
+                axes.text(0.5, -0.03, notes[i][j], transform=axes.transAxes, ha="center", va="top", fontsize=7)
+        y -= below[i]
+    return figure
+
+
+def noising_strip(
+    pictures: Float[Tensor, "b c h w"],
+    schedule,
+    timesteps: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+) -> "Figure":
+    """How pictures dissolve: a row for each picture and schedule, from the clean picture to x_T.
+
+    schedule: a `NoiseSchedule`, or {name: schedule} to compare some.
+    timesteps: the columns after the clean picture; eight of them, evenly spread, if left out.
+    labels: one for each picture.
+
+    One noise serves the whole figure. What changes along a row and between rows is how much of it there is.
+    """
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    if timesteps is None:
+        T = min(s.timesteps for s in schedules.values())
+        timesteps = [(i + 1) * T // 8 - 1 for i in range(8)] if T >= 8 else list(range(T))
+    noise = torch.randn(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)).to(pictures)  # [c h w]
+    noise = noise.expand(len(timesteps), *noise.shape)  # [steps c h w]
+    t = torch.tensor(timesteps)
+
+    rows, names = [], []
+    for i, x_0 in enumerate(pictures):
+        for name, schedule_i in schedules.items():
+            x_t = schedule_i.q_sample(x_0.expand_as(noise), t, noise)
+            rows.append(torch.cat([x_0[None], x_t]))
+            names.append("\n".join(part for part in (labels[i] if labels else "", name) if part))
+    titles = ["$x_0$", *(f"t = {t}" for t in timesteps)]
+    return strip(rows, titles, names if any(names) else None)
+
+# The fields of a Step that a row of `trajectory` can show.
+_SHOWN = {"x_t": "$x_t$", "x0": r"$\hat x_0$", "eps": r"$\epsilon$", "x": "$x$", "eps_cond": r"$\epsilon$ cond",
+          "eps_uncond": r"$\epsilon$ uncond"}  # fmt: skip
+
+
+def trajectory(
+    steps,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    rows: Sequence[str] = ("x_t", "x0"),
+    every: int | None = None,
+    pictures: Sequence[int] = (0,),
+    labels: Sequence[str] | None = None,
+) -> "Figure":
+    """What a sampler did, from left to right.
+
+    steps: all that it yielded (a list of `Step`, or a `Trajectory`).
+    decode: latents → pictures; left out where the steps hold pictures already.
+    rows: which fields of a Step to show. x_t went in; x0 is the picture that the model had in mind.
+    every: show each `every`-th step, and the last; such that there are about nine, if left out.
+    pictures: which of the batch; labels: a name for each of them.
+    """
+    steps = list(steps)
+    every = every or max(1, -(-len(steps) // 9))
+    chosen = steps[::every]
+    if (len(steps) - 1) % every:
+        chosen.append(steps[-1])
+
+    shown, names = [], []
+    for i, picture in enumerate(pictures):
+        for row in rows:
+            x = torch.stack([getattr(step, row)[picture] for step in chosen])  # [steps c h w]
+            shown.append(decode(x) if decode else x)
+            names.append("\n".join([*([labels[i]] if labels else []), _SHOWN.get(row, row)]))
+    return strip(shown, [f"t = {step.t}" for step in chosen], names)
+
+
+def captioned(
+    pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
+) -> "Figure":
+    """Pictures in [-1, 1], row by row, each with its caption under it, broken into lines where it is long."""
+    from textwrap import fill
+
+    if len(pictures) != len(captions):
+        raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
+    columns = min(columns, len(pictures))
+    broken = [fill(caption, int(16 * size)) for caption in captions]  # so many letters of this size are as wide
+    rows = -(-len(pictures) // columns)
+    height = size * pictures.shape[-2] / pictures.shape[-1]
+    below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches
+    page = columns * (size + 0.1), rows * (height + below) + 0.05
+
+    figure = empty_figure(*page)
+    for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = column * (size + 0.1) + 0.05, page[1] - 0.05 - row * (height + below) - height
+        axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
+        show_picture(axes, picture)
+        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+    return figure

@@ -1,0 +1,185 @@
+"""Numbers along an axis: curves against t, histograms, error over cost, and the timesteps that a sampler visits."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .page import COLOURS, DASHES, as_array, empty_figure, side_by_side
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, tuple]],
+    xlabel: str = "t",
+    ylabel: str = "",
+    log: Sequence[str] = (),
+    width: float = 3.1,
+    height: float = 2.5,
+) -> "Figure":
+    """Panels side by side: {title of the panel: {name of the line: (x, y)}}.
+
+    log: the titles of the panels whose y axis is logarithmic.
+    """
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    named = []  # the lines that the last legend told: the next panel has one only if it shows others
+    for axes, (title, lines) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
+            axes.plot(as_array(x), as_array(y), label=name, **style)
+        if any(lines) and list(lines) != named:
+            axes.legend(frameon=False, fontsize=8, handlelength=2.6)
+            named = list(lines)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        if title in log:
+            axes.set_yscale("log")
+    return figure
+
+
+def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
+    """β_t, ᾱ_t and the log of the signal-to-noise ratio, for each {name: NoiseSchedule}."""
+    panels = {
+        r"noise added in a step:  $\beta_t$": lambda s, t: s.betas,
+        r"signal that is left:  $\bar\alpha_t$": lambda s, t: s.alphas_cumprod,
+        r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$": lambda s, t: s.log_snr(t),
+    }
+    times = {name: torch.arange(s.timesteps) for name, s in schedules.items()}
+    return curves(
+        {
+            title: {name: (times[name], value(s, times[name])) for name, s in schedules.items()}
+            for title, value in panels.items()
+        },
+        log=[next(iter(panels))],  # β covers four powers of ten
+    )
+
+
+def loss_by_timestep(
+    panels: Mapping[str, Mapping[str, tuple]],
+    floors: Mapping[str, tuple] | None = None,
+    floor_label: str = "the best possible",
+    log: Sequence[str] = (),
+    xlabel: str = "t",
+    width: float = 3.4,
+    height: float = 2.4,
+) -> "Figure":
+    """Panels of losses against t: {title of the panel: {name of the model: (t, loss)}}.
+
+    floors: {title: (t, loss)}, in black: what the best possible model would get (`minisd.ExactDenoiser`).
+    log: the titles of the panels whose y axis is logarithmic. xlabel: "step", for the losses of a training.
+    """
+    figure = curves(panels, xlabel, "loss", log, width, height)
+    for axes, title in zip(figure.axes, panels, strict=True):
+        if floors and title in floors:
+            t, loss = floors[title]
+            axes.plot(as_array(t), as_array(loss), color="black", lw=1.1, label=floor_label)
+        axes.legend(frameon=False, fontsize=7.5, handlelength=2.6)
+    return figure
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, Tensor]],
+    gaussians: Mapping[str, tuple[float, float]] | None = None,
+    gaussian_label: str = "exact",
+    bins: int = 60,
+    width: float = 2.5,
+    height: float = 2.1,
+) -> "Figure":
+    """Panels of samples: {title of the panel: {name: samples [n]}}, as densities, all over one x axis.
+
+    gaussians: {title: (mean, variance)}, drawn in black over its panel: what the samples should follow.
+    """
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    axes_of = dict(zip(panels, side_by_side(figure, len(panels), sharex=True), strict=True))
+    for title, samples in panels.items():
+        axes = axes_of[title]
+        # Each panel has bins of its own: those that suit a wide bell would show a needle as a block.
+        together = torch.cat([x.detach().flatten().float().cpu() for x in samples.values()])
+        edges = torch.linspace(together.min(), together.max(), bins + 1)
+        for i, (name, x) in enumerate(samples.items()):
+            # The first is filled, the others are outlines, so that two that agree can both be seen.
+            style = {"histtype": "step", "lw": 1.3} if i else {"histtype": "stepfilled", "alpha": 0.35}
+            style["color"] = COLOURS[i % len(COLOURS)]
+            axes.hist(as_array(x).ravel(), edges.numpy(), density=True, label=name, **style)
+        if gaussians and title in gaussians:
+            mean, variance = gaussians[title]
+            x = mean + sqrt(variance) * torch.linspace(-4, 4, 161)
+            density = torch.exp(-((x - mean) ** 2) / (2 * variance)) / sqrt(2 * torch.pi * variance)
+            axes.plot(x.numpy(), density.numpy(), color="black", lw=1, ls="--", label=gaussian_label)
+        axes.set_title(title, fontsize=9)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def convergence(
+    panels: Mapping[str, Mapping[str, tuple]],
+    slopes: Sequence[int] = (1, 2),
+    xlabel: str = "calls of the model",
+    ylabel: str = "error",
+    width: float = 3.8,
+    height: float = 3.1,
+) -> "Figure":
+    """Error over cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
+
+    slopes: grey lines for comparison; along that of slope p, twice the calls leave 1/2^p of the error.
+    """
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    for axes, (title, lines) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+        xs = [as_array(x) for x, _ in lines.values()]
+        ys = [as_array(y) for _, y in lines.values()]
+        x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
+        for p in slopes:
+            # from the upper left corner of what is drawn, and no further down than that is
+            top, bottom = float(max(map(max, ys))), float(min(map(min, ys)))
+            guide = top * (x / x[0]) ** -p
+            end = x[1] if guide[1] >= bottom else x[0] * (guide[0] / bottom) ** (1 / p)
+            guide[1] = max(guide[1].item(), bottom)
+            axes.plot([x[0], end], guide, color="0.75", lw=1)
+            axes.text(end, guide[1], f" slope {p}", color="0.45", fontsize=7, va="center")
+        for i, (name, calls, errors) in enumerate(zip(lines, xs, ys, strict=True)):
+            colour, marker = COLOURS[i % len(COLOURS)], "os^Dv*"[i % 6]
+            style = {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.2, "markersize": 4}
+            axes.plot(calls, errors, color=colour, marker=marker, label=name, **style)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x[0] <= n <= x[1]]
+        axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        if axes is figure.axes[0]:
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
+    return figure
+
+
+def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> "Figure":
+    """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, what stands at the end of the line)}."""
+    figure = empty_figure(width, 0.62 * len(rows) + 0.45, layout="constrained")
+    (axes,) = side_by_side(figure, 1)
+    for i, (timesteps, end) in enumerate(rows.values()):
+        y = len(rows) - 1 - i
+        axes.plot([T - 1, 0], [y, y], color="0.8", lw=1, zorder=1)
+        axes.scatter(list(timesteps), [y] * len(timesteps), s=22, color=COLOURS[i % len(COLOURS)], zorder=2)
+        for t in timesteps if len(timesteps) <= 12 else (timesteps[0], timesteps[-1]):
+            axes.annotate(str(t), (t, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.text(-0.03 * T, y, end, va="center", fontsize=8)
+    axes.set_xlim(1.03 * T, -0.16 * T)
+    axes.set_ylim(-0.4, len(rows) - 0.4)
+    axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xticks([t for t in range(0, T, T // 5)] + [T - 1])
+    axes.set_xlabel("t", fontsize=8)
+    return figure

@@ -1,0 +1,196 @@
+"""Data of one number or two, where the whole distribution can be seen, and every path through it."""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .page import COLOURS, as_array, empty_figure, side_by_side
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def density_over_time(
+    x_0: Float[Tensor, "n"],
+    schedule,
+    paths: Mapping[str, tuple[Sequence[int], Float[Tensor, "s k"]]] | None = None,
+    width: float = 4.4,
+    height: float = 2.9,
+) -> "Figure":
+    """The density of q(x_t) for data on a line, at all t: the darker, the more probable.
+
+    x_0: the data, each number as likely as the next. schedule: a `NoiseSchedule`.
+    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps. The
+        colour of a path tells which of the data it belongs to: the one that is nearest at its smallest t.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import PowerNorm
+
+    reach = 1.15 * max(2.8, x_0.abs().max().item())
+    y = torch.linspace(-reach, reach, 301)
+    # q(x_t) = 1/n Σ_i N(√ᾱ_t x_i, (1-ᾱ_t) I): around each of the data, one Gaussian
+    mean = schedule.sqrt_alphas_cumprod[:, None] * x_0.float()  # [T n]
+    sigma = schedule.sqrt_one_minus_alphas_cumprod[:, None, None]  # [T 1 1]
+    gaussian = torch.exp(-(((y[None, :, None] - mean[:, None]) / sigma) ** 2) / 2) / (sigma * sqrt(2 * torch.pi))
+    density = gaussian.mean(-1)  # [T y]
+
+    paths = paths or {"": ((), torch.zeros(0, 0))}
+    colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}
+    figure = empty_figure(width * len(paths), height, layout="constrained")
+    for axes, (title, (timesteps, values)) in zip(side_by_side(figure, len(paths)), paths.items(), strict=True):
+        # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
+        axes.imshow(
+            density.T.numpy(),
+            cmap=colormaps["Greys"].resampled(24),  # in steps: one sees where two tones meet, as on a map
+            norm=PowerNorm(0.6, vmin=0, vmax=1.2),
+            extent=(0, schedule.timesteps, -reach, reach),
+            origin="lower",
+            aspect="auto",
+        )
+        for path in values.T:
+            end = path[int(as_array(timesteps).argmin())].item()
+            nearest = min(colour_of, key=lambda value: abs(value - end))
+            every = max(1, len(path) // 250)  # more points than pixels would only make it fuzzy
+            axes.plot(as_array(timesteps)[::every], as_array(path)[::every], color=colour_of[nearest], lw=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("t", fontsize=8)
+        axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
+    return figure
+
+
+def clouds(
+    panels: Mapping[str, Mapping[str, Float[Tensor, "_ 2"]]],
+    behind: Float[Tensor, "n 2"] | None = None,
+    columns: int | None = None,
+    reach: float = 2.8,
+    size: float = 1.45,
+) -> "Figure":
+    """Panels of points in the plane: {title of the panel: {name: points [n 2]}}.
+
+    behind: the data, in grey in every panel. columns: panels in a row; all of them, if left out.
+    reach: both axes go from -reach to reach; what lies outside is not seen. size: of a panel, in inches.
+    """
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for named in panels.values() for name in named))
+    figure = empty_figure(columns * size, rows * (size + 0.22) + 0.28 * (len(names) > 1), layout="constrained")
+    for axes, (title, named) in zip(_planes(figure, rows, columns, reach), panels.items(), strict=False):
+        if behind is not None:
+            axes.scatter(*as_array(behind).T, s=2, color="0.8", linewidths=0, antialiased=False)
+        for name, points in named.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axes.scatter(*as_array(points).T, s=3, color=colour, linewidths=0, antialiased=False, label=name)
+        axes.set_title(title, fontsize=8, pad=3)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    if len(names) > 1:
+        # A panel may lack some of the names: take each from the first that has it.
+        handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+        figure.legend(
+            [handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
+            markerscale=3,
+        )  # fmt: skip
+    return figure
+
+
+def vector_field(
+    panels: Mapping[str, tuple[Float[Tensor, "k 2"], Mapping[str, Float[Tensor, "k 2"]]]],
+    behind: Mapping[str, Float[Tensor, "n 2"]] | None = None,
+    longest: float = 2.0,
+    spacing: float = 0.6,
+    reach: float = 2.8,
+    size: float = 1.8,
+) -> "Figure":
+    """Arrows at places of the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
+
+    The first name's arrows are broad and pale, so that those of the second can be seen on them where the two agree.
+    behind: {title: points [n 2]}, in grey. longest: a vector of this length makes an arrow of one `spacing`; any that
+    is longer is drawn just so long.
+    """
+    figure = empty_figure(len(panels) * size, size + 0.5, layout="constrained")
+    styles = [
+        {"color": "#9ecae9", "width": 0.022, "headwidth": 2, "headlength": 1.5, "headaxislength": 1.5},
+        {"color": COLOURS[1], "width": 0.008, "headwidth": 4, "headlength": 4, "headaxislength": 4},
+    ]
+    for axes, (title, (places, fields)) in zip(_planes(figure, 1, len(panels), reach), panels.items(), strict=True):
+        if behind and title in behind:
+            axes.scatter(*as_array(behind[title]).T, s=2, color="0.75", linewidths=0, antialiased=False)
+        for (name, vectors), style in zip(fields.items(), styles, strict=False):
+            length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            arrows = vectors / length * length.clamp(max=longest) * (spacing / longest)
+            axes.quiver(
+                *as_array(places).T, *as_array(arrows).T, angles="xy", scale_units="xy", scale=1, label=name,
+                minlength=0.1, **style,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=9, pad=3)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
+    """Square panels of the plane, row by row, without a scale."""
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in panels:
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_color("0.8")
+    return panels
+
+
+def walks(
+    x_0: Float[Tensor, "n 2"],
+    panels: Mapping[str, Float[Tensor, "s k 2"]],
+    width: float = 2.6,
+    reach: float = 2.6,
+) -> "Figure":
+    """A toy in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
+
+    A path begins at its small ring and ends at its disc. Its colour tells which path it is, in all panels.
+    """
+    figure = empty_figure(width * len(panels), width + 0.1, layout="constrained")
+    data = as_array(x_0)
+    for axes, (title, paths) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+        axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
+        for k, path in enumerate(as_array(paths).swapaxes(0, 1)):
+            colour = COLOURS[k % len(COLOURS)]
+            markers = {"marker": ".", "markersize": 3} if len(path) <= 30 else {}  # as far as they can be told apart
+            axes.plot(path[:, 0], path[:, 1], color=colour, lw=0.7, zorder=2, **markers)
+            axes.plot(*path[0], "o", color=colour, markersize=4, markerfacecolor="white", zorder=3)
+            axes.plot(*path[-1], "o", color=colour, markersize=4.5, zorder=4)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def pursuit(
+    exact: tuple,
+    panels: Mapping[str, tuple],
+    xlabel: str = r"$\sigma$",
+    ylabel: str = r"$\bar x$",
+    width: float = 2.5,
+    height: float = 2.3,
+) -> "Figure":
+    """A curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of somebody who pursues it.
+
+    Time runs to the right, so that x falls: x is an amount of noise.
+    """
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    for axes, (i, (title, (x, y))) in zip(
+        side_by_side(figure, len(panels), sharey=True), enumerate(panels.items()), strict=True
+    ):
+        axes.plot(as_array(exact[0]), as_array(exact[1]), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
+        axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.invert_xaxis()
+        if i == 0:
+            axes.set_ylabel(ylabel, fontsize=8, rotation=0)
+            axes.legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,155 @@
+"""Sentences in pieces, and matrices: what belongs to what, in shades."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .page import as_array, empty_figure, show_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def token_table(
+    sentences: Mapping[str, Sequence[str]],
+    ids: Mapping[str, Sequence[int]] | None = None,
+    width: float = 10.0,
+) -> "Figure":
+    """How sentences are cut into tokens: a line for each {label: pieces}, its pieces in boxes.
+
+    Blue: a piece that ends a word (it carries "</w>"). Orange: the word goes on. Grey: a token of the form <|…|>, which
+    is no text. Three or more of the same in a row are drawn once, with their number.
+    ids: the id of each piece, to stand under it. width: in inches; a sentence that is longer is broken.
+    """
+    letter, high, gap = 0.0655, 0.24, 0.05  # inches: of a letter, of a box, between boxes
+    step = high + (0.24 if ids else 0.08)  # from line to line
+    left = 0.075 * max(len(line) for label in sentences for line in label.split("\n")) + 0.15
+    boxes, y = [], 0.06  # (x, y, width, text, id, colour), y downwards
+    starts = []
+    for label, pieces in sentences.items():
+        x = left
+        starts.append((label, y))
+        for first, count in _runs(pieces):
+            piece = pieces[first]
+            text = f"{piece} x {count}" if count > 1 else piece
+            number = "" if ids is None else str(ids[label][first])
+            wide = letter * max(len(text), len(number)) + 0.1
+            if x > left and x + wide > width:
+                x, y = left, y + step
+            special = piece.startswith("<|") and piece.endswith("|>")
+            colour = "#DDDDDD" if special else "#BFDDF0" if piece.endswith("</w>") else "#F9D3A8"
+            boxes.append((x, y, wide, text, number, colour))
+            x += wide + gap
+        y += step + 0.04
+
+    reach = max(x + wide for x, _, wide, *_ in boxes) + 0.05
+    figure = empty_figure(reach, y)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, reach), ylim=(y, 0))
+    axes.axis("off")
+    for label, y in starts:
+        axes.text(left - 0.1, y + high / 2, label, ha="right", va="center", fontsize=8)
+    for x, y, wide, text, number, colour in boxes:
+        # Monospaced: only so does the number of letters tell how wide a box must be.
+        style = {"ha": "center", "va": "center", "family": "monospace"}
+        axes.add_patch(_rectangle((x, y), wide, high, colour))
+        axes.text(x + wide / 2, y + high / 2, text, fontsize=7.5, parse_math=False, **style)
+        axes.text(x + wide / 2, y + high + 0.085, number, fontsize=6.5, color="0.35", **style)
+    return figure
+
+
+def _runs(pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each box begins, and how many pieces it stands for: one, or all of a run of three or more."""
+    runs, i = [], 0
+    while i < len(pieces):
+        count = 1
+        while i + count < len(pieces) and pieces[i + count] == pieces[i]:
+            count += 1
+        runs += [(i, count)] if count > 2 else [(i + k, 1) for k in range(count)]
+        i += count
+    return runs
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, colour: str):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, facecolor=colour, edgecolor="0.6", linewidth=0.5)
+
+
+def matrices(
+    panels: Mapping[str, Float[Tensor, "r _"]],
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    numbers: str = "",
+    cell: tuple[float, float] = (0.3, 0.3),
+    pictures: Float[Tensor, "r _ _ _"] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> "Figure":
+    """Matrices side by side, {title: matrix}: white is 0, the darker the larger; red and blue where there are signs.
+
+    rows, columns: their names, the same for all. xlabel, ylabel: what they are, where they are too many to be named:
+    then they are numbered. pictures: one left of each row. NaN is grey: nothing is there.
+    numbers: how to write them into the cells, such as ".2f"; a scale stands beside each matrix where they are not.
+    cell: width and height of one, in inches.
+    """
+    from matplotlib import colormaps
+
+    wide, high = cell
+    left = 0.07 * max((len(name) for name in rows or ()), default=0) + (0.5 if ylabel else 0.1)
+    if pictures is not None:
+        left += high + 0.08
+    long = 0.07 * max((len(name) for name in columns or ()), default=0)
+    upright = long > wide + 0.05  # they would run into each other side by side
+    bottom = 0.08 + (long if upright else 0.17 if columns or xlabel else 0) + (0.22 if xlabel else 0)
+    right = 0.12 if numbers else 0.62  # a scale with its numbers
+    top = 0.05 + 0.17 * max(title.count("\n") + bool(title) for title in panels)
+    height = top + bottom + high * max(len(m) for m in panels.values())
+    width = left + sum(wide * m.shape[1] + right for m in panels.values())
+
+    figure = empty_figure(width, height)
+    x = left
+    for i, (title, matrix) in enumerate(panels.items()):
+        r, c = matrix.shape
+        place = (x, height - top - high * r, wide * c, high * r)
+        axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
+        signed = bool((matrix < 0).any())
+        reach = matrix.nan_to_num().abs().max().item() or 1.0
+        shades = colormaps["RdBu_r" if signed else "Blues"].with_extremes(bad="0.8")
+        scale = {"cmap": shades, "vmin": -reach if signed else 0, "vmax": reach}
+        image = axes.imshow(as_array(matrix), **scale, aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize=9, pad=4)
+        if columns or not xlabel:
+            axes.set_xticks(range(len(columns or [])), columns or [], rotation=90 if upright else 0, fontsize=8)
+        if rows or not ylabel or i:
+            named = rows if rows and i == 0 else []
+            axes.set_yticks(range(len(named)), named, fontsize=8)
+        axes.tick_params(length=0, pad=3, labelsize=8)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel("" if i else ylabel, fontsize=8)
+        if numbers:
+            for (row, column), value in _cells(matrix):
+                dark = abs(value) > 0.6 * reach
+                style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
+                axes.text(column, row, f"{value:{numbers}}", **style)
+        else:
+            bar = figure.add_axes(((x + place[2] + 0.06) / width, place[1] / height, 0.08 / width, place[3] / height))
+            figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
+        if pictures is not None and i == 0:
+            for row, picture in enumerate(pictures):
+                y = height - top - high * (row + 1) + 0.02
+                side = high - 0.04
+                small = figure.add_axes(((x - high) / width, y / height, side / width, side / height))
+                show_picture(small, picture)
+            for label in axes.get_yticklabels():
+                label.set_x(-(high + 0.02) / place[2])  # left of the pictures
+        x += place[2] + right
+    return figure
+
+
+def _cells(matrix: Tensor) -> list[tuple[tuple[int, int], float]]:
+    """((row, column), value) of all that is there."""
+    cells = (((i, j), v) for i, row in enumerate(matrix.tolist()) for j, v in enumerate(row))
+    return [(at, value) for at, value in cells if value == value]  # NaN is not itself
