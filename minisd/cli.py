@@ -1,8 +1,9 @@
 """The command line. Every command is a dataclass: its fields are the flags, the comments beside them their help.
 
 minisd txt2img "a fox, noto style" --out fox.png
-minisd data emoji | data shapes
+minisd data emoji | data shapes | data hub OWNER/NAME --out FOLDER
 minisd train clip | train vae | train unet
+minisd train unet --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
 minisd info FILE
@@ -20,14 +21,15 @@ import torch
 import tyro
 
 from . import PRESETS, Drawing, LatentDiffusion, load, save
-from .checkpoint import describe
-from .data import CaptionedPictures, build_emoji, draw_shapes
+from .checkpoint import SHIPPED, describe
+from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import evaluate, report
 from .training import (
     CLIPRecipe,
     SingleDevice,
     UNetRecipe,
     VAERecipe,
+    finetune_unet,
     recipes,
     train_clip,
     train_unet,
@@ -39,7 +41,9 @@ Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral"
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Preset = Literal["tiny", "emoji", "sd-v1"]
-_preset = "emoji"  # the preset asked for: the flags of a recipe start from its values, so it must be known before them
+# Asked for on the command line. The flags of a recipe start from these, so they are known before any flag is read.
+_preset = "emoji"
+_init: str | None = None  # the model that is trained further
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +144,30 @@ class DataShapes:
 
 
 @dataclass(frozen=True)
+class DataHub:
+    """Bring a data set of the Hugging Face hub, or of parquet files."""
+
+    source: Annotated[str, tyro.conf.Positional]  # "owner/name" on the hub, or a folder of parquet files
+    out: Path  # the folder that is made, for --data
+    split: str = "train"
+    image: str = "image"  # the column of pictures
+    text: str = "text"  # the column of captions
+    size: int = 64  # pixels along each side
+    count: int | None = None  # rows that are read; all if left out
+
+    def run(self) -> None:
+        fetch_dataset(self.source, self.out, self.split, self.image, self.text, self.size, self.count)
+
+
+@dataclass(frozen=True)
 class Data:
     """Make a corpus of captioned pictures."""
 
-    corpus: Annotated[DataEmoji, tyro.conf.subcommand("emoji")] | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
+    corpus: (
+        Annotated[DataEmoji, tyro.conf.subcommand("emoji")]
+        | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
+        | Annotated[DataHub, tyro.conf.subcommand("hub")]
+    )
 
     def run(self) -> None:
         self.corpus.run()
@@ -157,7 +181,7 @@ class Training:
     # a folder of captioned pictures
     data: Path = field(default_factory=lambda: Path("data", "shapes" if _preset == "tiny" else "emoji"))
     # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
-    out: Path = field(default_factory=lambda: Path("runs", _preset))
+    out: Path = field(default_factory=lambda: Path("runs", "finetuned" if _init else _preset))
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
@@ -195,10 +219,27 @@ class TrainVAE(Training):
 class TrainUNet(Training):
     """Train the UNet between the other two, which must be finished."""
 
-    recipe: UNetRecipe = field(default_factory=lambda: recipes.UNET[_preset])
+    recipe: UNetRecipe = field(default_factory=lambda: recipes.FINETUNE if _init else recipes.UNET[_preset])
+    # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
+    # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
+    init: str | None = None
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
+        if self.init:
+            self.finetune()
+        else:
+            self.train()
+        model = self.out / "unet" / "model"
+        print(f'wrote {model}: try `minisd txt2img "a fox" --model {model}`')
+
+    def finetune(self) -> None:
+        sd, engine = load(self.init), SingleDevice(self.device, self.precision)
+        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
+        has_clip = (Path(self.init) / "clip.json").is_file() or (SHIPPED / self.init / "clip.json").is_file()
+        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, self.init if has_clip else None)
+
+    def train(self) -> None:
         for part in ("clip", "vae"):
             if not (self.out / part / f"{part}.json").exists():
                 raise FileNotFoundError(
@@ -207,9 +248,6 @@ class TrainUNet(Training):
         config, data, engine = self.parts()
         train_unet(
             config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
-        )
-        print(
-            f'wrote {self.out / "unet" / "model"}: try `minisd txt2img "a fox" --model {self.out / "unet" / "model"}`'
         )
 
 
@@ -306,10 +344,11 @@ def _corpus(folder: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a mistake of the user's ends in one sentence, not in a traceback."""
-    global _preset
+    global _preset, _init
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = [b for a, b in itertools.pairwise(arguments) if a == "--preset"]
-    _preset = given[-1] if given and given[-1] in get_args(Preset) else "emoji"
+    given = dict(itertools.pairwise(arguments))
+    _preset = given["--preset"] if given.get("--preset") in get_args(Preset) else "emoji"
+    _init = given.get("--init")
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     command = tyro.cli(Command, prog="minisd", args=arguments, config=flat)
     try:

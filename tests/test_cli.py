@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from minisd.cli import main
+from minisd.training import recipes
 
 
 def run(*arguments):
@@ -140,6 +141,10 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     run("evaluate", "--model", model, "--data", shapes, "--count", 4, "--steps", 2, "--out", tmp_path / "scores")
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
     assert [s["split"] for s in scores] == ["train", "test_pair"]
+    # and from there, on pictures of one's own
+    own = ("--init", model, "--data", shapes, "--out", tmp_path / "own", "--steps", 1, "--device", "cpu")
+    run("train", "unet", *own)
+    run("txt2img", "a red circle", "--model", tmp_path / "own/unet/model", "--steps", 2, "--out", tmp_path / "b.png")
 
 
 def test_a_recipe_starts_from_its_preset(capsys):
@@ -147,4 +152,7 @@ def test_a_recipe_starts_from_its_preset(capsys):
         run("train", "clip", "--preset", "sd-v1", "--help")
     help_text = capsys.readouterr().out
     assert "32768" in help_text.replace("_", "")
+    with pytest.raises(SystemExit):
+        run("train", "unet", "--init", "emoji", "--help")
+    assert f"(default: {recipes.FINETUNE.lr})" in capsys.readouterr().out
     assert "each picture is told from" in " ".join(help_text.replace("│", " ").split())

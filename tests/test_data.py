@@ -759,3 +759,57 @@ def test_wrong_shapes_are_one_clear_sentence():
         shape_corpus(0)
     with pytest.raises(ValueError, match="no shape that can be drawn"):
         shapes.outline("hexagon")
+
+
+# -- data sets of the hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A data set as the hub holds it: pictures of several modes, one broken, one without a caption."""
+    from datasets import Dataset
+    from datasets import Image as Column
+
+    red, clear = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(red, "JPEG", quality=100)
+    Image.new("LA", (10, 10), (0, 0)).save(clear, "PNG")
+    pictures = [red.getvalue(), clear.getvalue(), b"no picture", red.getvalue(), None]
+    captions = [["a red field", "another caption"], ["nothing"], ["broken"], [" "], ["none"]]
+    rows = {"picture": [{"bytes": data, "path": None} for data in pictures], "captions": captions}
+    Dataset.from_dict(rows).cast_column("picture", Column(decode=False)).cast_column("picture", Column()).to_parquet(
+        tmp_path / "set" / "data.parquet"
+    )
+    return tmp_path / "set"
+
+
+def test_a_data_set_becomes_a_folder_of_captioned_pictures(parquet, tmp_path, capsys):
+    from minisd.data import CaptionedPictures, fetch_dataset
+
+    columns = {"image": "picture", "text": "captions", "size": 8}
+    folder = fetch_dataset(parquet, tmp_path / "out", **columns)
+    assert "2 pictures at 8x8; 3 rows left out" in capsys.readouterr().out
+    data = CaptionedPictures(folder)
+    assert data.captions == ["a red field", "nothing"] and not data.skipped
+    red, white = data.batch([0, 1])
+    assert red[0].min() > 0.95 and red[1:].max() < -0.95 and (white == 1).all()
+    fetch_dataset(parquet, tmp_path / "out", **columns)
+    assert "already" in capsys.readouterr().out
+    assert len(CaptionedPictures(fetch_dataset(parquet, tmp_path / "one", **columns, count=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"split": "test"}, "no split test"),
+        ({"image": "picture"}, "no column text, but picture, captions"),
+        ({"image": "captions", "text": "picture"}, "captions of .* holds no pictures"),
+        ({"source": "nowhere"}, "no data set at .*nowhere"),
+    ],
+)
+def test_a_data_set_that_is_not_as_asked_for_is_one_clear_sentence(parquet, tmp_path, options, words):
+    from minisd.data import fetch_dataset
+
+    source = parquet.parent / options.pop("source", "set")
+    with pytest.raises(ValueError, match=words):
+        fetch_dataset(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from minisd.training import (
     Trainer,
     UNetRecipe,
     VAERecipe,
+    finetune_unet,
     recipes,
     train_clip,
     train_unet,
@@ -231,3 +232,21 @@ def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):
 def test_a_recipe_that_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Recipe(batch_size=0)
+
+
+def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
+    start = train_unet(PRESETS["tiny"], UNetRecipe(steps=2, **SHORT), shapes, tmp_path / "start", engine, *parts)
+    before = {name: weight.clone() for name, weight in start.state_dict().items()}
+    model = tmp_path / "start/model"
+
+    again = finetune_unet(load(model), UNetRecipe(steps=3, **SHORT), shapes, tmp_path / "more", engine, clip=model)
+    for name, weight in again.state_dict().items():
+        start = before[name].half().float()  # as the file has it
+        if name.startswith("model."):
+            assert torch.allclose(weight, start, atol=5e-3), name  # three small steps from there
+            assert weight.ndim == 1 or not torch.equal(weight, start), name
+        else:
+            assert torch.equal(weight, start), name
+    clip, _ = load_clip(tmp_path / "more/model")  # so that `minisd evaluate` can judge it
+    assert clip.vision_config == recipes.VISION["tiny"]
+    assert len(losses(tmp_path / "more")) == 3

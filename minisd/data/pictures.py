@@ -5,6 +5,7 @@ and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. W
 the files, what comes out is RGB, square, of one size; what can't be used is named and left out.
 """
 
+import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -58,25 +59,33 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
     return np.stack([np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures])
 
 
-def read_picture(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Read, turn as its EXIF says, put on white, crop to a square and resize (None: the square as it is).
+def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in a file's bytes: turned as its EXIF says, on white, cut to a square, resized (None: not resized).
 
-    Raises ValueError, in words for people, where the file is not a picture that can be read.
+    Raises ValueError, in words for people, where the bytes are not a picture that can be read.
     """
-    path = Path(path)
+    if not data:
+        raise ValueError("the file is empty")
     try:
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(data)) as opened:
             picture = on_white(ImageOps.exif_transpose(opened))
-    except FileNotFoundError:
-        raise ValueError("the file is missing") from None
     except ValueError as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # PIL raises nearly everything: OSError, SyntaxError, struct.error, its own bomb error
         raise ValueError(f"not a readable picture ({type(error).__name__})") from error
     pixels = square(picture)
     return resized(pixels[None], size)[0] if size else pixels
+
+
+def read_picture(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """`decode` the picture in a file; raises ValueError as that does, and where the file can't be read."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ValueError("the file is missing") from None
+    except OSError as error:
+        raise ValueError(f"the file can't be read ({error.strerror})") from None
+    return decode(data, size)
 
 
 # One folder -----------------------------------------------------------------------------------------------------------

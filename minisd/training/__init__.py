@@ -8,10 +8,10 @@ clip.py  vae.py  unet.py    one loop each, one page each
 from .clip import CLIPRecipe, train_clip
 from .engine import SingleDevice
 from .trainer import EMA, Recipe, Trainer
-from .unet import UNetRecipe, train_unet
+from .unet import UNetRecipe, finetune_unet, train_unet
 from .vae import VAERecipe, train_vae
 
 __all__ = [
     "EMA", "CLIPRecipe", "Recipe", "SingleDevice", "Trainer", "UNetRecipe", "VAERecipe",
-    "train_clip", "train_unet", "train_vae",
+    "finetune_unet", "train_clip", "train_unet", "train_vae",
 ]  # fmt: skip

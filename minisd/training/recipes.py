@@ -35,3 +35,6 @@ UNET = {
         steps=225_000, batch_size=2048, lr=1e-4, warmup=10_000, decay=False, min_snr_gamma=None, ema_decay=0.9999
     ),
 }
+
+# A model that can draw already, taught some pictures more: a hundredth of the steps, at a tenth of the rate.
+FINETUNE = UNetRecipe(steps=400, batch_size=32, lr=2e-4, warmup=50, ema_decay=0.99, sample_every=100, save_every=100)

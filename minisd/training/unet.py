@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import cast, load_clip, load_weights, read_json, read_weights, save, save_clip, write_weights
+from ..clip import CLIPTextConfig
 from ..data import CaptionedPictures
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..loss import LOSSES, text_dropout
@@ -46,17 +47,62 @@ def train_unet(
     vae: str | Path,
     keep_at: tuple[int, ...] = (),
 ) -> LatentDiffusion:
-    """Train the UNet on top of finished runs of CLIP and of the autoencoder; leaves a minisd folder in `folder/model`.
+    """Train a UNet from scratch on top of finished runs of CLIP and of the autoencoder.
 
     Args:
         clip, vae: the folders of those runs.
+        folder: where the run lives; a folder with a checkpoint in it is gone on with.
         keep_at: steps after which the UNet as it is then is kept beside the finished model.
 
-    Returns the whole model with the UNet's EMA weights. A folder with a checkpoint in it is gone on with.
+    Returns the whole model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
     """
-    folder = Path(folder)
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae).to(engine.device)
+    _fit(sd, recipe, data, Path(folder), engine, keep_at)
+    _save(sd, clip, Path(folder) / "model", engine)
+    return sd.eval()
+
+
+def finetune_unet(
+    sd: LatentDiffusion,
+    recipe: UNetRecipe,
+    data: CaptionedPictures,
+    folder: str | Path,
+    engine: SingleDevice,
+    clip: str | Path | None = None,
+) -> LatentDiffusion:
+    """Go on training the UNet of a finished model, such as `minisd.load()`, on pictures that it has not seen.
+
+    Text tower, tokenizer, autoencoder and scale factor stay as they are. So what the autoencoder can't draw, the model
+    won't learn; and a word that the text tower never read is to it the sum of its pieces.
+
+    Args:
+        sd: trained in place.
+        folder: where the run lives; a folder with a checkpoint in it is gone on with.
+        clip: the model's folder, if it holds the rest of CLIP, which evaluation needs: it is then copied.
+
+    Returns the model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
+
+    Raises:
+        ValueError: the model does not draw from captions.
+    """
+    if not isinstance(sd.config.cond_stage, CLIPTextConfig):
+        raise ValueError("this model does not read captions, so pictures with captions can't teach it")
+    sd.to(engine.device).model.train()
+    _fit(sd, recipe, data, Path(folder), engine)
+    _save(sd, clip, Path(folder) / "model", engine)
+    return sd.eval()
+
+
+def _fit(
+    sd: LatentDiffusion,
+    recipe: UNetRecipe,
+    data: CaptionedPictures,
+    folder: Path,
+    engine: SingleDevice,
+    keep_at: tuple[int, ...] = (),
+) -> None:
+    """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
     moments = encode_all(sd.first_stage_model, data, engine)
     contexts = encode_captions(sd, data.captions)
     empty = sd.get_learned_conditioning([""])
@@ -80,12 +126,15 @@ def train_unet(
                 if step + 1 in keep_at and engine.is_main_process:
                     unet = {k: v for k, v in sd.state_dict().items() if k.startswith("model.")}
                     write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
-
     sd.model.diffusion_model.load_state_dict(trainer.ema.weights, strict=False)
+
+
+def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: SingleDevice) -> None:
+    """Write the model, and beside it the rest of CLIP, which evaluation needs."""
     if engine.is_main_process:
-        save(sd, folder / "model", dtype=torch.float16)  # half the size, and no picture changes visibly
-        save_clip(*load_clip(clip), folder / "model")
-    return sd.eval()
+        save(sd, folder, dtype=torch.float16)  # half the size, and no picture changes visibly
+        if clip is not None:
+            save_clip(*load_clip(clip), folder)
 
 
 def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path) -> LatentDiffusion:

@@ -1,0 +1,91 @@
+"""A Hugging Face data set as a folder of captioned pictures: one of the hub, or parquet files on the disk.
+
+It is streamed: only what is asked for is fetched, and each picture is cut and resized as it comes.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .folder import already_there, write_corpus
+from .pictures import decode
+
+
+def fetch_dataset(
+    source: str | Path,
+    folder: str | Path,
+    split: str = "train",
+    image: str = "image",
+    text: str = "text",
+    size: int = 64,
+    count: int | None = None,
+) -> Path:
+    """Fetch a data set and write it as a folder, which `CaptionedPictures` and every `--data` option read.
+
+    Args:
+        source: "owner/name" on the hub, or a folder of parquet files: whatever `datasets.load_dataset` takes.
+        folder: where to; if it holds this very data set already, nothing is done.
+        split: of the data set.
+        image, text: its columns of pictures and of captions. Of several captions of a picture the first is taken.
+        size: of the square pictures that are written, in pixels.
+        count: read so many rows; None: all. The pictures are held in memory until they are written.
+
+    Returns the folder. Rows without a caption, or whose picture can't be read, are left out and counted.
+
+    Raises:
+        ValueError: there is no such data set, split or column, or nothing in it can be used.
+    """
+    folder = Path(folder)
+    recipe = {"source": str(source), "split": split, "image": image, "text": text, "size": size, "count": count}
+    if already_there(folder, recipe):
+        print(f"{folder} holds these pictures already.")
+        return folder
+    rows, pictures, read = [], [], 0
+    for data, caption in tqdm(islice(_stream(source, split, image, text), count), str(source), total=count):
+        read += 1
+        try:
+            if not caption:
+                raise ValueError("no caption")
+            pictures.append(decode(data, size))
+        except ValueError:
+            continue
+        rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
+    if not rows:
+        raise ValueError(f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".')
+    write_corpus(folder, rows, np.stack(pictures), recipe)
+    print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {read - len(rows):,} rows left out.")
+    return folder
+
+
+def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[tuple[bytes, str]]:
+    """The bytes of each picture, and its caption; empty where there is none."""
+    try:
+        from datasets import Image, load_dataset
+    except ImportError:
+        raise ImportError('data sets of the hub need the package datasets: pip install "minisd[train]"') from None
+
+    try:
+        stream = load_dataset(str(source), split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no data set at {source}, or it has no split {split}: {error}") from None
+    columns = stream.column_names or []
+    for column in (image, text):
+        if column not in columns:
+            raise ValueError(f"{source} has no column {column}, but {', '.join(columns)}: name the one that is meant.")
+    if not isinstance(stream.features[image], Image):
+        raise ValueError(f"the column {image} of {source} holds no pictures: name the one that does.")
+    for row in stream.cast_column(image, Image(decode=False)):  # as bytes: one broken picture must not end it all
+        captions, picture = row[text], row[image] or {}
+        caption = captions[0] if isinstance(captions, list) and captions else captions
+        yield _bytes(picture), " ".join(caption.split()) if isinstance(caption, str) else ""
+
+
+def _bytes(picture: dict) -> bytes:
+    """A picture stands in the table, or beside it as a file."""
+    if picture.get("bytes") is not None:
+        return picture["bytes"]
+    path = Path(picture.get("path") or "")
+    return path.read_bytes() if path.is_file() else b""
