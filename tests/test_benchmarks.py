@@ -172,3 +172,27 @@ def test_the_command_prints_a_table_and_writes_all_figures(diffusers, tmp_path, 
 def test_a_profile_names_the_operations():
     x = torch.rand(64, 64)
     assert "aten::mm" in measure.profile(lambda: x @ x)
+
+
+# -- Stable Diffusion v1 in training -------------------------------------------------------------------------------
+
+
+def test_both_peers_train_on_the_same_in_one_loop(diffusers, tmp_path, capsys):
+    from benchmarks import scale
+
+    small = ["--small", "--device", "cpu", "--steps", "10", "--batch", "2", "--compile", "no"]
+    ours, theirs = scale.main([*small, "--out", str(tmp_path / "runs.json")])
+    assert (ours.peer, theirs.peer) == ("minisd", "diffusers")
+    # each from random weights of its own, whose last convolution is zero in ours alone; the noise has variance one
+    assert ours.losses[0] == pytest.approx(1, abs=0.1) and theirs.losses[0] == pytest.approx(1, abs=0.4)
+    assert ours.tflops / ours.images_per_s == pytest.approx(theirs.tflops / theirs.images_per_s)  # the same mathematics
+    assert [run["peer"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == ["minisd", "diffusers"]
+    assert capsys.readouterr().out.count("| 2 |") == 2
+
+
+def test_the_operations_of_stable_diffusion_are_those_of_the_literature():
+    from benchmarks import scale
+
+    z, context = torch.empty(1, 4, 64, 64, device="meta"), torch.empty(1, 77, 768, device="meta")
+    # 0.8 TFLOP a forward pass at 64x64, multiplications and additions each counted as one
+    assert scale.flops_per_image(scale.UNetConfig(), z, context) / 3e12 == pytest.approx(0.8, rel=0.05)
