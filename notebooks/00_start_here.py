@@ -79,8 +79,8 @@ viz.strip([torch.cat([x_0, x_0.mean(0, keepdim=True)])], [*styles, "their mean"]
 # photographs of foxes would be a brown fog. A machine that draws must be able to **choose**. So it needs something to
 # choose by, something that is different each time. That is what the noise is for:
 #
-# - **training**: add noise to a picture, much or little, and have a network find the noise. (Where there is hardly any,
-#   the task is easy. Where there is hardly anything else, it is a guess.)
+# - **training**: add noise to a picture, much or little, and have a network find the noise. (Whoever finds it has found
+#   the picture, too. Under a little noise the picture is plain to see; under much, one can only guess at it.)
 # - **drawing**: start from pure noise, ask the network which noise is in it, take away a little of that, and ask again.
 #
 # In each step the network's best answer is still a mean, of all pictures that are possible so far. But a little of it

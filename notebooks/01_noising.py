@@ -339,7 +339,8 @@ print("\n".join(table))
 # %% [markdown]
 # Two thousandths of a bit for each number look like nothing. But there are 3,072 numbers, and that makes 7 bits.
 # Average them all: the noise averages out, and its standard deviation falls to $1/\sqrt{3072} = 0.018$. The leak does
-# not. The mean brightness of the picture is still there, times 0.068.
+# not. The mean brightness of the picture is still there, times 0.068. (DDPM chose its schedule so that this would not
+# happen: $L_T \approx 10^{-5}$ bits per dimension, says section 4.)
 
 # %%
 torch.manual_seed(0)
@@ -352,8 +353,8 @@ variance = 1 / x_0[0].numel()  # of the mean of d numbers from N(0, 1)
 viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure noise", bins=40, width=3.2)
 
 # %% [markdown]
-# Under Stable Diffusion's schedule, the emoji, most of which stand on white, can be told from pure noise by
-# their mean alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
+# Under Stable Diffusion's schedule, most of the emoji (they stand on white) can be told from pure noise by their mean
+# alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
 # given pure noise, with a mean of about 0, and takes that for a picture of middling brightness. Lin et al. (2023,
 # ["Common Diffusion Noise Schedules and Sample Steps are Flawed"](https://arxiv.org/abs/2305.08891)) found that
 # Stable Diffusion hardly draws anything very bright or very dark, and that this is why. We shall catch it in the act

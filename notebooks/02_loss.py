@@ -21,12 +21,17 @@
 # - which loss is normal, and why it hardly falls while the pictures get better;
 # - what min-SNR weights do, and why guidance needs training without text.
 #
-# About an hour to read; it runs in about two minutes on a laptop. Small networks are trained on the way, each in
-# seconds. The module of this stage is [`minisd/loss.py`](../minisd/loss.py), under a hundred lines.
+# About an hour to read; it runs in about two minutes on two quiet cores. (The time that is printed at the end was taken
+# on busy ones.) Small networks are trained on the way, each in seconds. The
+# module of this stage is [`minisd/loss.py`](../minisd/loss.py), under a hundred lines.
 #
 # Before: [notebook 01](01_noising.ipynb), where $\bar\alpha_t$, $q(x_t \mid x_0)$ and the exact denoiser are
-# explained. Next: [notebook 03](03_unet.ipynb). **DDPM** is [Ho et al. 2020](https://arxiv.org/abs/2006.11239); the
-# equations are counted as there.
+# explained. Next: [notebook 03](03_unet.ipynb).
+#
+# The papers: **DDPM**, [Ho et al. 2020](https://arxiv.org/abs/2006.11239), whose equations are counted as there;
+# [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672) (Improved DDPM);
+# [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512) ($v$); [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)
+# (guidance without a classifier); [Hang et al. 2023](https://arxiv.org/abs/2303.09556) (min-SNR).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -266,9 +271,10 @@ viz.curves(errors, log=list(errors), width=3.4, height=2.4)
 # %% [markdown]
 # What to see, left: the bound weighs the first timesteps a hundred times as much as the middle. There, the noise is
 # so faint that nobody sees it. But to a likelihood each last bit of each pixel counts, and most bits of a picture
-# are just such faint detail. $L_{simple}$ takes this emphasis away. It leaves the network to care for what one *sees*:
-# shapes and colours, decided at larger $t$. It is no longer a bound on anything. DDPM reports that its pictures are
-# better and its likelihoods worse (table 1 there). Stable Diffusion was trained with it.
+# are just such faint detail (more than half of them, DDPM finds in section 4.3). $L_{simple}$ takes this emphasis away.
+# It leaves the network to care for what one *sees*: shapes and colours, decided at larger $t$. It is no longer a bound
+# on anything. DDPM reports that its pictures are better and its likelihoods worse (table 1 there). Stable Diffusion was
+# trained with it.
 #
 # $$L_{simple} = \mathbb E_{t, x_0, \epsilon}\,\Big\|\epsilon - \epsilon_\theta\big(\sqrt{\bar\alpha_t}\,x_0 +
 #   \sqrt{1-\bar\alpha_t}\,\epsilon,\; t\big)\Big\|^2 \qquad \text{(DDPM, eq. 14)}$$
@@ -327,17 +333,18 @@ moons, which = two_moons(2000 if full else 100, torch.Generator().manual_seed(0)
 print(f"moons {list(moons.shape)}, mean {moons.mean():.2f}, variance {moons.var(0).mean():.2f}")
 
 # %% [markdown]
-# Algorithm 1 of the paper, and the same in code:
+# Algorithm 1 of the paper, and beside each line what stands for it in the code below:
 #
-# | | DDPM, algorithm 1 |
-# |---|---|
-# | 1 | repeat |
-# | 2 | $\quad x_0 \sim q(x_0)$ |
-# | 3 | $\quad t \sim \mathrm{Uniform}(\{1, \dots, T\})$ |
-# | 4 | $\quad \epsilon \sim \mathcal N(0, I)$ |
-# | 5 | $\quad$ take a gradient descent step on $\nabla_\theta \|\epsilon - \epsilon_\theta(x_t, t)\|^2$, |
-# | | $\quad$ where $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ |
-# | 6 | until converged |
+# | | DDPM, algorithm 1 | in the code |
+# |---|---|---|
+# | 1 | repeat | `for step in range(1, steps + 1):` |
+# | 2 | $\quad x_0 \sim q(x_0)$ | `chosen = torch.randint(len(moons), (512,))` |
+# | 3 | $\quad t \sim \mathrm{Uniform}(\{1, \dots, T\})$ | `t = torch.randint(0, T, (len(x_0),))` |
+# | 4 | $\quad \epsilon \sim \mathcal N(0, I)$ | `noise = torch.randn_like(x_0)` |
+# | 5 | $\quad$ take a gradient descent step on | `loss.backward()`, `optimizer.step()` |
+# | | $\qquad \nabla_\theta \lVert\epsilon - \epsilon_\theta(x_t, t)\rVert^2$, | `(noise - model(…)).square().mean()` |
+# | | $\qquad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ | `x_t = alpha_bar.sqrt() * x_0 + …` |
+# | 6 | until converged | until `steps` are done |
 
 
 # %%
@@ -523,12 +530,13 @@ viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
 # %% [markdown]
 # What to see, left: the loss is high at small $t$ and low at large $t$, for the best possible model as for ours.
 # Where there is hardly any noise, it is hard to say which (it drowns in the data); where there is nothing else, it
-# is plain to see. (The floor's dip at the far left: there, the noise is smaller than the distance between two
-# points of the data, and the exact denoiser knows which point it is.) Right: what is left to learn, nearly all of
-# it at small $t$.
+# is plain to see. (The floor's dip at the far left: there, the noise is hardly larger than the distance between
+# neighbouring points of the data, and the exact denoiser begins to know which point it is.) Right: what is left to
+# learn, nearly all of it at small $t$.
 #
 # The line above the figure shows a handy fact. A squared error splits in two: the loss is the floor plus the squared
-# distance from the exact answer. The first part can't be changed, the second is what training works on.
+# distance from the exact answer. (For the mean over all noise. Here we have 2,000 draws, and it holds but for the last
+# digit.) The first part can't be changed, the second is what training works on.
 #
 # This answers the question.
 #
@@ -636,10 +644,9 @@ viz.curves({"what nobody can guess": lines}, ylabel="share", width=4, height=2.2
 #   \qquad \text{(Min-SNR, section 3.4)}$$
 #
 # Where the picture is nearly clean, the weight falls; elsewhere it stays 1. The effort goes to where the picture is
-# decided. The authors report that training converges 3.4 times faster than with the weights before theirs
-# ([arXiv:2303.09556](https://arxiv.org/abs/2303.09556)), and `minisd` trains its models so. Do the moons gain
-# from it? We train three networks alike, but for the weights: none, the bound's, and min-SNR's. All are measured alike,
-# without weights, by their distance from the exact answer.
+# decided. The authors report that training converges 3.4 times faster than with the weights before theirs, and `minisd`
+# trains its models so. Do the moons gain from it? We train three networks alike, but for the weights: none, the
+# bound's, and min-SNR's. All are measured alike, without weights, by their distance from the exact answer.
 
 
 # %%
@@ -654,13 +661,13 @@ def min_snr_loss(model, schedule, x_0, context=None):
     return minisd.epsilon_loss(model, schedule, x_0, context, min_snr_gamma=5.0)
 
 
-by_weight = {"$L_{simple}$": model}
+by_weight = {"no weights": model}  # L_simple
 for name, loss_of in {"the bound": bound_loss, "min-SNR": min_snr_loss}.items():
     torch.manual_seed(0)
     by_weight[name] = Guesser()
     train(by_weight[name], lambda model, chosen, f=loss_of: f(model, schedule, moons[chosen]), 3000)
 
-weights = {"$L_{simple}$": torch.ones(T - 1), "the bound": bound[1:], "min-SNR": minisd.loss.min_snr_weight(snr)}
+weights = {"no weights": torch.ones(T - 1), "the bound": bound[1:], "min-SNR": minisd.loss.min_snr_weight(snr)}
 above = {name: (timesteps, above_the_floor(trained_so)) for name, trained_so in by_weight.items()}
 shown = [0, 2, 5, 7, 10, 12] if full else [0, 1]  # of `timesteps`
 print("above the floor:  " + "".join(f"t = {timesteps[i]:<6}" for i in shown) + " samples: distance to the data")
@@ -917,7 +924,8 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #
 # ## Try it
 #
-# - Give the moons ten times the noise (0.8 for 0.08 in `two_moons`). What becomes of the floor?
+# - Give the moons ten times the noise (0.8 for 0.08 in `two_moons`). What becomes of the floor? And of its dip at
+#   $t = 0$, if the data are ten times as many points?
 # - Train `Guesser` with `minisd.v_loss`, and draw with it: which conversion must stand before the sampler?
 # - Leave out $t$ (put `0 * t` into `phase`). How much does the loss rise, and why not more?
 # - Exercises: [`exercises/02_loss.ipynb`](../exercises/02_loss.ipynb), where you write `epsilon_loss`, `text_dropout`,
