@@ -146,7 +146,7 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: i
                    'c_∅ = CLIP(tokens of "")', "LatentDiffusion.get_learned_conditioning", DDPM))  # fmt: skip
     entries += [
         Intermediate(6, "timesteps", f"the {steps} that are visited", timesteps,
-                     f"{steps} of 1, …, {sd.schedule.timesteps}, falling", "make_ddim_timesteps", UTIL),
+                     f"{steps} of 0, …, {sd.schedule.timesteps - 1}, falling", "make_ddim_timesteps", UTIL),
         Intermediate(6, x_t, "pure noise" if step == 0 else "noisy latent", now.x_t,
                      "x_T ~ N(0, I)" if step == 0 else "out of the step before",
                      "start_code" if step == 0 else "DDIMSampler.p_sample_ddim",

@@ -17,7 +17,7 @@
 #   that made Stable Diffusion;
 # - what waits in which of the notebooks that follow.
 #
-# About 15 minutes to read; it runs in under a minute on a laptop. You need to have met a neural network before, and
+# About 15 minutes to read; it runs in about a minute on a laptop. You need to have met a neural network before, and
 # PyTorch. Everything else is explained on the way, most of it in a later notebook.
 
 # %% tags=["parameters"]
@@ -36,12 +36,13 @@ drawing = sd.txt2img("fox, noto style", steps=50, guidance_scale=4.0, seed=0, nu
 viz.sheet(drawing.images, scale=4)
 
 # %% [markdown]
-# Four foxes. They were not looked up anywhere: they were made out of noise, in a second or two, by networks that were
+# Four foxes. They were not looked up anywhere: they were made out of noise, in a few seconds, by networks that were
 # trained on two cores of a CPU. The model has all parts of **Stable Diffusion v1**, at about a hundredth of the size.
 # It draws small pictures, 32×32 pixels, enlarged here so that each pixel is a square of 4×4. (They are nearly the same
 # fox, since it knows only one in this style. We shall come to that.)
 #
-# Ask it for something else. A prompt is "WHAT, STYLE style", as in the captions that it was trained on.
+# Ask it for something else. A prompt is "WHAT, STYLE style", as in the captions that it was trained on. (A style is the
+# hand of one group of artists: noto, fluent, twemoji and so on.)
 
 # %%
 full = MODE == "full"
@@ -52,9 +53,9 @@ viz.strip([drawn.pictures], [p.replace(", ", ",\n") for p in prompts], size=1.0)
 
 # %% [markdown]
 # The last one went wrong, and that is worth a look. No caption of the training set says "red fox". The captions know
-# "red" from "red apple" and "red heart", and so something red came out. This is a small model that learned from
-# about 8,000 pictures. Stable Diffusion saw some hundred thousand times as many. The *mechanism* is the same, and here
-# you can watch all of it.
+# "red" from "red apple", "red heart" and "red circle", and a red thing came out, shaped more like a heart than like a
+# fox. This is a small model that learned from about 8,000 pictures. Stable Diffusion saw some hundred thousand times
+# as many. The *mechanism* is the same, and here you can watch all of it.
 #
 # ## The naive idea, and why noise is needed
 #
@@ -78,8 +79,8 @@ viz.strip([torch.cat([x_0, x_0.mean(0, keepdim=True)])], [*styles, "their mean"]
 # photographs of foxes would be a brown fog. A machine that draws must be able to **choose**. So it needs something to
 # choose by, something that is different each time. That is what the noise is for:
 #
-# - **training**: add noise to a picture, much or little, and have a network find the noise. (Where there is hardly any,
-#   the task is easy. Where there is hardly anything else, it is a guess.)
+# - **training**: add noise to a picture, much or little, and have a network find the noise. (Whoever finds it has found
+#   the picture, too. Under a little noise the picture is plain to see; under much, one can only guess at it.)
 # - **drawing**: start from pure noise, ask the network which noise is in it, take away a little of that, and ask again.
 #
 # In each step the network's best answer is still a mean, of all pictures that are possible so far. But a little of it
@@ -90,8 +91,13 @@ viz.trajectory(drawing.trajectory, sd.decode_first_stage, every=7)
 
 # %% [markdown]
 # Above: what the network is shown, $x_t$, from noise to picture. (The timestep $t$ counts down, from much noise to
-# none.) Below it: the picture that it has in mind at that moment, called $\hat x_0$. At first it is rough, too dark and
-# too strong in colour. But a fox is there long before the noise is gone.
+# none.) Below it: the picture that it has in mind at that moment, called $\hat x_0$, read "x-zero-hat": 0 for "no noise
+# left", and the hat for "a guess". At first it is rough, too dark and too strong in colour. But a fox is there long
+# before the noise is gone.
+#
+# You may have expected fine grain, as on an old television. These are blots, because the noise is not in the pixels.
+# It is in a smaller picture, the latent, and what you see is that latent decoded. The section after the next one says
+# why.
 #
 # **Predict, then run.** Two things go into a drawing: the prompt, and the noise at the start, which the seed decides
 # on. Draw three prompts, the last of them empty,
@@ -156,16 +162,16 @@ viz.sampling_diagram()
 # %% [markdown]
 # Read it from the left. The **UNet** is asked about the same noisy latent twice: once with the prompt's context $c$,
 # once with that of the empty prompt, $c_\emptyset$. The **sampler** exaggerates the difference (this is "guidance") and
-# takes a step. Then the UNet is asked again, about a latent with a little less noise. After the last step, the
-# autoencoder decodes.
+# takes a step. Then the UNet is asked again, about a latent with a little less noise: in 50 steps a hundred questions.
+# After the last step, the autoencoder decodes. The text is read once, and the picture decoded once.
 #
 # ## The map
 #
 # And this is the same drawing with all that was computed on the way. Each intermediate has two lines: what it is, with
 # its shape and its range; then how it came about, and where CompVis's source computes it. The number in front is the
 # stage, and the notebook that explains it. **Every notebook comes back to this table.** You need not understand it now.
-# Look for the shapes: how the `[1, 24]` tokens become `[1, 24, 192]`, how everything from `x_T` to `z` is
-# `[1, 4, 8, 8]`, and how `[1, 3, 32, 32]` comes out.
+# Look for the shapes: how the `[1, 24]` tokens become `[1, 24, 192]`, how each latent and each noise from `x_T` to `z`
+# is `[1, 4, 8, 8]`, and how `[1, 3, 32, 32]` comes out.
 
 # %%
 trace = minisd.trace(sd, "fox, noto style", steps=50 if full else 3, guidance_scale=4.0, seed=0)
@@ -182,16 +188,21 @@ rows = [row / row.abs().max() for row in rows]
 viz.strip(rows, [f"channel {i}" for i in range(4)], [f"{s}:\n{trace[s].name}" for s in symbols], size=0.8)
 
 # %%
-x_T, eps = trace["x_T"].value, trace["eps"].value
-print(f"x_T and eps differ by {(x_T - eps).square().mean().sqrt():.3f} (root mean square); x_T has std {x_T.std():.3f}")
-difference = trace["eps_cond"].value - trace["eps_uncond"].value
-print(f"eps_cond and eps_uncond differ by {difference.square().mean().sqrt():.3f}")
+def how_far(a, b):
+    """Root mean square of the difference of two intermediates."""
+    return (trace[a].value - trace[b].value).square().mean().sqrt().item()
+
+
+print(f"x_T has the standard deviation {trace['x_T'].std:.3f}")
+for a, b in [("x_T", "eps_uncond"), ("x_T", "eps_cond"), ("eps_uncond", "eps_cond"), ("x_T", "eps")]:
+    print(f"{a:10} and {b:10} differ by {how_far(a, b):.3f}")
 
 # %% [markdown]
-# The first three rows look alike. At the first step, $x_T$ is nothing but noise, and the network says so: the noise in
-# it is nearly all of it. What decides on the picture is the small remainder (0.287, where $x_T$ is 0.941). Smaller
-# still is what the prompt changes (0.073). In the last two rows there is no noise any more: in channel 2 one can make
-# out the shape of the fox's head.
+# The first three rows look alike. At the first step, $x_T$ is nothing but noise, and the network says so: what it finds
+# is $x_T$, but for 0.039 without the prompt and 0.075 with it. All that decides on the picture is in these small
+# remainders. Its two answers differ by 0.073, which is what the prompt says. Guidance takes this difference four times,
+# and the remainder grows to 0.287. In the last two rows there is no noise any more: in channel 2 one can make out the
+# shape of the fox's head.
 #
 # (DDIM with 50 steps visits every twentieth timestep, 981, 961, …, 21, 1. So the first one, at which the noise is
 # called $x_T$, is 981 and not 999.)
@@ -201,8 +212,8 @@ print(f"eps_cond and eps_uncond differ by {difference.square().mean().sqrt():.3f
 #
 # <details><summary>Answer</summary>
 #
-# `eps_uncond` and the separate `eps_cond`: with nothing to exaggerate, the UNet is asked only once a step, and drawing
-# takes half the time. (The empty prompt's context is still in the table. It was computed, and nobody asked for it.)
+# `eps_uncond` and the separate `eps_cond`: with nothing to exaggerate, the UNet is asked only once a step, and has half
+# as much to compute. (The empty prompt's context is still in the table. It was computed, and nobody asked for it.)
 #
 # </details>
 
@@ -231,8 +242,8 @@ step = minisd.trace(sd, "fox, noto style", image=fox, t=500, seed=0)
 print(step)
 
 # %% [markdown]
-# The last line is the loss at this one timestep. A network that knows nothing and answers 0 would have a loss of about
-# 1, the variance of the noise.
+# The last line is the loss at this one timestep, 0.055. A network that knows nothing and answers 0 would have a loss of
+# about 1, the variance of the noise.
 #
 # The equations of both tables fit on a page, and the rest of the course is about why they are what they are:
 #
@@ -278,8 +289,10 @@ viz.class_diagram()
 # - **Predict, then run.** Where these words stand, write an answer down before you unfold ours. A wrong guess teaches
 #   more than a right reading.
 # - **Change something.** Each notebook ends with a few things to try. No run of a cell is precious.
-# - **Write it yourself.** Each stage has exercises: a function to be written from its equation. A checker runs yours
-#   against minisd's, says which mistake it is, and can put yours into minisd and draw with it.
+# - **Write it yourself.** Each stage has exercises, in a notebook of the same name, beginning with
+#   [`exercises/01_noising.ipynb`](../exercises/01_noising.ipynb): functions to be written from their equations. A
+#   checker runs yours against minisd's, says which mistake it is, and can put yours into minisd and draw with it. It
+#   can be asked from a terminal, too:
 #
 # ```
 # python -m minisd.coursework list                 all exercises, by stage
@@ -313,7 +326,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # | `sd.apply_model` | `LatentDiffusion.apply_model` | `ldm/models/diffusion/ddpm.py` |
 # | `minisd.sampling.ddim` | `DDIMSampler.sample`, `p_sample_ddim` | `ldm/models/diffusion/ddim.py` |
 # | `sd.decode_first_stage` | `LatentDiffusion.decode_first_stage` | `ldm/models/diffusion/ddpm.py` |
-# | `x_T`, the noise at the start | `start_code` | `scripts/txt2img.py` |
+# | `x_T`, the noise at the start | `x_T`; `start_code` with `--fixed_code` | `ddim.py`, `scripts/txt2img.py` |
 # | `minisd.trace` | has no counterpart | |
 #
 # ## Try it
@@ -322,5 +335,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - `minisd.trace(..., step=40)` shows a later step from the inside. How large is `x0` now, and how far is `eps_cond`
 #   from `eps_uncond`?
 # - Print the training trace at `t=50` and at `t=950`. At which is the loss larger, and why?
+#
+# The exercises begin with the next notebook: there is nothing to compute yet.
 #
 # Next, in [notebook 01](01_noising.ipynb): what noise does to a picture, and how it could be undone.

@@ -17,11 +17,19 @@
 # - what $\beta_t$, $\alpha_t$ and $\bar\alpha_t$ are, and why a picture is shrunk before noise is added;
 # - how to jump to any timestep in one line, $q(x_t \mid x_0)$;
 # - what a schedule decides, and what Stable Diffusion's leaves undone at its end;
-# - what one step back looks like, $q(x_{t-1} \mid x_t, x_0)$;
+# - what one step back looks like, $q(x_{t-1} \mid x_t, x_0)$, and why the steps must be small;
 # - that the best denoiser of all needs no network and no training, and why nobody would want it.
 #
-# About 40 minutes to read; it runs in about a minute on a laptop. Nothing is trained here. The module of this stage is
+# About 45 minutes to read; it runs in about a minute on a laptop. Nothing is trained here. The module of this stage is
 # [`minisd/noising.py`](../minisd/noising.py): a few lines for each equation below.
+#
+# Before: [notebook 00](00_start_here.ipynb), the map of the whole. Next: [notebook 02](02_loss.ipynb), where a network
+# learns to undo the damage.
+#
+# The papers are cited by these names: **DDPM**, [Ho et al. 2020](https://arxiv.org/abs/2006.11239); **Improved DDPM**,
+# [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672); **Variational Diffusion Models**,
+# [Kingma et al. 2021](https://arxiv.org/abs/2107.00630); **EDM**,
+# [Karras et al. 2022](https://arxiv.org/abs/2206.00364).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -63,7 +71,8 @@ viz.strip([x_0], titles=names)
 # $$x_t = x_{t-1} + 0.1\,\epsilon_t, \qquad \epsilon_t \sim \mathcal N(0, I)$$
 #
 # To be shown, each picture below is clamped to $[-1, 1]$. The number under it is the standard deviation of what is
-# really there.
+# really there. We count as the code does, from 0: $t = 0$ is the picture after the first step, $t = 999$ the one after
+# the thousandth. The clean picture is $x_0$ in the papers, and has no timestep in the code.
 
 # %%
 torch.manual_seed(0)
@@ -87,8 +96,8 @@ viz.strip([naive], titles, ["add"], notes=[[f"std {x.std():.2f}" for x in naive]
 # 2. **It arrives nowhere.** To draw a picture, we want to start from noise that *no* picture was needed to make. But
 #    the picture is still in there at full strength, under noise whose size depends on how long we went on.
 #
-# (One can live with that. The "variance-exploding" models do, and divide by the size before the network looks: in the
-# end it comes to the same. Stable Diffusion follows DDPM, which never lets the numbers grow.)
+# (One can live with that: the "variance-exploding" models do. EDM divides by the size before the network looks, which
+# comes to the same as what follows. Stable Diffusion follows DDPM, which never lets the numbers grow.)
 #
 # The remedy: **shrink first, then add**, and shrink just so much that the noise makes up for the variance that is lost.
 #
@@ -148,7 +157,8 @@ viz.strip([naive, kept], titles, ["add", "shrink, add"], notes)
 #   \big(\underbrace{\sqrt{\alpha_{t-1}}\,x_{t-2} + \sqrt{1-\alpha_{t-1}}\;\epsilon_{t-1}}_{x_{t-1}}\big)
 #   + \sqrt{1-\alpha_t}\;\epsilon_t$$
 #
-# There are two Gaussian noises in it. Their sum is Gaussian again, and the variances add up:
+# There are two Gaussian noises in it. Their sum is Gaussian again (this is why the noise is Gaussian and not, say,
+# uniform), and the variances add up:
 # $\alpha_t(1-\alpha_{t-1}) + (1-\alpha_t) = 1 - \alpha_t\alpha_{t-1}$. So two steps look like one step with
 # $\alpha_t\alpha_{t-1}$ in place of $\alpha_t$, and so do three, and so do all:
 #
@@ -203,8 +213,7 @@ print("\n".join(table))
 viz.histograms(panels, gaussians)
 
 # %% [markdown]
-# The bell starts as a needle at 0.9, gets wider, and slides towards 0. (The code counts timesteps from 0: $t$
-# is reached after $t+1$ steps, and the clean picture has no index.)
+# The bell starts as a needle at 0.9, gets wider, and slides towards 0.
 #
 # ## The whole process, on a line
 #
@@ -225,12 +234,32 @@ walks = torch.stack(walks)  # [T 6]
 viz.density_over_time(toy, schedule, {"a thousand small random steps": (range(T), walks)}, width=6)
 
 # %% [markdown]
-# Three things to see, and they hold in 3,072 dimensions too.
+# Three things to see.
 #
 # - Early on, $x_t$ tells from which number it came. Later the bells overlap, and it does not.
 # - The two numbers that are close to each other melt together first. Noise wipes out **small differences before large
-#   ones**: in pictures, texture before outline, and outline before brightness.
+#   ones**.
 # - At the end there is one bell, $\mathcal N(0, 1)$. Nearly.
+#
+# Does the second hold for pictures? Cut them into squares of $2k \times 2k$ pixels, and ask how much the four quarters
+# of a square differ from its mean. For $k = 1$ this is the finest texture, for $k = 16$ whether the picture is
+# brighter on the left or at the top. In the mean over $k^2$ pixels most of the noise cancels: its variance is $1/k^2$
+# of that of a pixel, and three quarters of this are left once the mean of the whole square is subtracted.
+
+# %%
+level, k = corpus.batch(range(len(corpus))), 1  # [1280 3 32 32]
+snr = schedule.snr(torch.arange(T))
+while k < 32:
+    coarser = torch.nn.functional.avg_pool2d(level, 2)  # the mean of each square, [1280 3 16/k 16/k]
+    detail = level - coarser.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    variance = detail.square().mean()
+    gone = (snr * variance / (0.75 / k**2) < 1).int().argmax()  # 0.75 / k²: the variance if it were pure noise
+    print(f"quarters of {k:2} × {k:2} pixels: std {variance.sqrt():.2f}, drowned in noise from t = {gone}")
+    level, k = coarser, 2 * k
+
+# %% [markdown]
+# The differences themselves are of much the same size at all scales, 0.15 to 0.29. But a large square has little noise.
+# So noise takes the texture first, then the outline, and at last what is dark and what is light.
 #
 # ## Which schedule?
 #
@@ -256,12 +285,13 @@ for name, s in schedules.items():
 viz.schedule_curves(schedules)
 
 # %%
-viz.noising_strip(x_0[:2], schedules, [99, 199, 299, 399, 599, 999], labels=["fox", "fish"])
+viz.noising_strip(x_0[1:2], schedules, [99, 199, 299, 399, 599, 799, 999])
 
 # %% [markdown]
 # One noise serves the whole figure, so that only the amounts differ. DDPM's linear schedule is done with these pictures
-# early, and spends nearly half of its time on what looks like noise anyway. The cosine schedule was made to spread the
-# work more evenly. Stable Diffusion's is in between, and it stops early, as we shall see.
+# early, and spends nearly half of its time on what looks like noise anyway. The cosine schedule was made to destroy
+# information more slowly (Improved DDPM, section 3.2). Stable Diffusion's is in between, and it stops early, as we
+# shall see.
 #
 # **Predict, then run.** For each schedule, take the $t$ at which the SNR has a given value. How do the three noisy
 # pictures differ?
@@ -292,24 +322,25 @@ viz.strip(rows, [f"log SNR = {wanted}" for wanted in log_snrs], list(schedules),
 #
 # $$x_T = \underbrace{\sqrt{\bar\alpha_T}}_{0.068}\,x_0 + \underbrace{\sqrt{1-\bar\alpha_T}}_{0.998}\,\epsilon$$
 #
-# and 7% of the picture is still there. The distance between the two Gaussians is called $L_T$ (DDPM, eq. 5),
-# and for each dimension it is $\tfrac12\big(\bar\alpha_T\,x_0^2 - \bar\alpha_T - \log(1-\bar\alpha_T)\big)$
-# nats.
+# and 7% of the picture is still there. How far one Gaussian is from another is measured by the Kullback-Leibler
+# divergence (notebook 02 explains it). Here it is called $L_T$ (DDPM, eq. 5), and for each dimension it is
+# $\tfrac12\big(\bar\alpha_T\,x_0^2 - \bar\alpha_T - \log(1-\bar\alpha_T)\big)$; divided by $\log 2$, it is in bits.
 
 # %%
 everything = corpus.batch(range(len(corpus)))  # [n 3 32 32]
 table = [f"{'':14}   √ᾱ_T     L_T per dimension    per picture"]
 for name, s in schedules.items():
     a = s.alphas_cumprod[-1].double()
-    L_T = (a * everything.square().mean() - a - torch.log1p(-a)) / 2  # nats per dimension
+    L_T = (a * everything.square().mean() - a - torch.log1p(-a)) / 2
     bits = L_T / torch.log(torch.tensor(2.0))
-    table.append(f"{name:14}  {a.sqrt():.5f}   {bits:.1e} bits         {L_T * x_0[0].numel():.5f} nats")
+    table.append(f"{name:14}  {a.sqrt():.5f}   {bits:.1e} bits         {bits * x_0[0].numel():.5f} bits")
 print("\n".join(table))
 
 # %% [markdown]
-# Two thousandths of a bit for each number look like nothing. But there are 3,072 numbers, and they conspire. Average
-# them all: the noise averages out, and its standard deviation falls to $1/\sqrt{3072} = 0.018$. The leak does not. The
-# mean brightness of the picture is still there, times 0.068.
+# Two thousandths of a bit for each number look like nothing. But there are 3,072 numbers, and that makes 7 bits.
+# Average them all: the noise averages out, and its standard deviation falls to $1/\sqrt{3072} = 0.018$. The leak does
+# not. The mean brightness of the picture is still there, times 0.068. (DDPM chose its schedule so that this would not
+# happen: $L_T \approx 10^{-5}$ bits per dimension, says section 4.)
 
 # %%
 torch.manual_seed(0)
@@ -322,12 +353,12 @@ variance = 1 / x_0[0].numel()  # of the mean of d numbers from N(0, 1)
 viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure noise", bins=40, width=3.2)
 
 # %% [markdown]
-# Under Stable Diffusion's schedule, the emoji, most of which stand on white, can be told from pure noise by
-# their mean alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
-# given pure noise, with a mean of about 0, and takes that for a picture of middling brightness. This is one
-# reason why Stable Diffusion v1 hardly manages a night sky or a blank page (Lin et al. 2023, "Common Diffusion
-# Noise Schedules and Sample Steps are Flawed"). We shall catch it in the act further down, with no network at
-# all.
+# Under Stable Diffusion's schedule, most of the emoji (they stand on white) can be told from pure noise by their mean
+# alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
+# given pure noise, with a mean of about 0, and takes that for a picture of middling brightness. Lin et al. (2023,
+# ["Common Diffusion Noise Schedules and Sample Steps are Flawed"](https://arxiv.org/abs/2305.08891)) found that
+# Stable Diffusion hardly draws anything very bright or very dark, and that this is why. We shall catch it in the act
+# further down, with no network at all.
 #
 # ## One step back, if you know where you came from
 #
@@ -391,11 +422,37 @@ print(f"largest difference from what was told: {(x - told).abs().max():.1e}")
 viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["told: fox", "told: melon"])
 
 # %% [markdown]
+# ## Why the steps must be small
+#
+# And if nobody tells us $x_0$? Forwards, one jump does what a thousand steps do. Why not go back in one jump, too? Let
+# us count again, now with the three numbers of the toy, and with $x_t$ as all that is known. We keep the walks that
+# come by $x_{300} = 0$, and look where they were 300, 150, 40 and 4 steps earlier.
+
+# %%
+torch.manual_seed(0)
+origin = toy[torch.randint(len(toy), (n,))]
+t, panels, gaussians = 300, {}, {}
+for back_by in (300, 150, 40, 4):
+    s = t - back_by
+    x_s = schedule.q_sample(origin, torch.full((n,), s), torch.randn(n))
+    alpha = schedule.alphas_cumprod[t] / schedule.alphas_cumprod[s]  # α_{s+1} ⋯ α_t: those steps as one
+    x_t = alpha.sqrt() * x_s + (1 - alpha).sqrt() * torch.randn(n)
+    chosen = x_s[x_t.abs() < 0.02]
+    title = f"{back_by} steps earlier"
+    panels[title], gaussians[title] = {"where they were": chosen}, (chosen.mean().item(), chosen.var().item())
+viz.histograms(panels, gaussians, "the Gaussian with their mean and variance", bins=80)
+
+# %% [markdown]
+# 300 steps back, three needles: the three numbers. No Gaussian is anything like it. But a *short* way back ends in a
+# bell, and two numbers say all about it, mean and variance. This is what a network can give. (That small steps back
+# have the form of the steps forwards is what DDPM builds on, after Sohl-Dickstein et al. 2015.) So the thousand steps
+# are not for the way there. They are for the way back.
+#
 # ## The best possible guess
 #
-# So all that is missing is a guess at $x_0$. What is the best one? If the data are $n$ pictures, each as likely
-# as the next, then nothing need be learned. Bayes' rule says how probable it is that $x_t$ was made from
-# picture $x_i$, and the mean under these probabilities is the guess with the smallest squared error:
+# The mean of that bell follows from a guess at $x_0$, as in `q_posterior`. What is the best guess? If the data are $n$
+# pictures, each as likely as the next, then nothing need be learned. Bayes' rule says how probable it is that $x_t$ was
+# made from picture $x_i$, and the mean under these probabilities is the guess with the smallest squared error:
 #
 # $$w_i = \mathrm{softmax}_i\!\left(-\frac{|x_t - \sqrt{\bar\alpha_t}\,x_i|^2}{2\,(1-\bar\alpha_t)}\right), \qquad
 # \hat x_0 = \sum_i w_i\,x_i \qquad \text{(EDM, appendix B.3)}$$
@@ -432,7 +489,7 @@ viz.strip([torch.cat([x_t[:1], exact.x0(x_t, t)[:1], data[top]])], titles, ["t =
 # that as the **effective number** of pictures. Below, it stands under each answer.
 
 # %%
-timesteps = [999, 900, 800, 750, 700, 650, 600, 400, 200]
+timesteps = [999, 900, 800, 700, 650, 600, 400, 200]
 t = torch.tensor(timesteps)
 noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(len(t), -1, -1, -1)
 rows, labels, notes = [], [], []
@@ -448,7 +505,7 @@ viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 # %% [markdown]
 # Read the upper half from left to right. At first the best guess is the mean of everything. Then it is a blur
 # of what is still possible. Then one picture. The blur is not a flaw of the denoiser: it is the right answer to
-# the question that it was asked, and a trained network will show the same blur (notebook 06).
+# the question that it was asked, and a trained network will show the same blur (notebooks 02 and 06).
 #
 # Where the denoiser is already sure, you and I still see nothing but noise. Its task is easier than ours. It
 # need not see a fox, only tell some 1,300 known points apart, and each of 3,072 numbers helps.
@@ -532,11 +589,11 @@ x_T = torch.randn(draws, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 steps = list(minisd.sampling.ddim(minisd.ExactDenoiser(data, linear), x_T[:2], linear, steps=50 if full else 5))
 print(f"{len(steps)} steps; step.x_t {list(steps[0].x_t.shape)}, step.x0 {list(steps[0].x0.shape)}")
-viz.trajectory(steps, pictures=(0, 1))
+viz.trajectory(steps, pictures=(1,))
 
 # %% [markdown]
-# Pictures out of noise, and nothing was trained. In $\hat x_0$ one can watch the decision: everything, a shortlist, one
-# picture. From there on, it is only cleaning.
+# A picture out of noise, and nothing was trained. In $\hat x_0$ one can watch the decision: everything, a shortlist,
+# one picture. From there on, it is only cleaning.
 #
 # Are they *new* pictures? Draw more, and look up the nearest of the corpus for each.
 
@@ -590,7 +647,8 @@ print("\n".join(table))
 viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(", ", ",\n") for n in results], size=0.64)
 
 # %% [markdown]
-# The leak, caught in the act, and no network to blame for it.
+# The leak, caught in the act, and no network to blame for it. (The first two rows are as bright as the corpus, but for
+# what 96 draws leave to chance.)
 #
 # ## The lesson
 #
@@ -618,14 +676,14 @@ viz.strip(list(guesses.values()), [f"t = {t}" for t in timesteps], list(guesses)
 # At $t = 5$ there is hardly any noise. A child can see the fox. The best possible denoiser *for its data* sees
 # the nearest thing that it knows. Its error would be far smaller if it returned what it was given.
 #
-# **The exact optimum only recalls.** Whoever minimises the training loss perfectly has learned the training set
-# by heart, and can draw nothing else. A real network draws new things *because it cannot be exact*. It is
-# smooth: inputs that are nearly alike get answers that are nearly alike. It is built from convolutions, which
-# judge each corner of a picture by itself and by the same rules, so that it can put together corners of
-# different pictures (Kamb & Ganguli 2024, "An analytic theory of creativity in convolutional diffusion
-# models"). And its training stops early. What it lacks to the optimum is what we want from it. Where it comes
-# too close, because the pictures are few or come too often, it does recall them (Carlini et al. 2023,
-# "Extracting Training Data from Diffusion Models").
+# **The exact optimum only recalls.** Whoever minimises the training loss perfectly has learned the training set by
+# heart, and can draw nothing else. So a real network draws new things *because it is not exact*. What keeps it from
+# being exact is a matter of research. One answer: it is built from convolutions, which judge each corner of a picture
+# by itself and by the same rules, so that it can put together corners of different pictures (Kamb & Ganguli 2024,
+# ["An analytic theory of creativity in convolutional diffusion models"](https://arxiv.org/abs/2412.20292)). What it
+# lacks to the optimum is what we want from it. And real networks do recall some of their training pictures, above all
+# those that the training set contains many times (Carlini et al. 2023,
+# ["Extracting Training Data from Diffusion Models"](https://arxiv.org/abs/2301.13188)).
 #
 # The exact denoiser stays useful all the same. It runs every sampler before there is a network, and it tells
 # the tests of this project what the right answer is.
@@ -642,7 +700,8 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #   a batch may have a $t$ of its own.
 # - A schedule is a clock for the signal-to-noise ratio. Stable Diffusion's stops at
 #   $\sqrt{\bar\alpha_T} = 0.068$: a leak.
-# - Whoever knows $x_0$ can step back exactly. A model puts a guess in its place.
+# - Whoever knows $x_0$ can step back exactly. A model puts a guess in its place. That its steps may be Gaussians, it
+#   owes to their being small.
 # - The best guess is a weighted mean of the training pictures. It can draw, but only what it has seen.
 #
 # ## In the CompVis source
@@ -668,5 +727,8 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #   can still recognise?
 # - Put a fourth number, 1.2, into `toy`. From which $t$ on can you no longer tell it from its neighbour?
 # - Draw with the exact denoiser of two pictures only, one all black and one all white. What decides which one you get?
+# - Exercises: [`exercises/01_noising.ipynb`](../exercises/01_noising.ipynb), where you write `q_step`, `q_sample`,
+#   `q_posterior_mean`, `exact_x0` and more from their equations, and are told which mistake it is.
 #
-# Next, in notebook 02: how to *learn* a guess at the noise, and why the loss is so simple.
+# Before: [00 · Start here](00_start_here.ipynb). Next: [02 · Loss](02_loss.ipynb), how to *learn* a guess at the noise,
+# and why the loss is so simple.

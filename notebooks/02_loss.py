@@ -21,11 +21,17 @@
 # - which loss is normal, and why it hardly falls while the pictures get better;
 # - what min-SNR weights do, and why guidance needs training without text.
 #
-# About an hour to read; it runs in about two minutes on a laptop. Small networks are trained on the way, each in
-# seconds. The module of this stage is [`minisd/loss.py`](../minisd/loss.py), under a hundred lines.
+# About an hour to read; it runs in about two minutes on two quiet cores. (The time that is printed at the end was taken
+# on busy ones.) Small networks are trained on the way, each in seconds. The
+# module of this stage is [`minisd/loss.py`](../minisd/loss.py), under a hundred lines.
 #
 # Before: [notebook 01](01_noising.ipynb), where $\bar\alpha_t$, $q(x_t \mid x_0)$ and the exact denoiser are
-# explained.
+# explained. Next: [notebook 03](03_unet.ipynb).
+#
+# The papers: **DDPM**, [Ho et al. 2020](https://arxiv.org/abs/2006.11239), whose equations are counted as there;
+# [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672) (Improved DDPM);
+# [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512) ($v$); [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)
+# (guidance without a classifier); [Hang et al. 2023](https://arxiv.org/abs/2303.09556) (min-SNR).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -126,8 +132,8 @@ for t in (10, 100, 400, 800):
     print(f"{t:3d}    {target:.4f}      {copied:.6f}        {floor:.6f}            {gain:6.1%}")
 
 # %% [markdown]
-# ("target²" is the mean square of $x_{t-1}$: what it would cost to answer 0.) At $t =
-# 400$, a network that has learned *nothing* is within half a percent of the best. Nearly all of $x_{t-1}$ stands in
+# ("target²" is the mean square of $x_{t-1}$: what it would cost to answer 0.) At $t = 400$, a network that has
+# learned *nothing* is within half a percent of the best. Nearly all of $x_{t-1}$ stands in
 # $x_t$ already. Nearly all of the rest is fresh noise, which nobody can guess. What can be learned is a crumb
 # between the two.
 #
@@ -155,10 +161,13 @@ for t in (10, 100, 400, 800):
 #   =: L \qquad \text{(DDPM, eq. 3)}$$
 #
 # $-L$ is the **ELBO**, the evidence lower bound. Pushing $L$ down pushes the probability of the data up, or at
-# least its bound. Both walks are products of
-# $T$ steps. Write each forward step by Bayes' rule as one that goes back, $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid
-# x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$; the last two factors cancel from step to step, all but the
-# first and the last. What remains is a sum:
+# least its bound.
+#
+# Both walks are products of $T$ steps. Write each forward step by Bayes' rule as one that goes back:
+#
+# $$q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\;\frac{q(x_t \mid x_0)}{q(x_{t-1} \mid x_0)}$$
+#
+# The two factors of the fraction cancel from step to step, all but the first and the last. What remains is a sum:
 #
 # $$L = \mathbb E_q\Big[\underbrace{D_{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{L_T}
 #  + \sum_{t>1} \underbrace{D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)}_{L_{t-1}}
@@ -173,11 +182,14 @@ for t in (10, 100, 400, 800):
 # | | step | what goes | why it may |
 # |---|---|---|---|
 # | 1 | drop $L_T$ | how far $x_T$ is from pure noise | nothing in it can be learned |
-# | 2 | fix $\sigma_t^2 = \tilde\beta_t$ | the model's own say in its width | in small steps, the mean is what matters |
+# | 2 | fix $\sigma_t^2 = \tilde\beta_t$ | the model's own say in its width | in many small steps, the mean decides |
 # | 3 | build $\mu_\theta$ from $x_t$ and $\epsilon_\theta$ | what $x_t$ shows already | it need not be learned |
 # | 4 | set the weight of each $t$ to 1 | the bound | the pictures get better |
 # | 5 | treat $L_0$ like the others | the last step's own formula | it is one step of a thousand ($t = 0$ in the code) |
 # | 6 | replace the sum over $t$ by one random $t$ | the other 999 | in the mean it is the same |
+#
+# (To step 2: DDPM tried $\tilde\beta_t$ and $\beta_t$, with similar results (section 3.2 there). Nichol & Dhariwal
+# (2021, section 3.1) say why: the more steps, the less the width matters.)
 #
 # Steps 2 and 3 are calculations; let us do them. For two Gaussians of the same variance,
 # $D_{KL}\big(\mathcal N(\tilde\mu, \sigma^2 I)\,\|\,\mathcal N(\mu_\theta, \sigma^2 I)\big) =
@@ -259,9 +271,10 @@ viz.curves(errors, log=list(errors), width=3.4, height=2.4)
 # %% [markdown]
 # What to see, left: the bound weighs the first timesteps a hundred times as much as the middle. There, the noise is
 # so faint that nobody sees it. But to a likelihood each last bit of each pixel counts, and most bits of a picture
-# are just such faint detail. $L_{simple}$ takes this emphasis away. It leaves the network to care for what one *sees*:
-# shapes and colours, decided at larger $t$. It is no longer a bound on anything. DDPM reports that its pictures are
-# better and its likelihoods worse (table 1 there), and everybody followed.
+# are just such faint detail (more than half of them, DDPM finds in section 4.3). $L_{simple}$ takes this emphasis away.
+# It leaves the network to care for what one *sees*: shapes and colours, decided at larger $t$. It is no longer a bound
+# on anything. DDPM reports that its pictures are better and its likelihoods worse (table 1 there). Stable Diffusion was
+# trained with it.
 #
 # $$L_{simple} = \mathbb E_{t, x_0, \epsilon}\,\Big\|\epsilon - \epsilon_\theta\big(\sqrt{\bar\alpha_t}\,x_0 +
 #   \sqrt{1-\bar\alpha_t}\,\epsilon,\; t\big)\Big\|^2 \qquad \text{(DDPM, eq. 14)}$$
@@ -320,17 +333,18 @@ moons, which = two_moons(2000 if full else 100, torch.Generator().manual_seed(0)
 print(f"moons {list(moons.shape)}, mean {moons.mean():.2f}, variance {moons.var(0).mean():.2f}")
 
 # %% [markdown]
-# Algorithm 1 of the paper, and the same in code:
+# Algorithm 1 of the paper, and beside each line what stands for it in the code below:
 #
-# | | DDPM, algorithm 1 |
-# |---|---|
-# | 1 | repeat |
-# | 2 | $\quad x_0 \sim q(x_0)$ |
-# | 3 | $\quad t \sim \mathrm{Uniform}(\{1, \dots, T\})$ |
-# | 4 | $\quad \epsilon \sim \mathcal N(0, I)$ |
-# | 5 | $\quad$ take a gradient descent step on $\nabla_\theta \|\epsilon - \epsilon_\theta(x_t, t)\|^2$, |
-# | | $\quad$ where $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ |
-# | 6 | until converged |
+# | | DDPM, algorithm 1 | in the code |
+# |---|---|---|
+# | 1 | repeat | `for step in range(1, steps + 1):` |
+# | 2 | $\quad x_0 \sim q(x_0)$ | `chosen = torch.randint(len(moons), (512,))` |
+# | 3 | $\quad t \sim \mathrm{Uniform}(\{1, \dots, T\})$ | `t = torch.randint(0, T, (len(x_0),))` |
+# | 4 | $\quad \epsilon \sim \mathcal N(0, I)$ | `noise = torch.randn_like(x_0)` |
+# | 5 | $\quad$ take a gradient descent step on | `loss.backward()`, `optimizer.step()` |
+# | | $\qquad \nabla_\theta \lVert\epsilon - \epsilon_\theta(x_t, t)\rVert^2$, | `(noise - model(…)).square().mean()` |
+# | | $\qquad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ | `x_t = alpha_bar.sqrt() * x_0 + …` |
+# | 6 | until converged | until `steps` are done |
 
 
 # %%
@@ -399,10 +413,23 @@ viz.vector_field(fields, noised)
 # ones. Where there are none, as at the right edge at $t = 20$, they may be wrong, and it costs nothing: training
 # never went there.
 #
-# The field has a second name. $-\epsilon/\sqrt{1-\bar\alpha_t}$ is the **score**,
+# The field has a second name. With the best guess for $\epsilon$, $-\epsilon/\sqrt{1-\bar\alpha_t}$ is the **score**,
 # $\nabla_{x_t} \log q(x_t)$: the direction in which the density of the noised data rises most steeply. So whoever can
-# guess the noise knows the way to where data are (Vincent 2011; Song & Ermon 2019).
-#
+# guess the noise knows the way to where data are (Vincent 2011; Song & Ermon 2019). Don't believe it: $q(x_t)$ is a
+# Gaussian around each shrunk point of the data, so let `torch` take the gradient of its logarithm.
+
+# %%
+for t in (800, 300, 100):
+    a = schedule.alphas_cumprod[t].double()
+    x = places.double().requires_grad_()
+    squares = (x[:, None] - a.sqrt() * moons).square().sum(-1)  # [81 2000]
+    log_q = torch.logsumexp(-squares / (2 * (1 - a)), dim=1)  # log q(x_t), but for a constant, [81]
+    (score,) = torch.autograd.grad(log_q.sum(), x)  # [81 2]
+    from_noise = -exact(places, torch.full((len(places),), t)) / (1 - a).sqrt()
+    apart = (score - from_noise).abs().max()
+    print(f"t = {t}: the score is up to {score.norm(dim=1).max():5.2f} long; the two differ by {apart:.0e} at most")
+
+# %% [markdown]
 # Can one draw with it? A sampler asks for nothing but $\epsilon_\theta(x_t, t)$ (notebook 06).
 
 # %%
@@ -503,17 +530,18 @@ viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
 # %% [markdown]
 # What to see, left: the loss is high at small $t$ and low at large $t$, for the best possible model as for ours.
 # Where there is hardly any noise, it is hard to say which (it drowns in the data); where there is nothing else, it
-# is plain to see. (The floor's dip at the far left: there, the noise is smaller than the distance between two
-# points of the data, and the exact denoiser knows which point it is.) Right: what is left to learn, nearly all of
-# it at small $t$.
+# is plain to see. (The floor's dip at the far left: there, the noise is hardly larger than the distance between
+# neighbouring points of the data, and the exact denoiser begins to know which point it is.) Right: what is left to
+# learn, nearly all of it at small $t$.
 #
 # The line above the figure shows a handy fact. A squared error splits in two: the loss is the floor plus the squared
-# distance from the exact answer. The first part can't be changed, the second is what training works on.
+# distance from the exact answer. (For the mean over all noise. Here we have 2,000 draws, and it holds but for the last
+# digit.) The first part can't be changed, the second is what training works on.
 #
 # This answers the question.
 #
 # - **1.0 is the loss of a network that answers 0.** A loss that stays there means that nothing is learned: wrong
-#   learning rate, broken gradient, or a target that does not belong to the input (notebook 11 breaks all of them).
+#   learning rate, broken gradient, or a target that does not belong to the input.
 # - **It falls fast at first.** That $x_t$ is mostly noise at large $t$ is quick to learn. The best multiple of
 #   $x_t$, which knows nothing of moons, is at 0.38 already, and our network after 100 steps at 0.36.
 # - **Then it sticks, and that is normal.** The curve is the floor plus a little, and the floor does not move. What
@@ -529,7 +557,7 @@ viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
 # $x_t$ and knows one of $x_0$ and $\epsilon$ knows the other. A third form mixes both: the velocity
 #
 # $$v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0
-#   \qquad \text{(Salimans \& Ho 2022, appendix D)}$$
+#   \qquad \text{(Salimans \& Ho 2022, section 4 and appendix D)}$$
 #
 # Stable Diffusion v1 predicts $\epsilon$, the 768-pixel version of v2 predicts $v$.
 
@@ -616,9 +644,9 @@ viz.curves({"what nobody can guess": lines}, ylabel="share", width=4, height=2.2
 #   \qquad \text{(Min-SNR, section 3.4)}$$
 #
 # Where the picture is nearly clean, the weight falls; elsewhere it stays 1. The effort goes to where the picture is
-# decided. The authors train 3.4 times faster with it on ImageNet, and `minisd` trains its models so. Do the moons
-# gain from it? We train three networks alike, but for the weights: none, the bound's, and min-SNR's. All are
-# measured alike, without weights, by their distance from the exact answer.
+# decided. The authors report that training converges 3.4 times faster than with the weights before theirs, and `minisd`
+# trains its models so. Do the moons gain from it? We train three networks alike, but for the weights: none, the
+# bound's, and min-SNR's. All are measured alike, without weights, by their distance from the exact answer.
 
 
 # %%
@@ -633,13 +661,13 @@ def min_snr_loss(model, schedule, x_0, context=None):
     return minisd.epsilon_loss(model, schedule, x_0, context, min_snr_gamma=5.0)
 
 
-by_weight = {"$L_{simple}$": model}
+by_weight = {"no weights": model}  # L_simple
 for name, loss_of in {"the bound": bound_loss, "min-SNR": min_snr_loss}.items():
     torch.manual_seed(0)
     by_weight[name] = Guesser()
     train(by_weight[name], lambda model, chosen, f=loss_of: f(model, schedule, moons[chosen]), 3000)
 
-weights = {"$L_{simple}$": torch.ones(T - 1), "the bound": bound[1:], "min-SNR": minisd.loss.min_snr_weight(snr)}
+weights = {"no weights": torch.ones(T - 1), "the bound": bound[1:], "min-SNR": minisd.loss.min_snr_weight(snr)}
 above = {name: (timesteps, above_the_floor(trained_so)) for name, trained_so in by_weight.items()}
 shown = [0, 2, 5, 7, 10, 12] if full else [0, 1]  # of `timesteps`
 print("above the floor:  " + "".join(f"t = {timesteps[i]:<6}" for i in shown) + " samples: distance to the data")
@@ -658,10 +686,10 @@ viz.curves(panels, log=list(panels), width=3.4, height=2.4)
 # behind at small $t$, which it hardly weighs. The samples of both are further from the data than those of
 # $L_{simple}$: 0.055 and 0.054 against 0.033.
 #
-# So the moons gain nothing. They are thin: what is good about them is decided at small $t$. In pictures, what one sees
-# is decided at large $t$, where min-SNR has its weight. No weights are right without saying what is wanted. The bound's
-# have a second problem: the few points of a batch that fall on the first timesteps decide each gradient, so that it
-# jitters (Nichol & Dhariwal 2021, section 3.3).
+# So the moons gain nothing. They are thin, and what we measured, the distance to them, is decided at small $t$. Of a
+# picture one sees, above all, what is decided at large $t$ (notebook 01: texture drowns first), where min-SNR has its
+# weight. No weights are right without saying what is wanted. The bound's have a second problem: the few points of a
+# batch that fall on the first timesteps weigh so much that the gradient is noisy (Nichol & Dhariwal 2021, section 3.3).
 #
 # ## Text dropout, and why guidance needs it
 #
@@ -721,9 +749,9 @@ viz.clouds(panels, behind=moons[:300], columns=4, size=1.6)
 
 # %% [markdown]
 # What to see, first column: the network that never heard "nothing" draws nonsense when it is told nothing, two
-# bars where no moon is. The other one draws both moons, a little loosely. Second column: at $s = 1$ both are
-# fine, and the mistake hides. Then it shows: above, the points drift off; at $s = 4$, nearly all of them are far
-# from all data. Below, they stay.
+# bars where no moon is. (They lie between the moons, so that the number above does not notice.) The other one draws
+# both moons, a little loosely. Second column: at $s = 1$ both are fine, and the mistake hides. Then it shows: above,
+# the points drift off; at $s = 4$, nearly all of them are far from all data. Below, they stay.
 #
 # Below, guidance has a price too. At $s = 4$, only the middle of the upper moon is drawn, the part that is the
 # least like the lower one. Guidance buys "more like what was asked for" with variety
@@ -826,8 +854,9 @@ viz.strip(drawings, prompts, labels)
 
 # %% [markdown]
 # In its first 100 steps the loss has gone from 1 to 0.238, three quarters of the way, and there is nothing to see
-# but ink. What tells blobs from shapes are the small numbers after that. A loss is a bad judge of pictures: look at
-# samples.
+# but ink. What tells blobs from shapes are the small numbers after that. And the loss does not say what is still
+# wrong at 0.047: the shapes are nearly right, but the green triangle is almost black, and the red circle is brown and
+# has a tip. A loss is a bad judge of pictures: look at samples.
 #
 # ## The grey mean, once more
 #
@@ -895,9 +924,12 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #
 # ## Try it
 #
-# - Give the moons ten times the noise (0.8 for 0.08 in `two_moons`). What becomes of the floor?
+# - Give the moons ten times the noise (0.8 for 0.08 in `two_moons`). What becomes of the floor? And of its dip at
+#   $t = 0$, if the data are ten times as many points?
 # - Train `Guesser` with `minisd.v_loss`, and draw with it: which conversion must stand before the sampler?
 # - Leave out $t$ (put `0 * t` into `phase`). How much does the loss rise, and why not more?
+# - Exercises: [`exercises/02_loss.ipynb`](../exercises/02_loss.ipynb), where you write `epsilon_loss`, `text_dropout`,
+#   `min_snr_weight`, `predict_noise_from_v` and `loss_by_time`, and are told which mistake it is.
 #
 # Before: [01 · Noising](01_noising.ipynb). Next: [03 · UNet](03_unet.ipynb), the network that guesses the noise of
 # a picture.
