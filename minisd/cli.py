@@ -25,9 +25,9 @@ from .data import CaptionedPictures, build_emoji, draw_shapes
 from .evaluation import evaluate, report
 from .training import (
     CLIPRecipe,
-    SingleDevice,
     UNetRecipe,
     VAERecipe,
+    make_engine,
     recipes,
     train_clip,
     train_unet,
@@ -164,7 +164,7 @@ class Training:
     def parts(self):
         """What every loop is given: the model's configuration, the pictures, the engine."""
         config, folder = PRESETS[self.preset], _corpus(self.data)
-        return config, CaptionedPictures(folder, config.image_size, "train"), SingleDevice(self.device, self.precision)
+        return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
 
 
 @dataclass(frozen=True)
