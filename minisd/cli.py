@@ -10,6 +10,7 @@ minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
 import itertools
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .data import CaptionedPictures, build_emoji, draw_shapes
 from .evaluation import evaluate, report
 from .training import (
     CLIPRecipe,
+    Engine,
     UNetRecipe,
     VAERecipe,
     make_engine,
@@ -167,6 +169,12 @@ class Training:
         return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
 
 
+def _say(engine: Engine, what: str) -> None:
+    """Once, however many processes there are."""
+    if engine.is_main_process:
+        print(what)
+
+
 @dataclass(frozen=True)
 class TrainCLIP(Training):
     """Train the tokenizer, the text tower and the image tower."""
@@ -176,7 +184,7 @@ class TrainCLIP(Training):
     def run(self) -> None:
         config, data, engine = self.parts()
         train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
-        print(f"wrote {self.out / 'clip'}")
+        _say(engine, f"wrote {self.out / 'clip'}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class TrainVAE(Training):
     def run(self) -> None:
         config, data, engine = self.parts()
         train_vae(config.first_stage, self.recipe, data, self.out / "vae", engine)
-        print(f"wrote {self.out / 'vae'}")
+        _say(engine, f"wrote {self.out / 'vae'}")
 
 
 @dataclass(frozen=True)
@@ -208,9 +216,8 @@ class TrainUNet(Training):
         train_unet(
             config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
         )
-        print(
-            f'wrote {self.out / "unet" / "model"}: try `minisd txt2img "a fox" --model {self.out / "unet" / "model"}`'
-        )
+        model = self.out / "unet" / "model"
+        _say(engine, f'wrote {model}: try `minisd txt2img "a fox" --model {model}`')
 
 
 @dataclass(frozen=True)
@@ -317,7 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command.run()
-    except KeyboardInterrupt as stop:
-        sys.exit(f"\n{stop}" if str(stop) else "\nstopped")
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        # what ends a training ends it on all processes alike: one of them says so
+        sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"minisd: {error}")

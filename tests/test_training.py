@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, load
+from minisd import PRESETS, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -139,6 +139,19 @@ def test_ctrl_c_and_a_kind_kill_finish_the_step_and_the_next_run_goes_on(tmp_pat
     assert steps == list(range(1, len(steps) + 1))  # and no step was lost or made twice
 
 
+def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_was_not(shapes, tmp_path):
+    program, environment = Path(__file__).with_name("killed_runs.py"), os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
+    command = [sys.executable, str(program), str(shapes.folder), str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert int(process.stdout) >= 4
+    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 31))
+    whole, killed = ((tmp_path / name / "clip.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=9, batch_size=4), tmp_path, engine)
     steps = trainer.steps()
@@ -151,7 +164,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))  # no file may grow past this
-        with pytest.raises(OSError, match=r"could not write .*checkpoint_000001.pt .*checkpoint_000000.pt is untouched"):
+        with pytest.raises(OSError, match="could not write .*_000001.pt .*; checkpoint_000000.pt is untouched"):
             trainer.save()
         (tmp_path / "log.jsonl").write_text("x" * (len(before) // 2))
         trainer.step = trainer.recipe.log_every - 1
@@ -352,6 +365,66 @@ def test_what_can_not_be_shared_out_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'2 processes .* pip install "minisd\[train\]"'):
         make_engine("cpu")
+
+
+EXACT = {"loss": 1e-6, "rec": 1e-6, "kl": 1e-6, "grad_norm": 2e-5}  # relative; all other figures must be equal
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[name] == pytest.approx(a[name], rel=EXACT.get(name, 0), abs=0) for name in a), (a, b)
+    return True
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The same short runs, by one process in one/, by two with DDP in ddp/, and by two with FSDP in fsdp/."""
+    folder = tmp_path_factory.mktemp("several")
+    draw_shapes(folder / "shapes", count=40, size=32)
+    options = ["--preset", "tiny", "--device", "cpu", "--precision", "no", "--data", str(folder / "shapes")]
+    options += ["--steps", "4", "--batch-size", "8", "--warmup", "2", "--log-every", "1", "--save-every", "2"]
+    for network in ("clip", "vae", "unet"):
+        cli.main(["train", network, "--out", str(folder / "one"), *options])
+    program = str(Path(__file__).with_name("several_processes.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, program, str(folder / "shapes"), str(folder), "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("network", ["clip", "vae", "unet"])
+def test_two_processes_train_as_one_does(network, several):
+    two = log(several / "ddp" / network)
+    assert [line["step"] for line in two] == [1, 2, 3, 4]  # and but one of them writes
+    assert same(log(several / "one" / network), two)
+
+
+def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine):
+    one, two = log(several / "one" / "unet"), log(several / "fsdp")
+    assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
+    (several / "fsdp" / "checkpoint_000004.pt").unlink()
+    recipe = UNetRecipe(steps=4, batch_size=8, warmup=2, log_every=1)
+    data, parts = CaptionedPictures(several / "shapes", 32, "train"), [several / "one" / p for p in ("clip", "vae")]
+    train_unet(PRESETS["tiny"], recipe, data, several / "fsdp", engine, *parts)
+    assert same(two, log(several / "fsdp"))  # … and one process goes on from a checkpoint of FSDP
+    drawn = load(several / "fsdp" / "model" / "after_000004_steps.safetensors", "cpu").state_dict()  # by FSDP
+    for name, weight in load(several / "fsdp" / "model", "cpu").state_dict().items():
+        assert torch.allclose(weight, drawn[name], atol=1e-3), name
+
+
+def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
+    said = [(several / f"nan_{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "the loss of step 1 is nan, over the samples" in said[0]
+    samples = said[0].split("samples ")[1].split(".")[0].split("; ")
+    assert len(samples) == 4 and "5" in samples  # of the process that had it
+
+
+def test_two_processes_refuse_an_odd_batch(several):
+    for rank in range(2):
+        assert "a batch of 7 can't be shared out evenly to 2" in (several / f"uneven_{rank}.txt").read_text()
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------

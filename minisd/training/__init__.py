@@ -7,12 +7,12 @@ clip.py  vae.py  unet.py    one loop each, one page each
 """
 
 from .clip import CLIPRecipe, train_clip
-from .engine import SingleDevice, make_engine
+from .engine import Engine, SingleDevice, make_engine
 from .trainer import EMA, Batch, Recipe, Trainer
 from .unet import UNetRecipe, train_unet
 from .vae import VAERecipe, train_vae
 
 __all__ = [
-    "EMA", "Batch", "CLIPRecipe", "Recipe", "SingleDevice", "Trainer", "UNetRecipe", "VAERecipe",
+    "EMA", "Batch", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer", "UNetRecipe", "VAERecipe",
     "make_engine", "train_clip", "train_unet", "train_vae",
 ]  # fmt: skip
