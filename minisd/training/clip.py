@@ -60,6 +60,8 @@ def train_clip(
 
     Returns the towers with their EMA weights, and the tokenizer. A folder with a checkpoint in it is gone on with.
     """
+    if getattr(engine, "is_fsdp2", False):
+        raise ValueError("FSDP can't cut up CLIP's temperature, a single number: train clip with DDP (multi_gpu)")
     torch.manual_seed(recipe.seed)  # the initial weights
     tokenizer = BPETokenizer.train([t.format(c) for c in data.captions for t in TEMPLATES], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, text.max_length)

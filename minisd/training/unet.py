@@ -77,7 +77,7 @@ def train_unet(
             trainer.backward(loss)
         trainer.update()
         if trainer.time_to_sample:
-            with trainer.ema.applied_to(sd.model.diffusion_model):
+            with trainer.ema.applied_to(sd.model.diffusion_model), engine.autocast():
                 _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png", engine)
         if step + 1 in keep_at:
             unet = {f"model.diffusion_model.{name}": weight for name, weight in trainer.ema.state_dict().items()}
