@@ -209,6 +209,21 @@ def test_a_checkpoint_that_the_disk_damaged_is_passed_over(tmp_path, engine):
         go_on()
 
 
+def test_tensorboard_shows_each_step_once_whatever_killed_the_run(tmp_path, engine):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = Recipe(steps=4, batch_size=4, save_every=2, log_every=1, tensorboard=True)
+    for last in (3, 4):
+        trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+        for step in trainer.steps():
+            take_step(trainer)
+            if step + 1 == last:
+                break
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in curves.Scalars("loss")] == pytest.approx(losses(tmp_path))
+
+
 def test_only_so_many_checkpoints_are_kept(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=7, batch_size=4, save_every=2), tmp_path, engine)
     for _ in trainer.steps():
@@ -287,6 +302,15 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(tm
     assert all(f"picture {i}" in str(error.value) for i in second)  # the half that it was in
     assert not any(f"picture {i};" in str(error.value) for i in first)
     assert torch.equal(before, trainer.model.weight)
+
+
+def test_many_samples_of_a_loss_that_is_no_number_are_named_in_a_file(tmp_path, engine):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=10), tmp_path, engine, describe="picture {}".format)
+    next(trainer.steps())
+    with pytest.raises(FloatingPointError, match="and 2 others, named in no_number_000001.txt"):
+        take_step(trainer, n=10, broken=3)
+    named = (tmp_path / "no_number_000001.txt").read_text().splitlines()
+    assert sorted(named) == [f"picture {i}" for i in range(10)]
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, engine):

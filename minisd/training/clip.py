@@ -78,7 +78,7 @@ def train_clip(
         trainer.update()
 
     clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
-    clip.load_state_dict(trainer.ema.state_dict(), strict=False)
+    clip.load_state_dict(dict(trainer.ema.items()), strict=False)
     if engine.is_main_process:
         save_clip(clip, tokenizer, folder)
     engine.wait_for_everyone()

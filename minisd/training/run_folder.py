@@ -2,11 +2,13 @@
 
     checkpoint_000500.pt     all that the run needs to go on; the newest `keep` of them
     log.jsonl                a line of figures every so many steps
+    tensorboard/             the same figures, if asked for
 
 A process may be killed at any moment, a disk may be full: the newest whole checkpoint and the lines up to it are what
 counts, and whatever came later is made again.
 """
 
+import importlib.util
 import json
 import os
 import warnings
@@ -28,9 +30,12 @@ _locks: dict[Path, int] = {}  # the runs that this process holds
 class RunFolder:
     """The files of one run. All processes read them; only the main one writes."""
 
-    def __init__(self, path: str | Path, keep: int = 1):
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | Path, keep: int = 1, tensorboard: bool = False):
+        if tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise ImportError('curves for TensorBoard take a package: pip install "minisd[train]"')
+        self.path, self.keep, self.tensorboard = Path(path), keep, tensorboard
         self.log = self.path / "log.jsonl"
+        self._curves = None  # TensorBoard's writer
 
     def open(self) -> None:
         """Make the folder and hold it: another process that would write into it is refused, until this one is gone.
@@ -103,6 +108,19 @@ class RunFolder:
                 log.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.log} ({error}); the run stands at its last checkpoint") from error
+        if self.tensorboard:
+            self._draw(line)
+
+    def _draw(self, line: dict) -> None:
+        if self._curves is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what a run that was killed drew of later steps is forgotten
+            self._curves = SummaryWriter(self.path / "tensorboard", purge_step=line["step"])
+        for name, value in line.items():
+            if value is not None:
+                self._curves.add_scalar(name, value, line["step"])
+        self._curves.flush()
 
     def forget_lines_after(self, step: int) -> None:
         """Those steps will be made, and logged, again; so will a line that was cut off."""

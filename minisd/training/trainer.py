@@ -55,6 +55,7 @@ class Recipe:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest, and those before it, in case that a disk damages it
     on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
+    tensorboard: bool = False  # the figures of log.jsonl for TensorBoard, too
 
     def __post_init__(self):
         numbers = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints")
@@ -103,12 +104,13 @@ class EMA:
                 model.reshard()
             model.load_state_dict(own, strict=False)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The mean weights, whole where FSDP has cut up the model (then, all processes take part)."""
-        return {name: whole(weight) for name, weight in self.weights.items()}
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and mean weights in the CPU's memory; whole, where FSDP cut them up: all processes take part then."""
+        for name, weight in self.weights.items():
+            yield name, whole(weight).cpu()
 
-    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over mean weights, whole ones; each process keeps its part of them."""
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over mean weights, whole ones; with FSDP, each process keeps its part."""
         for name, weight in self.weights.items():
             given = weights[name].to(weight.device)
             if hasattr(weight, "full_tensor"):
@@ -145,7 +147,8 @@ class Trainer:
         model: what is trained. `trainer.model` is what the engine made of it: call that, so that gradients find
             their way over the processes.
         others: networks that are trained beside it, by name, such as a discriminator: each with an optimiser of its
-            own; `trainer.models[name]`. They are in the checkpoints, and have no EMA.
+            own, in the checkpoints, without EMA. Call `trainer.models[name]` for its own loss; where it only passes
+            gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
         describe: what a sample is, for people, by its index: named where a loss is no number.
 
     Raises:
@@ -168,7 +171,7 @@ class Trainer:
                 f"a batch of {recipe.batch_size} can't be shared out evenly to {engine.num_processes} processes with "
                 f"{recipe.accumulate} parts each: take a multiple of {self._parts}"
             )
-        self.folder = RunFolder(folder, recipe.keep_checkpoints)
+        self.folder = RunFolder(folder, recipe.keep_checkpoints, recipe.tensorboard)
         if engine.is_main_process:
             self.folder.open()
         self.models, self.optimizers = {}, {}
@@ -240,9 +243,9 @@ class Trainer:
             )
             for name, model in self.models.items()
         }
-        figures, trouble = self._agree(norms)
-        if trouble:
-            self._refuse(trouble)
+        figures, suspects = self._agree(norms)
+        if suspects:
+            self._refuse(figures, suspects)
         else:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
@@ -253,10 +256,10 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self._log(figures)
 
-    def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], str]:
-        """The mean of all figures over batches and processes, and what is wrong: the same on every process.
+    def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
+        """The mean of all figures over batches and processes; and, where one is no number, the samples that it is of.
 
-        One exchange, and one wait for the device, a step.
+        The same on every process; one exchange, and one wait for the device, a step.
         """
         names, device = list(self._figures[0]), self.engine.device
         mine = [torch.as_tensor(f[name], device=device).detach().float() for f in self._figures for name in names]
@@ -267,16 +270,22 @@ class Trainer:
         table = rows[:, : len(mine)].reshape(self._parts, len(names))  # a line for each part of the batch
         figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
         figures |= dict(zip(norms, rows[0, len(mine) : -1].tolist(), strict=True))
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        if not bad:
-            return figures, ""
-        lines = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
-        samples = [i for part in lines for i in self._indices(part, self._n)]
-        described = "; ".join(self.describe(i) for i in samples[:8])
-        described += f"; and {len(samples) - 8} more" if len(samples) > 8 else ""
-        return figures, f"the {bad[0]} of step {self.step + 1} is {figures[bad[0]]}, over the samples {described}"
+        if all(map(math.isfinite, figures.values())):
+            return figures, []
+        bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
+        return figures, [i for part in bad for i in self._indices(part, self._n)]
 
-    def _refuse(self, trouble: str) -> None:
+    def _refuse(self, figures: dict[str, float], suspects: list[int]) -> None:
+        """Stop, or say what is left out, as the recipe has it."""
+        name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
+        described = [self.describe(i) for i in suspects]
+        where = "; ".join(described[:FEW])
+        if len(suspects) > FEW:
+            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(self.step + 1)}"
+            if self.engine.is_main_process:
+                path = self.folder.path / NAMED.format(self.step + 1)
+                path.write_text("\n".join(described) + "\n", encoding="utf-8")
+        trouble = f"the {name} of step {self.step + 1} is {value}, over the samples {where}"
         if self.recipe.on_nan == "stop":
             raise FloatingPointError(
                 f"{trouble}. The run in {self.folder.path} stands at its last checkpoint: go on with a smaller lr (now "
@@ -337,7 +346,7 @@ class Trainer:
             "step": self.step,
             "recipe": asdict(self.recipe),
             "networks": networks,
-            "ema": self.ema.state_dict(),
+            "ema": {name: weight for name, weight in self.ema.items() if self.engine.is_main_process},
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
             "seconds": (self._seconds, self._logged_at),
@@ -380,7 +389,7 @@ class Trainer:
                     optim_state_dict=optimizer,
                     options=_whole_state(),
                 )
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load(state["ema"])
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(
@@ -391,7 +400,9 @@ class Trainer:
 
 
 # What may differ between a run and its continuation.
-_MAY_CHANGE = {"accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints", "on_nan"}
+_MAY_CHANGE = {"accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints", "on_nan", "tensorboard"}
+FEW = 8  # samples that a sentence may name; more go to a file
+NAMED = "no_number_{:06d}.txt"
 
 
 def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -80,12 +80,12 @@ def train_unet(
             with trainer.ema.applied_to(sd.model.diffusion_model), engine.autocast():
                 _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png", engine)
         if step + 1 in keep_at:
-            unet = {f"model.diffusion_model.{name}": weight for name, weight in trainer.ema.state_dict().items()}
+            unet = {f"model.diffusion_model.{name}": weight for name, weight in trainer.ema.items()}
             if engine.is_main_process:
                 write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
     sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
-    sd.model.diffusion_model.load_state_dict(trainer.ema.state_dict(), strict=False)
+    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
     if engine.is_main_process:
         save(sd, folder / "model", dtype=torch.float16)  # half the size, and no picture changes visibly
         save_clip(*load_clip(clip), folder / "model")

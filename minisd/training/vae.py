@@ -54,9 +54,10 @@ def train_vae(
                 _reconstructions(trainer.model, data, folder / f"samples/{step + 1:06d}.png", engine)
 
     vae = AutoencoderKL(config).to(engine.device).eval()
-    vae.load_state_dict(trainer.ema.state_dict(), strict=False)
+    vae.load_state_dict(dict(trainer.ema.items()), strict=False)
+    # by all processes: nobody saves time by waiting for the one that writes
+    measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
     if engine.is_main_process:
-        measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
         write_weights(vae.state_dict(), folder / "vae.safetensors")
         record = {"first_stage": asdict(config), **measured, "recipe": asdict(recipe)}
         write_json(record, folder / "vae.json")
