@@ -11,6 +11,7 @@ minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
 import itertools
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import evaluate, report
 from .training import (
     CLIPRecipe,
-    SingleDevice,
+    Engine,
     UNetRecipe,
     VAERecipe,
     finetune_unet,
+    make_engine,
     recipes,
     train_clip,
     train_unet,
@@ -188,7 +190,13 @@ class Training:
     def parts(self):
         """What every loop is given: the model's configuration, the pictures, the engine."""
         config, folder = PRESETS[self.preset], _corpus(self.data)
-        return config, CaptionedPictures(folder, config.image_size, "train"), SingleDevice(self.device, self.precision)
+        return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
+
+
+def _say(engine: Engine, what: str) -> None:
+    """Once, however many processes there are."""
+    if engine.is_main_process:
+        print(what)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class TrainCLIP(Training):
     def run(self) -> None:
         config, data, engine = self.parts()
         train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
-        print(f"wrote {self.out / 'clip'}")
+        _say(engine, f"wrote {self.out / 'clip'}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ class TrainVAE(Training):
     def run(self) -> None:
         config, data, engine = self.parts()
         train_vae(config.first_stage, self.recipe, data, self.out / "vae", engine)
-        print(f"wrote {self.out / 'vae'}")
+        _say(engine, f"wrote {self.out / 'vae'}")
 
 
 @dataclass(frozen=True)
@@ -226,20 +234,19 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
-        if self.init:
-            self.finetune()
-        else:
-            self.train()
+        engine = self.finetune() if self.init else self.train()
         model = self.out / "unet" / "model"
-        print(f'wrote {model}: try `minisd txt2img "a fox" --model {model}`')
+        _say(engine, f'wrote {model}: try `minisd txt2img "a fox" --model {model}`')
 
-    def finetune(self) -> None:
-        sd, engine = load(self.init), SingleDevice(self.device, self.precision)
+    def finetune(self) -> Engine:
+        engine = make_engine(self.device, self.precision)
+        sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
         has_clip = (Path(self.init) / "clip.json").is_file() or (SHIPPED / self.init / "clip.json").is_file()
         finetune_unet(sd, self.recipe, data, self.out / "unet", engine, self.init if has_clip else None)
+        return engine
 
-    def train(self) -> None:
+    def train(self) -> Engine:
         for part in ("clip", "vae"):
             if not (self.out / part / f"{part}.json").exists():
                 raise FileNotFoundError(
@@ -249,6 +256,7 @@ class TrainUNet(Training):
         train_unet(
             config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
         )
+        return engine
 
 
 @dataclass(frozen=True)
@@ -356,7 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command.run()
-    except KeyboardInterrupt as stop:
-        sys.exit(f"\n{stop}" if str(stop) else "\nstopped")
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        # what ends a training ends it on all processes alike: one of them says so
+        sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"minisd: {error}")

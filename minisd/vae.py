@@ -222,6 +222,9 @@ class Decoder(nn.Module):
         return self.conv_out(nonlinearity(self.norm_out(h)))
 
 
+Generators = torch.Generator | list[torch.Generator] | None  # one for a batch, or one for each of its pictures
+
+
 class DiagonalGaussianDistribution:
     """q(z given x) = N(mean, diag(exp(logvar))): what the encoder thinks the latent is, and how sure it is.
 
@@ -235,12 +238,17 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
         self.var = torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "b c h w"]:
+    def sample(self, generator: Generators = None) -> Float[Tensor, "b c h w"]:
         """z = mean + std · ε, ε ~ N(0, I): the reparametrisation trick (Kingma & Welling, section 2.4).
 
-        The noise is drawn on the CPU, so that a seed means the same on every device.
+        The noise is drawn on the CPU, so that a seed means the same on every device; with a list of generators, that
+        of each picture comes from its own, whatever else is in the batch.
         """
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu")
+        shape = self.mean.shape
+        if isinstance(generator, list):
+            noise = torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
+        else:
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Float[Tensor, "b c h w"]:
@@ -393,7 +401,7 @@ class AutoencoderKL(FirstStage):
         return self._decode(z)
 
     def forward(
-        self, x: Float[Tensor, "b 3 H W"], sample_posterior: bool = True, generator: torch.Generator | None = None
+        self, x: Float[Tensor, "b 3 H W"], sample_posterior: bool = True, generator: Generators = None
     ) -> tuple[Float[Tensor, "b 3 H W"], DiagonalGaussianDistribution]:
         """Reconstruction and posterior: what the training loss needs."""
         posterior = self.encode(x)

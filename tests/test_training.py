@@ -1,19 +1,21 @@
-"""The three loops, and what they share: exact resuming, the mean of the weights, the order of the data."""
+"""The three loops, and what they share: one run, whatever kills it and however many processes it has."""
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, load
+from minisd import PRESETS, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -25,12 +27,15 @@ from minisd.training import (
     UNetRecipe,
     VAERecipe,
     finetune_unet,
+    make_engine,
     recipes,
     train_clip,
     train_unet,
     train_vae,
 )
+from minisd.training.run_folder import RunFolder
 
+ROOT = Path(__file__).parents[1]
 SHORT = {"batch_size": 4, "log_every": 1, "sample_every": 100, "save_every": 2, "warmup": 2}
 
 
@@ -56,15 +61,29 @@ def parts(shapes, engine, tmp_path_factory):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The lines of a log, without the times, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "seconds")} for line in lines]
 
 
 def losses(folder):
     return [line["loss"] for line in log(folder)]
 
 
+def take_step(trainer, n=16, broken=None):
+    """A step of a linear model on the numbers of its samples; the loss of the sample `broken` is no number."""
+    for batch in trainer.batches(n):
+        x = torch.stack([batch.indices / n, batch.randn(1)[:, 0]], dim=1)
+        loss = trainer.model(x).square().mean()
+        trainer.backward(loss * torch.nan if broken in batch.indices.tolist() else loss)
+    trainer.update()
+
+
 class Interrupted(Exception):
     pass
+
+
+# --- one run, however often it is stopped -----------------------------------------------------------------------------
 
 
 def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes, engine, parts, tmp_path, monkeypatch):
@@ -73,10 +92,10 @@ def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes,
 
     update = Trainer.update
 
-    def break_in_step_5(trainer, loss, **figures):
+    def break_in_step_5(trainer):
         if trainer.step == 5:  # one step after the checkpoint of step 4
             raise Interrupted
-        update(trainer, loss, **figures)
+        update(trainer)
 
     monkeypatch.setattr(Trainer, "update", break_in_step_5)
     with pytest.raises(Interrupted):
@@ -84,14 +103,14 @@ def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes,
     monkeypatch.undo()
     sd = train_unet(PRESETS["tiny"], recipe, shapes, tmp_path / "broken", engine, *parts)
 
-    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    assert log(tmp_path / "whole") == log(tmp_path / "broken")
     assert [line["step"] for line in log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6, 7]
     other = load(tmp_path / "whole" / "model", "cpu")
     for (name, ours), theirs in zip(sd.half().state_dict().items(), other.half().state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
-def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(tmp_path):
+def test_ctrl_c_and_a_kind_kill_finish_the_step_and_the_next_run_goes_on(tmp_path):
     program = textwrap.dedent(
         """
         import sys, time, torch
@@ -101,17 +120,19 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(tmp_path):
         trainer = Trainer(torch.nn.Linear(2, 1), recipe, sys.argv[1], SingleDevice("cpu"))
         print("from", trainer.step, flush=True)
         for step in trainer.steps():
-            trainer.update(trainer.model(torch.randn(2, 2, generator=trainer.generator())).square().mean())
+            for batch in trainer.batches(8):
+                trainer.backward(trainer.model(batch.randn(2)).square().mean())
+            trainer.update()
             time.sleep(0.02)
         """
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    for _ in range(2):
+    for how in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         began = int(process.stdout.readline().split()[1])
         while not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < began + 3:
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         _, errors = process.communicate(timeout=60)
         assert "goes on from there" in errors
     assert began >= 3  # the second run began where the first was stopped
@@ -119,20 +140,113 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(tmp_path):
     assert steps == list(range(1, len(steps) + 1))  # and no step was lost or made twice
 
 
-def test_a_checkpoint_is_never_half_written(tmp_path, engine, monkeypatch):
-    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=1), tmp_path, engine)
+def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_was_not(shapes, tmp_path):
+    program, environment = Path(__file__).with_name("killed_runs.py"), os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
+    command = [sys.executable, str(program), str(shapes.folder), str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert int(process.stdout) >= 4
+    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 31))
+    whole, killed = ((tmp_path / name / "clip.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=9, batch_size=4), tmp_path, engine)
+    steps = trainer.steps()
+    next(steps)
+    take_step(trainer)
     trainer.save()
-    before = trainer.checkpoint.read_bytes()
+    before = (tmp_path / "checkpoint_000000.pt").read_bytes()
+    next(steps)
+    take_step(trainer)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))  # no file may grow past this
+        with pytest.raises(OSError, match="could not write .*_000001.pt .*; checkpoint_000000.pt is untouched"):
+            trainer.save()
+        (tmp_path / "log.jsonl").write_text("x" * (len(before) // 2))
+        trainer.step = trainer.recipe.log_every - 1
+        with pytest.raises(OSError, match="could not write .*log.jsonl .*; the run stands at its last checkpoint"):
+            take_step(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "checkpoint_000000.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_000000.pt", "log.jsonl"]
 
-    def full_disk(state, path):
-        path.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="the checkpoint before it is untouched"):
-        trainer.save()
-    assert trainer.checkpoint.read_bytes() == before
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+def test_a_checkpoint_that_the_disk_damaged_is_passed_over(tmp_path, engine):
+    recipe = Recipe(steps=6, batch_size=4, save_every=2, log_every=1, keep_checkpoints=3)
+    run = tmp_path / "run"
+
+    def go_on():
+        trainer = Trainer(nn.Linear(2, 1), recipe, run, engine)
+        began = trainer.step
+        for _ in trainer.steps():
+            take_step(trainer)
+        return began, trainer.model.weight
+
+    torch.manual_seed(0)
+    _, expected = go_on()
+    lines = log(run)
+    content = bytearray((run / "checkpoint_000006.pt").read_bytes())
+    place = content.index(expected.detach().numpy().tobytes())
+    content[place] ^= 1  # one bit, which torch.load would not miss
+    (run / "checkpoint_000006.pt").write_bytes(content)
+    (run / "checkpoint_000004.pt").write_bytes(b"half of it")
+    (run / "log.jsonl").open("a").write('{"step": 3, "lo')
+    (run / "checkpoint_000007.pt.unfinished").write_bytes(b"left by a process that was killed")
+
+    with pytest.warns(UserWarning, match="broken .* going on from checkpoint_000002.pt"):
+        began, weight = go_on()
+    assert began == 2 and torch.equal(weight, expected) and log(run) == lines
+    assert not list(run.glob("*.unfinished"))
+
+    for path in run.glob("checkpoint_*.pt"):
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="delete what is broken to start again"):
+        go_on()
+
+
+def test_tensorboard_shows_each_step_once_whatever_killed_the_run(tmp_path, engine):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = Recipe(steps=4, batch_size=4, save_every=2, log_every=1, tensorboard=True)
+    for last in (3, 4):
+        trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+        for step in trainer.steps():
+            take_step(trainer)
+            if step + 1 == last:
+                break
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in curves.Scalars("loss")] == pytest.approx(losses(tmp_path))
+
+
+def test_only_so_many_checkpoints_are_kept(tmp_path, engine):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=7, batch_size=4, save_every=2), tmp_path, engine)
+    for _ in trainer.steps():
+        take_step(trainer)
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint_000006.pt", "checkpoint_000007.pt"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_logs_no_step_twice(tmp_path, engine):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss"')
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=2, batch_size=4, log_every=1), tmp_path, engine)
+    for _ in trainer.steps():
+        take_step(trainer)
+    assert [line["step"] for line in log(tmp_path)] == [1, 2]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, engine):
+    Trainer(nn.Linear(2, 1), Recipe(), tmp_path, engine)
+    program = f"from minisd.training.run_folder import RunFolder; RunFolder({str(tmp_path)!r}).open()"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert "another process trains in" in process.stderr
+    RunFolder(tmp_path).close()
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
@@ -140,41 +254,205 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
     with pytest.raises(ValueError, match="lr was 0.0001, now 0.1"):
         Trainer(nn.Linear(2, 1), replace(recipe, lr=0.1), tmp_path, engine)
+    with pytest.raises(ValueError, match="other networks"):
+        Trainer(nn.Linear(3, 1), recipe, tmp_path, engine)
     Trainer(nn.Linear(2, 1), replace(recipe, save_every=1), tmp_path, engine)  # how often to save may change
 
 
-def test_a_broken_checkpoint_is_named(tmp_path, engine):
-    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match="delete it to start again"):
-        Trainer(nn.Linear(2, 1), Recipe(), tmp_path, engine)
+def test_a_second_network_is_stepped_and_saved_beside_the_first(tmp_path, engine):
+    start = torch.tensor([[0.5]])
+
+    def run(folder, stop_at):
+        torch.manual_seed(0)
+        critic = nn.Linear(1, 1)
+        critic.load_state_dict({"weight": start, "bias": torch.zeros(1)})
+        recipe = Recipe(steps=6, batch_size=4, save_every=2, log_every=1, lr=0.1)
+        trainer = Trainer(nn.Linear(2, 1), recipe, folder, engine, others={"critic": critic})
+        critic = trainer.models["critic"]
+        for _ in trainer.steps():
+            for batch in trainer.batches(8):
+                out = trainer.model(batch.randn(2))
+                trainer.backward(out.square().mean())
+                trainer.backward(critic(out.detach()).square().mean(), "critic_loss")
+            if trainer.step == stop_at:
+                raise Interrupted
+            trainer.update()
+        return [*trainer.model.parameters(), *critic.parameters()]
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "broken", 5)
+    again = run(tmp_path / "broken", None)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert log(tmp_path / "whole") == log(tmp_path / "broken")
+    assert not torch.equal(whole[2], start) and log(tmp_path / "whole")[0]["grad_norm_critic"] > 0
+
+
+# --- a loss that is no number ---------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(tmp_path, engine):
-    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3), tmp_path, engine)
+    recipe = Recipe(steps=3, batch_size=4, accumulate=2)
+    trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine, describe="picture {}".format)
     before = trainer.model.weight.clone()
-    with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
-        for _ in trainer.steps():
-            trainer.update(trainer.model(torch.full((1, 2), torch.nan)).mean())
+    steps = trainer.steps()
+    next(steps)
+    first, second = (batch.indices.tolist() for batch in trainer.batches(16))
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan, over the samples") as error:
+        take_step(trainer, broken=second[0])
+    assert all(f"picture {i}" in str(error.value) for i in second)  # the half that it was in
+    assert not any(f"picture {i};" in str(error.value) for i in first)
     assert torch.equal(before, trainer.model.weight)
+
+
+def test_many_samples_of_a_loss_that_is_no_number_are_named_in_a_file(tmp_path, engine):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=10), tmp_path, engine, describe="picture {}".format)
+    next(trainer.steps())
+    with pytest.raises(FloatingPointError, match="and 2 others, named in no_number_000001.txt"):
+        take_step(trainer, n=10, broken=3)
+    named = (tmp_path / "no_number_000001.txt").read_text().splitlines()
+    assert sorted(named) == [f"picture {i}" for i in range(10)]
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, engine):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4), tmp_path, engine)
+    next(trainer.steps())
+    for _ in trainer.batches(16):
+        trainer.backward((trainer.model.bias - trainer.model.bias.detach()).abs().sqrt().sum())  # 0 / 0
+    with pytest.raises(FloatingPointError, match="the grad_norm of step 1 is nan"):
+        trainer.update()
+
+
+def test_steps_without_a_number_are_skipped_if_asked(tmp_path, engine):
+    recipe = Recipe(steps=8, batch_size=4, log_every=2, on_nan="skip", lr=0.1)
+    trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+    with pytest.warns(UserWarning, match="over the samples .*: this step was skipped") as warned:
+        for _ in trainer.steps():
+            before, warnings = trainer.model.weight.clone(), len(warned)
+            take_step(trainer, broken=3)
+            assert torch.equal(before, trainer.model.weight) == (len(warned) > warnings)
+    assert sum(line["skipped"] for line in log(tmp_path)) == len(warned) == 2  # once an epoch
+    assert trainer.model.weight.isfinite().all() and trainer.ema.num_updates == 6
+
+
+# --- one run, however many processes --------------------------------------------------------------------------------
 
 
 def test_an_epoch_visits_every_sample_once(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=9, batch_size=4), tmp_path, engine)
-    seen = [i for trainer.step in range(9) for i in trainer.batch(12).tolist()]
+    seen = [i for trainer.step in range(9) for batch in trainer.batches(12) for i in batch.indices.tolist()]
     epochs = [seen[:12], seen[12:24], seen[24:]]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_two_processes_share_what_one_would_have_drawn(tmp_path):
+def test_processes_and_parts_share_what_one_would_have_drawn(tmp_path):
+    def drawn(rank, processes, accumulate):
+        engine = SingleDevice("cpu")
+        engine.process_index, engine.num_processes = rank, processes
+        trainer = Trainer(nn.Linear(2, 1), Recipe(batch_size=8, accumulate=accumulate), tmp_path, engine)
+        trainer.step = 5
+        batches = list(trainer.batches(100))
+        numbers = [(b.indices, b.randint(1000), b.rand(), b.randn(2, 3)) for b in batches]
+        return [torch.cat(column) for column in zip(*numbers, strict=True)]
+
+    whole = drawn(0, 1, 1)
+    assert all(len(column.unique()) > 1 for column in whole)
+    assert all(torch.equal(a, b) for a, b in zip(drawn(0, 1, 4), whole, strict=True))
+    shares = zip(drawn(0, 2, 2), drawn(1, 2, 2), whole, strict=True)
+    assert all(torch.equal(torch.cat([a, b]), c) and len(a) == 4 for a, b, c in shares)
+
+
+@pytest.mark.parametrize("network", ["vae", "unet"])
+def test_gradients_that_are_added_up_are_those_of_the_whole_batch(network, shapes, engine, parts, tmp_path):
+    for accumulate in (1, 4):
+        folder, options = tmp_path / str(accumulate), {"steps": 3, "accumulate": accumulate, **SHORT}
+        if network == "vae":
+            train_vae(PRESETS["tiny"].first_stage, VAERecipe(**options), shapes, folder, engine)
+        else:
+            train_unet(PRESETS["tiny"], UNetRecipe(**options), shapes, folder, engine, *parts)
+    whole, added = log(tmp_path / "1"), log(tmp_path / "4")
+    for a, b in zip(whole, added, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+
+
+def test_what_can_not_be_shared_out_is_refused(tmp_path, monkeypatch):
     engine = SingleDevice("cpu")
-    trainer = Trainer(nn.Linear(2, 1), Recipe(batch_size=8), tmp_path, engine)
-    whole = trainer.batch(100)
-    shares = []
+    engine.num_processes = 3
+    with pytest.raises(ValueError, match="a batch of 8 can't be shared out evenly to 3 processes .* a multiple of 6"):
+        Trainer(nn.Linear(2, 1), Recipe(batch_size=8, accumulate=2), tmp_path, engine)
+    with pytest.raises(ValueError, match="the batch can't be cut into parts: leave accumulate at 1"):
+        CLIPRecipe(accumulate=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without a launcher behind it
+    with pytest.raises(ValueError, match="one of 2 processes, and a SingleDevice knows only itself"):
+        SingleDevice("cpu")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r'2 processes .* pip install "minisd\[train\]"'):
+        make_engine("cpu")
+
+
+EXACT = {"loss": 1e-6, "rec": 1e-6, "kl": 1e-6, "grad_norm": 2e-5}  # relative; all other figures must be equal
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[name] == pytest.approx(a[name], rel=EXACT.get(name, 0), abs=0) for name in a), (a, b)
+    return True
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The same short runs, by one process in one/, by two with DDP in ddp/, and by two with FSDP in fsdp/."""
+    folder = tmp_path_factory.mktemp("several")
+    draw_shapes(folder / "shapes", count=40, size=32)
+    options = ["--preset", "tiny", "--device", "cpu", "--precision", "no", "--data", str(folder / "shapes")]
+    options += ["--steps", "4", "--batch-size", "8", "--warmup", "2", "--log-every", "1", "--save-every", "2"]
+    for network in ("clip", "vae", "unet"):
+        cli.main(["train", network, "--out", str(folder / "one"), *options])
+    program = str(Path(__file__).with_name("several_processes.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, program, str(folder / "shapes"), str(folder), "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("network", ["clip", "vae", "unet"])
+def test_two_processes_train_as_one_does(network, several):
+    two = log(several / "ddp" / network)
+    assert [line["step"] for line in two] == [1, 2, 3, 4]  # and but one of them writes
+    assert same(log(several / "one" / network), two)
+
+
+def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine):
+    one, two = log(several / "one" / "unet"), log(several / "fsdp")
+    assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
+    (several / "fsdp" / "checkpoint_000004.pt").unlink()
+    recipe = UNetRecipe(steps=4, batch_size=8, warmup=2, log_every=1)
+    data, parts = CaptionedPictures(several / "shapes", 32, "train"), [several / "one" / p for p in ("clip", "vae")]
+    train_unet(PRESETS["tiny"], recipe, data, several / "fsdp", engine, *parts)
+    assert same(two, log(several / "fsdp"))  # … and one process goes on from a checkpoint of FSDP
+    drawn = load(several / "fsdp" / "model" / "after_000004_steps.safetensors", "cpu").state_dict()  # by FSDP
+    for name, weight in load(several / "fsdp" / "model", "cpu").state_dict().items():
+        assert torch.allclose(weight, drawn[name], atol=1e-3), name
+
+
+def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
+    said = [(several / f"nan_{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "the loss of step 1 is nan, over the samples" in said[0]
+    samples = said[0].split("samples ")[1].split(".")[0].split("; ")
+    assert len(samples) == 4 and "5" in samples  # of the process that had it
+
+
+def test_two_processes_refuse_an_odd_batch(several):
     for rank in range(2):
-        engine.process_index, engine.num_processes = rank, 2
-        shares.append(trainer.batch(100))
-    assert torch.equal(torch.cat(shares), whole) and len(shares[0]) == 4
+        assert "a batch of 7 can't be shared out evenly to 2" in (several / f"uneven_{rank}.txt").read_text()
+
+
+# --- what is computed -----------------------------------------------------------------------------------------------
 
 
 def test_ema_is_the_formula_of_compvis(tmp_path):

@@ -26,6 +26,7 @@ from .files import (
     cast,
     check_names,
     load_weights,
+    on_disk,
     read_json,
     read_tokenizer,
     read_weights,
@@ -38,7 +39,7 @@ from .minisd_folder import save_clip
 
 __all__ = [
     "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "load", "load_clip", "load_weights",
-    "read_json", "read_weights", "save", "save_clip", "write_json", "write_weights", "written_whole",
+    "on_disk", "read_json", "read_weights", "save", "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"

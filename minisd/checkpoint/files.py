@@ -285,9 +285,23 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
         with _disk_errors(path, before):
             yield unfinished
             unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
+            on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
             os.replace(unfinished, path)
+            on_disk(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def on_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, has left the system's memory for the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # it opens no folders
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -309,6 +323,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
             for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
                 target = folder / file.relative_to(unfinished)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                on_disk(file)
                 os.replace(file, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

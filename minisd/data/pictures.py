@@ -261,6 +261,10 @@ class CaptionedPictures(Dataset):
         pixels = torch.from_numpy(self._pixels(np.asarray(indices)))
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
+    def describe(self, i: int) -> str:
+        """Which picture that is, for people: index, file and caption."""
+        return f"{i} ({self.rows[i]['file_name']}: {self.captions[i]!r})"
+
     @property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:
         """All pictures as one array at `size`; made when first asked for, and kept."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
 from ..data import CaptionedPictures
-from .engine import SingleDevice
+from .engine import Engine, gather_with_grad
 from .trainer import Recipe, Trainer
 
 # A caption is "red fox, noto style"; a person will write "a red fox". Both towers and the UNet see all of these forms.
@@ -29,6 +29,24 @@ class CLIPRecipe(Recipe):
     lr: float = 1e-3  # learning rate after the warm-up
     weight_decay: float = 0.1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accumulate != 1:
+            raise ValueError(
+                "CLIP tells each picture from all others of its batch, so the batch can't be cut into parts: leave "
+                f"accumulate at 1 (not {self.accumulate}), and take a smaller batch_size or more processes"
+            )
+
+
+class CLIPOverProcesses(CLIPModel):
+    """The features of all processes, so that the logits are those of the whole batch, on every process."""
+
+    def get_text_features(self, input_ids: Tensor) -> Tensor:
+        return gather_with_grad(super().get_text_features(input_ids))
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return gather_with_grad(super().get_image_features(pixels))
+
 
 def train_clip(
     text: CLIPTextConfig,
@@ -36,30 +54,35 @@ def train_clip(
     recipe: CLIPRecipe,
     data: CaptionedPictures,
     folder: str | Path,
-    engine: SingleDevice,
+    engine: Engine,
 ) -> tuple[CLIPModel, BPETokenizer]:
     """Train tokenizer and both towers; leaves `clip.safetensors`, `clip.json` and `tokenizer/` in the folder.
 
     Returns the towers with their EMA weights, and the tokenizer. A folder with a checkpoint in it is gone on with.
     """
+    if getattr(engine, "is_fsdp2", False):
+        raise ValueError("FSDP can't cut up CLIP's temperature, a single number: train clip with DDP (multi_gpu)")
     torch.manual_seed(recipe.seed)  # the initial weights
     tokenizer = BPETokenizer.train([t.format(c) for c in data.captions for t in TEMPLATES], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, text.max_length)
-    trainer = Trainer(CLIPModel(text, vision, tokenizer.end_token), recipe, folder, engine)
+    towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
+    trainer = Trainer(towers, recipe, folder, engine, describe=data.describe)
     for _ in trainer.steps():
-        indices = trainer.batch(len(data))
-        form = trainer.shard(torch.randint(len(TEMPLATES), (recipe.batch_size,), generator=trainer.generator()))
-        with engine.autocast():
-            logits = trainer.model(tokens[indices, form].to(engine.device), data.batch(indices).to(engine.device))
-        loss = contrastive_loss(logits.float())
-        right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()
-        trainer.update(loss, accuracy=right)
+        for batch in trainer.batches(len(data)):
+            form = batch.randint(len(TEMPLATES))
+            with engine.autocast():
+                ids, pixels = tokens[batch.indices, form], data.batch(batch.indices)
+                logits = trainer.model(ids.to(engine.device), pixels.to(engine.device))
+            right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()
+            trainer.backward(contrastive_loss(logits.float()), accuracy=right)
+        trainer.update()
 
-    clip = engine.unwrap_model(trainer.model)
-    clip.load_state_dict(trainer.ema.weights, strict=False)
+    clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
+    clip.load_state_dict(dict(trainer.ema.items()), strict=False)
     if engine.is_main_process:
-        save_clip(clip.eval(), tokenizer, folder)
-    return clip.eval(), tokenizer
+        save_clip(clip, tokenizer, folder)
+    engine.wait_for_everyone()
+    return clip, tokenizer
 
 
 def tokenize_templates(tokenizer: BPETokenizer, captions: list[str], max_length: int) -> Tensor:

@@ -1,15 +1,62 @@
 """The engine: what a training loop needs to know of the machine that it runs on.
 
-`SingleDevice` offers the handful of methods of `accelerate.Accelerator` that the loops call. Hand in an
-`Accelerator` itself, and the same loop runs on many devices.
+`SingleDevice` has the handful of methods of `accelerate.Accelerator` that the loops call: an `Accelerator` fits the
+same place, and the same loop then runs on many devices. `make_engine` gives whichever is right.
 """
 
 import contextlib
+import os
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoint import best_device
+
+Engine = Any  # a SingleDevice or an accelerate.Accelerator, which is not imported before somebody asks for it
+
+
+def make_engine(device: str | torch.device | None = None, mixed_precision: str = "no") -> Engine:
+    """A `SingleDevice`; or an `Accelerator`, where torchrun or `accelerate launch` started several processes.
+
+    Args:
+        device: "cuda", "mps", "cpu"; None takes the best that is there.
+        mixed_precision: "bf16" or "no", as in `SingleDevice`.
+
+    Raises:
+        ImportError: there are several processes, and no Accelerate. ValueError: they can't be joined to one run.
+    """
+    started = processes_started()
+    if started == 1:
+        return SingleDevice(device, mixed_precision)
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError(
+            f'{started} processes were started, and to train with several takes Accelerate: pip install "minisd[train]"'
+        ) from error
+    wanted = torch.device(device or best_device()).type
+    # without cpu=True, processes on CPUs would not be joined: each would train a copy of its own
+    engine = Accelerator(cpu=wanted == "cpu", mixed_precision=mixed_precision)
+    kind = getattr(engine.distributed_type, "value", str(engine.distributed_type))
+    if engine.num_processes != started:
+        problem = f"Accelerate joined {engine.num_processes} of {started} processes: start them by torchrun"
+    elif engine.device.type != wanted:
+        problem = f"the run was asked to be on {wanted}, and Accelerate chose {engine.device.type}"
+    elif kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not engine.is_fsdp2):
+        problem = f"{kind} is not supported: take DDP (multi_gpu), or FSDP with fsdp_version 2"
+    elif engine.gradient_accumulation_steps != 1:
+        problem = f"give --accumulate {engine.gradient_accumulation_steps} to minisd, not to accelerate"
+    else:
+        return engine
+    raise ValueError(problem)
+
+
+def processes_started() -> int:
+    """How many processes the launcher says that it started; 1 without a launcher."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return max(int(os.environ.get(name) or 1) for name in names)
 
 
 class SingleDevice:
@@ -18,6 +65,8 @@ class SingleDevice:
     Args:
         device: "cuda", "mps", "cpu"; None takes the best that is there.
         mixed_precision: "bf16" computes convolutions and matrix products in bfloat16, "no" all in float32.
+
+    Raises ValueError where a launcher started several processes: each would train a copy, over the files of the others.
     """
 
     process_index, num_processes, is_main_process = 0, 1, True
@@ -25,12 +74,17 @@ class SingleDevice:
     def __init__(self, device: str | torch.device | None = None, mixed_precision: str = "no"):
         if mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision is 'no' or 'bf16', not {mixed_precision!r}")
+        if processes_started() > 1:
+            raise ValueError(
+                f"this is one of {processes_started()} processes, and a SingleDevice knows only itself: "
+                "take make_engine(), which joins them"
+            )
         self.device = torch.device(device or best_device())
         self.mixed_precision = mixed_precision
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device (an Accelerator would also wrap it for many processes)."""
-        return model.to(self.device)
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Move the model to the device. (An Accelerator also wraps it for many processes, or cuts it up for them.)"""
+        return model.to(self.device), optimizer
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """The model without what `prepare` put around it."""
@@ -42,6 +96,10 @@ class SingleDevice:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """The context in which gradients are added up here, and not yet over the processes."""
+        return contextlib.nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss."""
         loss.backward()
@@ -50,6 +108,33 @@ class SingleDevice:
         """Scale the gradients down to a norm of at most `max_norm`; returns the norm that they had."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def reduce(self, tensor: Tensor, reduction: str = "mean") -> Tensor:
-        """The mean over all processes: there is one."""
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, one after the other: there is one."""
         return tensor
+
+    def wait_for_everyone(self) -> None:
+        """All processes meet here."""
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # every process has a loss, and each depends on the rows of this one
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """The rows of all processes, one after the other, through which gradients find back to where the rows came from."""
+    return _Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP cut up, put together again (all processes take part); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

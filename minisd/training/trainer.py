@@ -1,34 +1,38 @@
 """What the three training loops share.
 
-A loop asks the trainer for steps, computes a loss, and hands it back:
+A loop asks the trainer for steps, and for the batches of each; it hands back a loss for every batch:
 
     for step in trainer.steps():
-        indices = trainer.batch(len(pictures))
-        loss = ...
-        trainer.update(loss)
+        for batch in trainer.batches(len(pictures)):
+            noise = batch.randn(4, 32, 32)
+            loss = ...
+            trainer.backward(loss)
+        trainer.update()
 
-All randomness is a function of (seed, step): no state of a random generator has to be saved, a run that was
-interrupted goes on exactly as if it had not been, and several processes draw what one would have drawn.
+All randomness is a function of the seed, the step and the place of the sample in the batch: no state of a random
+generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
+what one would have drawn.
 """
 
-import json
+import contextlib
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint import written_whole
-from .engine import SingleDevice
+from .engine import Engine, whole
+from .run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Recipe:
 
     steps: int = 10_000  # updates in all
     batch_size: int = 64  # samples in an update, over all processes
+    accumulate: int = 1  # batches that a process cuts its part of an update into, where memory is short
     lr: float = 1e-4  # learning rate after the warm-up
     warmup: int = 100  # steps from zero to lr
     decay: bool = True  # let lr fall to zero along a cosine; off: keep it constant, as Stable Diffusion did
@@ -48,11 +53,17 @@ class Recipe:
     log_every: int = 20  # steps between lines in log.jsonl
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2  # the newest, and those before it, in case that a disk damages it
+    on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
+    tensorboard: bool = False  # the figures of log.jsonl for TensorBoard, too
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "sample_every", "save_every"):
+        numbers = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints")
+        for name in numbers:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then constant or half a cosine."""
@@ -81,7 +92,7 @@ class EMA:
         parameters = dict(model.named_parameters())
         torch._foreach_lerp_(list(self.weights.values()), [parameters[n].detach() for n in self.weights], 1 - decay)
 
-    @contextmanager
+    @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model has the mean weights; afterwards its own again. CompVis calls it `ema_scope`."""
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -89,163 +100,341 @@ class EMA:
         try:
             yield
         finally:
+            if hasattr(model, "reshard"):  # FSDP keeps what was put together for the last call
+                model.reshard()
             model.load_state_dict(own, strict=False)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and mean weights in the CPU's memory; whole, where FSDP cut them up: all processes take part then."""
+        for name, weight in self.weights.items():
+            yield name, whole(weight).cpu()
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over mean weights, whole ones; with FSDP, each process keeps its part."""
+        for name, weight in self.weights.items():
+            given = weights[name].to(weight.device)
+            if hasattr(weight, "full_tensor"):
+                given = torch.distributed.tensor.distribute_tensor(given, weight.device_mesh, weight.placements)
+            weight.copy_(given)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through the network at once, and their randomness: a generator for each."""
+
+    indices: Tensor  # of the samples, in the data
+    generators: list[torch.Generator]
+
+    def randint(self, high: int) -> Tensor:
+        """A number of 0, …, high - 1 for each sample."""
+        return torch.stack([torch.randint(high, (), generator=g) for g in self.generators])
+
+    def rand(self) -> Tensor:
+        """A number in [0, 1) for each sample."""
+        return torch.stack([torch.rand((), generator=g) for g in self.generators])
+
+    def randn(self, *shape: int) -> Tensor:
+        """Noise of N(0, I) for each sample [b *shape]; on the CPU, so that it is the same on every device."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
 
 class Trainer:
     """Optimiser, EMA, checkpoints and log of one run, which lives in `folder`.
 
     If the folder holds a checkpoint, the run goes on from there.
+
+    Args:
+        model: what is trained. `trainer.model` is what the engine made of it: call that, so that gradients find
+            their way over the processes.
+        others: networks that are trained beside it, by name, such as a discriminator: each with an optimiser of its
+            own, in the checkpoints, without EMA. Call `trainer.models[name]` for its own loss; where it only passes
+            gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
+        describe: what a sample is, for people, by its index: named where a loss is no number.
+
+    Raises:
+        ValueError: the batch can't be shared out evenly; the folder holds another run, or is held by another process.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, folder: str | Path, engine: SingleDevice):
-        self.recipe, self.engine, self.folder = recipe, engine, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = engine.prepare(model)
-        # Weight decay is for matrices: to shrink a bias or the gain of a norm does no good.
-        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True,
-        )  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        folder: str | Path,
+        engine: Engine,
+        others: Mapping[str, nn.Module] | None = None,
+        describe: Callable[[int], str] = str,
+    ):
+        self.recipe, self.engine, self.describe = recipe, engine, describe
+        self._parts = engine.num_processes * recipe.accumulate  # of a batch
+        if recipe.batch_size % self._parts:
+            raise ValueError(
+                f"a batch of {recipe.batch_size} can't be shared out evenly to {engine.num_processes} processes with "
+                f"{recipe.accumulate} parts each: take a multiple of {self._parts}"
+            )
+        self.folder = RunFolder(folder, recipe.keep_checkpoints, recipe.tensorboard)
+        if engine.is_main_process:
+            self.folder.open()
+        self.models, self.optimizers = {}, {}
+        for name, network in {"model": model, **(others or {})}.items():
+            self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe))
+        self.model = self.models["model"]
         self.ema = EMA(engine.unwrap_model(self.model), recipe.ema_decay)
-        self.step = 0
-        self._since_log: list[dict[str, float]] = []
-        if self.checkpoint.exists():
-            self._resume()
+        self.step, self._since_log = 0, []
+        self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
+        self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
+        self._asked_to_stop, self._stopping = threading.Event(), False
+        self._resume()
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """Count from where the run stands to its last step; save on the way, at the end, and on Ctrl-C."""
+        """Count from where the run stands to its last step; save on the way, at the end, and when asked to stop."""
         bar = tqdm(
-            initial=self.step, total=self.recipe.steps, desc=self.folder.name, disable=not self.engine.is_main_process
+            initial=self.step,
+            total=self.recipe.steps,
+            desc=self.folder.path.name,
+            disable=not self.engine.is_main_process,
         )
-        self._bar, self._log_time = bar, time.perf_counter()
-        with bar, _finish_the_step_on_ctrl_c() as stop:
+        self._bar, self._clock = bar, time.perf_counter()
+        with bar, _finish_the_step(self._asked_to_stop):
             while self.step < self.recipe.steps:
                 yield self.step
                 self.step += 1
                 bar.update()
-                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or stop.is_set():
+                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self._stopping:
                     self.save()
-                if stop.is_set():
+                if self._stopping:
+                    self.folder.close()
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
+        self.folder.close()
 
-    def update(self, loss: Tensor, **figures: Tensor | float) -> None:
-        """One step down the gradient. `figures` are logged beside the loss.
+    def batches(self, n: int) -> Iterator[Batch]:
+        """This process's part of the next update, of n samples in all; each batch is to end in a `backward`.
+
+        Epoch after epoch, the samples come in another order.
+        """
+        self._figures, self._n = [], n
+        for k in range(self.recipe.accumulate):
+            part = self.engine.process_index * self.recipe.accumulate + k
+            seeds = _seeds(self.recipe.seed, self.step, self.recipe.batch_size)[self._places(part)]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            self._figures.append({})
+            with contextlib.ExitStack() as stack:
+                if k + 1 < self.recipe.accumulate:  # the processes exchange gradients once, after the last
+                    for model in self.models.values():
+                        stack.enter_context(self.engine.no_sync(model))
+                yield Batch(torch.tensor(self._indices(part, n)), generators)
+
+    def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
+        """Add the gradient of a batch's loss. The loss is logged under its name, and the figures beside it."""
+        self._figures[-1] |= {name: loss, **figures}
+        self.engine.backward(loss / self.recipe.accumulate)
+
+    def update(self) -> None:
+        """One step down the gradient, for each network that got one.
 
         Raises:
-            FloatingPointError: the loss is no number; nothing of this step has touched the weights.
+            FloatingPointError: a loss or gradient is no number, on whichever process, and the recipe says "stop";
+                nothing of this step has touched the weights.
         """
-        recipe = self.recipe
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {loss.item()}, and the run in {self.folder} stands at its last "
-                f"checkpoint: start again with a smaller lr (now {recipe.lr:g})"
+        norms = {
+            "grad_norm" if name == "model" else f"grad_norm_{name}": whole(
+                self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(self.step)
-        self.engine.backward(loss)
-        norm = self.engine.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.engine.unwrap_model(self.model))
-        self._log({"loss": self.engine.reduce(loss.detach()), "grad_norm": norm, **figures})
+            for name, model in self.models.items()
+        }
+        figures, suspects = self._agree(norms)
+        if suspects:
+            self._refuse(figures, suspects)
+        else:
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.recipe.lr_at(self.step)
+                optimizer.step()
+            self.ema.update(self.engine.unwrap_model(self.model))
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self._log(figures)
+
+    def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
+        """The mean of all figures over batches and processes; and, where one is no number, the samples that it is of.
+
+        The same on every process; one exchange, and one wait for the device, a step.
+        """
+        names, device = list(self._figures[0]), self.engine.device
+        mine = [torch.as_tensor(f[name], device=device).detach().float() for f in self._figures for name in names]
+        stop = torch.tensor(float(self._asked_to_stop.is_set()), device=device)
+        row = torch.stack([*mine, *(norm.to(device).float() for norm in norms.values()), stop])
+        rows = self.engine.gather(row[None]).cpu().double().numpy()
+        self._stopping = bool(rows[:, -1].any())
+        table = rows[:, : len(mine)].reshape(self._parts, len(names))  # a line for each part of the batch
+        figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
+        figures |= dict(zip(norms, rows[0, len(mine) : -1].tolist(), strict=True))
+        if all(map(math.isfinite, figures.values())):
+            return figures, []
+        bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
+        return figures, [i for part in bad for i in self._indices(part, self._n)]
+
+    def _refuse(self, figures: dict[str, float], suspects: list[int]) -> None:
+        """Stop, or say what is left out, as the recipe has it."""
+        name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
+        described = [self.describe(i) for i in suspects]
+        where = "; ".join(described[:FEW])
+        if len(suspects) > FEW:
+            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(self.step + 1)}"
+            if self.engine.is_main_process:
+                path = self.folder.path / NAMED.format(self.step + 1)
+                path.write_text("\n".join(described) + "\n", encoding="utf-8")
+        trouble = f"the {name} of step {self.step + 1} is {value}, over the samples {where}"
+        if self.recipe.on_nan == "stop":
+            raise FloatingPointError(
+                f"{trouble}. The run in {self.folder.path} stands at its last checkpoint: go on with a smaller lr (now "
+                f"{self.recipe.lr:g}) in another folder, without those samples, or here with on_nan = skip"
+            )
+        if self.engine.is_main_process:
+            warnings.warn(f"{trouble}: this step was skipped", stacklevel=3)
 
     @property
     def time_to_sample(self) -> bool:
         """Is this step one that ends with a sample sheet?"""
-        due = (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps
-        return due and self.engine.is_main_process
+        return (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps
 
-    # --- randomness -----------------------------------------------------------------------------------------------
+    # --- which samples --------------------------------------------------------------------------------------------
 
-    def batch(self, n: int) -> Tensor:
-        """Indices of this process's share of the next batch: epoch after epoch, each in an order of its own."""
+    def _places(self, part: int) -> slice:
+        """Where in the batch a part of it lies."""
+        size = self.recipe.batch_size // self._parts
+        return slice(part * size, (part + 1) * size)
+
+    def _indices(self, part: int, n: int) -> list[int]:
+        """The samples in a part of this step's batch."""
         first = self.step * self.recipe.batch_size
-        positions = range(first, first + self.recipe.batch_size)
-        return self.shard(torch.tensor([_order(n, self.recipe.seed, p // n)[p % n] for p in positions]))
-
-    def generator(self) -> torch.Generator:
-        """A generator that depends on seed and step alone. Draw for the whole batch, then take your `shard`."""
-        return torch.Generator().manual_seed(_mix(self.recipe.seed, self.step))
-
-    def shard(self, whole: Tensor) -> Tensor:
-        """Of something that was drawn for the whole batch, the part of this process."""
-        return whole.chunk(self.engine.num_processes)[self.engine.process_index]
+        places = range(first, first + self.recipe.batch_size)[self._places(part)]
+        return [_order(n, self.recipe.seed, p // n)[p % n] for p in places]
 
     # --- log and checkpoints --------------------------------------------------------------------------------------
 
-    def _log(self, figures: dict[str, Tensor | float]) -> None:
-        self._since_log.append({name: float(value) for name, value in figures.items()})
-        if (self.step + 1) % self.recipe.log_every or not self.engine.is_main_process:
-            return
+    def _log(self, figures: dict[str, float]) -> None:
         now = time.perf_counter()
+        self._seconds, self._clock = self._seconds + now - self._clock, now
+        self._since_log.append(figures)
+        if (self.step + 1) % self.recipe.log_every:
+            return
+        good = [f for f in self._since_log if all(map(math.isfinite, f.values()))]
         line = {"step": self.step + 1, "lr": self.recipe.lr_at(self.step)}
-        line |= {name: float(np.mean([f[name] for f in self._since_log])) for name in figures}
-        line["samples_per_s"] = len(self._since_log) * self.recipe.batch_size / (now - self._log_time)
-        self._since_log, self._log_time = [], now
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-        self._bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        for name in dict.fromkeys(name for f in self._since_log for name in f):
+            values = [f[name] for f in good if name in f]
+            line[name] = float(np.mean(values)) if values else None
+        if self.recipe.on_nan == "skip":
+            line["skipped"] = len(self._since_log) - len(good)
+        samples = len(self._since_log) * self.recipe.batch_size
+        line |= {"samples_per_s": samples / (self._seconds - self._logged_at), "seconds": self._seconds}
+        self._since_log, self._logged_at = [], self._seconds
+        if self.engine.is_main_process:
+            self.folder.append({name: _rounded(value) for name, value in line.items()})
+            self._bar.set_postfix(loss=line["loss"], refresh=False)
 
     def save(self) -> None:
-        """Write the checkpoint: the one that was there stays good until this one is whole."""
-        if not self.engine.is_main_process:
-            return
+        """Write a checkpoint; the one before it stays good until this one is whole. All processes take part."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        networks = {
+            name: get_state_dict(model, _bare(self.optimizers[name]), options=_whole_state())
+            for name, model in self.models.items()
+        }
         state = {
             "step": self.step,
             "recipe": asdict(self.recipe),
-            "model": self.engine.unwrap_model(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.weights,
+            "networks": networks,
+            "ema": {name: weight for name, weight in self.ema.items() if self.engine.is_main_process},
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
+            "seconds": (self._seconds, self._logged_at),
         }
-        with written_whole(self.checkpoint, before="the checkpoint before it") as unfinished:
-            torch.save(state, unfinished)
+        if self.engine.is_main_process:
+            self.folder.save(self.step, state)
 
     def _resume(self) -> None:
-        try:
-            state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise ValueError(f"{self.checkpoint} can't be read ({error}); delete it to start again") from error
-        theirs, ours = state["recipe"], asdict(self.recipe)
+        state = self.folder.load(self.engine.is_main_process)
+        steps = self.engine.gather(torch.tensor([-1 if state is None else state["step"]], device=self.engine.device))
+        if len(set(steps.tolist())) > 1:
+            raise ValueError(
+                f"the processes see different checkpoints in {self.folder.path}: it must be on a disk that all share"
+            )
+        if state is not None:
+            self._refuse_another_run(state["recipe"])
+            self._restore(state)
+        if self.engine.is_main_process:
+            self.folder.forget_lines_after(self.step)
+
+    def _refuse_another_run(self, theirs: dict) -> None:
+        ours = asdict(self.recipe)
         changed = [
             f"{k} was {theirs.get(k)}, now {v}" for k, v in ours.items() if theirs.get(k) != v and k not in _MAY_CHANGE
         ]
         if changed:
             raise ValueError(
-                f"{self.folder} holds another run ({'; '.join(changed)}): choose another folder, or delete it"
+                f"{self.folder.path} holds another run ({'; '.join(changed)}): choose another folder, or delete it"
             )
-        self.engine.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, weight in state["ema"].items():
-            self.ema.weights[name].copy_(weight)
+
+    def _restore(self, state: dict) -> None:
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        try:
+            for name, (weights, optimizer) in state["networks"].items():
+                set_state_dict(
+                    self.models[name],
+                    _bare(self.optimizers[name]),
+                    model_state_dict=weights,
+                    optim_state_dict=optimizer,
+                    options=_whole_state(),
+                )
+            self.ema.load(state["ema"])
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"{self.folder.path} holds a run of other networks ({reason}): choose another folder, or delete it"
+            ) from error
         self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
-        self._forget_later_lines()
-
-    def _forget_later_lines(self) -> None:
-        """Steps after the checkpoint will be made, and logged, again."""
-        log = self.folder / "log.jsonl"
-        if log.exists() and self.engine.is_main_process:
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            log.write_text("".join(kept), encoding="utf-8")
+        self._seconds, self._logged_at = state["seconds"]
 
 
-_MAY_CHANGE = {"log_every", "sample_every", "save_every"}  # what may differ between a run and its continuation
+# What may differ between a run and its continuation.
+_MAY_CHANGE = {"accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints", "on_nan", "tensorboard"}
+FEW = 8  # samples that a sentence may name; more go to a file
+NAMED = "no_number_{:06d}.txt"
 
 
-def _mix(*numbers: int) -> int:
-    """Several numbers → one seed, such that neighbours get unrelated ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Weight decay is for matrices: to shrink a bias or the gain of a norm does no good."""
+    matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True,
+    )  # fmt: skip
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser within what Accelerate puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _whole_state():
+    """As if there were one process: whole tensors, by the names of the parameters, in the CPU's memory."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _rounded(value: float | None) -> float | None:
+    return value if value is None or isinstance(value, int) else float(f"{value:.8g}")  # float32 has no more digits
+
+
+def _seeds(seed: int, step: int, batch_size: int) -> list[int]:
+    """A seed for each sample of a batch. Neighbours get unrelated ones, and a larger batch begins with the same."""
+    words = np.random.SeedSequence((seed, step, 1)).generate_state(batch_size, np.uint64)
+    return (words >> np.uint64(1)).tolist()
 
 
 @lru_cache(maxsize=4)
@@ -254,21 +443,28 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
-@contextmanager
-def _finish_the_step_on_ctrl_c() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C only sets the event, and the second interrupts at once."""
-    stop = threading.Event()
+@contextlib.contextmanager
+def _finish_the_step(asked_to_stop: threading.Event) -> Iterator[None]:
+    """Inside, Ctrl-C or a kind kill (SIGTERM) only set the event; a second Ctrl-C interrupts at once.
+
+    A second that comes within a second is the first, which torchrun hands on to processes that had it already.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone
+        yield  # signals reach the main thread alone
         return
+    first = math.inf
 
     def handler(signum, frame):
-        if stop.is_set():
+        nonlocal first
+        if signum == signal.SIGINT and time.monotonic() > first + 1:
             raise KeyboardInterrupt("stopped at once; the run stands at its last checkpoint")
-        stop.set()
+        asked_to_stop.set()
+        first = min(first, time.monotonic())
 
-    before = signal.signal(signal.SIGINT, handler)
+    asked_to_stop.clear()
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for which, old in before.items():
+            signal.signal(which, old)

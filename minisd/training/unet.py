@@ -20,9 +20,10 @@ from ..clip import CLIPTextConfig
 from ..data import CaptionedPictures
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..loss import LOSSES, text_dropout
+from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
-from .engine import SingleDevice
+from .engine import Engine
 from .trainer import Recipe, Trainer
 from .vae import encode_all
 
@@ -42,7 +43,7 @@ def train_unet(
     recipe: UNetRecipe,
     data: CaptionedPictures,
     folder: str | Path,
-    engine: SingleDevice,
+    engine: Engine,
     clip: str | Path,
     vae: str | Path,
     keep_at: tuple[int, ...] = (),
@@ -68,7 +69,7 @@ def finetune_unet(
     recipe: UNetRecipe,
     data: CaptionedPictures,
     folder: str | Path,
-    engine: SingleDevice,
+    engine: Engine,
     clip: str | Path | None = None,
 ) -> LatentDiffusion:
     """Go on training the UNet of a finished model, such as `minisd.load()`, on pictures that it has not seen.
@@ -99,42 +100,47 @@ def _fit(
     recipe: UNetRecipe,
     data: CaptionedPictures,
     folder: Path,
-    engine: SingleDevice,
+    engine: Engine,
     keep_at: tuple[int, ...] = (),
 ) -> None:
     """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
     moments = encode_all(sd.first_stage_model, data, engine)
     contexts = encode_captions(sd, data.captions)
     empty = sd.get_learned_conditioning([""])
-    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine)
+    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, describe=data.describe)
     loss_of = LOSSES[sd.config.parameterization]
     for step in trainer.steps():
-        indices, draw = trainer.batch(len(data)), trainer.generator()
-        drawn = [trainer.shard(whole) for whole in _draw(recipe, sd, contexts.shape[1], moments.shape, draw)]
-        form, (t, forget, noise, encoder_noise) = drawn[0], (part.to(engine.device) for part in drawn[1:])
-        # z = scale · sample of q(z given x): get_first_stage_encoding, from moments that are already there
-        mean, logvar = moments[indices].to(engine.device).chunk(2, dim=1)
-        z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)
-        context = text_dropout(contexts[indices, form].to(engine.device), empty, forget)
-        with engine.autocast():
-            loss = loss_of(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
-        trainer.update(loss)
-        if trainer.time_to_sample or step + 1 in keep_at:
-            with trainer.ema.applied_to(sd.model.diffusion_model):
-                if trainer.time_to_sample:
-                    _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png")
-                if step + 1 in keep_at and engine.is_main_process:
-                    unet = {k: v for k, v in sd.state_dict().items() if k.startswith("model.")}
-                    write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
-    sd.model.diffusion_model.load_state_dict(trainer.ema.weights, strict=False)
+        for batch in trainer.batches(len(data)):
+            form, t = batch.randint(contexts.shape[1]), batch.randint(sd.schedule.timesteps).to(engine.device)
+            forget = (batch.rand() < recipe.text_dropout).to(engine.device)
+            # z = scale · sample of q(z given x): get_first_stage_encoding, from moments that are already there
+            mean, logvar = moments[batch.indices].to(engine.device).chunk(2, dim=1)
+            noise, encoder_noise = (batch.randn(*mean.shape[1:]).to(engine.device) for _ in range(2))
+            z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)
+            context = text_dropout(contexts[batch.indices, form].to(engine.device), empty, forget)
+            with engine.autocast():
+                loss = loss_of(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
+            trainer.backward(loss)
+        trainer.update()
+        if trainer.time_to_sample:
+            with trainer.ema.applied_to(sd.model.diffusion_model), engine.autocast():
+                _sample_sheet(sd, recipe, data, folder / f"samples/{step + 1:06d}.png", engine)
+        if step + 1 in keep_at:
+            unet = {f"model.diffusion_model.{name}": weight for name, weight in trainer.ema.items()}
+            if engine.is_main_process:
+                write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
+
+    sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
+    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
 
 
-def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: SingleDevice) -> None:
+def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: Engine) -> None:
     """Write the model, and beside it the rest of CLIP, which evaluation needs."""
     if engine.is_main_process:
         save(sd, folder, dtype=torch.float16)  # half the size, and no picture changes visibly
         if clip is not None:
             save_clip(*load_clip(clip), folder)
+    engine.wait_for_everyone()
 
 
 def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path) -> LatentDiffusion:
@@ -160,19 +166,14 @@ def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 
     return contexts.unflatten(0, tokens.shape[:2])
 
 
-def _draw(recipe: UNetRecipe, sd: LatentDiffusion, forms: int, moments_shape: torch.Size, generator: torch.Generator):
-    """All that is random in a step, for the whole batch, drawn on the CPU: the same on every device, and on many."""
-    b, (two_c, h, w) = recipe.batch_size, moments_shape[1:]
-    form = torch.randint(forms, (b,), generator=generator)
-    t = torch.randint(sd.schedule.timesteps, (b,), generator=generator)
-    forget = torch.rand(b, generator=generator) < recipe.text_dropout
-    noise = torch.randn(b, two_c // 2, h, w, generator=generator)
-    encoder_noise = torch.randn(b, two_c // 2, h, w, generator=generator)
-    return form, t, forget, noise, encoder_noise
+def _sample_sheet(
+    sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, path: Path, engine: Engine
+) -> None:
+    """Above, pictures of the corpus; below, what the model draws for their captions, always from the same noise.
 
-
-def _sample_sheet(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, path: Path) -> None:
-    """Above, pictures of the corpus; below, what the model draws for their captions, always from the same noise."""
+    All processes draw it, since with FSDP each has but a part of the UNet, and one writes it.
+    """
     indices = torch.linspace(0, len(data) - 1, 12).long()
     out = sd.txt2img([data.captions[i] for i in indices], steps=20, guidance_scale=recipe.guidance_scale, seed=0)
-    save_sheet(torch.cat([data.batch(indices), out.pictures.cpu()]), path, columns=12)
+    if engine.is_main_process:
+        save_sheet(torch.cat([data.batch(indices), out.pictures.cpu()]), path, columns=12)

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import write_json, write_weights
 from ..data import CaptionedPictures
 from ..vae import AutoencoderConfig, AutoencoderKL
 from ..viz import save_sheet
-from .engine import SingleDevice
+from .engine import Engine
 from .trainer import Recipe, Trainer
 
 
@@ -31,7 +31,7 @@ class VAERecipe(Recipe):
 
 
 def train_vae(
-    config: AutoencoderConfig, recipe: VAERecipe, data: CaptionedPictures, folder: str | Path, engine: SingleDevice
+    config: AutoencoderConfig, recipe: VAERecipe, data: CaptionedPictures, folder: str | Path, engine: Engine
 ) -> AutoencoderKL:
     """Train an autoencoder on pictures; leaves `vae.safetensors` and `vae.json` in the folder.
 
@@ -39,32 +39,34 @@ def train_vae(
     """
     folder = Path(folder)
     torch.manual_seed(recipe.seed)  # the initial weights
-    trainer = Trainer(AutoencoderKL(config), recipe, folder, engine)
-    vae = trainer.model
-    for _ in trainer.steps():
-        x = data.batch(trainer.batch(len(data))).to(engine.device)
-        with engine.autocast():
-            reconstruction, posterior = vae(x, generator=trainer.generator())
-        rec_loss = (x - reconstruction.float()).abs().mean()
-        kl_loss = posterior.kl().mean() / x[0].numel()
-        trainer.update(rec_loss + recipe.kl_weight * kl_loss, rec=rec_loss.detach(), kl=kl_loss.detach())
+    trainer = Trainer(AutoencoderKL(config), recipe, folder, engine, describe=data.describe)
+    for step in trainer.steps():
+        for batch in trainer.batches(len(data)):
+            x = data.batch(batch.indices).to(engine.device)
+            with engine.autocast():
+                reconstruction, posterior = trainer.model(x, generator=batch.generators)
+            rec_loss = (x - reconstruction.float()).abs().mean()
+            kl_loss = posterior.kl().mean() / x[0].numel()
+            trainer.backward(rec_loss + recipe.kl_weight * kl_loss, rec=rec_loss, kl=kl_loss)
+        trainer.update()
         if trainer.time_to_sample:
-            with trainer.ema.applied_to(vae):
-                _reconstructions(vae, data, folder / f"samples/{trainer.step + 1:06d}.png", engine)
+            with trainer.ema.applied_to(engine.unwrap_model(trainer.model)):
+                _reconstructions(trainer.model, data, folder / f"samples/{step + 1:06d}.png", engine)
 
-    vae = engine.unwrap_model(vae)
-    vae.load_state_dict(trainer.ema.weights, strict=False)
-    vae.eval()
+    vae = AutoencoderKL(config).to(engine.device).eval()
+    vae.load_state_dict(dict(trainer.ema.items()), strict=False)
+    # by all processes: nobody saves time by waiting for the one that writes
+    measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
     if engine.is_main_process:
-        measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
         write_weights(vae.state_dict(), folder / "vae.safetensors")
         record = {"first_stage": asdict(config), **measured, "recipe": asdict(recipe)}
         write_json(record, folder / "vae.json")
+    engine.wait_for_everyone()
     return vae
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, data: CaptionedPictures, engine: SingleDevice, batch_size: int = 64) -> Tensor:
+def encode_all(vae: AutoencoderKL, data: CaptionedPictures, engine: Engine, batch_size: int = 64) -> Tensor:
     """Moments (mean and log variance) of the latents of all pictures [n 2c h w] on the CPU: computed once."""
     batches = torch.arange(len(data)).split(batch_size)
     moments = []
@@ -74,7 +76,7 @@ def encode_all(vae: AutoencoderKL, data: CaptionedPictures, engine: SingleDevice
     return torch.cat(moments)
 
 
-def measure_scale_factor(vae: AutoencoderKL, data: CaptionedPictures, engine: SingleDevice) -> float:
+def measure_scale_factor(vae: AutoencoderKL, data: CaptionedPictures, engine: Engine) -> float:
     """1 / std of sampled latents, over all pictures, channels and places (Rombach et al. 2022, appendix G)."""
     mean, logvar = encode_all(vae, data, engine).chunk(2, dim=1)
     # The variance of a sample is the variance of the means plus the mean of the variances: no noise need be drawn.
@@ -82,7 +84,7 @@ def measure_scale_factor(vae: AutoencoderKL, data: CaptionedPictures, engine: Si
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, data: CaptionedPictures, engine: SingleDevice, count: int = 512) -> float:
+def psnr(vae: AutoencoderKL, data: CaptionedPictures, engine: Engine, count: int = 512) -> float:
     """Peak signal-to-noise ratio of reconstructions, in dB, over `count` pictures evenly spread through the data."""
     indices = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     errors = []
@@ -94,7 +96,9 @@ def psnr(vae: AutoencoderKL, data: CaptionedPictures, engine: SingleDevice, coun
 
 
 @torch.no_grad()
-def _reconstructions(vae: AutoencoderKL, data: CaptionedPictures, path: Path, engine: SingleDevice) -> None:
-    """A sheet of pairs: a picture, and below it what became of it."""
+def _reconstructions(vae: nn.Module, data: CaptionedPictures, path: Path, engine: Engine) -> None:
+    """A sheet of pairs: a picture, and below it what became of it. All processes draw it, and one writes it."""
     x = data.batch(torch.linspace(0, len(data) - 1, 12).long()).to(engine.device)
-    save_sheet(torch.cat([x, vae.decode(vae.encode(x).mode())]), path, columns=12)
+    reconstruction, _ = vae(x, sample_posterior=False)
+    if engine.is_main_process:
+        save_sheet(torch.cat([x, reconstruction.float()]), path, columns=12)

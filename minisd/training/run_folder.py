@@ -1,0 +1,149 @@
+"""The folder that a run lives in, and how nothing in it is ever lost.
+
+    checkpoint_000500.pt     all that the run needs to go on; the newest `keep` of them
+    log.jsonl                a line of figures every so many steps
+    tensorboard/             the same figures, if asked for
+
+A process may be killed at any moment, a disk may be full: the newest whole checkpoint and the lines up to it are what
+counts, and whatever came later is made again.
+"""
+
+import importlib.util
+import json
+import os
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import on_disk, written_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_locks: dict[Path, int] = {}  # the runs that this process holds
+
+
+class RunFolder:
+    """The files of one run. All processes read them; only the main one writes."""
+
+    def __init__(self, path: str | Path, keep: int = 1, tensorboard: bool = False):
+        if tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise ImportError('curves for TensorBoard take a package: pip install "minisd[train]"')
+        self.path, self.keep, self.tensorboard = Path(path), keep, tensorboard
+        self.log = self.path / "log.jsonl"
+        self._curves = None  # TensorBoard's writer
+
+    def open(self) -> None:
+        """Make the folder and hold it: another process that would write into it is refused, until this one is gone.
+
+        Raises ValueError where another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl and self.path.resolve() not in _locks:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise ValueError(f"another process trains in {self.path}: end it, or choose another folder") from None
+            except OSError:
+                pass  # a file system without locks
+            _locks[self.path.resolve()] = handle
+        for left_over in self.path.glob("*.unfinished"):  # by a process that was killed
+            left_over.unlink()
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        handle = _locks.pop(self.path.resolve(), None)
+        if handle is not None:
+            os.close(handle)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.path.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.removeprefix("checkpoint_")))
+
+    def save(self, step: int, state: dict) -> None:
+        """Write a checkpoint, and only then delete the oldest. Raises OSError, which says what still stands."""
+        before = self.checkpoints()
+        if self.log.exists():
+            on_disk(self.log)  # a checkpoint says that the lines up to it are there
+        standing = before[-1].name if before else "there was no checkpoint before, and what else is in the folder"
+        with written_whole(self.path / f"checkpoint_{step:06d}.pt", before=standing) as unfinished:
+            torch.save(state, unfinished)
+        for path in self.checkpoints()[: -self.keep]:
+            path.unlink()
+
+    def load(self, is_main_process: bool = True) -> dict | None:
+        """The newest checkpoint that is whole; None where there is none at all. One that is broken is put aside.
+
+        Raises ValueError where there are checkpoints and none is whole.
+        """
+        broken = {}
+        for path in reversed(self.checkpoints()):
+            try:
+                state = _read(path)
+            except Exception as error:
+                broken[path] = f"{path.name} is broken ({str(error).splitlines()[0]})"
+                continue
+            for other in broken if is_main_process else ():
+                warnings.warn(f"in {self.path}, {broken[other]}: going on from {path.name}", stacklevel=4)
+                other.rename(other.with_suffix(".broken"))
+            return state
+        if broken:
+            raise ValueError(f"in {self.path}, {'; '.join(broken.values())}: delete what is broken to start again")
+        return None
+
+    # --- the log ----------------------------------------------------------------------------------------------------
+
+    def append(self, line: dict) -> None:
+        """Add a line to the log. Raises OSError, in a sentence."""
+        try:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.log} ({error}); the run stands at its last checkpoint") from error
+        if self.tensorboard:
+            self._draw(line)
+
+    def _draw(self, line: dict) -> None:
+        if self._curves is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what a run that was killed drew of later steps is forgotten
+            self._curves = SummaryWriter(self.path / "tensorboard", purge_step=line["step"])
+        for name, value in line.items():
+            if value is not None:
+                self._curves.add_scalar(name, value, line["step"])
+        self._curves.flush()
+
+    def forget_lines_after(self, step: int) -> None:
+        """Those steps will be made, and logged, again; so will a line that was cut off."""
+        if not self.log.exists():
+            return
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if 0 < _step_of(line) <= step]
+        if kept != lines:
+            with written_whole(self.log) as unfinished:
+                unfinished.write_text("".join(kept), encoding="utf-8")
+
+
+def _read(path: Path) -> dict:
+    """torch.load would not see that a number has changed on the disk; the checksums of the zip file show it."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+
+
+def _step_of(line: str) -> int:
+    """The step that a line of the log tells of; 0 if it is no whole line."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else 0
+    except (ValueError, KeyError, TypeError):
+        return 0

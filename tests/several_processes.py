@@ -1,0 +1,79 @@
+"""A program for test_training.py, to be started by torchrun: the runs in FOLDER/one again, by several processes.
+
+    torchrun --nproc_per_node 2 several_processes.py SHAPES FOLDER STEPS
+
+DDP through the command line; a loss that is no number in one process; and FSDP, which Accelerate offers on GPUs alone:
+its code for FSDP is made to run here, on CPUs.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import accelerate
+import torch
+from accelerate.utils import DistributedType
+
+from minisd import PRESETS, cli
+from minisd.data import CaptionedPictures
+from minisd.training import Recipe, Trainer, UNetRecipe, make_engine, train_unet
+
+shapes, folder, steps = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+OPTIONS = "--preset tiny --device cpu --precision no --batch-size 8 --warmup 2 --log-every 1 --save-every 2".split()
+
+for network, *more in (["clip"], ["vae"], ["unet", "--accumulate", "2"]):
+    own = ["--data", shapes, "--out", str(folder / "ddp"), "--steps", steps, *more]
+    cli.main(["train", network, *OPTIONS, *own])
+
+engine = make_engine("cpu")
+assert engine.num_processes == 2
+
+
+def complaint(call) -> None:
+    """Write down what each process has to say."""
+    try:
+        call()
+    except (ValueError, FloatingPointError) as error:
+        (folder / f"{call.__name__}_{engine.process_index}.txt").write_text(str(error))
+
+
+def uneven():
+    Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=7), folder / "uneven", engine)
+
+
+def nan():
+    trainer = Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=8), folder / "nan", engine)
+    for _ in trainer.steps():
+        for batch in trainer.batches(8):
+            loss = trainer.model(batch.randn(2)).mean()
+            trainer.backward(loss * torch.nan if 5 in batch.indices.tolist() else loss)
+        trainer.update()
+
+
+complaint(uneven)
+complaint(nan)
+
+if engine.is_main_process:  # go on with what one process began
+    shutil.copytree(folder / "one" / "unet", folder / "fsdp")
+    (folder / "fsdp" / f"checkpoint_{int(steps):06d}.pt").unlink()
+engine.wait_for_everyone()
+plugin = accelerate.FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+    transformer_cls_names_to_wrap=["ResBlock", "SpatialTransformer"],
+)  # fmt: skip
+engine.state.distributed_type, engine.state.fsdp_plugin = DistributedType.FSDP, plugin
+assert engine.is_fsdp2
+save = Trainer.save
+
+
+def save_and_look(trainer):
+    assert all(hasattr(p, "full_tensor") for p in trainer.model.parameters())  # each process has a part of each
+    save(trainer)
+
+
+Trainer.save = save_and_look
+recipe = UNetRecipe(steps=int(steps), batch_size=8, lr=1e-3, warmup=2, log_every=1, save_every=1)
+train_unet(
+    PRESETS["tiny"], recipe, CaptionedPictures(shapes, 32, "train"), folder / "fsdp", engine,
+    folder / "one" / "clip", folder / "one" / "vae", keep_at=(int(steps),),
+)  # fmt: skip
