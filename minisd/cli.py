@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -231,6 +231,7 @@ class TrainUNet(Training):
     # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
     # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
     init: str | None = None
+    parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet is to predict, if it is trained from scratch
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
@@ -253,6 +254,7 @@ class TrainUNet(Training):
                     f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                 )
         config, data, engine = self.parts()
+        config = replace(config, parameterization=self.parameterization)
         train_unet(
             config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
         )

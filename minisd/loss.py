@@ -12,6 +12,7 @@ CompVis `ddpm.py: DDPM.p_losses, LatentDiffusion.p_losses`.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +31,8 @@ def epsilon_loss(
     t: Int[Tensor, "b"] | None = None,
     noise: Float[Tensor, "b *d"] | None = None,
     min_snr_gamma: float | None = None,
-) -> Float[Tensor, ""]:
+    reduction: Literal["mean", "none"] = "mean",
+) -> Float[Tensor, "*b"]:
     """Mean squared error of the predicted noise: Stable Diffusion's loss.
 
     Args:
@@ -41,21 +43,26 @@ def epsilon_loss(
         noise: drawn from N(0, I) where it is left out.
         min_snr_gamma: weight each sample by min(SNR, γ)/SNR, so that the easy, nearly clean times do not drown the
             others; 5 is usual. None: every time counts the same. Hang et al. 2023 (arXiv:2303.09556).
+        reduction: "mean" over the batch, a scalar; "none" leaves a loss for each sample [b].
     """
-    return _loss(model, schedule, x_0, context, t, noise, "eps", min_snr_gamma)
+    return _loss(model, schedule, x_0, context, t, noise, "eps", min_snr_gamma, reduction)
 
 
-def v_loss(model, schedule, x_0, context=None, t=None, noise=None, min_snr_gamma=None) -> Float[Tensor, ""]:
+def v_loss(
+    model, schedule, x_0, context=None, t=None, noise=None, min_snr_gamma=None, reduction="mean"
+) -> Float[Tensor, "*b"]:
     """The same for a model that predicts the velocity v = √ᾱ_t ε - √(1-ᾱ_t) x_0. Arguments as in `epsilon_loss`."""
-    return _loss(model, schedule, x_0, context, t, noise, "v", min_snr_gamma)
+    return _loss(model, schedule, x_0, context, t, noise, "v", min_snr_gamma, reduction)
 
 
-def x0_loss(model, schedule, x_0, context=None, t=None, noise=None, min_snr_gamma=None) -> Float[Tensor, ""]:
+def x0_loss(
+    model, schedule, x_0, context=None, t=None, noise=None, min_snr_gamma=None, reduction="mean"
+) -> Float[Tensor, "*b"]:
     """The same for a model that predicts the clean x_0. Arguments as in `epsilon_loss`."""
-    return _loss(model, schedule, x_0, context, t, noise, "x0", min_snr_gamma)
+    return _loss(model, schedule, x_0, context, t, noise, "x0", min_snr_gamma, reduction)
 
 
-def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gamma) -> Tensor:
+def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gamma, reduction) -> Tensor:
     if t is None:
         t = torch.randint(0, schedule.timesteps, (len(x_0),), device=x_0.device)
     if noise is None:
@@ -71,7 +78,7 @@ def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gam
     loss = (target.float() - prediction.float()).square().reshape(len(target), -1).mean(dim=1)
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.snr(t), min_snr_gamma, parameterization).to(loss)
-    return loss.mean()
+    return loss.mean() if reduction == "mean" else loss
 
 
 def min_snr_weight(snr: Float[Tensor, "b"], gamma: float = 5.0, parameterization: str = "eps") -> Float[Tensor, "b"]:

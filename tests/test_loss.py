@@ -47,6 +47,19 @@ def test_the_loss_by_hand(name, gamma, shape):
     assert loss.shape == () and loss.item() == pytest.approx(expected, rel=2e-5)
 
 
+@BY_NAME
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_without_a_reduction_there_is_a_loss_for_each_sample(name, gamma):
+    x_0, noise, t = draw(0, 4, 3, 2), draw(1, 4, 3, 2), torch.tensor([0, 100, 500, 999])
+
+    def loss(which, reduction="mean"):
+        return LOSSES[name](lambda x, t, c: x / 2, SCHEDULE, x_0[which], None, t[which], noise[which], gamma, reduction)
+
+    each = loss(slice(None), "none")
+    torch.testing.assert_close(each, torch.stack([loss([i]) for i in range(4)]))
+    torch.testing.assert_close(each.mean(), loss(slice(None)))
+
+
 def test_the_losses_have_their_names():
     assert LOSSES == {"eps": epsilon_loss, "v": v_loss, "x0": x0_loss}
 

@@ -512,6 +512,66 @@ def test_a_recipe_that_makes_no_sense_is_refused():
         Recipe(batch_size=0)
 
 
+def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
+    recipe = UNetRecipe(steps=4, **SHORT | {"batch_size": 32, "log_every": 4}, min_snr_gamma=None)
+    train_unet(PRESETS["tiny"], recipe, shapes, tmp_path, engine, *parts)
+    (line,) = log(tmp_path)
+    quarters = [line[f"loss_t{t:03d}"] for t in (0, 250, 500, 750)]
+    assert sum(quarters) / 4 == pytest.approx(line["loss"], rel=1e-5)  # of plain losses, the mean of its parts
+    assert all(0.3 < quarter < 3 for quarter in quarters)  # who answers nothing misses noise of variance 1
+
+
+def test_the_loss_by_time_is_the_mean_of_each_bin():
+    from minisd.training.unet import by_time
+
+    losses, t = torch.tensor([1.0, 3.0, 10.0, 20.0]), torch.tensor([0, 249, 250, 999])
+    assert by_time(losses, t, 1000) == {"loss_t000": 4.0, "loss_t250": 10.0, "loss_t500": 0.0, "loss_t750": 20.0}
+
+
+def test_gradient_checkpointing_changes_no_loss(shapes, engine, parts, tmp_path):
+    recipe = UNetRecipe(steps=2, **SHORT)
+    train_unet(PRESETS["tiny"], recipe, shapes, tmp_path / "plain", engine, *parts)
+    sparing = replace(recipe, gradient_checkpointing=True)
+    train_unet(PRESETS["tiny"], sparing, shapes, tmp_path / "sparing", engine, *parts)
+    assert losses(tmp_path / "sparing") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    assert load(tmp_path / "sparing/model").config == load(tmp_path / "plain/model").config
+
+
+def test_a_compiled_network_has_the_same_losses(tmp_path):
+    """In a process of its own: what is compiled can't be watched by jaxtyping."""
+    code = """
+        import sys, torch
+        from functools import partial
+        from pathlib import Path
+        from minisd.training import Recipe, SingleDevice, Trainer
+
+        # the default backend takes a minute for its kernels; this one traces as it does, and runs what it traced
+        torch.compile = partial(torch.compile, backend="aot_eager")
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+            recipe = Recipe(steps=3, batch_size=4, log_every=1, compile=compiled)
+            trainer = Trainer(model, recipe, Path(sys.argv[1], str(compiled)), SingleDevice("cpu"))
+            assert (model._compiled_call_impl is not None) == compiled
+            for _ in trainer.steps():
+                for batch in trainer.batches(16):
+                    trainer.backward(trainer.model(batch.randn(4)).square().mean())
+                trainer.update()
+            assert list(trainer.ema.weights) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=True, timeout=300)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-6)
+
+
+@pytest.mark.parametrize("parameterization", ["v", "x0"])
+def test_the_unet_learns_to_predict_what_its_configuration_says(parameterization, shapes, engine, parts, tmp_path):
+    config = replace(PRESETS["tiny"], parameterization=parameterization)
+    train_unet(config, UNetRecipe(steps=2, **SHORT), shapes, tmp_path, engine, *parts)
+    sd = load(tmp_path / "model")
+    assert sd.config.parameterization == parameterization
+    assert sd.txt2img("a red circle", steps=2).pictures.isfinite().all()
+
+
 def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
     start = train_unet(PRESETS["tiny"], UNetRecipe(steps=2, **SHORT), shapes, tmp_path / "start", engine, *parts)
     before = {name: weight.clone() for name, weight in start.state_dict().items()}

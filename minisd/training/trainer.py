@@ -54,6 +54,7 @@ class Recipe:
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest, and those before it, in case that a disk damages it
+    compile: bool = False  # torch.compile: the first step takes minutes, and the others less
     on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
     tensorboard: bool = False  # the figures of log.jsonl for TensorBoard, too
 
@@ -177,6 +178,8 @@ class Trainer:
         self.models, self.optimizers = {}, {}
         for name, network in {"model": model, **(others or {})}.items():
             self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe))
+            if recipe.compile:
+                self.models[name].compile()
         self.model = self.models["model"]
         self.ema = EMA(engine.unwrap_model(self.model), recipe.ema_decay)
         self.step, self._since_log = 0, []
@@ -400,7 +403,10 @@ class Trainer:
 
 
 # What may differ between a run and its continuation.
-_MAY_CHANGE = {"accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints", "on_nan", "tensorboard"}
+_MAY_CHANGE = {
+    "accumulate", "compile", "gradient_checkpointing", "log_every", "sample_every", "save_every", "keep_checkpoints",
+    "on_nan", "tensorboard",
+}  # fmt: skip
 FEW = 8  # samples that a sentence may name; more go to a file
 NAMED = "no_number_{:06d}.txt"
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checkpoint import cast, load_clip, load_weights, read_json, read_weights, save, save_clip, write_weights
 from ..clip import CLIPTextConfig
 from ..data import CaptionedPictures
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ..loss import LOSSES, text_dropout
+from ..loss import LOSSES, min_snr_weight, text_dropout
 from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
@@ -35,6 +36,7 @@ class UNetRecipe(Recipe):
     lr: float = 1e-3  # learning rate after the warm-up
     text_dropout: float = 0.1  # how often the caption is forgotten
     min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
+    gradient_checkpointing: bool = False  # forget what is inside the blocks, and compute it again for the gradients
     guidance_scale: float = 3.0  # of the sample sheets
 
 
@@ -107,8 +109,11 @@ def _fit(
     moments = encode_all(sd.first_stage_model, data, engine)
     contexts = encode_captions(sd, data.captions)
     empty = sd.get_learned_conditioning([""])
+    for module in sd.model.diffusion_model.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = recipe.gradient_checkpointing
     trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, describe=data.describe)
-    loss_of = LOSSES[sd.config.parameterization]
+    loss_of, gamma = LOSSES[sd.config.parameterization], recipe.min_snr_gamma
     for step in trainer.steps():
         for batch in trainer.batches(len(data)):
             form, t = batch.randint(contexts.shape[1]), batch.randint(sd.schedule.timesteps).to(engine.device)
@@ -119,8 +124,9 @@ def _fit(
             z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)
             context = text_dropout(contexts[batch.indices, form].to(engine.device), empty, forget)
             with engine.autocast():
-                loss = loss_of(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
-            trainer.backward(loss)
+                losses = loss_of(trainer.model, sd.schedule, z, context, t, noise, reduction="none")  # [b]
+            weight = 1.0 if gamma is None else min_snr_weight(sd.schedule.snr(t), gamma, sd.config.parameterization)
+            trainer.backward((weight * losses).mean(), **by_time(losses.detach(), t, sd.schedule.timesteps))
         trainer.update()
         if trainer.time_to_sample:
             with trainer.ema.applied_to(sd.model.diffusion_model), engine.autocast():
@@ -132,6 +138,16 @@ def _fit(
 
     sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
     sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
+
+
+def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
+    """The losses in each part of the times: {"loss_t000": …, "loss_t250": …}, before any weighting.
+
+    The sum in a bin is divided by how many samples it would have on average, not by how many it has, which may be none:
+    over the steps that the log takes the mean of, that comes to the same.
+    """
+    which = t * bins // timesteps
+    return {f"loss_t{timesteps * k // bins:03d}": bins * (losses * (which == k)).mean() for k in range(bins)}
 
 
 def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: Engine) -> None:
