@@ -281,6 +281,7 @@ viz.class_diagram()
 # | [05_clip](05_clip.ipynb) | from a sentence to the context: tokens, attention, a space shared with pictures |
 # | [06_sampling](06_sampling.ipynb) | DDPM, DDIM, PLMS and faster ways back from noise; guidance |
 # | [07_latent_diffusion](07_latent_diffusion.ipynb) | the three networks as one, trained on a laptop |
+# | [08_training](08_training.ipynb) | the recipe of the training, line by line; on one device and on many |
 #
 # 01 to 03 and 06 make one thread: noise, loss, network, sampler. 04 and 05 can be read at any time.
 #

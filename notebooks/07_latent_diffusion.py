@@ -729,7 +729,8 @@ print("pictures seen by the UNet: " + ", ".join(f"{name} {count:,}" for name, co
 #   are the larger part. Hence bfloat16, and gradient checkpointing (`use_checkpoint`): compute them again rather than
 #   keep them.
 # - **Time.** The model card of v1 says 150,000 hours of A100 GPUs, with batches of 2,048 over 256 of them. The loop
-#   is the one that ran above; `accelerate.Accelerator` takes the place of `SingleDevice` (notebook 08).
+#   is the one that ran above; `accelerate.Accelerator` takes the place of `SingleDevice`
+#   ([notebook 08](08_training.ipynb)).
 # - **The data do not fit.** Two billion pictures from the web: latents are computed anew each time.
 # - **The text encoder is not trained.** It is OpenAI's, from 400 million pairs. The autoencoder is trained with two
 #   more losses, a perceptual one and a discriminator, against the blur that you saw above.
@@ -784,4 +785,5 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Let img2img draw the result of img2img, ten times, at strength 0.2 and with an empty prompt. Where does it go?
 # - Mix three contexts, or take 1.5 times one minus 0.5 times another. Is that the same as a negative prompt?
 #
-# Next, in notebook 08: a real model at full scale, on one GPU and on many.
+# Next, in [notebook 08](08_training.ipynb): the recipe line by line, and what it takes at full scale, on one GPU and on
+# many.

@@ -62,7 +62,7 @@ from minisd.data import CaptionedPictures, draw_shapes, sample
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
 from minisd.training import Recipe, SingleDevice, Trainer, finetune_unet, recipes
 from minisd.training.clip import TEMPLATES, tokenize_templates
-from minisd.training.unet import encode_captions
+from minisd.training.unet import by_time, encode_captions
 from minisd.training.vae import encode_all
 
 full = MODE == "full"
@@ -338,8 +338,10 @@ def train(sd, recipe, name, spoil=None, watch=None):
                 noise, encoder_noise = batch.randn(4, 8, 8), batch.randn(4, 8, 8)
                 z = sd.scale_factor * (mean + torch.exp(0.5 * logvar) * encoder_noise)  # a sample of q(z|x)
                 context = text_dropout(contexts[batch.indices, form], empty, forget)  # [b 16 32]
-                loss = epsilon_loss(trainer.model, sd.schedule, z, context, t, noise, recipe.min_snr_gamma)
-                trainer.backward(loss * spoil(step) if spoil else loss)  # gradients are added up
+                losses = epsilon_loss(trainer.model, sd.schedule, z, context, t, noise, reduction="none")  # [b]
+                weight = min_snr_weight(sd.schedule.snr(t), recipe.min_snr_gamma) if recipe.min_snr_gamma else 1.0
+                loss = (weight * losses).mean() * (spoil(step) if spoil else 1.0)
+                trainer.backward(loss, **by_time(losses.detach(), t, sd.schedule.timesteps))  # gradients are added up
             trainer.update()  # clip, learning rate, AdamW, EMA, log
             if watch:
                 watch(trainer)
@@ -523,6 +525,11 @@ viz.strip(rows, titles, labels)
 # DROPOUT TEXT
 #
 # ## What the loss does
+
+# %%
+title = "the recipe, by timestep, from its log"
+parts = {f"t from {t} to {t + 249}": logged("the recipe", f"loss_t{t:03d}") for t in (0, 250, 500, 750)}
+viz.curves({title: parts}, xlabel="step", ylabel="loss", log=[title], width=6)
 
 # %%
 folder = SHIPPED / "tiny"
