@@ -294,7 +294,8 @@ for name, weight in {"L1 alone": 0.0, "L1 and D": 0.8}.items():
     x_hat = train_decoder(weight)(z).detach()
     rows.append(x_hat)
     labels.append(name)
-    print(f"{name:9} mean |x - x̂| {(stripes(8) - x_hat).abs().mean():.2f}, contrast (std) {x_hat.std():.2f}")
+    off = (stripes(512)[:, None] - x_hat).abs().mean()  # over all places where the stripes might begin
+    print(f"{name:9} mean |x - x̂| {off:.2f}, contrast (std) {x_hat.std():.2f}")
 viz.strip(rows, labels=labels, size=0.7)
 
 # %% [markdown]
@@ -409,17 +410,17 @@ def moved(unet, into):
     return watch
 
 
-moves = {1: [], 40: []}  # for each length of the warm-up
-for warmup, into in moves.items():
-    model = fresh()
-    rising = recipe(100, lr=3e-3, warmup=warmup, decay=False)
-    train(model, rising, f"warm-up {warmup}", watch=moved(model.model.diffusion_model, into))
-names = {1: "none", 40: "40 steps"}
-panels = {
-    "weighted loss": {names[w]: logged(f"warm-up {w}") for w in names},
-    "mean |change of a weight| / lr": {names[w]: (range(1, len(m) + 1), m) for w, m in moves.items()},
+moves, panels = {}, {}
+for lr in (3e-3, 3e-2):
+    for warmup, label in {1: "none", 40: "40 steps"}.items():
+        name, model = f"lr {lr:g}, warm-up: {label}", fresh()
+        watch = moved(model.model.diffusion_model, moves.setdefault(name, []))
+        train(model, recipe(80, lr=lr, warmup=warmup, decay=False), name, watch=watch)
+        panels.setdefault(f"weighted loss, lr = {lr:g}", {})[label] = logged(name)
+panels["mean |change of a weight| / lr, lr = 0.03"] = {
+    label: (range(1, len(m) + 1), m) for label, m in zip(("none", "40 steps"), list(moves.values())[2:], strict=True)
 }
-viz.curves(panels, xlabel="step", log=["weighted loss"], width=4)
+viz.curves(panels, xlabel="step", log=list(panels)[:2], width=3.4)
 
 # %% [markdown]
 # WARMUP TEXT
@@ -509,17 +510,10 @@ for title, table in {"": by_t, ", no caption": no_caption}.items():
 print(f"half of all min-SNR weight lies at t >= {int((share > 0.5).int().argmax())}")
 panels = {
     "the weight of a timestep": {"min-SNR": (range(1000), weight), "none": ([0, 999], [1, 1])},
-    "loss by t, as a share of the recipe's": {n: (timesteps, by_t[n] / by_t["the recipe"]) for n in list(models)[:2]},
+    "loss by t, as a share of the recipe's": {n: (timesteps, y / by_t["the recipe"]) for n, y in by_t.items()},
+    "the same, without captions": {n: (timesteps, y / no_caption["the recipe"]) for n, y in no_caption.items()},
 }
-viz.curves(panels, width=4)
-
-# %%
-rows, labels = [], []
-for name in ("the recipe", "no text dropout"):
-    for scale in (1.0, 3.0, 6.0):
-        rows.append(trained[name].eval().txt2img(prompts, **(few | {"guidance_scale": scale})).pictures)
-        labels.append(f"{name}\nguidance {scale:g}")
-viz.strip(rows, titles, labels)
+viz.curves(panels, width=3.5)
 
 # %% [markdown]
 # DROPOUT TEXT
@@ -729,6 +723,8 @@ for name, size in sizes.items():
     bytes_each = [4, 4, 8, 4, 20]  # float32; Adam has two means
     row = [readable(each * n) for each in bytes_each] + [readable(kept[name, recompute]) for recompute in (False, True)]
     print(f"{name:6} {n:12,} " + "".join(f"{entry:>10}" for entry in row[:5]) + f"   {row[5]:>23}, {row[6]}")
+tables = 4 * 8 * 5 * (64 * 64) ** 2  # float32, 8 heads, 5 transformer blocks at 64x64 (notebook 03)
+print(f"of sd-v1's activations, the attention weights [4096 4096] at 64x64: {readable(tables)}")
 
 # %% [markdown]
 # MEMORY TEXT
@@ -778,12 +774,12 @@ def step(unet, *inputs):
 
 
 n, count = (1024, 32) if full else (64, 2)
-peak = 2 * n**3 / seconds(torch.matmul, *torch.randn(2, n, n), times=10)  # of a matrix product at its best
+peak = 2 * n**3 / seconds(torch.matmul, *torch.randn(2, n, n), times=50)  # of a matrix product at its best
 print(f"this machine, {torch.get_num_threads()} thread(s): {peak / 1e9:.0f} GFLOP/s in float32")
 for name in ("tiny", "emoji"):
     unet = minisd.UNetModel(minisd.PRESETS[name].unet)
     x, t, context = torch.randn(count, 4, 8, 8), torch.zeros(count).long(), (count, 24, unet.config.context_dim)
-    taken = seconds(step, unet, x, t, torch.randn(context)) / count
+    taken = seconds(step, unet, x, t, torch.randn(context), times=10 if full else 2) / count
     achieved = table[name]["step"] / taken
     print(f"{name:6} {1 / taken:6.0f} images/s, {achieved / 1e9:6.1f} GFLOP/s: MFU {achieved / peak:.0%}")
 
@@ -798,7 +794,8 @@ print(f"pictures seen: {pictures / 1e9:.2f} billion; the UNet's operations for t
 rate, possible = pictures / (hours * 3600), hours * 3600 * a100
 print(f"{hours:,} hours on {gpus} cards at once: {hours / gpus / 24:.0f} days; {rate:.1f} pictures a second and card")
 print(f"all that the cards could have computed: {possible:.1e}, so the UNet used {needed / possible:.1%}")
-print(f"emoji: 11,000 steps of 64: {11_000 * 64 * table['emoji']['step']:.1e}")
+ours = 11_000 * 64 * table["emoji"]["step"]
+print(f"emoji, 11,000 steps of 64: {ours:.1e}, one {needed / ours:,.0f}th of that")
 
 # %% [markdown]
 # COST TEXT
@@ -847,7 +844,11 @@ with quietly():
 after = model.txt2img(wishes, **few).pictures
 _, loss = logged("finetuned")
 print(f"{len(mine)} pictures, such as {mine.captions[:3]}; loss {loss[0]:.3f} -> {loss[-1]:.3f}")
-viz.strip([mine.batch(range(5)), before, after], labels=["some of the\npictures", "before", "after"])
+some = mine.batch(range(5))
+with torch.no_grad():
+    again = model.first_stage_model.decode(model.first_stage_model.encode(some).mode())
+labels = ["some of the\npictures", "through the\nautoencoder", "before", "after"]
+viz.strip([some, again, before, after], labels=labels, notes=[[], [], [], wishes], size=1.2)
 
 # %%
 work.cleanup()
