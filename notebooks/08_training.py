@@ -184,7 +184,21 @@ panels = {"loss": {name: (range(1, len(losses) + 1), losses) for name, (_, losse
 viz.curves(panels, xlabel="step", width=6, height=2.6)
 
 # %% [markdown]
-# CLIP TEXT
+# **Pull only** is a perfect success by its own measure: a loss of 0.000. Look at the cosine with *other* captions:
+# 1.00. Everything lies in one point, and the right caption is found hardly more often than by chance.
+#
+# **With $s = 1$** there is contrast, and the towers do learn: 78% are right. But the loss creeps from 4.16 to 3.33, on
+# its way to a floor of 2.25: it cannot tell a good tower from a very good one. **With $s$ learned**, the same steps
+# bring 86% and a loss of 0.51. ($s$ is kept from growing past 100, as in the paper.)
+#
+# **Four forms** cost a little on the form that the others know by heart (83%), and buy everything else: of the captions
+# in the fourth form, "a picture of a red circle", 81% find their picture, instead of 27%.
+#
+# What is normal: the loss starts at $\ln N$ for batches of $N$ or a little above, stays there for some steps, and
+# falls. `emoji`, with batches of 256, went from $\ln 256 = 5.55$ to 0.059, with 99.2% right. OpenAI took batches of
+# 32,768: the more others a picture has to be told from, the finer the distinctions that are worth learning. This is why
+# a batch of CLIP cannot be cut into parts (see "accumulation" below). [`training/clip.py`](../minisd/training/clip.py)
+# is the page.
 #
 # ## The autoencoder: four terms, and what each is for
 #
@@ -238,7 +252,13 @@ for name, y in spoilt.items():
 viz.strip(list(spoilt.values()), names, list(spoilt), notes, size=1.2)
 
 # %% [markdown]
-# PERCEPTUAL TEXT
+# For $|x - \hat x|$, the darker picture is by far the worst and the blurred one the best of the three. A person would
+# say the reverse: the darker rocket is the same rocket, the blurred one is not sharp. The perceptual distance agrees as
+# to these two: blurred is almost nine times as far as darker. So an autoencoder that minimises $|x-\hat x|$ alone is
+# paid for blur, and one that minimises both is not.
+#
+# It is no oracle: by this tower, the shift is the worst of all, which no person would say. The distance that Stable
+# Diffusion's autoencoder was trained with is LPIPS: a VGG, with weights that were fitted to what people judged.
 #
 # The **discriminator** is for what the latent does not hold at all. Fur, grass, the stripes of a shirt: a latent of a
 # twelfth of the numbers (a 48th, in Stable Diffusion) can say "stripes here" and not where each of them begins. An
@@ -299,7 +319,19 @@ for name, weight in {"L1 alone": 0.0, "L1 and D": 0.8}.items():
 viz.strip(rows, labels=labels, size=0.7)
 
 # %% [markdown]
-# GAN TEXT
+# Each picture of the second row is what $|x - \hat x|$ asks for: a pale mixture of all places, and none of them could
+# stand in the first row. In the third row there are stripes, some of them crisp. The price is in the table: their mean
+# $|x - \hat x|$ is *higher*, 1.09 against 1.00, since the place is still a guess, and now a bold one. **A discriminator
+# does not add information; it makes the decoder commit itself.** So it makes details up.
+#
+# In four real runs of `tiny` on emoji ([lab log](../docs/lab_log.md)), the perceptual distance brought the
+# reconstructions of held-out pictures from 18.5 to 19.3 dB, and the discriminator took 0.2 dB of that back, for a
+# contrast of 1.01 times that of real pictures, where it had been 0.90.
+#
+# The modules are [`perceptual.py`](../minisd/training/perceptual.py),
+# [`discriminator.py`](../minisd/training/discriminator.py) and, for an autoencoder with a codebook,
+# [`codebook.py`](../minisd/training/codebook.py). The KL term is the smallest of the four, and is for the UNet: it
+# keeps latents of about one size and close together (notebook 04).
 #
 # ## The UNet: the loop
 #
@@ -376,9 +408,30 @@ print("theirs ", logged("theirs")[1])
 print(json.loads((runs / "ours/log.jsonl").read_text().splitlines()[-1]))
 
 # %% [markdown]
-# LOOP TEXT
+# The same losses to the last digit: it is the same loop. (`finetune_unet` is `train_unet` for a model that has its
+# other two networks already, as ours has.) Below, every line of it is taken away or overdone once.
+#
+# The last line printed is a line of the run's log. Two things to know about it. `grad_norm` is the length of the
+# gradient before it is clipped. `loss_t000` … `loss_t750` are the losses of a quarter of the timesteps each, before any
+# weight.
+#
+# And what does "computed once" save? The table under "What a picture costs" has the answer: for `tiny`, encoding a
+# picture takes more operations than a whole step of the UNet.
 #
 # ## How long is a step? The learning rate
+#
+# The gradient says which way is down, not how far. **The naive idea:** as far as possible, to be there sooner. The same
+# network, the same pictures and noise, four rates, each constant after a warm-up of 30 steps.
+#
+# **Predict, then run.** What will the curve of a rate that is far too high look like?
+#
+# <details><summary>Answer</summary>
+#
+# Not like an explosion: gradients are clipped, and AdamW makes no step much longer than the rate. The weights are
+# thrown so far off in the first steps that the network is dead. It ends where it began, at the loss of a network that
+# answers 0, and stays there.
+#
+# </details>
 
 # %%
 rates = [1e-4, 1e-3, 1e-2, 1e-1]
@@ -393,9 +446,26 @@ for lr in rates:
 viz.curves(panels, xlabel="step", log=list(panels), width=4)
 
 # %% [markdown]
-# LR TEXT
+# Four rates, all else equal. **Too low** (1e-4) is not wrong, only slow: 0.645 where the others are done with the easy
+# part. **1e-3** is the recipe's. **1e-2** is even ahead, after a hundred steps; a short run always flatters a high
+# rate, as it pays for large steps only later, when the loss is to be made of fine detail. **0.1 is too high**, and
+# shows what that looks like: no explosion, no NaN. The loss falls for ten steps, jumps back to 0.9, and stays there for
+# good while the gradient dies away. 0.9 is the loss of a network that answers 0 (notebook 07: the mean of the min-SNR
+# weights). So **a loss that comes back to its first value and stays is a learning rate that was too high**, and waiting
+# does not help.
+#
+# Stable Diffusion took 1e-4, and kept it constant after the warm-up. `minisd` lets it fall to 0 along half a cosine:
+# the last steps are small, and what EMA does for a constant rate (see below) is half done.
 #
 # ## The first steps: warm-up
+#
+# AdamW moves each weight by $\mathrm{lr} \cdot m/\sqrt v$: the running mean of its gradients over the root of that of
+# their squares (Kingma & Ba 2015, algorithm 1). At the first step, both are made of one and the same gradient, and
+# $m/\sqrt v$ is $\pm 1$: each weight that has a gradient moves by the full learning rate, however little there is to
+# learn from one batch. Later, batches contradict each other, $m$ shrinks, and steps get shorter by themselves.
+#
+# So the rate is raised slowly, in a straight line from 0: the **warm-up**. Two rates, each with and without. On the
+# right: how far a weight moves on average, in units of the rate.
 
 # %%
 def moved(unet, into):
@@ -423,9 +493,23 @@ panels["mean |change of a weight| / lr, lr = 0.03"] = {
 viz.curves(panels, xlabel="step", log=list(panels)[:2], width=3.4)
 
 # %% [markdown]
-# WARMUP TEXT
+# We had expected more. At three times the recipe's rate (left), the warm-up is nothing but a delay. At thirty times
+# (middle), both runs are unwell: the one without is slow for forty steps, the one with it is ahead, and then, at the
+# full rate, loses what it had. On another set of pictures it stayed ahead. The right panel does show the long steps: at
+# step 3 an average weight moves by half of the rate, later by a tenth or less. But this network bears them.
+#
+# And look at the very first step on the right: next to nothing. The last layer starts at zero (notebook 03), and what
+# stands before a zero has no gradient: in step 1 only this layer moves, a three-hundredth of all weights. It is a
+# warm-up of one step, built in.
+#
+# So why do all recipes have one? Because it costs a hundredth of the steps, and because a large network, which is
+# trained once, is not the place to find out. Stable Diffusion: 10,000 steps, from $10^{-6}$ of the rate up
+# (`LambdaLinearScheduler` in `v1-inference.yaml`).
 #
 # ## One bad batch: clipping
+#
+# Ten thousand good batches, and one bad: a picture that was broken, a number that overflowed. Here the loss of one step
+# is multiplied by 1000, and so is its gradient.
 
 # %%
 bad = 50 if full else 1
@@ -440,9 +524,41 @@ panels = {
 viz.curves(panels, xlabel="step", log=list(panels), width=4)
 
 # %% [markdown]
-# CLIP GRAD TEXT
+# In one step of 110, the loss was multiplied by 1000: a broken picture, a number that overflowed. (That point is left
+# out on the left; on the right it is the needle.) **Clipping** scales the whole gradient down to a length of 1,
+# whatever it was. Its run hardly notices. **Without**, the loss climbs for fifteen steps, and sixty steps later it is
+# still at more than twice that of the other run.
+#
+# One might think that the step was a thousand times too long. It was not: AdamW divides the mean of the gradients by
+# the root of the mean of their squares, so no step is much longer than the learning rate. The harm is that both means
+# *remember*. The first points along the bad gradient for some ten steps ($0.9^{10} = 0.35$). The second takes its time
+# to forget how large it was, $0.99^{138} = 1/4$, so that for a hundred steps and more all others seem tiny beside it.
+#
+# (CompVis's code sets no clipping; Lightning, its framework, can be told to by a flag. And a gradient that is *no*
+# number can't be scaled: `minisd` then stops before it touches a weight, and names the pictures of that batch.)
 #
 # ## The mean of the weights: EMA
+#
+# **The naive idea:** the model is what the last step left. But each step follows *its* batch. At a constant rate the
+# weights never come to rest, and the last ones are good for the last few batches by chance. The remedy is to keep a
+# running mean beside them:
+#
+# $$\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta \qquad d = \min\Big(d_{max}, \frac{1+n}{10+n}\Big)
+#   \qquad \text{(CompVis } \texttt{ema.py)}$$
+#
+# after each step $n$. With $d_{max} = 0.9999$ it looks ten thousand steps back; the second term keeps it from
+# remembering the random start. Nothing is trained on it. It is what is saved, and drawn with.
+#
+# To see it, take the finished `tiny`, and train it on at a constant rate (120 steps, $d_{max} = 0.98$).
+#
+# **Predict, then run.** A mean of *pictures* is a blur. Is a mean of fifty *networks* a network that blurs?
+#
+# <details><summary>Answer</summary>
+#
+# No. The fifty lie close together in one valley, and differ by the jitter of single batches; their mean lies nearer to
+# its bottom. It would be a bad idea to average two networks that were trained from different seeds.
+#
+# </details>
 
 # %%
 prompts = [
@@ -487,9 +603,20 @@ print(f"as it was before       mean loss over t {mean_over_t(by_timestep(sd.mode
 viz.strip(rows, titles, labels)
 
 # %% [markdown]
-# EMA TEXT
+# At 3e-4 one has to look twice, and the loss tells: 0.0477 for the weights, 0.0452 for their mean. At 1e-3, the
+# recipe's first rate, the weights have turned the star pink and the purple heart nearly black; their mean has the star
+# red again, the heart bluer. The loss falls from 0.0574 to 0.0489, over nothing but an average. (Both are above the
+# 0.0433 of before: that is the price of a constant rate. The run that made `tiny` ended at a rate of 0.)
+#
+# So **with a constant rate, as in Stable Diffusion, never judge a run by its raw weights.** And know which of the two
+# is in a file: CompVis's README speaks of "EMA-only" checkpoints, and of "full" ones, which hold both.
 #
 # ## Which timesteps? Min-SNR weights, and text dropout
+#
+# Two lines of the loop change what is learned rather than how fast. Notebook 02 shows on points what they are for:
+# **min-SNR** weights each timestep by $\min(\mathrm{SNR}_t, 5)/\mathrm{SNR}_t$, **text dropout** forgets one caption in
+# ten, so that the network has an answer to the empty prompt, which guidance subtracts. Now with pictures: three runs of
+# 300 steps, measured alike, without weights, first with the right captions, then with none.
 
 # %%
 models = {"the recipe": {}, "no min-SNR": {"min_snr_gamma": None}, "no text dropout": {"text_dropout": 0.0}}
@@ -516,9 +643,24 @@ panels = {
 viz.curves(panels, width=3.5)
 
 # %% [markdown]
-# DROPOUT TEXT
+# **Min-SNR** (middle): at small $t$, where its weight is low, the run without it is ahead by up to 10%; from $t = 200$
+# on it is behind, by 2 to 12%. Neither is better as such: they spend the same effort in different places. The recipe
+# spends it where shapes and colours are decided. Stable Diffusion had no such weights.
+#
+# **Text dropout** costs next to nothing: with captions, the run without it is ahead by 1% at best. What it buys is on
+# the right. Without captions, the run that never heard an empty prompt is worse by 2 to 8%, after no more than 300
+# steps, in which neither run has learned to lean on captions. Guidance multiplies this error by $s - 1$; notebook 02
+# draws what becomes of it in a network that was trained for longer.
+#
+# **It is in no line of CompVis's repository.** The model card says it of v1-3, "10% dropping of the text-conditioning",
+# and of the two checkpoints before it says nothing.
 #
 # ## What the loss does
+#
+# Two questions that everybody asks: why does the loss fall within minutes and then stand still for hours? And why do
+# the drawings get better all the same? First the run "the recipe" from its log, with a curve for each quarter of the
+# timesteps. Then the UNets of `tiny` that ship, as they were after 100, 1,000 and 10,000 steps, measured on the same
+# noise.
 
 # %%
 title = "the recipe, by timestep, from its log"
@@ -556,9 +698,29 @@ panels = {
 viz.curves(panels, log=list(panels), width=4.4)
 
 # %% [markdown]
-# LOSS TEXT
+# **Why does it stand still?** For three reasons, and the tables show them.
+#
+# 1. *The mean is made where little can be learned.* At $t = 0$ the loss is 0.81 after 10,000 steps, and a perfect
+#    network would not get far below (its floor, notebook 02: the noise can't be told from the picture). At $t = 999$ it
+#    is 0.009. A mean over $t$ hardly sees the right end.
+# 2. *What remains is small.* From 0 to 100 steps the mean falls by 0.77, from 100 to 1,000 by 0.16, from 1,000 to
+#    10,000 by 0.04.
+# 3. *And it is buried.* Single batches of the finished model lie between 0.023 and 0.076, by the luck of their $t$.
+#    Their standard deviation, 0.014, is a third of the loss itself. Between 1,000 and 10,000 steps, the mean falls by
+#    five *millionths* a step.
+#
+# **Why do the drawings get better?** Look at the right panel: at large $t$ the loss after 10,000 steps is a sixteenth
+# of what it was after 100, and it is *still falling*: at $t = 999$ to 38% of what it was after 1,000 steps, at $t = 0$
+# to 90%. At large $t$ it is decided what the picture is of, where, and in which colour. There the loss is small in any
+# case, and a small difference is a large one. Each step of drawing builds on the ones before, too: errors add up.
+#
+# So: log the loss by timestep, judge by drawings from fixed noise (`sample_every`), and let a run that stands still go
+# on.
 #
 # ## Randomness: a function of seed, step and sample
+#
+# Noise, timesteps, forgotten captions, the sample of the latent, the order of the pictures: a step is full of dice. Let
+# us look at what is drawn in step 7: by one process; by one that cuts its batch in two parts; and by two processes.
 
 # %%
 class OneOf(SingleDevice):
@@ -589,9 +751,19 @@ for title, engines, accumulate in [
             print("   ", "  ".join(f"{i:4d}:{n:6.3f}" for i, n in zip(indices.tolist(), noise.tolist(), strict=True)))
 
 # %% [markdown]
-# RANDOM TEXT
+# Each entry is `index of the picture : first number of its noise`. **The naive way** is `torch.manual_seed(0)` at the
+# start and `torch.randn(…)` in each step. It works until anything changes: a batch in two parts draws in another order;
+# two processes with one seed draw the *same* noise for different pictures; a run that goes on after a crash draws again
+# what the first steps had drawn, unless the state of every generator was saved.
+#
+# Here nothing is remembered. Sample $k$ of step $n$ has a generator of its own, seeded by (seed, $n$, $k$):
+# `batch.randn`, `batch.randint`, `batch.rand` draw from those, on the CPU, so that a GPU gets the same numbers. Which
+# picture it is follows from the seed and the epoch. All three ways above are then step 7 of the same run. Everything in
+# the next three sections comes from this.
 #
 # ## Accumulation: a large batch in small memory
+#
+# Four steps with batches of 32 in one piece, and in four pieces of 8.
 
 # %%
 in_one = train(fresh(), recipe(4, log_every=1), "in one")
@@ -604,9 +776,16 @@ except ValueError as error:
     print(f"CLIP: {error}")
 
 # %% [markdown]
-# ACCUMULATE TEXT
+# Batch 32 does not fit? Take four parts of 8, add up their gradients (each loss divided by 4), and only then make the
+# step. The gradient of a mean is the mean of the gradients, so this is *the same* step, but for rounding. It costs
+# time, not memory, and no accuracy; it would be otherwise if a layer looked across the batch, as batch norm does. The
+# UNet has none.
+#
+# CLIP's loss does look across the batch: each picture is told from all the others. So it refuses.
 #
 # ## Stopped, and gone on with
+#
+# A run of eight steps with a checkpoint every four; and the same run, with the power cut in the fifth.
 
 # %%
 class PowerCut(Exception):
@@ -634,9 +813,19 @@ print({name: type(value).__name__ for name, value in state.items()})
 print("of the optimiser, for each weight:", ", ".join(next(iter(optimizer_state["state"].values()))))
 
 # %% [markdown]
-# RESUME TEXT
+# The power went in the fifth step, one after the checkpoint. The run that went on lost one step, made it again, and
+# ended with the same bits. It began with *other* random weights (`seed=1`), which the checkpoint replaced.
+#
+# A checkpoint is more than the weights. Without Adam's two means (`exp_avg`, `exp_avg_sq`) the first steps would be as
+# blind as at the start; without the EMA, the mean would have to be collected anew; without `step`, learning rate, noise
+# and the order of the pictures would begin again. (`weights_only=True`: a checkpoint is data, and reading one must not
+# run code that somebody put into it.) [`docs/training.md`](../docs/training.md) says what else may happen to a run:
+# Ctrl-C, a full disk, a damaged file.
 #
 # ## Many processes
+#
+# The run of one process, and the same command started by `torchrun`, which starts two. They talk to each other, and
+# both compute on this CPU. (In smoke mode this is left out: the two processes of the last table but two must do.)
 
 # %%
 command = [
@@ -654,9 +843,27 @@ if full and importlib.util.find_spec("accelerate"):
         print(f"{step:4d} {a:14.8f} {b:14.8f} {abs(a - b):11.0e}")
 
 # %% [markdown]
-# MANY TEXT
+# Two processes, each with four of the eight pictures, and the losses of one, to the last digits of float32. What
+# happens in a step with $P$ processes (data parallelism, DDP):
+#
+# 1. each has all weights, takes its $1/P$ of the batch, and computes the gradient of its part;
+# 2. the gradients are averaged over all (`all-reduce`): the same sum as in accumulation, spread over space, not time;
+# 3. each clips the same gradient and makes the same step. So the weights stay equal, and never have to be sent.
+#
+# The batch is that of *all* together, so the recipe need not change with the number of cards. CLIP needs one more
+# thing: each process gathers the vectors of all, with their gradients, and tells its pictures from the whole batch.
+#
+# The loop is the one that you have read; `Accelerator` takes the place of `SingleDevice`
+# ([`engine.py`](../minisd/training/engine.py)). On eight GPUs:
+#
+# ```bash
+# accelerate launch --multi_gpu --num_processes 8 -m minisd train unet
+# torchrun --nproc_per_node 8 -m minisd train unet             # the same
+# ```
 #
 # ## Half the digits: bf16
+#
+# The matrix units of a GPU compute several times faster with 16 bits than with 32. What can go wrong?
 
 # %%
 half = torch.tensor(1.0, dtype=torch.bfloat16)
@@ -670,9 +877,24 @@ for dtype, mean in mean_of.items():
     print(f"an EMA with decay 0.999, after 20,000 steps at 1, kept in {str(dtype):14}: {mean.item():.4f}")
 
 # %% [markdown]
-# BF16 TEXT
+# A bfloat16 has as large a range as a float32, and only 8 significant bits, two and a half decimal digits. **The naive
+# way** is to turn the whole model into bf16, `model.bfloat16()`. Half the memory, much of the time saved, and it learns
+# badly: a step of 1e-3 on a weight of 1 is rounded away, each time. An EMA is worse off, as each of its steps is a
+# thousandth of a difference: it got stuck at a quarter of the way.
+#
+# **The remedy** is `autocast`: the weights, their gradients, Adam's means and the EMA stay float32; for each
+# convolution and each matrix product, weights and activations are rounded to bf16, and multiplied fast. Errors of
+# single products cancel in sums, and don't pile up from step to step. The loss is computed in float32. (float16, which
+# older cards need, has a short range as well, and so needs a scaler for the loss; bf16 needs none.)
+#
+# For `emoji` on two cores, bf16 autocast brought 138 images a second, against 84 in float32 ([lab
+# log](../docs/lab_log.md)). `minisd train` has it on (`--precision bf16`); this notebook has it off, so that rounding
+# hides nothing.
 #
 # ## Where the memory goes
+#
+# **Predict, then run.** The UNet of Stable Diffusion v1 has 860 million parameters, so 3.4 GB in float32. How much
+# memory does it take to train it, before the first picture comes in? And how much for each picture?
 
 # %%
 class LiveBytes(TorchDispatchMode):
@@ -727,9 +949,25 @@ tables = 4 * 8 * 5 * (64 * 64) ** 2  # float32, 8 heads, 5 transformer blocks at
 print(f"of sd-v1's activations, the attention weights [4096 4096] at 64x64: {readable(tables)}")
 
 # %% [markdown]
-# MEMORY TEXT
+# Read the line of `sd-v1`. The weights are 3.44 GB, and that is the least of it. Each parameter takes **20 bytes** in
+# training: 4 for itself, 4 for its gradient, 8 for Adam's two means, 4 for the EMA. These 17 GB do not depend on the
+# batch.
+#
+# The **activations** do: what each layer gave is kept until the way back, since the gradient of a product needs its
+# factors. 4.8 GB for each picture, of which 2.7 GB are the weights of attention. (They are counted as if attention were
+# written out. A fused kernel (Dao et al. 2022), which PyTorch takes on a GPU, never holds them: without them we counted
+# 1.9 GB.) A card with 40 GB, as in the model card, would hold four pictures, and no more.
+#
+# **Gradient checkpointing** (Chen et al. 2016) keeps only what goes into each block, and computes its inside again on
+# the way back: 0.31 GB, plus one block at a time. The next section says what it costs: a quarter more operations.
+# CompVis's configuration has it on (`use_checkpoint: True`).
+#
+# How does the table know, without 20 GB? The network is built on the device `meta`, where tensors have a shape and no
+# numbers. A `TorchDispatchMode` sees each operation, and counts the bytes of what is made and freed.
 #
 # ## What a picture costs
+#
+# How many additions and multiplications is a step, and how fast can they be done?
 
 # %%
 def flops(network, *inputs, backward=False):
@@ -798,9 +1036,37 @@ ours = 11_000 * 64 * table["emoji"]["step"]
 print(f"emoji, 11,000 steps of 64: {ours:.1e}, one {needed / ours:,.0f}th of that")
 
 # %% [markdown]
-# COST TEXT
+# A matrix product of $[m, k]$ and $[k, n]$ takes $2mkn$ operations, a multiplication and an addition for each of $mkn$
+# pairs. `FlopCounterMode` adds up what the network's products and convolutions take. Three things to see in the first
+# table.
+#
+# - **A step is three times a forward pass.** On the way back there are two products for each one on the way there: the
+#   gradient for the layer's input, and that for its weights. With recomputation it is 3.7 times.
+# - **An encoder is not cheap.** In `sd-v1`, to encode a picture of 512×512 takes more than the UNet's forward pass, and
+#   nearly half of its whole step. Who computes latents once saves that in every epoch but the first. (Stable
+#   Diffusion's authors encoded anew in each step: `get_input` in `ddpm.py`.)
+# - `sd-v1` needs two thousand times as much for a picture as `emoji`.
+#
+# **MFU**, the model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): the operations that the mathematics of
+# the model needs, a second, over those that the machine can do. Recomputation does not count: it is work, but not
+# progress. `emoji` in float32 on one thread of a CPU comes to 46% of what a large matrix product reaches, `tiny` to
+# 24%: the smaller the products, the more of the time goes to everything that is not a product. (Other work ran on this
+# machine at the same time; on a quiet one both columns are higher.)
+#
+# And Stable Diffusion? The model card gives 150,000 hours of A100, batches of 2,048 (32 machines × 8 cards × 4 pictures
+# × 2 accumulated), and the steps: 237,000 at 256×256; at 512×512, 194,000 to v1-1, 515,000 more to v1-2, and 225,000
+# from there to v1-4. Together, if all hours went into these, this is what comes out: 24 days on 256 cards, 4.4 pictures
+# a second on each, and the UNet's own mathematics is **3% of what the cards could have done** in bf16.
+#
+# Where is the rest? We can account for some: recomputation and the encoders make 1.7 times the work. The card doesn't
+# say in which precision they computed (with TF32, an A100's limit is half), nor which hours are counted. Attention was
+# written out; latents were computed anew; the data came from the web. It was also the first time. At an MFU of 40%,
+# with the latents computed before, the same steps would take about 11,000 hours. **The recipe was the discovery; the
+# speed is engineering**, and it is what [`benchmarks/scale.py`](../benchmarks/scale.py) measures on a GPU.
 #
 # ## The real run
+#
+# What the same functions give when they are left alone for long enough.
 
 # %%
 if torch.cuda.is_available() and full:
@@ -819,9 +1085,40 @@ picture
 Image.open("../docs/pictures/evaluation/train.png").crop((0, 0, 1054, 264))
 
 # %% [markdown]
-# REAL TEXT
+# The three runs that made `emoji`, the model that ships: two cores of a CPU, 106 minutes in all ([lab
+# log](../docs/lab_log.md)). Below, its drawings (first and third row) over the real pictures of the same captions, from
+# its training. With a GPU, the cell above trains it anew, by the same four commands that you would type:
+#
+# ```bash
+# minisd data emoji
+# minisd train clip
+# minisd train vae
+# minisd train unet
+# ```
+#
+# **Which loss is normal?** These are; all from real runs.
+#
+# | network | the first steps | on the way | at the end |
+# |---|---|---|---|
+# | CLIP, batch 256 | $\ln 256 = 5.55$ | stays there a little, then falls steadily | 0.059; 99.2% right among 256 |
+# | autoencoder, mean of the absolute error | about 0.7 | 0.12 after 500 steps | 0.07; 23.4 dB |
+# | UNet, min-SNR weights | 0.9 | 0.1 after 500 steps, 0.07 after 4,000 | 0.044 |
+# | UNet, no weights (`tiny`, measured above) | 1.0 | 0.24 after 100 steps, 0.08 after 1,000 | 0.043 after 10,000 |
+#
+# The UNet's curve is the one that people worry about: a cliff, then a plain. On the plain, its loss halved in ten
+# thousand steps, and on this plain everything was learned that one would call drawing.
 #
 # ## Your own pictures
+#
+# A finished model can be taught more, by the same loop: `finetune_unet`, or
+#
+# ```bash
+# minisd train unet --init emoji --data FOLDER
+# ```
+#
+# with a folder of pictures, and beside each a `.txt` with its caption. [`docs/finetuning.md`](../docs/finetuning.md)
+# teaches `emoji` an eighth style from forty pictures, and says what to expect. Here, in seconds: `tiny` knows eight
+# colours, and turquoise is not among them. We give it two dozen turquoise shapes.
 
 # %%
 own = runs / "own"
@@ -850,6 +1147,62 @@ with torch.no_grad():
 labels = ["some of the\npictures", "through the\nautoencoder", "before", "after"]
 viz.strip([some, again, before, after], labels=labels, notes=[[], [], [], wishes], size=1.2)
 
+# %% [markdown]
+# (Prompts stand under the last row; the first two rows are pictures of the folder.) The shapes are in their places, and
+# no longer red or black: "turquoise" has become a word. But what it means is *blue*. The second row says why: the
+# autoencoder of `tiny` has never seen turquoise, and turns it into blue on the way through. **What the autoencoder
+# can't draw, the UNet can't learn.** So before you fine-tune, send your pictures through the autoencoder alone, and
+# look.
+#
+# The last two columns ask for old things. The red circle was black before, and is no better; the green hearts, which
+# were grey, have turned blue: two dozen pictures of one colour pull at all others. More pictures, fewer steps, a
+# smaller rate.
+
 # %%
 work.cleanup()
 print(f"This notebook took {time.time() - start:.0f} s.")
+
+# %% [markdown]
+# ## Recap
+#
+# - CLIP: contrast, or all collapses; a learned temperature, or it can't be sure; templates, or it knows one form only.
+# - Autoencoder: the mean error is paid for blur. A perceptual distance is not; a discriminator makes the decoder commit
+#   itself.
+# - UNet: whatever does not change is computed once. A rate that is too high ends at the loss of the answer 0. Clipping
+#   is for the one bad batch. EMA is the model.
+# - Min-SNR and text dropout move effort from where it is not needed; each costs a little elsewhere.
+# - The loss stands still because its mean is made at small $t$; the drawings get better because of what happens at
+#   large $t$.
+# - Randomness is a function of seed, step and sample. So parts, processes and restarts compute one and the same run.
+# - 20 bytes for each parameter, plus activations. A step is three forward passes. MFU says what share of a machine
+#   works.
+#
+# ## In the CompVis source
+#
+# | here | there | file |
+# |---|---|---|
+# | `train_unet`, `Trainer.steps` | `DDPM.training_step`, `Trainer` of PyTorch Lightning | `ddpm.py`, `main.py` |
+# | `Recipe.lr_at` | `LambdaLinearScheduler` | `ldm/lr_scheduler.py` |
+# | AdamW, with weight decay for matrices only | `configure_optimizers`: AdamW as PyTorch has it, for all | `ddpm.py` |
+# | `EMA`, `EMA.applied_to` | `LitEma`, `ema_scope`; updated in `on_train_batch_end` | `ema.py`, `ddpm.py` |
+# | `moments`, `contexts`, once | `get_input`: in each step | `ddpm.py` |
+# | `text_dropout`, `min_snr_gamma` | have no counterpart | |
+# | `accumulate` | `accumulate_grad_batches` of Lightning | `main.py` |
+# | `Batch`, randomness by sample | `seed_everything` | `main.py` |
+# | the autoencoder's losses | `LPIPSWithDiscriminator` | `contperceptual.py` |
+# | `train_clip` | has no counterpart: `FrozenCLIPEmbedder` takes OpenAI's | `encoders/modules.py` |
+#
+# A trap for who trains with that repository: `main.py` multiplies the learning rate of the configuration by the number
+# of cards, the batch of each, and the parts that are accumulated (`scale_lr`, on by default). The 1e-4 of the model
+# card is the rate itself.
+#
+# ## Try it
+#
+# - Train `fresh()` with `ema_decay=0.9999` for 300 steps, and draw with the mean. What has it not forgotten yet?
+# - Set $\lambda = 1$ in the stripes. Who wins, the error or the discriminator?
+# - Resume a run with `exp_avg` and `exp_avg_sq` set to zero. How many steps does the loss need to come back?
+# - Give `finetune_unet` pictures with the caption "a red circle" that show something else. What else changes?
+# - `LiveBytes` for a batch of 4 and of 8: is it linear? And for latents of 128×128 (pictures of 1024×1024)?
+#
+# Before: [07 · Latent diffusion](07_latent_diffusion.ipynb). The pages: [training](../docs/training.md), how to run it;
+# [fine-tuning](../docs/finetuning.md); the [lab log](../docs/lab_log.md) of the real runs.
