@@ -6,8 +6,10 @@ DDP through the command line; a loss that is no number in one process; and FSDP,
 its code for FSDP is made to run here, on CPUs.
 """
 
+import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -29,12 +31,12 @@ engine = make_engine("cpu")
 assert engine.num_processes == 2
 
 
-def complaint(call) -> None:
+def complaint(call, name: str) -> None:
     """Write down what each process has to say."""
     try:
         call()
     except (ValueError, FloatingPointError) as error:
-        (folder / f"{call.__name__}_{engine.process_index}.txt").write_text(str(error))
+        (folder / f"{name}_{engine.process_index}.txt").write_text(str(error))
 
 
 def uneven():
@@ -50,8 +52,19 @@ def nan():
         trainer.update()
 
 
-complaint(uneven)
-complaint(nan)
+def engines():
+    """That would not do what was asked for."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    for name, value in asked.items():
+        os.environ[name] = value
+        complaint(partial(make_engine, "cpu"), name)
+        del os.environ[name]
+    complaint(partial(make_engine, "cuda"), "cuda")
+
+
+complaint(uneven, "uneven")
+complaint(nan, "nan")
+engines()
 
 if engine.is_main_process:  # go on with what one process began
     shutil.copytree(folder / "one" / "unet", folder / "fsdp")
