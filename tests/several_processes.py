@@ -8,6 +8,7 @@ its code for FSDP is made to run here, on CPUs.
 
 import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,25 @@ def complaint(call, name: str) -> None:
     """Write down what each process has to say."""
     try:
         call()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, KeyboardInterrupt) as error:
         (folder / f"{name}_{engine.process_index}.txt").write_text(str(error))
 
 
 def uneven():
     Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=7), folder / "uneven", engine)
+
+
+def ctrl_c():
+    """In one of them."""
+    trainer = Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=8), folder / "stopped", engine)
+    for step in trainer.steps():
+        if step == 1 and engine.process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        for batch in trainer.batches(8):
+            trainer.backward(trainer.model(batch.randn(2)).mean())
+        trainer.update()
+        first, *others = engine.gather(trainer.ema.weights["weight"])
+        assert all(torch.equal(first, other) for other in others)
 
 
 def nan():
@@ -64,6 +78,7 @@ def engines():
 
 complaint(uneven, "uneven")
 complaint(nan, "nan")
+complaint(ctrl_c, "ctrl_c")
 engines()
 
 if engine.is_main_process:  # go on with what one process began

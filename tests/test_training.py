@@ -451,6 +451,12 @@ def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
     assert len(samples) == 4 and "5" in samples  # of the process that had it
 
 
+def test_all_processes_stop_where_one_was_asked_to(several):
+    said = [(several / f"ctrl_c_{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "stopped after step 2" in said[0]
+    assert [path.name for path in RunFolder(several / "stopped").checkpoints()] == ["checkpoint_000002.pt"]
+
+
 def test_several_processes_refuse_what_they_would_do_otherwise_than_asked(several):
     for rank in range(2):
         said = {path.stem: path.read_text() for path in several.glob(f"*_{rank}.txt")}
