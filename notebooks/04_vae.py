@@ -475,8 +475,9 @@ panels = {"the posterior's std": some.std.mean((0, 1)), "change of the picture,\
 viz.matrices(panels, cell=(0.2, 0.2))
 
 # %% [markdown]
-# What to see: the corners may be wrong, and there the encoder is least sure. Each bit of precision costs nats, and it
-# is spent where it pays.
+# What to see: at the border, and most of all in the corners, an error does less harm, and there the encoder is least
+# sure. Precision costs nats, and it seems to be spent where it pays. (The two figures do not agree everywhere: the
+# network is the surest one pixel away from the border.)
 #
 # **Predict, then run.** Replace the posterior's mean by a sample: by how much does the picture change? And what does
 # the decoder draw from numbers that have each channel's mean and standard deviation, but come from no picture?
@@ -893,8 +894,9 @@ viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 # each tile has norms and attention of its own.
 #
 # And nearest to the photograph are neither the largest tiles nor the whole, but those of 32: the size of the pictures
-# of the training, at which norms and attention find what they are used to. So a tile should not be smaller than those;
-# for Stable Diffusion they have 256×256, which is the default of `enable_tiling`.
+# of the training. The likely reason is that the norms and the attention find there what they are used to. So a tile
+# should not be smaller than those pictures; for Stable Diffusion they have 256×256, which is the default of
+# `enable_tiling`.
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
