@@ -20,7 +20,7 @@ from minisd import coursework
 from minisd.coursework import EXERCISES, STAGES, check, draw, judge, swap
 from minisd.coursework.__main__ import main
 from minisd.coursework.export import FORMS, draws, export, table
-from minisd.coursework.judge import cases_of, same
+from minisd.coursework.running import cases_of, same
 
 ROOT = Path(__file__).parents[1]
 
@@ -1281,7 +1281,7 @@ def test_two_mistakes_are_named_together():
 
 
 def test_a_loop_without_an_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(sys.modules["minisd.coursework.judge"], "SECONDS", 0.2)
+    monkeypatch.setattr("minisd.coursework.running.SECONDS", 0.2)
 
     def bpe_merge(pieces, ranks):
         while True:
