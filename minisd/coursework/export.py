@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
-from .picture import ROUTES
 
 FORMS = ("plain", "nbgrader", "otter")
 
@@ -66,7 +65,7 @@ def plain(stage: str, solved: bool = False) -> list[dict]:
     for exercise in of_stage(stage):
         cells += [heading(exercise), code(exercise.answer if solved else exercise.stub), hints(exercise)]
         cells.append(code(f"check.{exercise.name}({exercise.name})"))
-        cells += [swapped_in(exercise)] if draws(exercise) else []
+        cells.append(code(f"draw({exercise.name!r}, {exercise.name})  # minisd itself, with your function in it"))
     return cells
 
 
@@ -127,15 +126,6 @@ def hints(exercise: Exercise) -> dict:
     return markdown(text.strip())
 
 
-def swapped_in(exercise: Exercise) -> dict:
-    return code(f"draw({exercise.name!r}, {exercise.name})  # minisd itself, with your function in it")
-
-
-def draws(exercise: Exercise) -> bool:
-    """Whether a picture depends on it."""
-    return exercise.swap is not None and ROUTES.get(exercise.name, draws) is not None
-
-
 def markdown(text: str) -> dict:
     return {"cell_type": "markdown", "metadata": {}, "source": text}
 
@@ -163,9 +153,9 @@ def as_notebook(cells: list[dict]) -> str:
 
 def table() -> str:
     """All exercises in a table of Markdown: docs/coursework.md has it, and a test holds it to the code."""
-    rows = ["| stage | exercise | difficulty | minutes | mistakes known | draws |", "|---|---|---|---|---|---|"]
+    rows = ["| stage | exercise | difficulty | minutes | mistakes known | swap |", "|---|---|---|---|---|---|"]
     for e in EXERCISES.values():
-        drawn = "yes" if draws(e) else "swap only" if e.swap else ""
-        cells = (f"{e.number} {e.stage}", f"`{e.name}`", "★" * e.difficulty, e.minutes, len(e.mistakes), drawn)
+        swapped = "yes" if callable(e.swap) else ""
+        cells = (f"{e.number} {e.stage}", f"`{e.name}`", "★" * e.difficulty, e.minutes, len(e.mistakes), swapped)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .. import vq
 from ..training import vae as training_vae
 from ..vae import DiagonalGaussianDistribution, Downsample
+from ..vq import VectorQuantizer
 from .exercise import exercise
 
 Layer = Callable[[Tensor], Tensor]
@@ -198,6 +201,7 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
          "In the KL stands the variance, exp(logvar), not the standard deviation."),
     ],
     gradients=("reconstruction", "mean", "logvar"),
+    swap="`minisd.training.vae` adds these two terms up in the midst of its loop; `draw` has a loop of its own.",
 )  # fmt: skip
 def vae_loss(
     x: Float[Tensor, "b 3 H W"],
@@ -218,6 +222,22 @@ def vae_loss(
 
 
 # --- a codebook in the place of the distribution ---------------------------------------------------------------------
+
+
+def _put_nearest(f):
+    @torch.no_grad()
+    def nearest(self, z):
+        b, _, h, w = z.shape
+        return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
+
+    return [(VectorQuantizer, "nearest", nearest)]
+
+
+def _put_vq_loss(f):
+    """In quantisers with legacy=False: the others weigh the terms the other way round."""
+    real = VectorQuantizer.loss
+    return [(VectorQuantizer, "loss",
+             lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
 
 
 def _code_case(n: int, k: int, d: int) -> dict:
@@ -265,6 +285,7 @@ def _code_case(n: int, k: int, d: int) -> dict:
          "return (z[:, None] - codebook).square().sum(dim=-1).amin(dim=1)",
          "You returned the smallest distances: the indices are wanted, argmin."),
     ],
+    swap=_put_nearest,
 )  # fmt: skip
 def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """For each vector of z the index of the code that is nearest to it, by Euclidean distance.
@@ -307,6 +328,7 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
          "Half of the gradient goes to z, half to z_q: all of it goes to z."),
     ],
     gradients=("z", "z_q"),
+    swap=lambda f: [(vq, "straight_through", f)],
 )  # fmt: skip
 def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
@@ -355,6 +377,7 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
          "You took absolute differences: squares."),
     ],
     gradients=("z", "z_q"),
+    swap=_put_vq_loss,
 )  # fmt: skip
 def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
     """What makes codes and encoder meet: mean ‖sg(z) - z_q‖² + β mean ‖z - sg(z_q)‖².
