@@ -182,7 +182,7 @@ def swap(name: str, function: Callable) -> Iterator[None]:
     """
     exercise = find(name)
     if isinstance(exercise.swap, str):
-        raise ValueError(f"{name} has no place of its own in minisd. {exercise.swap}")
+        raise ValueError(f"{name} cannot be swapped in. {exercise.swap}")
     with ExitStack() as stack:
         for target, key, value in exercise.swap(function):
             in_a_dict = isinstance(target, dict)

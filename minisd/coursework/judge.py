@@ -10,7 +10,7 @@ case what the student's function does.
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import mutants
 from .exercise import Exercise
 from .relations import more_or_less, related
-from .running import cases_of, right_outcomes, run, same, same_outcome
+from .running import Outcome, cases_of, right_outcomes, run, same, same_outcome
 from .symptoms import (
     at_the_ends,
     changes_in_place,
@@ -42,11 +42,13 @@ class Verdict:
     right: whether the function is right.
     message: what the student reads.
     mistake: the sentence that names the mistake; None if it is right, or wrong in a way that nobody knew.
+    printed: what the function printed on the first case.
     """
 
     right: bool
     message: str
     mistake: str | None = None
+    printed: str = ""
 
     def __bool__(self) -> bool:
         return self.right
@@ -63,8 +65,12 @@ def judge(exercise: Exercise, function: Any) -> Verdict:
     """Run a student's function on the exercise's cases, and say what is wrong with it."""
     if sentence := _not_a_function(exercise, function):
         return _wrong(exercise, sentence)
+    outcomes = [run(exercise, function, args) for args in cases_of(exercise).values()]
+    return replace(_of_the_outcomes(exercise, function, outcomes), printed=outcomes[0].printed)
+
+
+def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list[Outcome]) -> Verdict:
     cases, rights = cases_of(exercise), right_outcomes(exercise)
-    outcomes = [run(exercise, function, args) for args in cases.values()]
     hits = [same_outcome(o, right, exercise.tolerance) for o, right in zip(outcomes, rights, strict=True)]
     first = next(iter(cases.values()))
 

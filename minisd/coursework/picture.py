@@ -41,13 +41,16 @@ def draw(
     model: str = "emoji",
     steps: int = 10,
     seed: int = 0,
-) -> Image.Image:
+) -> Image.Image | None:
     """What minisd draws with `function` in the place of its own; None: with its own, to compare.
 
     Args:
         name: of an exercise.
         prompt, model, steps, seed: as for `minisd.load(model).txt2img(...)`. Where a network is trained on first,
             `steps` is the number of steps of that, too.
+
+    Returns:
+        A picture; `caption(name)` says what it shows. None, and a sentence is printed, if the function leads to none.
 
     Raises:
         ValueError: there is no such exercise.
@@ -57,9 +60,23 @@ def draw(
     has_a_place = callable(exercise.swap)
     places = exercise.swap(function or solution) if has_a_place else []
     sampler = next((key for target, key, _ in places if target is SAMPLERS), "ddim")
-    with swap(name, function) if function and has_a_place else nullcontext():
-        order = Order(load(model, "cpu"), function or solution, prompt, sampler, steps, seed)
-        return ROUTES.get(name, _drawn)(order)
+    try:
+        with swap(name, function) if function and has_a_place else nullcontext():
+            order = Order(load(model, "cpu"), function or solution, prompt, sampler, steps, seed)
+            return ROUTES.get(name, _drawn)(order)
+    except NotImplementedError:
+        print(f"{name} is not written yet: there is nothing to draw with.")
+    except Exception as error:  # whatever a wrong function leads to
+        if function is None:
+            raise
+        what = (str(error).splitlines() or ["without a message"])[0]
+        print(f"With this {name} minisd comes to no picture: {type(error).__name__}, {what}")
+    return None
+
+
+def caption(name: str) -> str:
+    """What the picture of `draw(name)` shows, in a sentence."""
+    return ROUTES.get(name, _drawn).__doc__
 
 
 @dataclass
@@ -120,11 +137,12 @@ def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
 
 
 def _by_euler(order: Order) -> Image.Image:
+    """Left: drawn from noise by euler. Right: that picture noised half way, and drawn from there."""
     return _drawn(replace(order, sampler="euler"))
 
 
 def _of_v(order: Order) -> Image.Image:
-    """The UNet's answer taken for a v, made of its ε: so that a sampler has to find the ε in it again."""
+    """Drawn, and drawn again from half way, by a model of v, in which the sampler has to find the ε."""
     sd = copy.copy(order.sd)
     sd.config = replace(sd.config, parameterization="v")
     predict_noise = sd.apply_model
@@ -132,14 +150,14 @@ def _of_v(order: Order) -> Image.Image:
     def answers_v(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         signal = sd.schedule._at(sd.schedule.sqrt_alphas_cumprod, t, x)
         sigma = sd.schedule._at(sd.schedule.sqrt_one_minus_alphas_cumprod, t, x)
-        return (predict_noise(x, t, cond) - sigma * x) / signal  # ε = √(1-ᾱ) x_t + √ᾱ v
+        return (predict_noise(x, t, cond) - sigma * x) / signal  # made of ε = √(1-ᾱ) x_t + √ᾱ v
 
     sd.apply_model = answers_v
     return _drawn(replace(order, sd=sd))
 
 
 def _guessed_from_v(order: Order) -> Image.Image:
-    """What the model guesses at the picture in x_t, at each step of a drawing, by way of v."""
+    """What the model takes for the picture in x_t, by way of v, at each step of a drawing."""
     sd, guesses = order.sd, []
     for step in sd.sample(order.prompt, **order.options):
         t = torch.full((1,), step.t)
@@ -149,7 +167,7 @@ def _guessed_from_v(order: Order) -> Image.Image:
 
 
 def _exact(order: Order) -> Image.Image:
-    """No network: the exact denoiser of 16 pictures, which draws nothing but these."""
+    """Drawn without a network: by the exact denoiser of 16 pictures, which draws nothing but these."""
     x, _ = order.shapes()
     x_T = randn((4, *x.shape[1:]), order.generator)
     schedule = order.sd.schedule
@@ -174,7 +192,7 @@ def _inpainted(order: Order) -> Image.Image:
 
 
 def _rescaled(order: Order) -> Image.Image:
-    """With the scale factor measured anew, on 43 pictures."""
+    """Drawn, and drawn again from half way, with the scale factor as your function measures it on 43 pictures."""
     data = CaptionedPictures(SAMPLE, order.sd.config.image_size, split="test_concept")
     order.sd.scale_factor = training_vae.measure_scale_factor(order.sd.first_stage_model, data, SingleDevice("cpu"))
     return _drawn(order)
@@ -184,7 +202,7 @@ def _rescaled(order: Order) -> Image.Image:
 
 
 def _trained(order: Order, kind: str = "eps", gamma: float | None = None) -> Image.Image:
-    """Train the UNet on shapes, a few steps, and draw with the running mean of its weights."""
+    """Drawn after the UNet was trained on for a few steps, on shapes, by the running mean of its weights."""
     sd, generator = order.sd, order.generator
     x, captions = order.shapes()
     z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
@@ -206,16 +224,18 @@ def _trained(order: Order, kind: str = "eps", gamma: float | None = None) -> Ima
 
 
 def _trained_on_v(order: Order) -> Image.Image:
+    """Drawn after the UNet was trained on for a few steps, to predict v."""
     return _trained(order, kind="v")
 
 
 def _trained_with_weights(order: Order) -> Image.Image:
+    """Drawn after the UNet was trained on for a few steps, with the times weighted by their SNR."""
     return _trained(order, gamma=1.0)
 
 
 @torch.no_grad()
 def _curve_of_the_loss(order: Order) -> Image.Image:
-    """The loss of the shipped model, by time."""
+    """The loss of the model that ships, by time."""
     sd, T, generator = order.sd, order.sd.schedule.timesteps, order.generator
     x, captions = order.shapes()
     z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
@@ -233,13 +253,11 @@ def _curve_of_the_loss(order: Order) -> Image.Image:
 # --- where it takes part in the autoencoder ---------------------------------------------------------------------------
 
 
-def _through(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"]) -> Image.Image:
-    """Above pictures, below what became of them."""
+def _above_and_below(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"]) -> Image.Image:
     return sheet(to_pil(torch.cat([x, x_hat])), columns=len(x), scale=2)
 
 
 def _autoencoder(order: Order, loss: Callable) -> Image.Image:
-    """Train the autoencoder on, a few steps, and draw pictures through it."""
     vae, generator = order.sd.first_stage_model.requires_grad_(), order.generator
     x = sample(order.sd.config.image_size).batch(range(8))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
@@ -249,15 +267,16 @@ def _autoencoder(order: Order, loss: Callable) -> Image.Image:
         loss(x, reconstruction, posterior).backward()
         optimizer.step()
     with torch.no_grad():
-        return _through(x, vae(x, generator=generator)[0])
+        return _above_and_below(x, vae(x, generator=generator)[0])
 
 
 def _trained_on_vae_loss(order: Order) -> Image.Image:
+    """Above pictures, below their reconstructions, after the autoencoder was trained on for a few steps."""
     return _autoencoder(order, lambda x, x_hat, q: order.function(x, x_hat, q.mean, q.logvar, 0.01))
 
 
 def _trained_with_kl(order: Order) -> Image.Image:
-    """With the KL at full strength, a thousand times minisd's, so that few steps show what it does: it blurs."""
+    """Above pictures, below their reconstructions after a few steps with the KL at full strength, which blurs."""
     return _autoencoder(order, lambda x, x_hat, q: F.l1_loss(x_hat, x) + q.kl().mean() / x[0].numel())
 
 
@@ -272,7 +291,7 @@ def _codebook(order: Order) -> VectorQuantizer:
 
 
 def _quantised(order: Order, rounds: int = 0) -> Image.Image:
-    """The autoencoder with a codebook in the place of its distribution; its encoder and the codes meet for `rounds`."""
+    """Above pictures, below their reconstructions from 64 codes."""
     vae, quantizer = order.sd.first_stage_model, _codebook(order)
     x = sample(order.sd.config.image_size).batch(range(8))
     if rounds:
@@ -286,15 +305,16 @@ def _quantised(order: Order, rounds: int = 0) -> Image.Image:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return _through(x, vae.decode(quantizer(vae.encode(x).mode()).z))
+        return _above_and_below(x, vae.decode(quantizer(vae.encode(x).mode()).z))
 
 
 def _quantised_and_trained(order: Order) -> Image.Image:
+    """Above pictures, below their reconstructions from 64 codes that were half as long, and learned for a few steps."""
     return _quantised(order, rounds=order.steps)
 
 
 def _searched_through_codes(order: Order) -> Image.Image:
-    """Codes whose picture is the one above, found by following the gradient of the decoder through them."""
+    """Below, codes that were found by following the decoder's gradient through them to the pictures above."""
     vae, quantizer = order.sd.first_stage_model, _codebook(order)
     x = sample(order.sd.config.image_size).batch(range(8))
     z = torch.zeros_like(vae.encode(x).mode()).requires_grad_()
@@ -304,14 +324,14 @@ def _searched_through_codes(order: Order) -> Image.Image:
         F.mse_loss(vae.decode(quantizer(z).z), x).backward()
         optimizer.step()
     with torch.no_grad():
-        return _through(x, vae.decode(quantizer(z).z))
+        return _above_and_below(x, vae.decode(quantizer(z).z))
 
 
 # --- where it takes part in CLIP --------------------------------------------------------------------------------------
 
 
 def _matched(order: Order, rounds: int = 0) -> Image.Image:
-    """Which caption belongs to which picture? Each row is a picture, and its dark cell should be on the diagonal."""
+    """Which caption belongs to which picture: the dark cells should lie on the diagonal."""
     clip, tokenizer = load_clip("emoji")
     data = sample(clip.vision_config.image_size)
     chosen = range(0, len(data), len(data) // 8)[:8]
@@ -327,6 +347,7 @@ def _matched(order: Order, rounds: int = 0) -> Image.Image:
 
 
 def _trained_to_match(order: Order) -> Image.Image:
+    """Which caption belongs to which picture, after a few steps of training: the dark cells are on the diagonal."""
     return _matched(order, rounds=order.steps)
 
 

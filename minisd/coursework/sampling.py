@@ -602,10 +602,10 @@ def dpmpp_2m_step(
 
     With α = √ᾱ, σ = √(1-ᾱ), λ = log(α/σ), h = λ_prev - λ_t, h_old = λ_t - λ_old and r = h_old / h:
 
-        D      = (1 + 1/2r) x_0 - 1/2r x_0^old
+        D      = (1 + 1/(2r)) x_0 - 1/(2r) x_0^old
         x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D              (DPM-Solver++, Algorithm 2)
 
-    x0 is the model's guess now, x0_old that at the step before.
+    x0 is the model's guess now, x0_old that at the step before. All three ᾱ are Python numbers less than 1.
     """
     # BEGIN SOLUTION
     def lam(a):

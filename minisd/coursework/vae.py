@@ -146,8 +146,9 @@ def sample_posterior(
     swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
 )  # fmt: skip
 def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)), in nats, one number for each picture. (Kingma & Welling 2013, appendix
-    B)
+    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
+
+    One number for each picture: of all its c·h·w numbers together. (Kingma & Welling 2013, appendix B)
     """
     # BEGIN SOLUTION
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
@@ -201,7 +202,7 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
          "In the KL stands the variance, exp(logvar), not the standard deviation."),
     ],
     gradients=("reconstruction", "mean", "logvar"),
-    swap="`minisd.training.vae` adds these two terms up in the midst of its loop; `draw` has a loop of its own.",
+    swap="minisd has no place for it: `minisd.training.vae` adds these terms up in the midst of its own loop.",
 )  # fmt: skip
 def vae_loss(
     x: Float[Tensor, "b 3 H W"],
@@ -380,7 +381,7 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
     swap=_put_vq_loss,
 )  # fmt: skip
 def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
-    """What makes codes and encoder meet: mean ‖sg(z) - z_q‖² + β mean ‖z - sg(z_q)‖².
+    """What makes codes and encoder meet: mean (sg(z) - z_q)² + β mean (z - sg(z_q))², means over all numbers.
 
     sg stops the gradient. The first term moves the codes, the second, the commitment, the encoder.
     (van den Oord et al. 2017, eq. 3; CompVis: taming's VectorQuantizer, with legacy=False)
@@ -435,8 +436,7 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
                      engine: float(f(training_vae.encode_all(vae, data, engine).chunk(2, dim=1)[0])))],
 )  # fmt: skip
 def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """The number by which latents are multiplied so that they have a standard deviation of 1 (0.18215 in Stable
-    Diffusion).
+    """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
 
     One number for all, measured over pictures, channels and pixels together.
     (Rombach et al. 2022, appendix G; CompVis: LatentDiffusion.on_train_batch_start)
@@ -479,9 +479,9 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
 def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
-    """Half the size, as in the VAE: pad one column of zeros on the right and one row below, then `conv` (3x3, stride
-    2).
+    """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
 
+    conv is 3x3, with a stride of 2 and without a padding of its own.
     (CompVis: ldm/modules/diffusionmodules/model.py, Downsample)
     """
     # BEGIN SOLUTION
