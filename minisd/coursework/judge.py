@@ -18,7 +18,7 @@ from torch import Tensor
 from . import mutants
 from .exercise import Exercise
 from .relations import more_or_less, related
-from .running import Outcome, cases_of, right_outcomes, run, same, same_outcome
+from .running import cases_of, right_outcomes, run, same, same_outcome
 from .symptoms import (
     at_the_ends,
     changes_in_place,
@@ -69,7 +69,7 @@ def judge(exercise: Exercise, function: Any) -> Verdict:
     return replace(_of_the_outcomes(exercise, function, outcomes), printed=outcomes[0].printed)
 
 
-def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list[Outcome]) -> Verdict:
+def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> Verdict:
     cases, rights = cases_of(exercise), right_outcomes(exercise)
     hits = [same_outcome(o, right, exercise.tolerance) for o, right in zip(outcomes, rights, strict=True)]
     first = next(iter(cases.values()))

@@ -53,14 +53,9 @@ def raised(error: BaseException) -> str:
 HINTS = {
     "TimeoutError": " Is there a loop in which nothing moves on?",
     "must match the size of tensor": (
-        " Two shapes that do not fit: is an axis of length 1 missing? A coefficient for each picture, [b], has to"
-        " become [b 1 1 1] before it multiplies pictures [b c h w]: `.reshape(-1, 1, 1, 1)`. A norm or a mean keeps its"
-        " axis with `keepdim=True`."
+        " Two shapes that do not fit: where a coefficient for each picture, [b], multiplies pictures [b c h w], it has"
+        " to become [b 1 1 1] first: `.reshape(-1, 1, 1, 1)`."
     ),
-    "is invalid for input of size": (
-        " A reshape needs as many numbers as there are: is one of the sizes another by then? (-1 lets torch count it.)"
-    ),
-    "must be Tensor, not float": " It is a Python number: its root is `x ** 0.5`, or `math.sqrt(x)`.",
     "mat1 and mat2 shapes": " In a matrix product the inner sizes must be equal: is a transpose missing?",
     "NameError": " The name was never set in the function: is it misspelt, or set in another cell?",
     "object has no attribute": " Is it a Python number where a tensor is expected, or the other way round?",
@@ -68,6 +63,10 @@ HINTS = {
     "tensors used as indices": " An index has to hold integers: `t.long()`.",
     "out of bounds": " Off by one at the end? There are T entries, counted 0 ... T-1.",
     "out of range": " Off by one at the end? The last index is the length minus 1.",
+    "is invalid for input of size": (
+        " A reshape needs as many numbers as there are: is one of the sizes another by then? (-1 lets torch count it.)"
+    ),
+    "must be Tensor, not float": " It is a Python number: its root is `x ** 0.5`, or `math.sqrt(x)`.",
     "cuda": " Let the device come from the arguments: `x.device`.",
     "math domain": " The root or the logarithm of a number that is negative or 0.",
 }
@@ -93,14 +92,13 @@ def changes_in_place(names: list[str]) -> str:
 
 def wrong_kind(trial: Trial) -> Iterator[str]:
     """Another type, dtype or shape than the right one."""
-    all_finite = all(right.value.isfinite().all() for right in trial.rights if isinstance(right.value, Tensor))
     for _, outcome, right in trial.wrong():
         value, wanted = outcome.value, right.value
         if isinstance(wanted, Tensor) and isinstance(value, Tensor):
             yield from _wrong_dtype(value, wanted)
             if value.shape != wanted.shape:
                 yield from _wrong_shape(trial, value, wanted)
-            elif value.is_floating_point() and not value.isfinite().all() and all_finite:
+            elif value.is_floating_point() and not value.isfinite().all() and wanted.isfinite().all():
                 if value.isfinite().any():  # where all is NaN, everything that makes NaN would fit
                     yield from trial.convict(arguments(trial.exercise))
                     yield from trial.convict(changes(trial.exercise))
@@ -173,8 +171,8 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
     yield from trial.convict(changes(trial.exercise))
     grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
     broadcast = (
-        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], needs as many"
-        " axes as what it multiplies, [b 1 1 1] for pictures [b c h w]."
+        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become [b 1"
+        " 1 1] before it multiplies [b c h w]."
         if grown
         else ""
     )
