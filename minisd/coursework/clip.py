@@ -229,7 +229,9 @@ def _put_embeddings(f):
 def embed_tokens(
     input_ids: Int[Tensor, "b n"], token_table: Float[Tensor, "vocab d"], position_table: Float[Tensor, "max_length d"]
 ) -> Float[Tensor, "b n d"]:
-    """A vector for each token plus a vector for each place in the sentence."""
+    """A vector for each token plus a vector for each place in the sentence: row i of `token_table` belongs to the token
+    with the id i, row i of `position_table` to the place i. The sentence may be shorter than that table.
+    """
     # BEGIN SOLUTION
     n = input_ids.shape[1]
     return token_table[input_ids] + position_table[:n]
@@ -577,9 +579,9 @@ def _put_patches(f):
     swap=_put_patches,
 )  # fmt: skip
 def patchify(image: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b n d"]:
-    """Cut pictures into squares of `size` pixels, one token each: row by row, and in a token channel, row, column, (c
-    y x).
+    """Cut pictures into squares of `size` x `size` pixels, and make each a token, as a vision transformer reads them.
 
+    The squares are taken row by row; the numbers of a square by channel, then row, then column: (c y x).
     h and w are multiples of size; n = h/size · w/size, d = c · size². (Dosovitskiy et al. 2021, section 3.1)
     """
     # BEGIN SOLUTION

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from .. import drawing, sampling
@@ -555,16 +555,16 @@ def training_loss(
     scale_factor: float,
     context: Float[Tensor, "b n d"],
     empty_context: Float[Tensor, "1 n d"],
-    drop: Tensor,
+    drop: Bool[Tensor, "b"],
     t: Int[Tensor, "b"],
     noise: Float[Tensor, "b c h w"],
     alphas_cumprod: Float[Tensor, "T"],
 ) -> Float[Tensor, ""]:
     """The loss of one training step of latent diffusion, from what the encoders said to one number.
 
-    Draw z from N(mean, std²) with encoder_noise, and scale it; noise it to t; replace the context where `drop` [b]
-    (bool) is set by the empty one; ask model(z_t, t, context) for the noise; return the mean squared error, through
-    which gradients flow.
+    Draw z from N(mean, std²) with encoder_noise, and scale it; noise it to t; replace the context where `drop` is set
+    by the empty one; ask model(z_t, t, context) for the noise; return the mean squared error, through which gradients
+    flow.
     """
     # BEGIN SOLUTION
     z = scale_factor * (mean + std * encoder_noise)

@@ -351,6 +351,7 @@ def predict_noise_from_v(
         ("return sums / counts", "return sums / sums.sum()",
          "You made shares of the sums that sum to 1; wanted is the mean loss of each bin."),
     ],
+    swap="minisd has no place for it: a training needs the mean over all times, and this is to look at a model with.",
 )  # fmt: skip
 def loss_by_time(losses: Float[Tensor, "n"], t: Int[Tensor, "n"], T: int, bins: int) -> Float[Tensor, "bins"]:
     """The mean loss in each of `bins` equally long stretches of time: where is the model good, and where not?

@@ -209,6 +209,27 @@ def alphas_cumprod(betas: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     # END SOLUTION
 
 
+def _put_all_steps(f):
+    """x_t by all the steps that lead there. Their noises are drawn so that together they are just `noise`."""
+
+    def q_sample(self, x_0, t, noise):
+        s = torch.arange(int(t.max()) + 1)  # the steps
+        bar_t, bar = self.alphas_cumprod[t.cpu(), None], self.alphas_cumprod[s]
+        # what is left at t of the noise of step s: √(β_s ᾱ_t/ᾱ_s), as a part of √(1-ᾱ_t); the squares of the parts
+        # add up to 1, so that moving each noise by its part of what their sum lacks leaves them N(0, I), given that sum
+        part = (self.betas[s] * bar_t / bar / (1 - bar_t)).sqrt() * (s <= t.cpu()[:, None])  # [b s]
+        part = part.T.reshape(*part.T.shape, *[1] * (x_0.ndim - 1)).to(x_0)  # [s b 1 1 1]
+        noises = torch.randn(len(s), *x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
+        noises = noises + part * (noise - (part * noises).sum(dim=0))
+        x = x_0
+        for i in range(len(s)):
+            stepped = f(x, torch.full_like(t, i), noises[i], self.betas.to(x.device)).to(x)
+            x = torch.where((i <= t).reshape(-1, *[1] * (x.ndim - 1)), stepped, x)
+        return x
+
+    return [(NoiseSchedule, "q_sample", q_sample)]
+
+
 @exercise(
     difficulty=1,
     minutes=10,
@@ -242,6 +263,7 @@ def alphas_cumprod(betas: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     linear=("x", "noise"),
     quantities=lambda t, betas, **_: {"β_t": betas[t], "ᾱ_t": torch.cumprod(1 - betas, 0)[t],
                                       "β_{t-1}": betas[(t - 1).clamp(min=0)]},
+    swap=_put_all_steps,
 )  # fmt: skip
 def q_step(
     x: Float[Tensor, "b c h w"], t: Int[Tensor, "b"], noise: Float[Tensor, "b c h w"], betas: Float[Tensor, "T"]

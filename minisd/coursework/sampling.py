@@ -602,10 +602,10 @@ def dpmpp_2m_step(
 
     With α = √ᾱ, σ = √(1-ᾱ), λ = log(α/σ), h = λ_prev - λ_t, h_old = λ_t - λ_old and r = h_old / h:
 
-        D      = (1 + 1/2r) x_0 - 1/2r x_0^old
+        D      = (1 + 1/(2r)) x_0 - 1/(2r) x_0^old
         x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D              (DPM-Solver++, Algorithm 2)
 
-    x0 is the model's guess now, x0_old that at the step before.
+    x0 is the model's guess now, x0_old that at the step before. All three ᾱ are Python numbers less than 1.
     """
     # BEGIN SOLUTION
     def lam(a):
@@ -713,6 +713,7 @@ def euler_step(
         ("timesteps[len(timesteps) - n :]", "[t for t in timesteps if t < strength * max(timesteps)]",
          "You compared timesteps with a part of the largest one: what counts is the number of steps."),
     ],
+    swap=lambda f: [(latent_diffusion, "remaining_timesteps", f)],
 )  # fmt: skip
 def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     """The timesteps that are left if one starts from a picture: a part `strength` of them, in (0, 1], the last ones.
@@ -724,6 +725,13 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     n = int(strength * len(timesteps))
     return timesteps[len(timesteps) - n :]
     # END SOLUTION
+
+
+def _put_blend(f):
+    def put_back(self, x_t, z, noise, mask, t):
+        return f(x_t, z, noise, mask.bool(), self.schedule.alpha_bar(int(t[0]))).to(x_t)
+
+    return [(latent_diffusion.LatentDiffusion, "_put_back", put_back)]
 
 
 @exercise(
@@ -764,7 +772,7 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
          "You took the mean of both everywhere, and did not use the mask."),
         ("z_0 + (1", "z_0 - (1", "The noise is added to z_0, not subtracted."),
     ],
-    linear=(),
+    swap=_put_blend,
 )  # fmt: skip
 def inpaint_blend(
     x_t: Float[Tensor, "b c h w"],
@@ -813,6 +821,8 @@ def inpaint_blend(
          "torch.cat([((1 - alphas_cumprod) / alphas_cumprod).sqrt(), torch.zeros(1)])",
          "There is a 0 too many at the end: samplers append it, but the table has T entries."),
     ],
+    # The samplers ask for one σ at a time: the table is of one entry.
+    swap=lambda f: [(sampling, "_sigma", lambda a: float(f(torch.tensor([a], dtype=torch.float64))[0]))],
 )  # fmt: skip
 def sigmas(alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     """The noise of each timestep as Karras et al. count it: x_t / √ᾱ_t = x_0 + σ_t ε. Returns σ_t for all t."""

@@ -760,6 +760,8 @@ def res_block(
         ("x.reshape(b, groups, -1)", "x.reshape(b, c // groups, groups, -1).transpose(1, 2).reshape(b, groups, -1)",
          "The groups are made of every n-th channel: the channels of a group lie beside each other."),
     ],
+    swap=lambda f: [(nn.GroupNorm, "forward",
+                     lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
 )  # fmt: skip
 def group_norm(
     x: Float[Tensor, "b c h w"], groups: int, weight: Float[Tensor, "c"], bias: Float[Tensor, "c"], eps: float

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .. import vq
 from ..training import vae as training_vae
 from ..vae import DiagonalGaussianDistribution, Downsample
+from ..vq import VectorQuantizer
 from .exercise import exercise
 
 Layer = Callable[[Tensor], Tensor]
@@ -143,8 +146,9 @@ def sample_posterior(
     swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
 )  # fmt: skip
 def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)), in nats, one number for each picture. (Kingma & Welling 2013, appendix
-    B)
+    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
+
+    One number for each picture: of all its c·h·w numbers together. (Kingma & Welling 2013, appendix B)
     """
     # BEGIN SOLUTION
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
@@ -198,6 +202,7 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
          "In the KL stands the variance, exp(logvar), not the standard deviation."),
     ],
     gradients=("reconstruction", "mean", "logvar"),
+    swap="minisd has no place for it: `minisd.training.vae` adds these terms up in the midst of its own loop.",
 )  # fmt: skip
 def vae_loss(
     x: Float[Tensor, "b 3 H W"],
@@ -218,6 +223,22 @@ def vae_loss(
 
 
 # --- a codebook in the place of the distribution ---------------------------------------------------------------------
+
+
+def _put_nearest(f):
+    @torch.no_grad()
+    def nearest(self, z):
+        b, _, h, w = z.shape
+        return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
+
+    return [(VectorQuantizer, "nearest", nearest)]
+
+
+def _put_vq_loss(f):
+    """In quantisers with legacy=False: the others weigh the terms the other way round."""
+    real = VectorQuantizer.loss
+    return [(VectorQuantizer, "loss",
+             lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
 
 
 def _code_case(n: int, k: int, d: int) -> dict:
@@ -265,6 +286,7 @@ def _code_case(n: int, k: int, d: int) -> dict:
          "return (z[:, None] - codebook).square().sum(dim=-1).amin(dim=1)",
          "You returned the smallest distances: the indices are wanted, argmin."),
     ],
+    swap=_put_nearest,
 )  # fmt: skip
 def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """For each vector of z the index of the code that is nearest to it, by Euclidean distance.
@@ -307,6 +329,7 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
          "Half of the gradient goes to z, half to z_q: all of it goes to z."),
     ],
     gradients=("z", "z_q"),
+    swap=lambda f: [(vq, "straight_through", f)],
 )  # fmt: skip
 def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
@@ -355,9 +378,10 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
          "You took absolute differences: squares."),
     ],
     gradients=("z", "z_q"),
+    swap=_put_vq_loss,
 )  # fmt: skip
 def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
-    """What makes codes and encoder meet: mean ‖sg(z) - z_q‖² + β mean ‖z - sg(z_q)‖².
+    """What makes codes and encoder meet: mean (sg(z) - z_q)² + β mean (z - sg(z_q))², means over all numbers.
 
     sg stops the gradient. The first term moves the codes, the second, the commitment, the encoder.
     (van den Oord et al. 2017, eq. 3; CompVis: taming's VectorQuantizer, with legacy=False)
@@ -412,8 +436,7 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
                      engine: float(f(training_vae.encode_all(vae, data, engine).chunk(2, dim=1)[0])))],
 )  # fmt: skip
 def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """The number by which latents are multiplied so that they have a standard deviation of 1 (0.18215 in Stable
-    Diffusion).
+    """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
 
     One number for all, measured over pictures, channels and pixels together.
     (Rombach et al. 2022, appendix G; CompVis: LatentDiffusion.on_train_batch_start)
@@ -456,9 +479,9 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
 def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
-    """Half the size, as in the VAE: pad one column of zeros on the right and one row below, then `conv` (3x3, stride
-    2).
+    """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
 
+    conv is 3x3, with a stride of 2 and without a padding of its own.
     (CompVis: ldm/modules/diffusionmodules/model.py, Downsample)
     """
     # BEGIN SOLUTION
