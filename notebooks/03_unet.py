@@ -772,7 +772,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - `outline(UNetConfig(num_res_blocks=3))`: how many blocks are there, and how many parameters?
 # - Draw with `sd.txt2img(prompt, height=64, width=64)`. The network has no size built in. Why is the picture
 #   no larger fox?
-# - The exercises of this stage are in [`exercises/03_unet.ipynb`](../exercises/03_unet.ipynb), among them
+# - The exercises of this stage are in [`exercises/03_unet.ipynb`](exercises/03_unet.ipynb), among them
 #   `timestep_embedding`, `cross_attention`, `res_block` and `unet_forward`; a checker names the mistake.
 #
 # Next, in [notebook 04](04_vae.ipynb): where the latents come from. Before this one: [notebook 02](02_loss.ipynb).

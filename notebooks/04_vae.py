@@ -940,7 +940,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Try `photograph(32)`: is the cat easier as an icon?
 # - Where does the cross come from? Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads, and
 #   decode in tiles without overlap again. (The colours get worse. Why?)
-# - The exercises of this stage are in [`exercises/04_vae.ipynb`](../exercises/04_vae.ipynb): the sample, the KL, the
+# - The exercises of this stage are in [`exercises/04_vae.ipynb`](exercises/04_vae.ipynb): the sample, the KL, the
 #   nearest code, the straight-through gradient, the scale factor and others; a checker names the mistake.
 #
 # Before this: [notebook 03](03_unet.ipynb), the network that reads latents. Next: [notebook 05](05_clip.ipynb), how a

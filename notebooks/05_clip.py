@@ -869,7 +869,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Train a tokenizer on captions of your own, with 600, 1,000 and 3,000 pieces. How many tokens do they need?
 # - Give `draw` a context whose rows stand in another order. Does the UNet care? (It has no positions of its own.)
 # - Find the word that changes the drawing of "a house, noto style" the most, and the one that changes it the least.
-# - The exercises of this stage are in [`exercises/05_clip.ipynb`](../exercises/05_clip.ipynb): a merge of BPE, padding,
+# - The exercises of this stage are in [`exercises/05_clip.ipynb`](exercises/05_clip.ipynb): a merge of BPE, padding,
 #   the causal mask, the quick-GELU, the contrastive loss and others; a checker names the mistake.
 #
 # Before this: [notebook 04](04_vae.ipynb), where the picture becomes a latent. Next: [notebook 06](06_sampling.ipynb),
