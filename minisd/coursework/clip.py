@@ -59,8 +59,12 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
         "Go through the pieces with a while loop: at the pair take a step of two, else of one.",
     ),
     mistakes=[
-        ("min(pairs, key=", "max(pairs, key=",
+        ("best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))",
+         "best = max(pairs, key=lambda pair: ranks.get(pair, -1))",
          "You merge the pair with the largest rank: the smallest, which was learned first, is merged first."),
+        ("min(pairs, key=", "max(pairs, key=",
+         "You took the largest rank, and a pair that does not stand in the table has an infinite one, so that nothing"
+         " is merged: the smallest rank comes first."),
         ("best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))",
          "best = next((pair for pair in pairs if pair in ranks), pairs[0])",
          "You merge the first pair that stands in the table: the one with the smallest rank, wherever it is."),
@@ -210,6 +214,7 @@ def _put_embeddings(f):
          "You multiplied: the two vectors are added."),
         ("position_table[:n]", "position_table[input_ids.clamp(max=len(position_table) - 1)]",
          "The place is looked up by the token's id: it is its index in the sentence, 0 ... n-1."),
+        ("position_table[:n]", "position_table[1 : n + 1]", "Your places begin at 1: the first token has the place 0."),
         ("position_table[:n]", "position_table[0]", "Every token has the place 0."),
         ("position_table[:n]", "position_table[-n:]", "You took the last n places: the first n."),
         ("position_table[:n]", "position_table[:n].flip(0)", "The places run backwards."),
@@ -279,6 +284,11 @@ def _put_mask(f):
          "This is a mask of True and False: numbers are wanted, to be added to the scores, 0 or -inf."),
         ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.ones(n, n).triu(1).bool()",
          "This is a mask of True and False (True where one may not look): numbers are wanted, 0 or -inf."),
+        ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.ones(n, n).triu(1) * -math.inf",
+         "You multiplied -inf by 0, and that is NaN: fill a matrix with -inf and keep what is above the diagonal, or"
+         " use masked_fill."),
+        ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "(1 - torch.ones(n, n).tril()) * -1e3",
+         "The future is masked by a number that is not large enough: -inf."),
         ("-math.inf", "math.inf",
          "+inf in the future lets a token see nothing else: -inf, so that the softmax gives 0."),
         ("-math.inf", "-1.0", "-1 only makes the future less likely: -inf makes it impossible."),
@@ -566,6 +576,14 @@ def _put_patches(f):
          " pixels from all over the picture."),
         ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 1, 2, 3, 4, 5)",
          "You only reshaped, without bringing the axes in order: each patch is a square of the picture."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return image.reshape(b, (h // size) * (w // size), -1)",
+         "You only reshaped the picture: a token is then a piece of its rows, not a square. Split height and width"
+         " first, and bring the axes in order."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return image.permute(0, 2, 3, 1).reshape(b, (h // size) * (w // size), -1)",
+         "The channels are brought to the end and the rest is only reshaped: a token is then a piece of a row, not a"
+         " square."),
         ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 3, 5, 1, 2, 4)",
          "Which patch, and which pixel in it, are exchanged."),
         (".flatten(3).flatten(1, 2)", ".flatten(3)",

@@ -97,6 +97,9 @@ def _wrong(exercise: Exercise, sentence: str) -> Verdict:
 
 
 def _remark(value: Any, right: Any) -> str:
+    if isinstance(right, list) and not isinstance(value, list):
+        kind = type(value).__name__
+        return f" (One remark: it returns a {kind}, where the stub says a list: `list(...)` or `.tolist()` makes one.)"
     if isinstance(right, Tensor) and isinstance(value, Tensor) and value.dtype != right.dtype:
         return (
             f" (One remark: it returns {value.dtype}, where the arguments make {right.dtype}. A network of float32"
@@ -115,6 +118,8 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
             names = list(inspect.signature(function).parameters)
         except (TypeError, ValueError):
             names = []
+        if inspect.isclass(function):
+            return f"{function.__name__} is a class: give an object of it, {function.__name__}(), or a function."
         return f"Your function is called as {call}, but takes ({', '.join(names)}): keep the arguments of the stub."
     try:
         names = list(inspect.signature(function).parameters)
@@ -131,7 +136,7 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
     yield from trial.convict(known(trial.exercise))
     broken = [o for o in trial.outcomes if o.error is not None]
     if len(broken) == len(trial.outcomes):
-        yield raised(broken[0].error)
+        yield raised(broken[0].error, trial.cases[0])
     if not broken:
         again = run(trial.exercise, function, trial.cases[0], seed=1)
         if not same_outcome(again, trial.outcomes[0], trial.exercise.tolerance):
@@ -146,7 +151,7 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
     if broken:
         right, wrong = trial.labels_of(True), trial.labels_of(False)
         where = f" (Right for: {'; '.join(right)}. Not for: {'; '.join(wrong)}.)" if right else ""
-        yield raised(broken[0].error) + where
+        yield raised(broken[0].error, trial.cases[0]) + where
     yield from related(trial)
     yield from more_or_less(trial)
     yield from trial.convict(itertools.islice(pairs(trial.exercise), PAIRS))

@@ -103,7 +103,8 @@ def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: flo
     mistakes=[
         ("min(", "max(", "You took the larger of the two: the decay warms up from small values to `decay`."),
         ("min(decay, (1 + num_updates) / (10 + num_updates))", "decay",
-         "The warm-up is missing: the random start would be remembered for thousands of steps."),
+         "Yours is `decay` from the start: the warm-up (1 + n) / (10 + n) is missing, or its parentheses are, so that"
+         " it is never the smaller of the two. The random start would be remembered for thousands of steps."),
         ("min(decay, (1 + num_updates) / (10 + num_updates))", "(1 + num_updates) / (10 + num_updates)",
          "The bound is missing: it never exceeds `decay`."),
         ("(1 + num_updates) / (10 + num_updates)", "num_updates / (10 + num_updates)",
@@ -283,6 +284,12 @@ def _put_uint8(f):
         ("(x.clamp(-1, 1) + 1) * 127.5", "x.clamp(0, 1) * 255",
          "You took the picture to be in [0, 1]: it is in [-1, 1]."),
         ("* 127.5", "* 128", "1 becomes 256 in yours, which is 0 in a byte: (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "(x * 128 + 128).round().clamp(0, 255)",
+         "You stretched to 256 steps, x · 128 + 128: from 0 to 255 it is (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "(x * 127 + 128).round().clamp(0, 255)",
+         "x · 127 + 128 does not begin at 0: it is (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "((x.clamp(-1, 1) * 0.5 + 0.5).round() * 255)",
+         "You rounded too early, to 0 or 1: first to [0, 255], then round."),
         ("* 127.5", "* 127", "White becomes 254: (x + 1) · 127.5."),
         ("* 127.5", "* 255", "(x + 1) goes from 0 to 2: multiply by 127.5."),
         (".to(torch.uint8)", "", "It is still float: bytes are wanted, torch.uint8."),
@@ -338,6 +345,11 @@ def _put_noise(f):
          "torch.randn(len(seeds), *shape, generator=torch.Generator().manual_seed(seeds[0]))",
          "One generator draws for the whole batch: picture k then depends on how many are drawn beside it. A"
          " generator for each seed."),
+        ("return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])",
+         "g = torch.Generator().manual_seed(seeds[0])\nreturn torch.stack([torch.randn(shape, generator=g) for _ in"
+         " seeds])",
+         "One generator, seeded with the first seed, draws all pictures one after the other: what the second is then"
+         " depends on the first. A generator for each seed."),
         ("torch.randn(shape,", "torch.rand(shape,",
          "torch.rand draws evenly from [0, 1]: the noise is normal, torch.randn."),
         ("torch.stack(", "torch.cat(", "torch.cat joins the channels: torch.stack makes the axis of the batch."),
@@ -518,6 +530,11 @@ def _put_training_step(f):
          "Only the mean is scaled: the whole sample is."),
         ("std * encoder_noise", "std * noise",
          "The same noise is used twice, in the encoder's sample and in x_t: the first is encoder_noise."),
+        ("",
+         "z = mean + std * encoder_noise\nalpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)\nz_t = scale_factor *"
+         " (alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise)\ncontext = torch.where(drop[:, None, None],"
+         " empty_context, context)\nreturn (noise - model(z_t, t, context)).square().mean()",
+         "You scaled z_t, and the noise with it: z is scaled, before it is noised."),
         ("* z + (1 - alpha_bar).sqrt() * noise", "* z + (1 - alpha_bar).sqrt() * encoder_noise",
          "x_t is made with the encoder's noise, but the model is asked for `noise`."),
         ("return (noise - prediction)", "return (encoder_noise - prediction)",

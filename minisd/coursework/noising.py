@@ -74,6 +74,11 @@ NOT_RESHAPED = (
     "The coefficients have the shape [b], and [b] times [b c h w] multiplies the columns of a picture, not the"
     " pictures: reshape them to [b 1 1 1]. (With as many pictures as columns it goes wrong without an error.)",
 )
+ON_CHANNELS = (
+    ".reshape(-1, 1, 1, 1)",
+    ".reshape(1, -1, 1, 1)",
+    "The coefficients have the shape [1 b 1 1] and multiply the channels: the batch comes first, [b 1 1 1].",
+)
 FIRST_T = (
     "[t]",
     "[t[:1]]",
@@ -188,6 +193,8 @@ def _put_alphas_cumprod(f):
          "You returned 1 - ᾱ, the variance of the noise; wanted is ᾱ, what is left of the picture's."),
         ("torch.cumprod(1 - betas, dim=0)", "torch.cumprod(1 - betas, dim=0).sqrt()",
          "You returned √ᾱ, which multiplies the picture; ᾱ is its variance, without the root."),
+        ("torch.cumprod(1 - betas, dim=0)", "torch.prod(1 - betas)",
+         "You returned one number, the product of all α: ᾱ_t is wanted for each t, by the running product, cumprod."),
         ("torch.cumprod(1 - betas, dim=0)", "1 - betas",
          "You returned α, of one step each; ᾱ_t is the product of all up to t."),
         ("torch.cumprod(1 - betas, dim=0)", "torch.cumprod(1 - betas.flip(0), dim=0).flip(0)",
@@ -240,7 +247,7 @@ def _put_all_steps(f):
         "x_t = √(1-β_t) x_{t-1} + √β_t ε, with β_t reshaped to [b 1 1 1].",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T,
         ("(1 - beta).sqrt() * x", "x",
          "You only add noise, and the variance grows with each step. x has to shrink by √(1-β_t): that is what"
          " preserves the variance."),
@@ -290,7 +297,7 @@ def q_step(
         "x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, T_EARLY, T_LATE,
         ("alpha_bar.sqrt() * x_0", "alpha_bar * x_0",
          "You multiplied x_0 by ᾱ_t, not by its root: the variance is then ᾱ_t² + (1-ᾱ_t), which is less than 1, while"
          " √ᾱ_t squared gives ᾱ_t + (1-ᾱ_t) = 1."),
@@ -357,7 +364,7 @@ def q_sample(
         "x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, T_EARLY, T_LATE,
         ("x_t - (1", "x_t + (1", "You added the noise once more; to get rid of it, subtract it."),
         ("/ alpha_bar.sqrt()", "* alpha_bar.sqrt()",
          "You multiplied by √ᾱ_t: forwards the picture was multiplied by it, so on the way back it is divided."),
@@ -433,7 +440,7 @@ def _everywhere_x0(f):
         "v = √ᾱ_t ε - √(1-ᾱ_t) x_0",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, T_EARLY, T_LATE,
         ("alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0",
          "alpha_bar.sqrt() * x_0 - (1 - alpha_bar).sqrt() * noise",
          "Picture and noise are exchanged: v is √ᾱ_t times the noise minus √(1-ᾱ_t) times the picture, nearly ε at"
@@ -489,7 +496,7 @@ def get_v(
         "x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, T_EARLY, T_LATE,
         ("x_t - (1", "x_t + (1", "A plus for a minus: put x_t and v in, and see which sign makes ε fall out."),
         ("alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v", "(1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v",
          "This is the noise ε, which also follows from x_t and v. Wanted is the picture: √ᾱ_t x_t - √(1-ᾱ_t) v."),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np  # noqa: F401  mistakes name it
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -270,6 +271,13 @@ def _put_timesteps(f):
          "You start at T, which is one too far: there are the timesteps 0 ... T-1."),
         ("i * (T // steps) + 1", "round(i * (T - 1) / max(steps - 1, 1))",
          'Yours are spaced "linspace", with both ends; here the stride is T // steps.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]",
+         "np.linspace(T - 1, 0, steps).round().astype(int).tolist()",
+         'Yours are spaced "linspace", from T-1 down to 0: here the stride is T // steps, and the last one is 1.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]", "np.linspace(T - 1, 0, steps).astype(int).tolist()",
+         'Yours are spaced "linspace", from T-1 down to 0, and cut off: here the stride is T // steps.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]", "np.linspace(T, 1, steps).round().astype(int).tolist()",
+         "Yours go evenly from T down to 1: here the stride is T // steps, and the largest is T - T // steps + 1."),
         ("i * (T // steps) + 1", "int(i * (T - 1) / max(steps - 1, 1))",
          'Yours are spaced "linspace", with both ends, and cut off: here the stride is T // steps.'),
         ("range(steps)", "range(steps + 1)", "There is one timestep too many: exactly `steps` of them."),
@@ -406,6 +414,8 @@ def _everywhere(guidance):
          "The eps_uncond that one starts from is missing."),
         ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + scale * eps_cond",
          "It is the difference of the two that is scaled, not eps_cond alone."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + scale * (eps_cond + eps_uncond)",
+         "You scaled the sum of the two: it is their difference, what the prompt changes."),
         ("eps_uncond + scale", "eps_uncond - scale",
          "A sign is wrong: one goes on from eps_uncond towards eps_cond, by scale (eps_cond - eps_uncond), not away"
          " from it."),
@@ -499,6 +509,11 @@ def _put_guided_eps(f):
          "The batch is [all unconditional, all conditional]; you read it as pairs, one picture after the other."),
         ("torch.cat([x, x])", "x.repeat_interleave(2, dim=0)",
          "x is repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([x, x])`."),
+        ("torch.cat([t, t])", "t.repeat_interleave(2)",
+         "t is repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([t, t])`."),
+        ("torch.cat([x, x]), torch.cat([t, t])", "x.repeat_interleave(2, dim=0), t.repeat_interleave(2)",
+         "x and t are repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([x, x])`, or"
+         " x.repeat(2, 1, 1, 1)."),
         ("[uncond_context, context]", "[context, context]",
          "Guidance does nothing, you have the conditional answer: were both halves asked with the prompt, so that"
          " their difference is 0?"),
@@ -662,7 +677,7 @@ def _put_euler(f):
          "The step of an ODE is σ_next - σ; differences of squares under a root belong to noise that is added."),
     ],
     linear=("x", "denoised"),
-    quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "σ_next/σ": sigma_next / sigma},
+    quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "(σ_next/σ)": sigma_next / sigma},
     swap=_put_euler,
 )  # fmt: skip
 def euler_step(
@@ -687,6 +702,7 @@ def euler_step(
         "strength 1": {"timesteps": [80, 60, 40, 20, 0], "strength": 1.0},
         "twenty steps, strength 0.25": {"timesteps": list(range(951, 0, -50)), "strength": 0.25},
         "a strength that leaves a fraction": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.5},
+        "a strength that leaves less": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.6},
     },
     hints=(
         "Strength 1 takes all the steps, strength 0.25 a quarter of them. Which quarter?",
@@ -697,6 +713,12 @@ def euler_step(
         ("timesteps[len(timesteps) - n :]", "timesteps[:n]",
          "You kept the first steps, with the most noise, and leave before the picture is done: the last ones are"
          " taken."),
+        ("timesteps[len(timesteps) - n :]", "timesteps[n:]",
+         "You left a part `strength` out and kept the rest: strength 1 takes all steps, 0.25 the last quarter."),
+        ("timesteps[len(timesteps) - n :]", "timesteps[:len(timesteps) - n]",
+         "You left the last ones out: a part `strength` of the steps is kept, and it is the last ones."),
+        ("int(strength * len(timesteps))", "round(strength * len(timesteps) + 1e-9)",
+         "You rounded to the nearest: int() rounds down, as in CompVis."),
         ("strength * len", "(1 - strength) * len",
          "Strength is the other way round: 1 forgets the picture and takes all steps, 0 keeps it and takes none."),
         ("timesteps[len(timesteps) - n :]", "timesteps[len(timesteps) - n - 1 :] if n < len(timesteps) else timesteps",
@@ -754,6 +776,9 @@ def _put_blend(f):
          "The mask is the wrong way round: where it is set, the picture is drawn anew, so x_t stays."),
         ("a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise", "z_0",
          "The known part is clean, x_t is noisy: noise z_0 to the same level first, or the seam will show."),
+        ("known = a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise\nreturn torch.where(mask, x_t, known)",
+         "return a_t**0.5 * torch.where(mask, x_t, z_0) + (1 - a_t) ** 0.5 * noise",
+         "You noised x_t once more: it is as noisy as it should be, and only z_0 is noised."),
         ("a_t**0.5 * z_0", "a_t * z_0", "z_0 is multiplied by √ᾱ_t: the root is missing."),
         ("(1 - a_t) ** 0.5 * noise", "(1 - a_t) * noise", "The noise is multiplied by √(1-ᾱ_t): the root is missing."),
         ("a_t**0.5 * z_0", "z_0", "z_0 is not shrunk by √ᾱ_t."),

@@ -1,5 +1,6 @@
 """What shows at the result itself, whatever the exercise: an error, None, a wrong type, dtype, shape or gradient."""
 
+import contextlib
 import inspect
 import itertools
 import linecache
@@ -38,7 +39,8 @@ def nothing_to_compare(trial: Trial) -> Iterator[str]:
             )
 
 
-def raised(error: BaseException) -> str:
+def raised(error: BaseException, args: dict[str, Any]) -> str:
+    """The error, its line, and what usually is behind it. `args`: what the function was called with."""
     message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
     ours = ("site-packages", "lib/python", str(Path(__file__).parent))
     own = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in ours)]
@@ -47,15 +49,15 @@ def raised(error: BaseException) -> str:
         code = (own[-1].line or linecache.getline(own[-1].filename, own[-1].lineno)).strip()
         line = f", in line {own[-1].lineno}: `{code}`" if code else f", in line {own[-1].lineno}"
     hint = next((h for text, h in HINTS.items() if text in f"{type(error).__name__}: {message}"), "")
+    pictures = any(isinstance(value, Tensor) and value.ndim == 4 for value in args.values())
+    if "must match the size of tensor" in message and pictures and isinstance(args.get("t"), Tensor):
+        hint = BROADCAST
     return f"It raises {type(error).__name__}{line}. {message}.{hint}"
 
 
 HINTS = {
     "TimeoutError": " Is there a loop in which nothing moves on?",
-    "must match the size of tensor": (
-        " Two shapes that do not fit: where a coefficient for each picture, [b], multiplies pictures [b c h w], it has"
-        " to become [b 1 1 1] first: `.reshape(-1, 1, 1, 1)`."
-    ),
+    "must match the size of tensor": " Two shapes that do not fit: print both before that line.",
     "mat1 and mat2 shapes": " In a matrix product the inner sizes must be equal: is a transpose missing?",
     "NameError": " The name was never set in the function: is it misspelt, or set in another cell?",
     "object has no attribute": " Is it a Python number where a tensor is expected, or the other way round?",
@@ -72,12 +74,23 @@ HINTS = {
 }
 
 
+BROADCAST = (
+    " Two shapes that do not fit: where a coefficient for each picture, [b], multiplies pictures [b c h w], it has to"
+    " become [b 1 1 1] first: `.reshape(-1, 1, 1, 1)`."
+)
+
+
 def is_random(args: dict[str, Any]) -> str:
     given = next((name for name in ("noise", "generator") if name in args), None)
     if given:
         return (
             "Two calls with the same arguments return different numbers: you draw random numbers of your own, but the"
             f" `{given}` to be used is given. (The model is asked for just this noise; another one teaches it nothing.)"
+        )
+    if "seeds" in args:
+        return (
+            "Two calls with the same arguments return different numbers: the seeds that are given are not used, or not"
+            " for all. Each picture is drawn by a torch.Generator of its own, seeded with its seed."
         )
     return "Two calls with the same arguments return different numbers, but nothing in this function is random."
 
@@ -104,11 +117,11 @@ def wrong_kind(trial: Trial) -> Iterator[str]:
                     yield from trial.convict(changes(trial.exercise))
                 kind = "NaN" if value.isnan().any() else "infinity"
                 yield (
-                    f"There is {kind} in your result: somewhere you divide by zero, or take the root or the logarithm"
-                    " of something that is not positive."
+                    f"There is {kind} in your result: somewhere you divide by zero, take the root or the logarithm of"
+                    " something that is not positive, or multiply infinity by 0."
                 )
         elif isinstance(wanted, Tensor):
-            yield f"It returns a {type(value).__name__}, where a tensor of shape {list(wanted.shape)} is wanted."
+            yield from _wrong_container(trial, value, wanted)
         elif isinstance(wanted, list | tuple):
             items = as_list(value)
             if items is None:
@@ -126,6 +139,23 @@ def wrong_kind(trial: Trial) -> Iterator[str]:
                     f"It returns {len(items)} values, where {len(wanted)} are wanted: {short(items)} in place of"
                     f" {short(wanted)}."
                 )
+
+
+def _wrong_container(trial: Trial, value: Any, wanted: Tensor) -> Iterator[str]:
+    """A tuple, a list, a dict or a number, where a tensor is wanted."""
+    kind, tolerance = type(value).__name__, trial.exercise.tolerance
+    wants = f"It returns a {kind}, where a tensor of shape {list(wanted.shape)} is wanted"
+    if isinstance(value, list | tuple):
+        places = [i for i, item in enumerate(value) if same(item, wanted, tolerance)]
+        if places:
+            yield f"{wants}: the one at place {places[0]} is right, return that alone."
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            every = all(isinstance(item, Tensor) for item in value) and bool(value)
+            whole = torch.stack(list(value)) if every else torch.tensor(value)
+            if same(whole.double(), wanted.double(), tolerance):
+                make = "torch.stack(...)" if every else "torch.tensor(...)"
+                yield f"{wants}. Its values are right: {make} makes a tensor of it."
+    yield f"{wants}."
 
 
 def _wrong_dtype(value: Tensor, wanted: Tensor) -> Iterator[str]:
@@ -168,6 +198,7 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
             for name in ("mean", "sum"):
                 if same(getattr(a, name)(dim=dims), b, tolerance):
                     yield f"A {name} over axis {' and '.join(map(str, dims))} is missing: the shape is {shapes}."
+    yield from _too_much(trial, a, b, shapes)
     yield from trial.convict(changes(trial.exercise))
     grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
     broadcast = (
@@ -177,6 +208,34 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
         else ""
     )
     yield f"The shape is {shapes}.{broadcast}"
+
+
+def _too_much(trial: Trial, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
+    """The right result and more, or a part of it. (a is the student's)"""
+    tolerance, args = trial.exercise.tolerance, trial.cases[0]
+    for name, index in args.items():
+        if isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point() and a.ndim == b.ndim:
+            if index.dtype != torch.bool and len(a) > int(index.max()) and same(a[index], b, tolerance):
+                yield f"You returned the whole table: its entries at `{name}` are wanted. The shape is {shapes}."
+    if a.ndim == b.ndim + 1 >= 2 and a.shape[0] == a.shape[1] == b.shape[0]:
+        if same(torch.stack([a[i, i] for i in range(len(a))]), b, tolerance):
+            yield (
+                "You combined each entry of the batch with each other one: what is wanted stands on the diagonal, entry"
+                f" i with entry i. The shape is {shapes}."
+            )
+    for more, less, what in ((a, b, "too many"), (b, a, "missing")):
+        for dim in range(a.ndim if a.ndim == b.ndim else 0):
+            count = more.shape[dim] - less.shape[dim]
+            if count > 0 and less.shape[dim] and more.narrow(dim, 0, less.shape[dim]).shape == less.shape:
+                number = f"{count} {'is' if count == 1 else 'are'}"
+                for start, place in ((0, "end"), (count, "beginning")):
+                    if same(more.narrow(dim, start, less.shape[dim]), less, tolerance):
+                        yield f"Along axis {dim} {number} {what} at the {place}: the shape is {shapes}."
+    if a.ndim <= b.ndim and a.numel() < b.numel():
+        for dim in range(b.ndim):
+            one = b.select(dim, 0)
+            if b.shape[dim] > 1 and same(a.squeeze(), one.squeeze(), tolerance):
+                yield f"Only the first along axis {dim} is there: the shape is {shapes}."
 
 
 def gradient_only(trial: Trial) -> Iterator[str]:

@@ -133,7 +133,8 @@ def _put_attention(f):
         (" / q.shape[-1] ** 0.5", "",
          "The scores are not divided by √d: they grow with the width of a head, and the softmax becomes a maximum."),
         (" / q.shape[-1] ** 0.5", " / q.shape[-1]",
-         "You divided by d, not by its root: a sum of d products of unit variance has the standard deviation √d."),
+         "You divided by d, not by its root (or by √d twice): a sum of d products of unit variance has the standard"
+         " deviation √d."),
         (" / q.shape[-1] ** 0.5", " * q.shape[-1] ** 0.5", "You multiplied by √d: divide by it."),
         (" / q.shape[-1] ** 0.5", " / (q.shape[1] * q.shape[-1]) ** 0.5",
          "d is the width of one head, q.shape[-1]: you divided by the root of that of all heads."),
@@ -332,7 +333,7 @@ def _put_cross(f):
         (" / q.shape[-1] ** 0.5", "", "The scores are not divided by √d."),
         (" / q.shape[-1] ** 0.5", " / (heads * q.shape[-1]) ** 0.5",
          "d is the width of one head: you divided by the root of that of all heads together."),
-        (" / q.shape[-1] ** 0.5", " / q.shape[-1]", "You divided by d, not by √d."),
+        (" / q.shape[-1] ** 0.5", " / q.shape[-1]", "You divided by d, not by √d (or by √d twice)."),
         ("softmax(dim=-1)", "softmax(dim=-2)",
          "The softmax runs over the pixels: the weights of each pixel over all words have to sum to 1."),
         ("softmax(dim=-1)", "softmax(dim=1)",
@@ -512,6 +513,8 @@ def _put_block(f):
          "There is one residual around everything: each of the three layers has its own."),
         ("x = x + attn1(norm1(x))", "x = x + attn1(norm1(x), context if context.shape[-1] == x.shape[-1] else None)",
          "attn1 was given the context: it is self-attention."),
+        ("attn2(norm2(x), context)", "attn2(norm2(x), x)",
+         "attn2 was given x as its context: it is the cross-attention, and reads the words."),
         ("norm2(x)", "norm1(x)", "The second norm is norm2."),
         ("norm3(x)", "norm2(x)", "The third norm is norm3."),
     ],
@@ -587,6 +590,13 @@ def _put_spatial(f):
          "The pixels are flattened column by column: row by row, (h w), and folded back the same way."),
         ('"b (h w) c -> b c h w", h=height', '"b (w h) c -> b c h w", h=height',
          "The tokens are folded back column by column, but were flattened row by row."),
+        ("",
+         'tokens = rearrange(proj_in(norm(x)), "b c h w -> b (w h) c")\nfor block in blocks:'
+         "\n    tokens = block(tokens, context)"
+         '\nreturn x + proj_out(rearrange(tokens, "b (w h) c -> b c h w", h=x.shape[-2]))',
+         "The pixels are taken column by column, (w h), on the way in and back: row by row, (h w)."),
+        ("for block in blocks:", "for block in blocks[-1:]:",
+         "Only the last block counts: the others are not run, or what they return is not handed on to the next."),
         ("block(tokens, context)", "block(tokens, context * 0)", "The blocks were not given the context."),
         ("for block in blocks:", "for block in blocks[:1]:", "Only the first block is run: all, one after the other."),
         ("tokens = block(tokens, context)", "tokens = tokens + block(tokens, context)",
@@ -680,6 +690,11 @@ def _put_res_block(f):
         ("", "h = out_layers(in_layers(x))\nh = h + emb_layers(emb)[:, :, None, None]\nreturn skip_connection(x) + h",
          "The time is added at the end: it belongs between in_layers and out_layers, where the convolutions can"
          " react to it."),
+        ("h = out_layers(h)\nreturn skip_connection(x) + h", "return out_layers(skip_connection(x) + h)",
+         "The input is added before out_layers: it goes around both halves, and is added at the end."),
+        ("", "h = in_layers(x)\nh = skip_connection(x) + h + emb_layers(emb)[:, :, None, None]"
+         "\nreturn h + out_layers(h)",
+         "The residual goes around out_layers alone: at the end skip_connection(x) is added, and nothing else."),
         ("out_layers(h)", "h", "out_layers is missing."),
         ("h = out_layers(h)", "h = h + out_layers(h)",
          "There is a residual too many, around out_layers: the only one is skip_connection(x)."),
@@ -758,7 +773,23 @@ def res_block(
         ("* weight[:, None, None]", "", "The weight is missing."),
         ("eps).sqrt()", "1e-5).sqrt()", "You wrote down eps = 1e-5: it comes with the argument."),
         ("x.reshape(b, groups, -1)", "x.reshape(b, c // groups, groups, -1).transpose(1, 2).reshape(b, groups, -1)",
+         "The groups are made of every n-th channel, and the channels come back in another order: those of a group lie"
+         " beside each other."),
+        ("grouped = x.reshape(b, groups, -1)\nmean = grouped.mean(dim=-1, keepdim=True)\nvariance ="
+         " grouped.var(dim=-1, keepdim=True, unbiased=False)",
+         "grouped = x.reshape(b, c // groups, groups, -1)\nmean = grouped.mean(dim=(1, 3), keepdim=True)\nvariance ="
+         " grouped.var(dim=(1, 3), keepdim=True, unbiased=False)",
          "The groups are made of every n-th channel: the channels of a group lie beside each other."),
+        ("",
+         "b, c = x.shape[:2]\ngrouped = x.reshape(b, groups, c // groups, -1)\nmean = grouped.mean(dim=-1,"
+         " keepdim=True).mean(dim=2, keepdim=True)\nvariance = grouped.var(dim=-1, keepdim=True,"
+         " unbiased=False).mean(dim=2, keepdim=True)\nreturn ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape) * weight[:, None, None]"
+         " + bias[:, None, None]",
+         "You averaged the variances of the channels, each around its own mean: the variance is that of all numbers of"
+         " a group around their common mean."),
+        ("+ bias[:, None, None]", "- bias[:, None, None]", "The bias is subtracted: it is added."),
+        ("* weight[:, None, None] + bias[:, None, None]", "* weight + bias",
+         "Weight and bias [c] fall on the columns: they belong to the channels, [c 1 1]."),
     ],
     swap=lambda f: [(nn.GroupNorm, "forward",
                      lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
@@ -862,6 +893,7 @@ def _put_unet(f):
         "two pictures": _unet_case(2, 3, 5),
         "one picture": _unet_case(1, 4, 3),
         "square pictures": _unet_case(2, 4, 4, 4),
+        "as many channels everywhere": _unet_case(2, 3, 4, 2),
     },
     hints=(
         "Down: keep the output of each input block in a list. Up: each output block is given one of them.",
@@ -878,6 +910,12 @@ def _put_unet(f):
         ("dim=1", "dim=0", "You joined along the batch: along the channels, dim=1."),
         ("[h, skips.pop()]", "[h, (h, skips.pop())[0]]", "Nothing comes from across: you joined h with itself."),
         ("[h, skips.pop()]", "[h, h + skips.pop()]", "You added: the skip is put beside h, along the channels."),
+        ("    h = block(h)\n    skips.append(h)", "    skips.append(h)\n    h = block(h)",
+         "You kept what goes into each input block: what comes out of it is kept."),
+        ("    h = block(h)\n    skips.append(h)", "    h = block(x)\n    skips.append(h)",
+         "Each input block reads x: it reads what the one before has returned."),
+        ("h = middle_block(h)", "h = middle_block(h) + h",
+         "You added h to what the middle block returns: it has its own residuals inside."),
         ("    skips.append(h)", "    skips.append(h * 0)",
          "Zeros are handed across: it is the output of each input block."),
         ("h = block(torch.cat([h, skips.pop()], dim=1))", "h = h + block(torch.cat([h, skips.pop()], dim=1))",

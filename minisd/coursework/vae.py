@@ -34,6 +34,12 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
             "noise": torch.randn(b, c, h, w)}
 
 
+def _far_below() -> dict:
+    """So little variance that only a large noise shows where it is clamped; and means beyond these bounds."""
+    mean, logvar = 40 * torch.randn(2, 4, 3, 5), -60 * torch.rand(2, 4, 3, 5)
+    return {"moments": torch.cat([mean, logvar - 30], dim=1), "noise": 1e8 * torch.randn(2, 4, 3, 5)}
+
+
 @exercise(
     difficulty=2,
     minutes=15,
@@ -42,6 +48,7 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
         "one picture": _sample_case(1, 2, 4, 3),
         "square latents": _sample_case(2, 4, 4, 4),
         "log variances beyond the bounds": _sample_case(2, 4, 3, 5, spread=30.0),
+        "log variances far below": _far_below(),
     },
     hints=(
         "Cut the channels into two halves: mean and log variance.",
@@ -66,6 +73,19 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
         ("chunk(2, dim=1)", "chunk(2, dim=-1)", "You cut the columns: the channels, axis 1, are cut."),
         (".clamp(-30.0, 20.0)", "",
          "The log variance is not clamped to [-30, 20]: exp overflows where the encoder goes astray."),
+        (".clamp(-30.0, 20.0)", ".clamp(max=20.0)",
+         "The log variance is clamped from above only: from below, too, at -30."),
+        (".clamp(-30.0, 20.0)", ".clamp(min=-30.0)",
+         "The log variance is clamped from below only: from above, too, at 20."),
+        (".clamp(-30.0, 20.0)\nreturn mean + torch.exp(0.5 * logvar) * noise",
+         "\nreturn mean + torch.exp(0.5 * logvar).clamp(-30.0, 20.0) * noise",
+         "You clamped the standard deviation: it is the log variance that is clamped to [-30, 20], before the exp."),
+        (".clamp(-30.0, 20.0)\nreturn mean + torch.exp(0.5 * logvar) * noise",
+         "\nreturn mean + torch.exp((0.5 * logvar).clamp(-30.0, 20.0)) * noise",
+         "You clamped half of the log variance: first clamp it to [-30, 20], then halve it."),
+        ("moments.chunk", "moments.clamp(-30.0, 20.0).chunk",
+         "You clamped the mean as well: only the log variance is clamped."),
+        (".clamp(-30.0, 20.0)", ".clamp(-20.0, 30.0)", "The bounds are exchanged: from -30 to 20."),
         (".clamp(-30.0, 20.0)", ".clamp(-1.0, 1.0)", "The log variance is clamped to [-30, 20], not to [-1, 1]."),
         ("mean + torch.exp(0.5 * logvar) * noise", "mean",
          "The noise does not come in: this is the mode, not a sample."),
@@ -129,6 +149,8 @@ def sample_posterior(
          "That is the standard deviation: the variance exp(logvar) belongs there."),
         ("logvar.exp()", "logvar", "The variance is exp(logvar): with logvar itself the two terms cancel."),
         ("logvar.exp()", "(2 * logvar).exp()", "The variance is exp(logvar), without the square."),
+        ("logvar.exp() - 1 - logvar", "logvar**2 - 1 - torch.log(logvar**2)",
+         "You took logvar for the standard deviation: it is the log of the variance, so that s² is exp(logvar)."),
         (" + logvar.exp()", "", "The variance exp(logvar) is missing."),
         (".sum(dim=(1, 2, 3))", ".mean(dim=(1, 2, 3))",
          "You took the mean over the numbers of a latent: their KLs add up."),
@@ -263,9 +285,10 @@ def _code_case(n: int, k: int, d: int) -> dict:
         ("argmin", "argmax", "You took the farthest code: the nearest is that of the smallest distance, argmin."),
         ("argmin(dim=1)", "argmin(dim=0)",
          "For each code you look for the nearest vector: for each vector the nearest code is wanted, along axis 1."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "-(z @ codebook.T)",
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "(-(z @ codebook.T))",
          "You compare by the dot product, which prefers long codes: the distance is wanted."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "-(F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T)",
+        ("(z[:, None] - codebook).square().sum(dim=-1)",
+         "(-(F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T))",
          "You compare directions (cosine similarity): the distance is wanted."),
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] - codebook).sum(dim=-1)",
          "The square is missing: positive and negative differences cancel."),
@@ -276,9 +299,13 @@ def _code_case(n: int, k: int, d: int) -> dict:
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] - codebook).square().amax(dim=-1)",
          "You took the largest difference: the sum of all squares is wanted."),
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] + codebook).square().sum(dim=-1)",
-         "A plus for a minus: the distance is that of a difference."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "(codebook**2).sum(dim=-1) + z @ codebook.T",
-         "In |z|² - 2 z·c + |c|² the sign of the middle term is wrong, or its 2 is missing."),
+         "A plus for a minus: the distance is that of a difference, |z|² - 2 z·c + |c|²."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "((codebook**2).sum(dim=-1) + z @ codebook.T)",
+         "In |z|² - 2 z·c + |c|² the sign of the middle term is wrong, and its 2 is missing."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "((codebook**2).sum(dim=-1) - z @ codebook.T)",
+         "In |z|² - 2 z·c + |c|² the 2 of the middle term is missing."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "(-(z @ codebook.T).abs())",
+         "You compare by the size of the dot product: the distance is wanted."),
         ("return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)",
          "return codebook[(z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)]",
          "You returned the codes: their indices are wanted."),
