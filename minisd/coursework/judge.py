@@ -189,7 +189,8 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
             if same(b.value, right.value, 1e-4):
                 continue  # it does not matter here
             if same(a.value, mine.value, 1e-7):
-                yield f"`{name}` has no influence on your result."
+                own = " Do you draw noise of your own, from a fixed seed?" if name == "noise" else ""
+                yield f"`{name}` has no influence on your result.{own}"
             if mine.value.shape == right.value.shape:
                 equal = same(a.value - mine.value, b.value - right.value, 10 * exercise.tolerance)
                 (good if equal else bad).append(f"`{name}`")
