@@ -51,6 +51,11 @@ def related(trial: Trial) -> Iterator[str]:
         if close(torch.stack([d[0] for d in offsets]), offsets[0][:1].expand(len(offsets))):
             yield f"Your result is the right one plus {float(offsets[0][0]):.4g}, everywhere."
     yield from _orders(tolerance, whole)
+    for sentence, relation in RELATIONS.items():
+        factors = [multiple(a, relation(b)) for _, a, b in whole]
+        equal = all(factor and abs(factor / (factors[0] or 1) - 1) < 1e-3 for factor in factors)
+        if equal and sum(a.numel() for _, a, _ in whole) > 8:
+            yield f"Two things at once. {sentence} And all of it is multiplied by {factors[0]:.4g}."
     yield from _parts(tolerance, whole)
 
 
