@@ -78,6 +78,12 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
          " occurs."),
         ("merged.append(pieces[i] + pieces[i + 1])", 'merged.append(pieces[i] + " " + pieces[i + 1])',
          "There is a space between the two: they are joined without one."),
+        ("return merged", "return list(best)", "You returned the pair: the whole word, with the pair merged in it."),
+        ("return merged",
+         "merged, i = [], len(pieces) - 1\nwhile i >= 0:\n    two = i > 0 and (pieces[i - 1], pieces[i]) == best\n"
+         "    merged.insert(0, pieces[i - 1] + pieces[i] if two else pieces[i])\n    i -= 2 if two else 1\nreturn"
+         " merged",
+         "You merge from right to left: from left to right, so that a a a becomes aa a."),
         ("merged.append(pieces[i] + pieces[i + 1])", "merged.append(best)",
          "You appended the pair, a tuple: its two pieces are joined to one string."),
         ("        i += 2\n", "        i += 2\n        merged += pieces[i:]\n        break\n",
@@ -174,6 +180,8 @@ def _put_pad(f):
         ("ids[: max_length - 2]", "ids", "A prompt that is too long is not cut: at most max_length tokens come out."),
         ("return row + [end] * (max_length - len(row))", "return row + [0] * (max_length - len(row))",
          "You padded with 0: CLIP pads with the end token."),
+        ("return row + [end] * (max_length - len(row))", "return row + [-1] * (max_length - len(row))",
+         "You padded with -1: CLIP pads with the end token."),
         ("return row + [end] * (max_length - len(row))", "return row",
          "The padding is missing: all rows of a batch have the length max_length."),
         ("[start, *ids[: max_length - 2], end]", "ids[:max_length]", "Start and end token are missing."),
@@ -411,7 +419,8 @@ def _put_pooled(f):
          "You took the last place, or the last end token: the padding is made of end tokens too, and it is the"
          " first one that closes the sentence."),
         ("hidden[torch.arange(len(hidden)), place]", "hidden[:, 0]",
-         "You took the start token: with the causal mask it has seen nothing. The end token has seen all."),
+         "You took the start token: with the causal mask it has seen nothing. The end token has seen all. (Or no end"
+         " token was found, and the argmax of zeros is 0: compare with end_token.)"),
         ("hidden[torch.arange(len(hidden)), place]", "hidden.mean(dim=1)",
          "You took the mean over all tokens: the vector at the first end token."),
         ("hidden[torch.arange(len(hidden)), place]",
@@ -544,6 +553,8 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
          " (logit_scale.exp() * image @ text.T).softmax(dim=-1)\nlabels = torch.arange(len(logits))\nreturn"
          " (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
          "You took a softmax before cross_entropy, which takes logits and does it itself."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2", "F.mse_loss(image, text)",
+         "You only pull each pair together (a mean squared difference): the others have to be pushed away."),
         ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
          "-(logits.softmax(dim=0).diag().mean() + logits.softmax(dim=1).diag().mean()) / 2",
          "The logarithm is missing: cross-entropy is minus the log of the softmax."),
@@ -636,6 +647,12 @@ def _put_patches(f):
          " height splits into (h size), the size last."),
         ("", "return F.unfold(image, size).transpose(1, 2)",
          "Your patches overlap, one for each pixel: a patch begins where the one before ends, stride=size."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return split.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)",
+         "The channels are still an axis of their own, [b c n (y x)]: they belong into the token, (c y x)."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return F.avg_pool2d(image, size).flatten(2).transpose(1, 2)",
+         "You averaged each patch: a token holds all its pixels."),
         ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 3, 5, 1, 2, 4)",
          "Which patch, and which pixel in it, are exchanged."),
         (".flatten(3).flatten(1, 2)", ".flatten(3)",

@@ -79,6 +79,10 @@ def _put_epsilon_loss(f):
          "return (x_0 - (x_t - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt())",
          "You compare pictures, x_0 and the one that follows from the prediction: that weights each t by 1 / SNR."
          " Compare the noise."),
+        ("model(x_t, t, context)", "model(x_t, t / len(alphas_cumprod), context)",
+         "The model is told t / T: it is told t itself, an integer."),
+        ("return (noise - prediction).square().mean()", "return prediction",
+         "You returned the prediction: the loss compares it with the noise."),
         ("model(x_t, t, context)", "model(x_t, t / 1000, context)", "The model is told t / 1000: it is told t itself."),
         ("return (noise - prediction).square().mean()", "return F.smooth_l1_loss(prediction, noise)",
          "This is the Huber loss (smooth L1): the loss is the mean of the squares."),
@@ -184,6 +188,14 @@ def _dropout_case(drop: list[bool], n: int, d: int) -> dict:
         ("drop[:, None, None]", "drop.all()", "You look whether all are dropped: each caption is decided for itself."),
         ("return torch.where(drop[:, None, None], empty_context, context)", "return context",
          "Nothing is dropped: `drop` is not used."),
+        ("return torch.where(drop[:, None, None], empty_context, context)",
+         "out = context.clone()\nout[drop.int().argmax()] = torch.where(drop.any(), empty_context[0], context[0])"
+         "\nreturn out",
+         "Only the first of the dropped captions is replaced: is there a `break`, or a `return`, in the loop?"),
+        ("return torch.where(drop[:, None, None], empty_context, context)",
+         "out = context.clone()\nout[drop] = empty_context[drop]\nreturn out",
+         "There is one empty context for all, [1 n d], so that it can't be indexed by `drop`: out[drop] ="
+         " empty_context."),
         ("return torch.where(drop[:, None, None], empty_context, context)", "return context[~drop]",
          "You threw the dropped captions away: their pictures stay in the batch, and need a context, the empty one."),
         ("return torch.where(drop[:, None, None], empty_context, context)",
@@ -250,6 +262,8 @@ def _put_min_snr(f):
         ("clamp(max=gamma)", "clamp(max=5.0)", "You wrote down γ = 5: it comes with the argument."),
         ("snr.clamp(max=gamma) / snr", "torch.ones_like(snr)",
          "Every time counts the same in yours: that is L_simple without weights."),
+        ("snr.clamp(max=gamma)", "snr.min().clamp(max=gamma)",
+         "You took the minimum over the batch: the smaller of SNR and γ, for each sample."),
         ("snr.clamp(max=gamma) / snr", "gamma / (gamma + snr)",
          "γ / (γ + SNR) goes smoothly from 1 to 0: here it is min(SNR, γ) / SNR, which is 1 up to γ."),
         ("snr.clamp(max=gamma) / snr", "(1 / snr).clamp(max=gamma)",
@@ -372,6 +386,13 @@ def predict_noise_from_v(
         ("return sums / counts",
          "return torch.stack([losses[place == k].median() for k in range(bins)])",
          "You took the median of each bin: the mean."),
+        ("t * bins // T\n", "t // (T // bins)\nlosses, place = losses[place < bins], place[place < bins]\n",
+         "The width of a bin is T / bins; you rounded it down, and the last times are left out."),
+        ("return sums / counts",
+         "edges = [k * T / bins for k in range(bins + 1)]\nreturn torch.stack([losses[(t >= a) & (t <= b)].mean()"
+         " for a, b"
+         " in zip(edges, edges[1:], strict=False)])",
+         "A t at the edge counts in both bins: it belongs to the upper one only, a ≤ t < b."),
         ("return sums / counts", "return sums.cumsum(0) / counts.cumsum(0)",
          "Each bin of yours holds the samples before it as well: those of its own stretch only."),
         ("return sums / counts", "return torch.stack([losses[place == k].max() for k in range(bins)])",

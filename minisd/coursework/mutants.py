@@ -86,15 +86,15 @@ def _changes(node: ast.expr, names: set[str]) -> Iterator[tuple[str, str]]:
             a, b, sign = ast.unparse(left), ast.unparse(right), OPERATORS.get(type(op))
             a, b = (f"({x})" if isinstance(n, ast.BinOp) else x for x, n in ((a, left), (b, right)))
             if sign in ("+", "-"):
-                yield f"{a} {'-' if sign == '+' else '+'} {b}", f"a sign is wrong: it is `{a} {sign} {b}`"
-                yield f"{a} * {b}", f"in `{text}` one {'adds' if sign == '+' else 'subtracts'}: it is multiplied"
+                opposite = f"{a} {'-' if sign == '+' else '+'} {b}"
+                yield opposite, f"a sign is wrong: it is `{a} {sign} {b}`, not `{opposite}`"
+                yield f"{a} * {b}", f"it is `{text}`, not `{a} * {b}`"
                 yield a, f"a term is missing: `{sign} {b}`"
                 yield (b if sign == "+" else f"-{b}"), f"a term is missing: `{a}`, in `{text}`"
             if sign in ("*", "/"):
                 other = "/" if sign == "*" else "*"
-                said = "multiplied, not divided" if sign == "*" else "divided, not multiplied"
-                yield f"{a} {other} {b}", f"in `{text}` one {'multiplies' if sign == '*' else 'divides'}: it is {said}"
-                yield f"{a} + {b}", f"in `{text}` one {'multiplies' if sign == '*' else 'divides'}: it is added"
+                yield f"{a} {other} {b}", f"it is `{text}`, not `{a} {other} {b}`"
+                yield f"{a} + {b}", f"it is `{text}`, not `{a} + {b}`"
                 yield a, f"the {'factor' if sign == '*' else 'divisor'} `{b}` is missing behind `{a}`"
                 yield (b if sign == "*" else f"1 / {b}"), f"`{a}` is missing in `{text}`"
             if sign in ("-", "/", "//", "**", "@"):
