@@ -1239,6 +1239,7 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
     "name, function, said",
     [
         ("q_sample", lambda *args: (q_sample(*args), args[2]), "returns a tuple.*place 0 is right"),
+        ("q_sample", lambda *args: {"x_t": q_sample(*args)}, "a dict.*under 'x_t' is right"),
         ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right: torch.stack"),
         ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last along axis 0.*loop"),
         ("q_sample", lambda *args: q_sample(*args)[:, :2], "1 is missing at the end of axis 1"),

@@ -134,6 +134,8 @@ T_LATE = (
         ("beta_start**0.5, beta_end**0.5", "beta_end**0.5, beta_start**0.5",
          "Your schedule runs backwards: β grows with t, since a step's noise should be small where the picture is"
          " still clear."),
+        ("", "return torch.linspace(beta_start, beta_end, timesteps)**0.5",
+         "You took the root of a linear schedule: first the roots of the ends, then linearly, then the square."),
         ("roots**2", "roots * 2", "You doubled the roots: square them."),
         ("roots**2", "1 - roots**2", "You returned α = 1 - β; wanted is β, the variance of the noise of each step."),
         ("", "return torch.logspace(math.log10(beta_start), math.log10(beta_end), timesteps)",

@@ -167,9 +167,11 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
         if isinstance(b, int) and isinstance(a, float):
             return False  # 3.0 is no index
         return isinstance(a, int | float) and (a == b or abs(a - b) <= tolerance * abs(b) + 1e-9)
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(same(a[key], b[key], tolerance) for key in b)
     if isinstance(b, np.ndarray):
         return isinstance(a, np.ndarray) and a.shape == b.shape and bool(np.all(a == b))
-    return bool(a == b) if type(a) is type(b) else False
+    return a is b or (type(a) is type(b) and isinstance(a, str | bool) and a == b)
 
 
 def as_list(value: Any) -> list | None:

@@ -87,6 +87,9 @@ def alphas(a_t: float, a_prev: float, **_) -> dict[str, float]:
     mistakes=[
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t + (1 - a_t) ** 0.5 * eps) / a_t**0.5",
          "In x_0 the noise is added, but has to be subtracted: x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t."),
+        ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
+         "mean = a_prev**0.5 * beta / (1 - a_t) * x_t + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x0",
+         "x̂_0 and x_t have exchanged their factors in the mean."),
         ("return mean + variance**0.5 * noise", "return x0 + variance**0.5 * noise",
          "The mean of the step is x̂_0 in yours: it is the weighted sum of x̂_0 and x_t."),
         ("beta = 1 - a_t / a_prev\nmean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1"
@@ -179,6 +182,10 @@ def ddpm_step(
          "In x_0 the noise is added, but has to be subtracted: x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t."),
         ("return a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "return a_prev**0.5 * x0",
          "Only x̂_0 comes in, shrunk: the old noise ε and the fresh noise z are missing."),
+        ("",
+         "sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5\nx0 = (x_t - (1 - a_t) * eps) / a_t\n"
+         "return a_prev * x0 + (1 - a_prev - sigma**2) * eps + sigma * noise",
+         "All roots are missing: the factors of pictures and noises are √ᾱ and √(1-ᾱ), not ᾱ and 1-ᾱ."),
         ("(1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "(1 - a_prev - sigma**2) ** 0.5 * noise + sigma * eps",
          "ε and the fresh noise are exchanged: σ multiplies z, and √(1-ᾱ_prev-σ²) the old noise ε."),
         ("return a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "return x0",
@@ -864,6 +871,7 @@ def _put_blend(f):
         ("a_t**0.5 * z_0", "a_t * z_0", "z_0 is multiplied by √ᾱ_t: the root is missing."),
         ("(1 - a_t) ** 0.5 * noise", "(1 - a_t) * noise", "The noise is multiplied by √(1-ᾱ_t): the root is missing."),
         ("a_t**0.5 * z_0", "z_0", "z_0 is not shrunk by √ᾱ_t."),
+        ("(1 - a_t) ** 0.5 * noise", "a_t**0.5 * noise", "The noise has the factor of z_0, √ᾱ_t: its own is √(1-ᾱ_t)."),
         ("(1 - a_t) ** 0.5 * noise", "noise", "The noise comes in at full strength: its factor √(1-ᾱ_t) is missing."),
         ("a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise", "(1 - a_t) ** 0.5 * z_0 + a_t**0.5 * noise",
          "The factors of z_0 and of the noise are exchanged."),

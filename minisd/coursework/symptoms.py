@@ -169,6 +169,10 @@ def _wrong_container(trial: Trial, value: Any, wanted: Tensor) -> Iterator[str]:
     """A tuple, a list, a dict or a number, where a tensor is wanted."""
     kind, tolerance = type(value).__name__, trial.exercise.tolerance
     wants = f"It returns a {kind}, where a tensor of shape {list(wanted.shape)} is wanted"
+    if isinstance(value, dict):
+        right = [key for key, item in value.items() if same(item, wanted, tolerance)]
+        if right:
+            yield f"{wants}: the one under {right[0]!r} is right, return that alone."
     if isinstance(value, list | tuple):
         places = [i for i, item in enumerate(value) if same(item, wanted, tolerance)]
         if places:

@@ -522,6 +522,10 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     mistakes=[
         ("(0, 1, 0, 1)", "(1, 1, 1, 1)",
          "You padded on all sides, as the UNet does: the VAE pads right and below only."),
+        ("conv(F.pad(x, (0, 1, 0, 1)))", "x[:, :, ::2, ::2]",
+         "You took every other pixel: `conv` makes it smaller, after the padding."),
+        ("F.pad(x, (0, 1, 0, 1))", "F.pad(F.max_pool2d(x, 2), (0, 1, 0, 1))",
+         "There is a pooling before the convolution, which halves the size itself."),
         ("(0, 1, 0, 1)", "(0, 2, 0, 2)", "You padded two columns and rows: one of each."),
         ("(0, 1, 0, 1)", "(1, 0, 1, 0)",
          "You padded left and above: the VAE pads right and below. Trained weights see everything shifted by a pixel."),
