@@ -1235,6 +1235,57 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
     assert re.search(said, verdict.mistake or "", re.DOTALL), verdict.message
 
 
+@pytest.mark.parametrize(
+    "name, function, said",
+    [
+        ("q_sample", lambda *args: (q_sample(*args), args[2]), "returns a tuple.*place 0 is right"),
+        ("q_sample", lambda *args: {"x_t": q_sample(*args)}, "a dict.*under 'x_t' is right"),
+        ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right: torch.stack"),
+        ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last along axis 0.*loop"),
+        ("q_sample", lambda *args: q_sample(*args)[:, :2], "1 is missing at the end of axis 1"),
+        ("q_sample", lambda x, t, n, bar: q_sample(x, t, torch.arange(n.numel()).sin().view_as(n), bar),
+         "`noise` has no influence.*noise of your own"),
+        ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside of a loop"),
+        ("q_sample", lambda *args: 3 * q_sample(*args).relu(), "without its negative numbers.*multiplied by 3"),
+        ("snr", lambda t, bar: bar / (1 - bar), "the whole table: its entries at `t`"),
+        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "wanted"),
+        ("kl", lambda m, logvar: EXERCISES["kl"].compile()(m, logvar) * math.pi, "and that number is π"),
+        ("leading_timesteps", lambda steps, T: reversed(range(1, T, T // steps)), "range_iterator.*list"),
+        ("leading_timesteps", lambda steps, T: [T / steps * i + 1 for i in range(steps)][::-1], "floats, .* integers"),
+        ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], "0\\] is too many"),
+        ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "The first 5 of 8 are"),
+        ("to_uint8", lambda x: ((x.clamp(-1, 1) + 1) * 127.5).round().short(), "integers, but not bytes"),
+        ("plms_combine", lambda e: sum(w * x for w, x in zip((4 / 3, -1 / 3, 0, 0), e, strict=False)), "4/3, -1/3, 0"),
+        ("straight_through", lambda z, z_q: z / 2 + (z_q - z / 2).detach(), "the gradient .* is 0.5 and 1 times"),
+        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit: print both"),
+        ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|print both|inner"),
+        ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
+        ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
+    ],
+)
+def test_what_comes_back_in_another_form_is_told(name, function, said):
+    verdict = check(name, function)
+    assert not verdict.right
+    assert re.search(said, verdict.mistake or "", re.DOTALL), verdict.message
+
+
+def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
+    """A reshape that fits by chance in the square case only: there it is recognised."""
+
+    def spatial_transformer(x, context, norm, proj_in, blocks, proj_out):
+        tokens = norm(x).flatten(2).mT  # no projection: blocks of another width complain, each in its own words
+        for block in blocks:
+            tokens = block(tokens, context)
+        return x + proj_out(tokens.mT.unflatten(2, x.shape[2:]))
+
+    assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing."
+
+
+def test_a_list_that_is_none_is_remarked_on():
+    verdict = check.leading_timesteps(lambda steps, T: torch.arange(1, T, T // steps).flip(0))
+    assert verdict.right and "where the stub says a list" in verdict.message
+
+
 ODD = [
     None, 3.0, 2, True, "abc", [], [1, 2], (torch.ones(2), 3), {"a": 1}, ..., len, torch.nn.Linear(2, 2),
     torch.tensor(1.5), torch.ones(3), torch.randn(2, 4, 3, 5), torch.full((2, 4, 3, 5), torch.nan), torch.arange(4),

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import mutants
 from .exercise import Exercise
 from .relations import more_or_less, related
-from .running import cases_of, right_outcomes, run, same, same_outcome
+from .running import as_list, cases_of, right_outcomes, run, same, same_outcome
 from .symptoms import (
     at_the_ends,
     changes_in_place,
@@ -97,6 +97,9 @@ def _wrong(exercise: Exercise, sentence: str) -> Verdict:
 
 
 def _remark(value: Any, right: Any) -> str:
+    if isinstance(right, list) and not isinstance(value, list):
+        kind = type(value).__name__
+        return f" (One remark: it returns a {kind}, where the stub says a list: `list(...)` or `.tolist()` makes one.)"
     if isinstance(right, Tensor) and isinstance(value, Tensor) and value.dtype != right.dtype:
         return (
             f" (One remark: it returns {value.dtype}, where the arguments make {right.dtype}. A network of float32"
@@ -115,6 +118,8 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
             names = list(inspect.signature(function).parameters)
         except (TypeError, ValueError):
             names = []
+        if inspect.isclass(function):
+            return f"{function.__name__} is a class: give an object of it, {function.__name__}(), or a function."
         return f"Your function is called as {call}, but takes ({', '.join(names)}): keep the arguments of the stub."
     try:
         names = list(inspect.signature(function).parameters)
@@ -131,7 +136,7 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
     yield from trial.convict(known(trial.exercise))
     broken = [o for o in trial.outcomes if o.error is not None]
     if len(broken) == len(trial.outcomes):
-        yield raised(broken[0].error)
+        yield raised(broken[0].error, trial.cases[0])
     if not broken:
         again = run(trial.exercise, function, trial.cases[0], seed=1)
         if not same_outcome(again, trial.outcomes[0], trial.exercise.tolerance):
@@ -146,16 +151,28 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
     if broken:
         right, wrong = trial.labels_of(True), trial.labels_of(False)
         where = f" (Right for: {'; '.join(right)}. Not for: {'; '.join(wrong)}.)" if right else ""
-        yield raised(broken[0].error) + where
+        yield raised(broken[0].error, trial.cases[0]) + where
     yield from related(trial)
     yield from more_or_less(trial)
     yield from trial.convict(itertools.islice(pairs(trial.exercise), PAIRS))
     yield from weights(trial, named=False)
+    yield from first_difference(trial)
     yield from right_somewhere(trial)
     yield from probe(trial, function)
 
 
 # --- when nothing else is known ---------------------------------------------------------------------------------------
+
+
+def first_difference(trial: Trial) -> Iterator[str]:
+    """Of lists: where do they part?"""
+    for _, outcome, right in trial.wrong():
+        mine, wanted = as_list(outcome.value), right.value
+        if isinstance(wanted, list) and mine is not None and len(mine) == len(wanted) > 1:
+            at = next(i for i, (a, b) in enumerate(zip(mine, wanted, strict=True)) if not same(a, b, 1e-4))
+            if at:
+                here = f"{mine[at]!r} where {wanted[at]!r} is wanted"
+                yield f"The first {at} of {len(wanted)} are right; then comes {here}."
 
 
 def right_somewhere(trial: Trial) -> Iterator[str]:
@@ -174,6 +191,7 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
     values = (mine.value, right.value)
     if mine.error is not None or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
         return
+    unused = []
     good, bad = [], []  # arguments, by whether a change of them changes the result as it should
     for name, value in args.items():
         if type(value) is float or (isinstance(value, Tensor) and value.is_floating_point()):
@@ -184,14 +202,19 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
             if same(b.value, right.value, 1e-4):
                 continue  # it does not matter here
             if same(a.value, mine.value, 1e-7):
-                yield f"`{name}` has no influence on your result."
+                unused.append(name)
             if mine.value.shape == right.value.shape:
                 equal = same(a.value - mine.value, b.value - right.value, 10 * exercise.tolerance)
                 (good if equal else bad).append(f"`{name}`")
+    if unused:
+        own = " Do you draw noise of your own, from a fixed seed?" if unused == ["noise"] else ""
+        have = "has" if len(unused) == 1 else "have"
+        yield f"{' and '.join(f'`{name}`' for name in unused)} {have} no influence on your result.{own}"
     if good and bad:
         yield (
-            f"What {' and '.join(good)} does to your result is right, but what {' and '.join(bad)} does is not: look at"
-            " the terms in which it stands."
+            f"What {' and '.join(good)} {'does' if len(good) == 1 else 'do'} to your result is right, but what"
+            f" {' and '.join(bad)} {'does is' if len(bad) == 1 else 'do is'} not: look at the terms in which"
+            f" {'it stands' if len(bad) == 1 else 'they stand'}."
         )
     b = len(right.value) if right.value.ndim else 0
     batched = [n for n, v in args.items() if isinstance(v, Tensor) and v.ndim and len(v) == b]
@@ -205,7 +228,7 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
                 " or a softmax runs over the batch."
             )
     names = exercise.linear
-    if names and all(args[n].shape == mine.value.shape for n in names):
+    if names and all(getattr(args[n], "shape", None) == mine.value.shape for n in names):
         if solve([args[n] for n in names], mine.value) is None:
             listed = " and ".join(f"`{n}`" for n in names)
             yield (

@@ -1,6 +1,7 @@
 """Simple relations of a result to the right one: a factor, a square, an order, a part, a term more."""
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,10 @@ RELATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+CONSTANTS = {"√2": 2**0.5, "1/√2": 0.5**0.5, "π": math.pi, "2π": 2 * math.pi, "ln 2": math.log(2),
+             "1/ln 2, from nats to bits": 1 / math.log(2), "√(2π)": (2 * math.pi) ** 0.5}  # fmt: skip
+
+
 def related(trial: Trial) -> Iterator[str]:
     pairs = [(args, o.value, r.value) for args, o, r in trial.comparable()]
     if not pairs:
@@ -46,6 +51,11 @@ def related(trial: Trial) -> Iterator[str]:
         if close(torch.stack([d[0] for d in offsets]), offsets[0][:1].expand(len(offsets))):
             yield f"Your result is the right one plus {float(offsets[0][0]):.4g}, everywhere."
     yield from _orders(tolerance, whole)
+    for sentence, relation in RELATIONS.items():
+        factors = [multiple(a, relation(b)) for _, a, b in whole]
+        equal = all(factor and abs(factor / (factors[0] or 1) - 1) < 1e-3 for factor in factors)
+        if equal and sum(a.numel() for _, a, _ in whole) > 8:
+            yield f"Two things at once. {sentence} And all of it is multiplied by {factors[0]:.4g}."
     yield from _parts(tolerance, whole)
 
 
@@ -68,7 +78,9 @@ def _scaled(whole: Whole) -> Iterator[str]:
                  2: "Your result is twice the right one.",
                  0.5: "Your result is half of the right one.", 0: "Your result is 0 everywhere."}  # fmt: skip
         near = next((k for k in known if abs(factors[0] - k) < 1e-3), None)
-        yield known[near] if near is not None else f"Your result is exactly {factors[0]:.4g} times the right one."
+        name = next((n for n, value in CONSTANTS.items() if abs(factors[0] / value - 1) < 1e-3), "")
+        times = f"{factors[0]:.4g} times the right one" + (f", and that number is {name}" if name else "")
+        yield known[near] if near is not None else f"Your result is exactly {times}."
         return
     sizes: list[dict[str, float]] = []  # what the factor may be, by name, for each case
     for args, _, _ in whole:
@@ -127,7 +139,10 @@ def _parts(tolerance: float, whole: Whole) -> Iterator[str]:
         if not found:
             continue
         if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole):
-            yield "Right for the first entry of a batch only: the others are treated as if they were it."
+            empty = all(not a[1:].any() for _, a, _ in whole)
+            yield "Right for the first entry of a batch only: the others are " + (
+                "0. Is there a `return` inside of a loop?" if empty else "treated as if they were it."
+            )
         size = max(b.shape[dim] for *_, b in whole)
         wrong = [i for i in range(size) if i not in found[0]]
         yield f"Along axis {dim} it is right at {short(found[0])} and wrong at {short(wrong)}."

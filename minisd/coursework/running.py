@@ -147,6 +147,8 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
             return False
         if b.is_floating_point() != a.is_floating_point() or (b.dtype == torch.bool) != (a.dtype == torch.bool):
             return False
+        if torch.uint8 in (a.dtype, b.dtype) and a.dtype != b.dtype:
+            return False  # a byte is asked for as a byte; other integers may be of any size
         if not b.is_floating_point():
             return bool((a == b).all())
         if (a.dtype != b.dtype and a.element_size() < b.element_size()) or a.is_complex() or a.device != b.device:
@@ -162,10 +164,14 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
         if isinstance(a, Tensor | np.ndarray | np.generic):
             one = a.numel() == 1 if isinstance(a, Tensor) else a.size == 1
             a = a.item() if one else None
-        return isinstance(a, int | float) and abs(a - b) <= tolerance * abs(b) + 1e-9
+        if isinstance(b, int) and isinstance(a, float):
+            return False  # 3.0 is no index
+        return isinstance(a, int | float) and (a == b or abs(a - b) <= tolerance * abs(b) + 1e-9)
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(same(a[key], b[key], tolerance) for key in b)
     if isinstance(b, np.ndarray):
         return isinstance(a, np.ndarray) and a.shape == b.shape and bool(np.all(a == b))
-    return bool(a == b) if type(a) is type(b) else False
+    return a is b or (type(a) is type(b) and isinstance(a, str | bool) and a == b)
 
 
 def as_list(value: Any) -> list | None:

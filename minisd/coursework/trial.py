@@ -34,15 +34,21 @@ class Trial:
     def convict(self, suspects: Iterable[Suspect]) -> Iterator[str]:
         """Who does on every case what the student's function does?"""
         # where the student is wrong tells suspects apart; where the student is right, most are acquitted
-        order = sorted(range(len(self.cases)), key=lambda i: self.hits[i])
+        order = sorted(range(len(self.cases)), key=lambda i: (self.hits[i], self.outcomes[i].error is not None))
+        seen = any(not self.hits[i] and self.outcomes[i].error is None for i in order)
         for function, sentence in suspects:
-            if all(self.does_the_same(function, i) for i in order):
+            if all(self.does_the_same(function, i, any_error=seen) for i in order):
                 yield sentence
 
-    def does_the_same(self, function: Callable, i: int) -> bool:
-        """Whether a suspect does on case i what the student's function did. Gradients cost time, and come last."""
+    def does_the_same(self, function: Callable, i: int, any_error: bool = False) -> bool:
+        """Whether a suspect does on case i what the student's function did. Gradients cost time, and come last.
+
+        any_error: whether two errors need not be the same, since wrong results of other cases are there to compare.
+        """
         mine, tolerance = self.outcomes[i], self.exercise.tolerance
         outcome = run(self.exercise, function, self.cases[i], gradients=False)
+        if any_error and mine.error is not None and outcome.error is not None:
+            return True
         if self.exercise.gradients and outcome.error is None:
             if not same(mine.value, outcome.value, tolerance):
                 return False

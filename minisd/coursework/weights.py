@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .trial import Trial, as_a_whole
 def weights(trial: Trial, named: bool) -> Iterator[str]:
     """If the result is Σ weight · argument: which weight is wrong, and what stands in its place?"""
     names = trial.exercise.linear
+    if names and isinstance(trial.cases[0][names[0]], list):
+        yield from _of_a_list(trial, names[0])
+        return
     mine, rights, quantities = [], [], []
     for args, outcome, right in zip(trial.cases, trial.outcomes, trial.rights, strict=True):
         terms = [args[name] for name in names]
@@ -51,6 +55,19 @@ def weights(trial: Trial, named: bool) -> Iterator[str]:
             sentences.append(f"the factor of `{name}` is {numbers}{wanted}")
     if sentences and (all_named or not named):
         yield as_a_whole("; ".join(sentences))
+
+
+def _of_a_list(trial: Trial, name: str) -> Iterator[str]:
+    """The same of a list of tensors, case by case."""
+    for args, outcome, right in trial.wrong():
+        terms = args[name]
+        if not isinstance(outcome.value, Tensor) or outcome.value.shape != terms[0].shape:
+            return
+        a, b = solve(terms, outcome.value), solve(terms, right.value)
+        if a is None or b is None:
+            return
+        a, b = ([str(Fraction(float(w)).limit_denominator(60)) for w in weights[0]] for weights in (a, b))
+        yield f"The weights of {len(terms)} entries of `{name}` are {', '.join(a)}, but should be {', '.join(b)}."
 
 
 def solve(terms: list[Tensor], value: Tensor) -> Tensor | None:
