@@ -764,10 +764,11 @@ ends = {"leading": "to t = 0", "linspace": "to x₀", "trailing": "to x₀"}
 viz.ruler({name: (sampling.make_timesteps(10, T, name), end) for name, end in ends.items()})
 
 # %% [markdown]
-# **leading** is CompVis's: every 100th timestep from 0, plus 1. With 50 steps these are 1, 21, ..., 981. **999 is never
-# visited**, and neither is 0: an off-by-one that everybody has kept, for the sake of the same pictures. But drawing
-# starts with pure noise, and tells the model "this is $t = 981$", where training showed it noise with a little of a
-# picture. The fewer steps, the bigger the lie.
+# **leading** is CompVis's: every 100th timestep from 0, plus 1 ("to get the final alpha values right", says the comment
+# in their `make_ddim_timesteps`). With 50 steps these are 1, 21, ..., 981. **999 is never visited**, and neither is 0:
+# an off-by-one that others have kept, to draw the same pictures. But drawing starts with pure noise, and tells the
+# model "this is $t = 981$", where training showed it noise with a little of a picture. The fewer steps, the bigger the
+# lie.
 #
 # **trailing** counts from the end: 999, 979, ..., 19. It starts where the noise is. **linspace** has both ends, 999
 # and 0. Also, the last step may lead to the clean picture, or only to $\bar\alpha_0 = 0.99915$, as CompVis has it
