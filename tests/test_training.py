@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, cli, load
+from minisd import PRESETS, AutoencoderKL, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -508,6 +508,22 @@ def test_training_learns(shapes, engine, tmp_path):
     history = losses(tmp_path / "vae")
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5])
     assert list((tmp_path / "vae" / "samples").iterdir())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_an_autoencoder_lowers_the_power_of_the_error_that_its_recipe_says(
+    shapes, engine, tmp_path, monkeypatch, power
+):
+    seen, forward = [], AutoencoderKL.forward
+
+    def watched(self, x, **options):
+        reconstruction, posterior = forward(self, x, **options)
+        seen.append((x - reconstruction).abs())
+        return reconstruction, posterior
+
+    monkeypatch.setattr(AutoencoderKL, "forward", watched)
+    train_vae(PRESETS["tiny"].first_stage, VAERecipe(steps=1, rec_power=power, **SHORT), shapes, tmp_path, engine)
+    assert log(tmp_path)[0]["rec"] == pytest.approx((seen[0] ** power).mean().item(), rel=1e-5)
 
 
 def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):
