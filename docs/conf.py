@@ -6,7 +6,7 @@ project = "minisd"
 author = "minisd contributors"
 copyright = "2026, minisd contributors"
 
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
@@ -29,12 +29,14 @@ def copy_notebooks() -> None:
     """
     here = Path(__file__).parent
     source, target = here.parent / "notebooks", here / "notebooks"
-    target.mkdir(exist_ok=True)
-    for stale in {path.name for path in target.iterdir()} - {path.name for path in source.glob("*.ipynb")}:
+    names = {path.relative_to(source) for path in source.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    for stale in {path.relative_to(target) for path in target.rglob("*.ipynb")} - names:
         (target / stale).unlink()
-    for notebook in source.glob("*.ipynb"):
-        text = notebook.read_text("utf-8").replace("](../", "](../../")
-        copy = target / notebook.name
+    for name in names:
+        out = "](" + "../" * len(name.parts)
+        text = (source / name).read_text("utf-8").replace(out, out + "../")
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text("utf-8") != text:
             copy.write_text(text, "utf-8")
 

@@ -24,7 +24,7 @@ from .clip import CLIPTextConfig, CLIPTextModel, FrozenCLIPEmbedder, Tokenizer
 from .drawing import Drawing, Picture, Trajectory, read_mask, read_picture
 from .loss import LOSSES
 from .noising import NoiseSchedule
-from .sampling import SAMPLERS, Step, classifier_free_guidance, make_timesteps, randn
+from .sampling import SAMPLERS, Step, classifier_free_guidance, make_timesteps, randn, remaining_timesteps
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
 from .vq import VQConfig, VQModelInterface
@@ -409,7 +409,7 @@ class LatentDiffusion(nn.Module):
             if blend == "after" and t == start:  # no step has been made yet
                 return x
             fresh = noise if blend == "after" else randn(z.shape, generators).to(z)
-            return latent_mask * x + (1 - latent_mask) * self.q_sample(z, at(t), fresh)
+            return self._put_back(x, z, fresh, latent_mask, at(t))
 
         options |= {"sampler": sampler, "num_images": num_images, "start_code": x, "timesteps": timesteps}
         run = self.sample(prompt, generator=generators, before_step=None if nine else put_back, **options)
@@ -440,15 +440,15 @@ class LatentDiffusion(nn.Module):
         self, sampler: str, steps: int, strength: float, spacing: str | None, noise_ahead: bool = False
     ) -> tuple[list[int], int]:
         """The timesteps that are left at that strength, and the one to noise a picture to."""
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, but it is {strength}")
         spacing = spacing or inspect.signature(_sampler(sampler)).parameters["spacing"].default
         timesteps = make_timesteps(steps, self.schedule.timesteps, spacing)
-        count = int(strength * steps)
-        if count == 0:
-            raise ValueError(f"at strength {strength}, none of {steps} steps is made: raise one of them")
-        ahead, timesteps = timesteps[:-count], timesteps[-count:]
-        return timesteps, ahead[-1] if noise_ahead and ahead else timesteps[0]
+        left = remaining_timesteps(timesteps, strength)
+        ahead = timesteps[: -len(left)]
+        return left, ahead[-1] if noise_ahead and ahead else left[0]
+
+    def _put_back(self, x_t: Tensor, z: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Float[Tensor, "b d h w"]:
+        """x_t where the mask is 1, and elsewhere what is known of the picture, z, as noisy as x_t is."""
+        return mask * x_t + (1 - mask) * self.q_sample(z, t, noise)
 
     def _guided(self, prompts: list, negative: Prompt, scale: float, c_concat: Tensor | None):
         """An eps_model for the samplers: ε of the prompts, exaggerated away from that of the negative ones."""

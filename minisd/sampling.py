@@ -35,6 +35,7 @@ generators, nothing happens before the first step is asked for. The papers that 
     DPM-Solver++    Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models", 2022
     SDE             Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021
     EDM             Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022
+    SDEdit          Meng et al., "Guided Image Synthesis and Editing with Stochastic Differential Equations", 2022
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -126,6 +127,20 @@ def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
     else:
         raise ValueError(f'spacing must be "leading", "linspace" or "trailing", but it is "{spacing}".')
     return rising[::-1]
+
+
+def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
+    """Those that are left if one starts from a picture: the last int(strength · steps) of them (SDEdit).
+
+    Raises ValueError if strength is not in (0, 1], or so small that no step is left. (CompVis: scripts/img2img.py)
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, but it is {strength}")
+    steps = len(timesteps)
+    left = int(strength * steps)
+    if left == 0:
+        raise ValueError(f"at strength {strength}, none of {steps} steps is made: raise one of them")
+    return timesteps[-left:]
 
 
 def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:

@@ -41,6 +41,14 @@ class Quantized(NamedTuple):
     indices: Int[Tensor, "b h w"]  # which codes, 0..n_embed-1
 
 
+def straight_through(z: Float[Tensor, "*d"], codes: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
+    """Forwards the codes; backwards the identity, from what is returned to z (van den Oord et al., section 3.2).
+
+    argmin has no gradient, so the decoder's gradient at the code is taken for that at the vector.
+    """
+    return codes.detach() + (z - z.detach())  # z - sg[z] is exactly zero, and its gradient is that of z
+
+
 class VectorQuantizer(nn.Module):
     """Each vector becomes its nearest code. CompVis (taming-transformers) `quantize.py: VectorQuantizer2`.
 
@@ -68,12 +76,13 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         indices = self.nearest(z)
         codes = self.embedding(indices).movedim(-1, 1)  # [b h w d] → [b d h w]
+        return Quantized(straight_through(z, codes), self.loss(z, codes), indices)
+
+    def loss(self, z: Float[Tensor, "b d h w"], codes: Float[Tensor, "b d h w"]) -> Float[Tensor, ""]:
+        """What draws codes and vectors together: see above."""
         to_vectors = (codes - z.detach()).square().mean()
         commitment = (z - codes.detach()).square().mean()
-        loss = self.beta * to_vectors + commitment if self.legacy else to_vectors + self.beta * commitment
-        # The straight-through estimator: argmin has no gradient, so the decoder's gradient at the code is taken for
-        # that at the vector. z - sg[z] is exactly zero, and its gradient is that of z.
-        return Quantized(codes.detach() + (z - z.detach()), loss, indices)
+        return self.beta * to_vectors + commitment if self.legacy else to_vectors + self.beta * commitment
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "b d h w"]) -> Int[Tensor, "b h w"]:

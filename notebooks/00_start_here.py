@@ -291,7 +291,7 @@ viz.class_diagram()
 #   more than a right reading.
 # - **Change something.** Each notebook ends with a few things to try. No run of a cell is precious.
 # - **Write it yourself.** Each stage has exercises, in a notebook of the same name, beginning with
-#   [`exercises/01_noising.ipynb`](../exercises/01_noising.ipynb): functions to be written from their equations. A
+#   [`exercises/01_noising.ipynb`](exercises/01_noising.ipynb): functions to be written from their equations. A
 #   checker runs yours against minisd's, says which mistake it is, and can put yours into minisd and draw with it. It
 #   can be asked from a terminal, too:
 #

@@ -727,7 +727,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #   can still recognise?
 # - Put a fourth number, 1.2, into `toy`. From which $t$ on can you no longer tell it from its neighbour?
 # - Draw with the exact denoiser of two pictures only, one all black and one all white. What decides which one you get?
-# - Exercises: [`exercises/01_noising.ipynb`](../exercises/01_noising.ipynb), where you write `q_step`, `q_sample`,
+# - Exercises: [`exercises/01_noising.ipynb`](exercises/01_noising.ipynb), where you write `q_step`, `q_sample`,
 #   `q_posterior_mean`, `exact_x0` and more from their equations, and are told which mistake it is.
 #
 # Before: [00 · Start here](00_start_here.ipynb). Next: [02 · Loss](02_loss.ipynb), how to *learn* a guess at the noise,

@@ -928,7 +928,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #   $t = 0$, if the data are ten times as many points?
 # - Train `Guesser` with `minisd.v_loss`, and draw with it: which conversion must stand before the sampler?
 # - Leave out $t$ (put `0 * t` into `phase`). How much does the loss rise, and why not more?
-# - Exercises: [`exercises/02_loss.ipynb`](../exercises/02_loss.ipynb), where you write `epsilon_loss`, `text_dropout`,
+# - Exercises: [`exercises/02_loss.ipynb`](exercises/02_loss.ipynb), where you write `epsilon_loss`, `text_dropout`,
 #   `min_snr_weight`, `predict_noise_from_v` and `loss_by_time`, and are told which mistake it is.
 #
 # Before: [01 · Noising](01_noising.ipynb). Next: [03 · UNet](03_unet.ipynb), the network that guesses the noise of

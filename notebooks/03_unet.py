@@ -22,7 +22,7 @@
 # - why some of its layers start at zero;
 # - where the parameters are.
 #
-# About 60 minutes to read; it runs in about a minute on a laptop. The modules of this stage are
+# About 60 minutes to read; it runs in two minutes or so on a laptop. The modules of this stage are
 # [`minisd/unet.py`](../minisd/unet.py) and [`minisd/attention.py`](../minisd/attention.py).
 
 # %% tags=["parameters"]
@@ -88,10 +88,38 @@ print("error at t = 100, 500, 900:", ", ".join(f"{error(t):.3f}" for t in (100, 
 # them lets a pixel see one neighbour further. To see from one corner of a 64×64 latent to the other, it would take 63
 # of them. And each works on all pixels, with all channels. It sees too little, and costs too much.
 #
-# The remedy is old. Halve the map: then a convolution reaches twice as far and costs a quarter, and one can afford more
-# channels. Halve it again. At the bottom of Stable Diffusion there are 8×8 pixels of 1,280 channels, each of which
-# knows about the whole picture. But there one does not know any more *where exactly* something is, and the noise has to
-# be named for each single number. So come up again, and at each level **hand across** what was seen on that level on
+# The remedy is old. **Halve the map**: then a convolution reaches twice as far and costs a quarter. Halve it again, go
+# on at the small size, and come back up. Below, both ways have ten convolutions. Blue is each pixel of a 64×64 latent
+# on which the middle one of the answer depends. The cost is counted in multiplications, for one channel.
+
+
+# %%
+def reach(path, side=64):
+    """What the middle pixel of the answer depends on [side side], and what the answer costs.
+
+    path: the layers, each a convolution of 3×3. "c": at the size that there is; "d": to half the size; "u": to twice.
+    """
+    x = torch.zeros(1, 1, side, side, requires_grad=True)
+    h, cost = x, 0
+    for layer in path:
+        if layer == "u":
+            h = F.interpolate(h, scale_factor=2)  # each pixel becomes four
+        h = F.conv2d(h, torch.full((1, 1, 3, 3), 1 / 9), stride=2 if layer == "d" else 1, padding=1)
+        cost += 9 * h.numel()
+    (slope,) = torch.autograd.grad(h[0, 0, side // 2, side // 2], x)  # zero where x makes no difference
+    return (slope[0, 0] != 0).float(), cost
+
+
+panels = {}
+for name, path in [("a stack", "cccccccccc"), ("a U", "cdddccuuuc")]:
+    seen, cost = reach(path)
+    panels[f"{name}: {cost:,} multiplications,\nsees {int(seen.sum()):,} of {seen.numel():,} pixels"] = seen
+viz.matrices(panels, cell=(0.03, 0.03), xlabel="x", ylabel="y")
+
+# %% [markdown]
+# What is saved is spent on channels. At the bottom of Stable Diffusion there are 8×8 pixels of 1,280 channels, each of
+# which knows about the whole picture. But there one does not know any more *where exactly* something is, and the noise
+# has to be named for each single number. So at each level, **hand across** to the way up what was seen on that level on
 # the way down. That is the U (Ronneberger et al. 2015).
 
 # %%
@@ -170,9 +198,11 @@ assert torch.equal(forward(unet, x_t, t, context), eps)
 #
 # <details><summary>Answer</summary>
 #
-# The topmost, from `input_blocks.0` to `output_blocks.3`. That first convolution has seen next to nothing; it
-# hands across the noisy latent itself, at full size. And nearly all of that *is* noise, so that the answer is nearly a
-# copy of the question. The other lines carry details that the network can nearly do without.
+# The topmost, from `input_blocks.0` to `output_blocks.3`. That first convolution has seen next to nothing; it hands
+# across the noisy latent itself, at full size. At late $t$ nearly all of that *is* noise, and the answer is nearly a
+# copy of the question. At early $t$ it is not, but there, too, each single number of the noise has to be named.
+# (`input_blocks.1` has the full size as well, and is handed to the block below. This network has learned to rely on
+# the topmost line.)
 #
 # </details>
 
@@ -200,14 +230,62 @@ def error_without(name, t):
         hook.remove()
 
 
-lines = [f"{'':9}{'all there':>12}" + "".join(f"{'no ' + name:>20}" for name in joined)]
+lines = [f"{'':9}{'all there':>12}" + "".join(f"{'no ' + name:>19}" for name in joined) + f"{'answer x_t':>14}"]
 for t in (100, 300, 600, 900):
-    lines.append(f"t = {t:3}  {error(t):12.3f}" + "".join(f"{error_without(name, t):20.3f}" for name in joined))
+    x_t = schedule.q_sample(x_0, torch.full((count,), t), noise)
+    copied = (x_t - noise).square().mean()
+    errors = "".join(f"{error_without(name, t):19.3f}" for name in joined)
+    lines.append(f"t = {t:3}  {error(t):12.3f}{errors}{copied:14.3f}")
 print("\n".join(lines))
 
 # %% [markdown]
-# First column: nothing is cut. Last column: without the topmost line, the network answers nearly as badly as one that
-# says nothing (which has an error of 1), or worse. The other lines matter little, and most where there is little noise.
+# First column: nothing is cut. Without the topmost line (`input_blocks.0`), the network answers nearly as badly as one
+# that says nothing (which has an error of 1), or worse. The other lines matter less, and most where there is little
+# noise. Last column: the error of whoever answers with $x_t$ itself. At $t = 900$ that is nearly right, at $t = 100$
+# worse than saying nothing. (All this is about a network that was trained with its lines. One that is trained without
+# them might find other ways.)
+#
+# ### How far does it look?
+#
+# The U can see everything. Does it? An answer $\epsilon_\theta$ is a guess at the clean latent, too (notebook 01):
+#
+# $$\hat x_0 = \frac{x_t - \sqrt{1-\bar\alpha_t}\;\epsilon_\theta(x_t, t, c)}{\sqrt{\bar\alpha_t}}$$
+#
+# So take one pixel of $\hat x_0$, and ask by how much it changes if a number of $x_t$ changes a little, here or there:
+# that is a derivative, and autograd has it.
+#
+# **Predict, then run.** At which $t$ does it look far, and at which only at the pixel itself?
+#
+# <details><summary>Answer</summary>
+#
+# The more noise, the further. At $t = 20$ the pixel tells its own value, and there is no need to look elsewhere. At
+# $t = 900$ it is drowned in noise, and all others together say more about it than it does. Seeing the whole is what the
+# U is for, and at the beginning of a drawing it is all there is to see.
+#
+# </details>
+
+
+# %%
+def reliance(t, pictures=16, y=3, x=3):
+    """How strongly x̂_0 at (y, x) depends on each pixel of x_t [8 8], root mean square over channels and pictures."""
+    told = torch.full((len(x_0[:pictures]),), t)
+    x_t = schedule.q_sample(x_0[:pictures], told, noise[:pictures]).requires_grad_()
+    guess = schedule.predict_start_from_noise(x_t, told, unet(x_t, told, context[:pictures]))
+    slopes = [torch.autograd.grad(channel, x_t, retain_graph=True)[0] for channel in guess[:, :, y, x].sum(0)]
+    return torch.stack(slopes).square().mean((0, 1, 2)).sqrt()
+
+
+panels = {}
+for t in (20, 100, 300, 900):
+    slope = reliance(t)
+    own = slope[3, 3] ** 2 / slope.square().sum()
+    panels[f"t = {t}\nown pixel: {own:.0%}"] = slope / slope.max()
+viz.matrices(panels, cell=(0.17, 0.17), xlabel="x", ylabel="y")
+
+# %% [markdown]
+# Dark: what the pixel at (3, 3) of $\hat x_0$ depends on, in shares of the largest. Above each: the share of that pixel
+# itself in the sum of the squares. From left to right there is more noise, and the network looks further: at the
+# neighbours first, then at everything.
 #
 # ## What time is it?
 #
@@ -243,33 +321,50 @@ panels = {"timestep embedding": embedding.T, "what the first ResBlock adds": shi
 viz.matrices(panels, cell=(0.003, 0.02), xlabel="t", ylabel="channel")
 
 # %% [markdown]
-# Left, the clocks: fast on top, then slower, the cosines above the sines. Right, what becomes of them in the first
-# ResBlock: a number for each channel, that is added to **all** pixels of that channel. It changes smoothly with $t$: of
-# the fast clocks hardly anything is left. It is small where there is little noise, and grows towards the end, up to
-# about 15.
+# Red is above zero, blue below. A column is one timestep, a row one channel. Left, the clocks: fast on top, then
+# slower; the cosines are the upper half, the sines the lower. Right, what becomes of them in the first ResBlock: a
+# number for each channel, that is added to **all** pixels of that channel. It changes smoothly with $t$: of the fast
+# clocks hardly anything is left. It is close to zero around $t = 200$, and from there grows to both ends: a little
+# towards $t = 0$, and up to 17 towards $t = 999$, where each channel has gone its own way, up (red) or down (blue).
 #
 # How alike are two embeddings? Here is the cosine of the angle between those of $t$ and of 500.
 
 # %%
 similarity = F.cosine_similarity(embedding, embedding[500:501])  # [1000]
 learned = F.cosine_similarity(emb, emb[500:501])
-errors = {}
-told = list(range(0, 1000, 50 if full else 333)) + [999]
-for t in (100, 300, 500, 900):
-    errors[f"it is {t}"] = (told, torch.tensor([error(t, told=wrong) for wrong in told]))
-panels = {
-    "likeness to t = 500": {"embedding": (times, similarity), "after time_embed": (times, learned)},
-    "error, if it is told the wrong time": errors,
-}
-viz.curves(panels, xlabel="t, or what it is told", width=4.2, height=2.8)
+viz.curves({"": {"embedding": (times, similarity), "after time_embed": (times, learned)}}, ylabel="cosine", width=4)
 
 # %% [markdown]
-# On the left: the embedding tells 500 from every other time, even from its neighbours. The two learned layers after it
-# tell early from late, and treat neighbours alike, as one should: the task hardly changes between 500 and 520.
+# The embedding tells 500 from every other time, even from its neighbours. The two learned layers after it tell early
+# from late, and treat neighbours alike, as one should: the task hardly changes between 500 and 520.
 #
-# On the right: each curve has its lowest point where the network is told the truth, or close by. Told too small a
-# time, it takes noise for picture and finds too little of it; the error goes up to 1, as if it had answered nothing.
-# Told too large a time, it takes picture for noise. So it *uses* what it is told, and does not only look for itself.
+# Does the network use what it is told, or does it look for itself? Lie to it.
+#
+# **Predict, then run.** There is much noise ($t = 900$), and it is told that there is none ($t = 0$). Will its answer
+# be too small or too large? And the other way round: there is little ($t = 100$), and it is told 999?
+
+# %%
+told = list(range(0, 1000, 50 if full else 333)) + [999]
+errors, sizes = {}, {}
+for t in (100, 300, 500, 900):
+    x_t = schedule.q_sample(x_0, torch.full((count,), t), noise)
+    with torch.no_grad():
+        answers = [unet(x_t, torch.full((count,), wrong), context) for wrong in told]
+    errors[f"it is {t}"] = (told, [(eps - noise).square().mean().item() for eps in answers])
+    sizes[f"it is {t}"] = (told, [eps.square().mean().sqrt().item() for eps in answers])
+    alike = F.cosine_similarity(answers[-1].flatten(1), x_t.flatten(1)).mean()
+    print(f"it is {t}, and it is told 999: cosine of the answer and x_t {alike:.3f}")
+panels = {"error": errors, "size of the answer (root mean square)": sizes}
+viz.curves(panels, xlabel="what it is told", width=4, height=2.8)
+
+# %% [markdown]
+# Left: each curve has its lowest point where the network is told the truth, or close by. So it *uses* what it is told.
+# Right, the size of the answer, which should be 1, as that of the noise is:
+#
+# - **Told too early**, it answers too much, up to 1.65. As $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,
+#   \epsilon$, whoever believes in a small $\sqrt{1-\bar\alpha_t}$ must divide what looks like noise by a small number.
+# - **Told too late**, it answers too little. Told 999, it answers with $x_t$ itself: the cosine is 0.99 or more,
+#   whatever $t$ really is. All is noise, says the clock, so the picture is called noise, too.
 #
 # ## The ResBlock
 #
@@ -278,8 +373,9 @@ viz.curves(panels, xlabel="t, or what it is told", width=4.2, height=2.8)
 # $$h = \mathrm{conv}\big(\mathrm{SiLU}(\mathrm{norm}(x))\big) + W\,\mathrm{SiLU}(\mathrm{emb}), \qquad
 # \mathrm{out} = \mathrm{skip}(x) + \mathrm{conv}\big(\mathrm{SiLU}(\mathrm{norm}(h))\big)$$
 #
-# - **GroupNorm**: 32 groups of channels, each set to mean 0 and variance 1 for each picture, so that no channel drowns
-#   the others however deep the network.
+# - **GroupNorm**: 32 groups of channels, each set to mean 0 and variance 1, so that no channel drowns the others
+#   however deep the network. Each picture is measured by itself: its answer does not depend on the rest of the batch,
+#   whose pictures may stand at other times.
 # - **SiLU**: $x\,\sigma(x)$, a smooth ReLU.
 # - **skip**: the identity, or a 1×1 convolution where the number of channels changes. Because the input is *added*,
 #   a block only needs to learn what to change.
@@ -318,8 +414,16 @@ with torch.no_grad():
 # $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\!\Big(\frac{q\,k^\top}{\sqrt d}\Big)\,v
 #   \qquad \text{(Vaswani et al. 2017, eq. 1)}$$
 #
+# The softmax makes positive weights of the products, that sum to 1. The $\sqrt d$, $d$ being how many numbers a query
+# has, keeps them moderate: if the numbers of $q$ and $k$ have variance 1, their product has variance $d$, and the
+# softmax of large numbers is all on one token (Vaswani et al., section 3.2.1).
+#
 # In cross-attention, $q$ comes from the picture, and $k$ and $v$ from the context. **This is the only place in the
-# network where the text comes in.**
+# network where the text comes in.** In self-attention, all three come from the picture.
+#
+# The feed-forward part widens each pixel's 192 numbers to 2 × 768, lets one half decide how much of the other passes
+# (GEGLU; Shazeer 2020), and comes back: $\mathrm{ff}(x) = W_2\,\big(a \odot \mathrm{GELU}(g)\big)$ with
+# $[a, g] = W_1 x$.
 
 # %%
 def cross_attention(layer, x, context):
@@ -339,7 +443,8 @@ with torch.no_grad():
     tokens = tokens + cross_attention(block.attn1, block.norm1(tokens), block.norm1(tokens))[0]
     seen, weights = cross_attention(block.attn2, block.norm2(tokens), context[:2])
     tokens = tokens + seen
-    tokens = tokens + block.ff(block.norm3(tokens))
+    value, gate = block.ff.net[0].proj(block.norm3(tokens)).chunk(2, dim=-1)  # [b n 768] each
+    tokens = tokens + block.ff.net[2](value * F.gelu(gate))
     out = x + transformer.proj_out(tokens.transpose(1, 2).unflatten(2, (4, 4)))
     assert torch.allclose(out, transformer(x, context[:2]), atol=1e-4)
 shapes = f"x {list(x.shape)} -> tokens {list(tokens.shape)}"
@@ -373,14 +478,15 @@ print("\n".join(lines))
 
 # %% [markdown]
 # Where there is much noise, the caption helps: at $t = 900$ the error is half of what it is without. At $t = 100$ it
-# makes hardly any difference, since the picture can be seen. (It even comes out a hair worse than the empty one.) A
-# *wrong* caption does harm everywhere: it is believed even where the picture says otherwise.
+# makes no difference that 64 pictures could show: there, the picture can be seen. A *wrong* caption does harm
+# everywhere: it is believed even where the picture says otherwise.
 #
 # ## What the levels see
 #
-# Now draw a fox, and keep what comes out of some blocks at one step in the middle ($t = 399$). Each row shows the seven
-# channels that vary most over the picture: orange above zero, blue below, and under each its number and its largest
-# value.
+# Now draw a fox, and keep what comes out of some blocks at one step in the middle ($t = 399$). (To draw, the network is
+# asked twice at each step, without the prompt and with it, and the difference is exaggerated: guidance, notebook 06. We
+# look at the answer with the prompt.) Each row shows the seven channels that vary most over the picture: red above
+# zero, blue below, and under each its number and its largest value.
 
 # %%
 options = {"steps": 25 if full else 3, "guidance_scale": 4.0, "seed": 0, "sampler": "dpmpp_2m"}
@@ -410,14 +516,14 @@ pictures = torch.cat([sd.decode_first_stage(x) for x in (now.x_t, now.x0, drawin
 viz.strip([pictures], [f"$x_t$, t = {now.t}", r"$\hat x_0$", "result"])
 
 # %% [markdown]
-# - `input_blocks.0` and `1`: in some channels one can make out the head (orange or blue), under noise. They see little
+# - `input_blocks.0` and `1`: in some channels one can make out the head (red or blue), under noise. They see little
 #   more than what goes in.
 # - `input_blocks.3` and the middle: 4×4 pixels. These are not pictures any more. What they know about each sixteenth
 #   of the picture is spread over 192 channels.
-# - `output_blocks.1`: back at 8×8, and the head is back, with little noise, in larger numbers. This is what
-#   was concluded below.
-# - `output_blocks.3`: the noise is back too. That is right: the noise is what the network has to put out, and it came
-#   along the topmost dashed line.
+# - `output_blocks.1`: back at 8×8, and the head is back, with less noise, in larger numbers. This is what was concluded
+#   at the bottom.
+# - `output_blocks.3`: the noise is back too. That is right: the noise is what the network has to put out, and we saw
+#   that it comes along the topmost dashed line.
 #
 # ## Where it looks: attention maps
 #
@@ -457,8 +563,8 @@ print("\n".join([*lines, f"{'if spread evenly':20}" + "".join(f"{share:9.1%}" fo
 # - **Most looks go to the padding**, 67 to 90% of them. There are 18 pads of 24 tokens, so 75% would be an even share.
 # - **The words get little**: "fox" at most 5.1%, where an even share would be 4.2%. In the first layer it gets none.
 # - **One layer does what one hopes for**: in the middle block, the pixels in the centre look at "fox", up to 0.25, and
-#   those at the edge do not. (They look at `<start>` even more. It comes before all words and is the same in every
-#   prompt: a place to look at when there is nothing to ask.)
+#   those at the edge do not. (They look at `<start>` even more. It comes before all words and its vector is the same in
+#   every prompt, so it says nothing about this one. Perhaps it is a place to look at when there is nothing to ask.)
 # - In the other layers the maps of "fox" show no fox. In the last, it is the *lower edge* that looks at the word.
 #
 # And step by step, in the middle block:
@@ -472,8 +578,30 @@ viz.attention_maps(rows, list(x0), columns, [f"t = {maps.timesteps[i]}" for i in
 
 # %% [markdown]
 # In front of each row is the picture that the network has in mind at that step. The map of "fox" changes little: that
-# the centre looks at it is decided at the first step, out of nearly pure noise. (Most emoji fill the centre. It need
-# not see a fox to know where to ask.) `<start>` gets less towards the end.
+# the centre looks at it is decided at the first step, out of nearly pure noise. `<start>` gets less towards the end.
+#
+# So is it the fox that is seen there, or only the middle of the picture?
+#
+# **Predict, then run.** The same layer, for six prompts. Whose word is looked at, and from where?
+
+# %%
+names = ["fox", "rocket", "pizza", "panda", "red apple", "crescent moon"]
+with minisd.record_attention(sd) as several:
+    six = sd.txt2img([f"{name}, noto style" for name in names], **options)
+
+
+def middle_map(i, *words):
+    return sum(several.at(layer="middle_block", token=word, picture=i) for word in words)
+
+
+rows = [torch.stack([middle_map(i, "<start>"), middle_map(i, *name.split())]) for i, name in enumerate(names)]
+viz.attention_maps(rows, list(six.pictures), ["<start>", "the word"], names, size=0.72)
+
+# %% [markdown]
+# The word of *fox*, *rocket* and *pizza* is looked at from the same four pixels, whatever is drawn there. *panda* is
+# hardly looked at, *red apple* and *crescent moon* from the edge. The maps tell the middle from the edge,
+# and one prompt from another. They do not outline the thing: at 4×4 there is hardly a thing to outline, and as most
+# emoji fill the middle, the network need not see a fox to know where to ask. One prompt would not have told us that.
 #
 # ## What attention maps do not show
 #
@@ -515,16 +643,17 @@ viz.strip([draw_with(kept) for kept in kinds.values()], labels=list(kinds), size
 # The token "fox" alone draws no fox, but about the same as nothing. The end token alone draws one, and so do the pads.
 # And without the token "fox", the fox is the same as ever.
 #
-# The reason is the text encoder. It is causal: each token sees those before it (notebook 05). The vector at the place
-# of "fox" knows nothing of the style. The vectors of the end token and of the pads, which come after, have read
-# *everything*, and CLIP was trained so that its end token sums up the sentence. So the UNet reads there.
+# The text encoder makes it possible. It is causal: each token sees those before it (notebook 05). The vector at the
+# place of "fox" knows nothing of the style. The vectors of the end token and of the pads, which come after, have read
+# *everything*, and CLIP was trained so that its end token sums up the sentence. The UNet has learned to read there.
+# (Not only there: notebook 05 repeats this with 32 prompts.)
 #
 # </details>
 #
 # So a map says where a pixel looks. It does not say what it finds there, nor what it does with it. In Stable
 # Diffusion, with 16 layers and maps of up to 64×64, the maps of nouns do outline the things quite well, and to edit the
 # maps does edit the picture (Hertz et al. 2022, "Prompt-to-Prompt"; Tang et al. 2022, "What the DAAM"). In this small
-# model one layer of four comes near it. Take a map as a question, and change something to get the answer.
+# model they do not. Take a map as a question, and change something to get the answer.
 #
 # ## Layers that start at zero
 #
@@ -611,7 +740,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # ## Recap
 #
 # - The UNet goes down to see the whole and comes up to name the noise of each number. What was seen on the way down is
-#   handed across. The topmost line is the one it cannot do without.
+#   handed across. The topmost line is the one it cannot do without. The more noise there is, the further it looks.
 # - The time is told as points on many circles, goes through two Linear layers, and is added in each ResBlock, the same
 #   for all pixels.
 # - A ResBlock: norm, SiLU, convolution, time, norm, SiLU, convolution, plus the input.
@@ -639,12 +768,12 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #
 # ## Try it
 #
-# - Record a drawing of "panda, noto style". Is it the middle block again that looks at the word?
+# - Record a drawing of "panda, noto style". Which layer looks at the word, if the middle block does not?
 # - `outline(UNetConfig(num_res_blocks=3))`: how many blocks are there, and how many parameters?
 # - Draw with `sd.txt2img(prompt, height=64, width=64)`. The network has no size built in. Why is the picture
 #   no larger fox?
-# - Exercises: `python -m minisd.coursework list` (stage 3), among them `timestep_embedding`, `cross_attention`,
-#   `res_block` and `unet_forward`.
+# - The exercises of this stage are in [`exercises/03_unet.ipynb`](exercises/03_unet.ipynb), among them
+#   `timestep_embedding`, `cross_attention`, `res_block` and `unet_forward`; a checker names the mistake.
 #
 # Next, in [notebook 04](04_vae.ipynb): where the latents come from. Before this one: [notebook 02](02_loss.ipynb).
 # The map of it all is in [notebook 00](00_start_here.ipynb).

@@ -22,7 +22,7 @@
 # - where 0.18215 comes from, and what happens without it;
 # - what an autoencoder loses, on a photograph and at the seams of tiles.
 #
-# About 50 minutes to read; it runs in one or two minutes on a laptop. You need $\bar\alpha_t$ and the
+# About 60 minutes to read; it runs in two or three minutes on a laptop. You need $\bar\alpha_t$ and the
 # signal-to-noise ratio from [notebook 01](01_noising.ipynb). The modules of this stage are
 # [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py).
 
@@ -40,7 +40,7 @@ from torch import nn
 import minisd
 from minisd import viz
 from minisd.data import photograph, sample
-from minisd.vae import DiagonalGaussianDistribution
+from minisd.vae import AttnBlock, DiagonalGaussianDistribution, Downsample, ResnetBlock, Upsample
 from minisd.vq import VectorQuantizer, VQConfig, VQModel
 
 full = MODE == "full"
@@ -129,7 +129,7 @@ print(f"factor   {512**2 // 64**2} for a convolution, {512**4 // 64**4} for atte
 #
 # $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - \hat x)^2}$$
 #
-# 10 dB more are a tenth of the squared error. Below 20 one sees the loss at once, above 35 hardly.
+# 10 dB more are a tenth of the squared error. As a rule of thumb, below 20 one sees the loss at once, above 35 hardly.
 
 # %%
 corpus = sample(size=32)
@@ -305,8 +305,8 @@ viz.plane({"a plain autoencoder": panel(plain_decoder, z, centre, spread)}, widt
 # variance ½; notebook 02 met the same bound. Same network, same data, same steps, $\lambda = 1$:
 
 # %%
-decoder, posterior = train_toy(kl_weight=1)
-z_vae = posterior.mean.flatten(1).detach()
+decoder, posterior_toy = train_toy(kl_weight=1)
+z_vae = posterior_toy.mean.flatten(1).detach()
 centre, spread = z_vae.mean(0), z_vae.std(0)
 print(f"latents {list(z_vae.shape)}, mean {centre[0]:.1f} and {centre[1]:.1f}, std {spread[0]:.1f} and {spread[1]:.1f}")
 print(f"error of the reconstructions (root mean square): {rms(draw(decoder, z_vae) - x_toy):.3f}")
@@ -364,12 +364,51 @@ print(f"drawn without the trick: does a gradient reach μ? {rolled.requires_grad
 #   \qquad \text{(Kingma \& Welling, appendix B)}$$
 #
 # Being off zero costs, and being sure costs. It is free only to say nothing: $\mu = 0$, $\sigma = 1$. In the
-# code of `DiagonalGaussianDistribution.kl` it is summed over all numbers of a latent.
+# code of `DiagonalGaussianDistribution.kl` it is summed over all numbers of a latent. (A nat is what a bit is to base
+# $e$ instead of 2: 0.693 nats are a bit.)
 #
 # ## The autoencoder that ships
 #
 # Now the real thing, on a few pictures. It is the same class as Stable Diffusion's, `AutoencoderKL`, and was trained
 # with $\lambda = 0.001$ and absolute instead of squared errors: reconstruction comes first.
+#
+# **Predict, then run.** Encoder and decoder are built from the blocks of the UNet (notebook 03), without time and text.
+# One thing of the UNet must be missing. Which, and why?
+#
+# <details><summary>Answer</summary>
+#
+# Nothing is handed across. What the decoder gets must be in the latent, all of it: when a picture is drawn, there is no
+# encoder beside it.
+#
+# </details>
+
+# %%
+fox = corpus.batch([corpus.captions.index("fox, noto style")])
+ends = ["encoder.conv_in", "encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "decoder.conv_out"]
+passed, hooks = [], []  # what each layer put out, in the order in which they ran
+
+
+def note(label):
+    return lambda _, args, out: passed.append(f"{label}{list(out.shape)}")
+
+
+for name, layer in vae.named_modules():
+    if name in ends or isinstance(layer, (ResnetBlock, AttnBlock, Downsample, Upsample)):
+        hooks.append(layer.register_forward_hook(note(f"{name:26}{type(layer).__name__:13}")))
+with torch.no_grad():
+    vae.decode(vae.encode(fox).mode())
+for hook in hooks:
+    hook.remove()
+half = 1 + [row.startswith("quant_conv") for row in passed].index(True)
+print("\n".join([*passed[:half], "", *passed[half:]]))
+
+# %% [markdown]
+# Above the blank line is the encoder: three levels, 32, 64 and 96 channels wide, and at the bottom one look of each
+# pixel at all others (`AttnBlock`). It ends in 8 channels, which `quant_conv`, a convolution of 1×1, mixes: 4 means and
+# 4 log variances. Below is the decoder, the same in reverse, with one ResnetBlock more at each level. Stable
+# Diffusion's has four levels, of 128, 256, 512 and 512 channels.
+#
+# What comes out is a `DiagonalGaussianDistribution`: `.mode()` is its mean, `.sample()` draws from it.
 
 # %%
 wanted = ["fox", "watermelon", "rocket"]
@@ -411,13 +450,34 @@ viz.maps(rows, channels, ["mean", "std", "KL (nats)"])
 # - **mean**: channel 2 tells the figure from the ground, and does most of the work. Its means are spread over a
 #   range more than five times that of channel 0.
 # - **std**: the encoder is very sure, to about 0.01 where the means spread over 0.5 to 2.6. It is least sure at the
-#   border and in the corners, up to 0.05. There, nearly all emoji are white, and an error would do the least harm.
+#   border and in the corners, up to 0.05. Would an error do less harm there? See below.
 # - **KL**: what is unusual is dear. The fox's face pays up to 16 nats for a number in channel 2. But the floor is
 #   high too: being sure to $\sigma = 0.012$ costs $-\log \sigma - \tfrac12 \approx 3.9$ nats by itself, and 256
 #   numbers pay it. So about two thirds of the fox's 1,454 nats are the price of precision.
 #
 # One may read the KL as a size: how many bits this latent says beyond what $\mathcal N(0, I)$ would have said. It is
 # some 2,000 bits, for a picture whose raw pixels have 24,576.
+#
+# Where may it be unsure? Make the same error at one place of the latent after the other, and see by how much the
+# picture changes.
+
+# %%
+torch.manual_seed(0)
+with torch.no_grad():
+    some = vae.encode(x_test[:16])
+    drawn, change = vae.decode(some.mean), torch.zeros(8, 8)
+    for i in range(8):
+        for j in range(8):
+            z_off = some.mean.clone()
+            z_off[:, :, i, j] += 0.2 * torch.randn(len(z_off), 4)
+            change[i, j] = rms(vae.decode(z_off) - drawn)
+panels = {"the posterior's std": some.std.mean((0, 1)), "change of the picture,\nif this place is wrong by 0.2": change}
+viz.matrices(panels, cell=(0.2, 0.2))
+
+# %% [markdown]
+# What to see: at the border, and most of all in the corners, an error does less harm, and there the encoder is least
+# sure. Precision costs nats, and it seems to be spent where it pays. (The two figures do not agree everywhere: the
+# network is the surest one pixel away from the border.)
 #
 # **Predict, then run.** Replace the posterior's mean by a sample: by how much does the picture change? And what does
 # the decoder draw from numbers that have each channel's mean and standard deviation, but come from no picture?
@@ -567,7 +627,7 @@ print(f"{steps} steps. Codes in use: {collapsed_log[1, -1]:.0f} of 256; perplexi
 #
 # Move it to where vectors are. Every 10 steps, each code that was not chosen in the last 10 is set onto a random
 # vector of the batch. From there it is somebody's nearest, and takes part. Others are: a start at the means of
-# k-means, smaller codes (Stable Diffusion's VQ-f4 has vectors of 3 numbers only), codes that follow their vectors by
+# k-means, smaller codes (the VQ-f4 of CompVis has vectors of 3 numbers only), codes that follow their vectors by
 # a running mean instead of by gradients.
 #
 # </details>
@@ -605,6 +665,20 @@ rows = [shown, *(x_hat[few_shown] for x_hat in results.values())]
 viz.strip(rows, labels=["held-out picture", *results])
 
 # %% [markdown]
+# And the two codebooks, as they are used on the held-out pictures: a cell for each of the 256 codes, the most used
+# first, row by row. The darker, the larger its share in percent.
+
+# %%
+panels = {}
+for name, model in [("collapsed", collapsed), ("revived", revived)]:
+    with torch.no_grad():
+        usage = model.quantize.usage(torch.cat([model.encode(part).indices for part in x_test.split(64)]))  # [256]
+    share = 100 * usage.float() / usage.sum()
+    title = f"{name}: {int((usage > 0).sum())} codes are used,\nthe first for {share.max():.0f}% of all pixels"
+    panels[title] = share.sort(descending=True).values.view(16, 16)
+viz.matrices(panels, cell=(0.13, 0.13))
+
+# %% [markdown]
 # What to see: the curves first. Reviving the dead brings nearly all codes into use within 20 steps. The error by
 # then is about what the collapsed codebook reaches after 150. (That one does recover, but slowly: it wins a code now
 # and then, when the vectors come by.) In the pictures, 41 codes are too few for the colours: purple turns blue, and
@@ -627,8 +701,10 @@ viz.strip(rows, labels=["held-out picture", *results])
 # $$s = \frac{1}{\mathrm{std}(z)}, \qquad z \text{ sampled, over all pictures, channels and places}
 #   \qquad \text{(Rombach et al., appendix G)}$$
 #
-# Stable Diffusion's 0.18215 is just that: its latents have a standard deviation of $1 / 0.18215 = 5.49$. CompVis's
-# code can measure it on the first batch of a training run (`scale_by_std`); here it is a number in the configuration.
+# Stable Diffusion's 0.18215 is just that: its latents have a standard deviation of about $1 / 0.18215 = 5.49$ (R.
+# Rombach says so himself, in issue 437 of huggingface/diffusers). CompVis's code can measure it on the first batch of a
+# training run (`scale_by_std`); for Stable Diffusion it is a number in the configuration. Let us measure ours, and see
+# how many of its digits one batch can tell.
 
 # %%
 z_test = test_posterior.sample(generator=torch.Generator().manual_seed(0))  # [n 4 8 8]
@@ -636,17 +712,28 @@ print(f"std of the latents {z_test.std():.3f}, so the factor is {1 / z_test.std(
 print(f"in the model, measured on all its training pictures: {sd.scale_factor:.4f}")
 print("by channel, after scaling:  mean", [f"{m:.2f}" for m in (sd.scale_factor * z_test).mean((0, 2, 3))],
       " std", [f"{s:.2f}" for s in (sd.scale_factor * z_test).std((0, 2, 3))])  # fmt: skip
-print(f"the two toys: plain {1 / plain_posterior.mean.std():.3f}, variational {1 / z_vae.std():.3f}")
+
+with torch.no_grad():
+    z_train = torch.cat([vae.encode(part).sample() for part in x_train.split(64)])
+for size in (4, 16, 64):
+    measured = [1 / z_train[torch.randint(len(z_train), (size,))].std().item() for _ in range(100)]
+    print(f"on one batch of {size:2}, 100 times: the factor is between {min(measured):.3f} and {max(measured):.3f}")
+
+_, between = train_toy(kl_weight=0.01)
+stds = [p.mean.std().item() for p in (plain_posterior, between, posterior_toy)]
+print("the toy's latents: std", ", ".join(f"{s:.1f} (KL weight {w})" for s, w in zip(stds, (0, 0.01, 1), strict=True)))
 
 # %% [markdown]
-# Three remarks.
+# Four remarks.
 #
-# - The two factors differ a little, as they were measured on different pictures. A model keeps the one of its
-#   training.
+# - The two factors differ a little, as they were measured on different pictures. A few pictures tell it roughly, and
+#   not to five digits. That does no harm. What does is another factor in drawing than in training: a model keeps the
+#   one of its training.
 # - There is **one** factor for all channels. After it, they are not alike: channel 2 has four times the standard
-#   deviation of channel 0, and the means are not 0. Only the variance of all numbers together is 1.
-# - The weaker the KL term, the larger the latents. Without one, the toy's have a standard deviation of 14; with one,
-#   1.6. Stable Diffusion has a very weak one, $\lambda = 10^{-6}$, and so a small factor.
+#   deviation of channel 0, and the means are not 0. Only the variance of all numbers together is about 1.
+# - The weaker the KL term, the larger the latents: the toy shows it. Stable Diffusion's term is very weak,
+#   $\lambda = 10^{-6}$, and its latents are larger than ours, 5.5 against 1.6.
+# - VQ has no KL term, and Rombach et al. found a variance near 1 there, and left the factor out (appendix G).
 #
 # **Predict, then run.** Suppose that somebody forgets the factor. The data has variance $1/s^2$ instead of 1. What
 # becomes of the curve of the log SNR?
@@ -689,8 +776,8 @@ viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 
 # %% [markdown]
 # In the lowest row the fox (pale, as $\sqrt{\bar\alpha_t}$ shrinks it) can still be seen where, in the uppermost, it
-# is long gone. A network that is trained so spends most of its time on problems that are no problems, and never
-# learns to begin a picture.
+# is long gone. A network that is trained so gets easy questions at most $t$, and hardly ever the one that a drawing
+# begins with: nothing but noise.
 #
 # It also goes wrong with a network that was trained *with* the factor, if its user forgets it. The sampler below
 # draws latents of standard deviation 1, as it was taught. The decoder wants them at their own scale, $z / s$.
@@ -699,15 +786,17 @@ viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 prompt, options = "a fox, noto style", dict(steps=20 if full else 2, guidance_scale=4.0, seed=3, num_images=5)
 *_, last = sd.sample(prompt, **options)  # the generator under txt2img
 with torch.no_grad():
-    rows = [sd.decode_first_stage(last.x), vae.decode(last.x)]  # decode_first_stage divides by the factor
-print(f"what the sampler drew: {list(last.x.shape)}, std {last.x.std():.2f}")
-viz.strip(rows, labels=["divided by the factor", "forgotten"])
+    z = last.x / sd.scale_factor  # as the decoder wants them
+    rows = [vae.decode(z), vae.decode(last.x), vae.decode(0.18215 * z)]
+    assert torch.equal(rows[0], sd.decode_first_stage(last.x))
+print(f"what the sampler drew: {list(last.x.shape)}, std {last.x.std():.2f}; divided by the factor: {z.std():.2f}")
+viz.strip(rows, labels=["divided by the factor", "forgotten", "forgotten, if it were 0.18215"])
 
 # %% [markdown]
-# What to see: the lower foxes are pale. The decoder is told of each place "nearly nothing", 0.63 of what was meant;
-# with 0.18 it would be a grey fog. If a model of yours draws the right things in the wrong contrast, look here
-# first. (`get_first_stage_encoding` and `decode_first_stage` are the places that know the factor. Whoever calls
-# `vae.encode` and `vae.decode` has to apply it.)
+# What to see: the foxes get paler. In the second row the decoder is told 0.63 of what was meant; in the third, 0.18 of
+# it. If a model of yours draws the right things in the wrong contrast, look here first. (`get_first_stage_encoding` and
+# `decode_first_stage` are the places that know the factor. Whoever calls `vae.encode` and `vae.decode` has to apply
+# it.)
 #
 # ## Between two pictures
 #
@@ -746,8 +835,8 @@ viz.strip([in_pixels, in_latents, toy_path], [f"{w:.2f}" for w in weights.flatte
 # <details><summary>Answer</summary>
 #
 # PCA, and by far. A mean colour and a slope describe fur as well as they describe anything. The VAE learned what
-# *emoji* look like, and spends its 4 numbers on flat areas, clean edges and bright colours. What it has never seen, it
-# turns into what it knows. Knowing the data is why it wins there, and why it loses here.
+# *emoji* look like, and what it has never seen, it turns into what it knows. Knowing the data is why it wins there, and
+# why it loses here.
 #
 # </details>
 
@@ -758,12 +847,14 @@ with torch.no_grad():
 print(f"photograph {list(cat.shape)}, latent {list(z_cat.shape)}")
 versions = {"photograph": cat, "PCA of patches": pca_patches(cat), "the VAE that ships": autoencode(cat)}
 notes = [["", *(f"{psnr(cat, x_hat):.1f} dB" for x_hat in list(versions.values())[1:])]]
+quarters = rearrange(cat, "1 c (i h) (j w) -> (i j) c h w", i=2, j=2)  # [4 3 32 32], a size that the VAE knows
+print(f"the VAE, on the four quarters one by one: {psnr(quarters, autoencode(quarters)):.1f} dB")
 viz.strip([torch.cat(list(versions.values()))], list(versions), notes=notes, size=1.92)
 
 # %% [markdown]
 # What to see: PCA keeps colours and shapes, in a mosaic. The VAE makes a drawing of the cat: it puts an outline around
-# each shadow, turns fur into strokes, paints a light frame where emoji are white, and gets the colours wrong. The
-# whiskers are lost in both.
+# each shadow, turns fur into strokes, paints a light frame where emoji are white, and gets the colours wrong. It is not
+# the size: on quarters of 32×32 pixels, each encoded by itself, it does hardly better.
 #
 # Stable Diffusion's autoencoder was trained on photographs, and is far better at them. But with 48 times fewer numbers
 # it must lose something too: small letters, the faces of a crowd, fine regular texture. What the first stage can't
@@ -775,33 +866,37 @@ viz.strip([torch.cat(list(versions.values()))], list(versions), notes=notes, siz
 # **tiles**, one after the other: `vae.enable_tiling`. But each tile sees only itself. `GroupNorm` measures mean and
 # variance over the tile, attention looks around in the tile, and a convolution finds nothing beyond its edge. So tiles
 # do not fit together exactly. The remedy is to let them overlap, and to fade each into the next.
+#
+# **Predict, then run.** The larger the tiles, the nearer to decoding the whole. Does that make them nearer to the
+# photograph, too?
 
 # %%
 with torch.no_grad():
     pictures = {"whole": vae.decode(z_cat)}
-    for name, overlap in [("tiles, no overlap", 0.0), ("tiles, overlap 25%", 0.25)]:
-        vae.enable_tiling(tile_size=32, overlap=overlap)
-        pictures[name] = vae.decode(z_cat)
+    for side, overlap in [(32, 0.0), (16, 0.25), (32, 0.25), (48, 0.25)]:
+        vae.enable_tiling(tile_size=side, overlap=overlap)
+        pictures[f"tiles of {side},\noverlap {overlap:.0%}"] = vae.decode(z_cat)
     vae.disable_tiling()
 
-print(f"photograph {list(cat.shape)}, latent {list(z_cat.shape)}, tiles of 32x32 pixels, 8x8 in the latent")
+print(f"photograph {list(cat.shape)}, latent {list(z_cat.shape)}; tiles of 32x32 pixels are 8x8 in the latent")
 for name, x in pictures.items():
     across = (x[..., 1:] - x[..., :-1]).abs().mean((0, 1, 2))  # from each column to the next, [63]
-    seam = across[31] / across.median()  # between columns 31 and 32 the tiles meet, where they do not overlap
+    seam = across[31] / across.median()  # between columns 31 and 32 the tiles of 32 meet, where they do not overlap
     from_whole, from_cat = rms(x - pictures["whole"]), rms(x.clamp(-1, 1) - cat)
-    print(f"{name:19} from the whole {from_whole:.2f}, from the photograph {from_cat:.2f}; "
-          f"the step at the seam is {seam:.1f} times the usual one")  # fmt: skip
+    print(f"{name.replace(chr(10), ' '):26} from the whole {from_whole:.2f}, from the photograph {from_cat:.2f}; "
+          f"the step in the middle is {seam:.1f} times the usual one")  # fmt: skip
 viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 
 # %% [markdown]
-# What to see: without overlap there is a bright cross, and the step across it is several times the usual one. A
-# convolution pads with zeros at an edge, and that is how the decoder knows that a *picture* ends there. Where emoji
-# end, they are white. With overlap and fading the cross is gone. The colours still are not those of the whole, because
-# of `GroupNorm`.
+# What to see: without overlap there is a bright cross, and the step across it is several times the usual one. It comes
+# from the zeros that a convolution pads with at an edge (see *Try it*): they mean that a *picture* ends here, and where
+# emoji end, they are white. With overlap and fading the cross is gone. The colours still are not those of the whole:
+# each tile has norms and attention of its own.
 #
-# With overlap, the tiles are even nearer to the photograph than the whole is! This autoencoder was trained at 32×32
-# pixels, and in a tile of that size its norms measure what they are used to. So a tile should not be smaller than the
-# pictures of the training; for Stable Diffusion that is 256×256, which is the default of `enable_tiling`.
+# And nearest to the photograph are neither the largest tiles nor the whole, but those of 32: the size of the pictures
+# of the training. The likely reason is that the norms and the attention find there what they are used to. So a tile
+# should not be smaller than those pictures; for Stable Diffusion they have 256×256, which is the default of
+# `enable_tiling`.
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
@@ -843,6 +938,10 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
 # - Give the codebook 16 codes, then 1,024. How do PSNR and perplexity follow?
 # - Try `photograph(32)`: is the cat easier as an icon?
+# - Where does the cross come from? Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads, and
+#   decode in tiles without overlap again. (The colours get worse. Why?)
+# - The exercises of this stage are in [`exercises/04_vae.ipynb`](exercises/04_vae.ipynb): the sample, the KL, the
+#   nearest code, the straight-through gradient, the scale factor and others; a checker names the mistake.
 #
 # Before this: [notebook 03](03_unet.ipynb), the network that reads latents. Next: [notebook 05](05_clip.ipynb), how a
 # sentence becomes numbers.

@@ -39,6 +39,7 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 import minisd
 from minisd import viz
@@ -352,9 +353,9 @@ viz.matrices({f"difference from the context of {prompt!r}": rows}, list(changes)
 # exchange *red* changes it more (1.5) than to exchange *fox* itself (0.9). This is what the layers are for: after them,
 # the row does not say "fox". It says something like "what was called red is a fox".
 #
-# One detail of the MLP. Its bend is the **quick-GELU**, $x\,\sigma(1.702\,x)$, which OpenAI took because it is faster
-# than the exact GELU, $x\,\Phi(x)$. The two are near, not equal. Weights trained with one and run with the other give
-# a model that is slightly off, without any error message.
+# One detail of the MLP. Its bend is the **quick-GELU**, $x\,\sigma(1.702\,x)$, which OpenAI took instead of the exact
+# GELU, $x\,\Phi(x)$: an approximation that is quicker to compute (Hendrycks & Gimpel 2016). The two are near, not
+# equal. Weights trained with one and run with the other give a model that is slightly off, without any error message.
 
 # %%
 u = torch.linspace(-4, 4, 161)
@@ -470,6 +471,28 @@ viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), si
 # Nothing so far says that *fox* has to do with orange. That comes from training, and from a second tower, which turns
 # *pictures* into vectors. It is a transformer as well: the picture is cut into 16 patches of 8×8 pixels, and each
 # patch is a token.
+
+# %%
+vision = clip.vision_model
+picture = corpus.batch([corpus.captions.index("fox, noto style")])  # [1 3 32 32]
+patches = rearrange(picture, "1 c (i h) (j w) -> (i j) c h w", h=8, w=8)  # [16 3 8 8]
+with torch.no_grad():
+    # a row for each patch: its 192 numbers times a matrix of 192×192
+    patch_rows = patches.flatten(1) @ vision.embeddings.patch_embedding.weight.flatten(1).T  # [16 192]
+    seq = torch.cat([vision.embeddings.class_embedding[None], patch_rows])  # [17 192]: a class token in front
+    seq = (seq + vision.embeddings.position_embedding.weight)[None]  # where each patch was, [1 17 192]
+    hidden = vision.encoder(vision.pre_layrnorm(seq))  # four layers as above, but without a mask
+    pooled = vision.post_layernorm(hidden[:, 0])  # the class token has gathered the whole, [1 192]
+    I_fox = F.normalize(clip.visual_projection(pooled), dim=-1)  # of length 1, [1 192]
+    assert torch.allclose(I_fox, clip.get_image_features(picture), atol=1e-4)
+print(f"picture {list(picture.shape)} -> patches {list(patches.shape)} -> rows {list(patch_rows.shape)}")
+print(f"with the class token {list(seq.shape)} -> its last state {list(pooled.shape)} -> I {list(I_fox.shape)}")
+viz.strip([picture, patches], labels=["picture", "patches"], size=0.4)
+
+# %% [markdown]
+# Two things are other than in the text tower. There is no mask: every patch may look at every other. And what speaks
+# for the whole is not the last token but the first, a learned **class token** that stands for no patch. (CLIP ViT-L/14
+# cuts 224×224 pixels into 256 patches of 14×14.)
 #
 # Take a batch of $N$ pictures and their captions. Each tower ends in one vector of length 1: $I_i$ for picture $i$,
 # and, from the end token, $T_j$ for caption $j$. Their **similarity** is the cosine, $I_i \cdot T_j$. Training has
@@ -482,9 +505,10 @@ viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), si
 #   + \underbrace{-\tfrac1N\sum_j \log \mathrm{softmax}_i(\mathrm{logits}_{ij})\big|_{i=j}}_{\text{which picture?}}\Big)
 #   \qquad \text{(Radford et al. 2021, figure 3)}$$
 #
-# $\tau$ is the **temperature**. It is learned too: the code has $1/\tau$ = `logit_scale.exp()`. Why is it needed?
-# Cosines lie in $[-1, 1]$, and a softmax of such small numbers can never be sure of anything. Even with 1 on the
-# diagonal and 0 elsewhere, the right one among 256 would get a share of $e/(e+255) = 1\%$.
+# $\tau$ is the **temperature**. It is learned too, from 0.07 on: the code has $1/\tau$ = `logit_scale.exp()`, at most
+# 100 (Radford et al., section 2.5). Why is it needed? Cosines lie in $[-1, 1]$, and a softmax of such small numbers can
+# never be sure of anything. Even with 1 on the diagonal and 0 elsewhere, the right one among 256 would get a share of
+# $e/(e+255) = 1\%$.
 
 # %%
 def index(caption: str) -> int:
@@ -589,7 +613,9 @@ for query in ("fox", "dog", "red", "sad face", "puppy", "kitten", "zorblax"):
 # - The words that are nearest to *fox*, after itself, are *camel* and *pizza*. Near means: **looks alike**, here by
 #   colour. A dictionary would say *wolf*. OpenAI's CLIP was trained on 400 million captions, which speak of more
 #   than looks. Ours has seen 8,000 pictures, each with its name.
-# - *red* is near to a rose and a balloon, whose captions do not say that they are red. The pictures do.
+# - *red* is near to a rose and a balloon, whose captions do not say that they are red. The pictures do. (So is a door,
+#   which is brown. And *something red* finds Mount Fuji: *something* is in no caption, and blurs the query.)
+# - *fluent style* finds the two fluent styles, and nothing else: style is in the vectors as well.
 # - *puppy* and *kitten* stand in no caption. They can be written, and they get vectors, but the vectors **mean
 #   nothing**: a puppy is a locomotive, as *zorblax* is a hammer. And the cosines do not warn us: 0.72 and 0.74 are as
 #   high as that of *fox* and *camel*. There is no answer "I don't know".
@@ -665,14 +691,17 @@ pairs = [("a fox, noto style", "a panda, noto style"), ("a red apple, noto style
 mixed = []
 for one, other in pairs:
     a, b = sd.get_learned_conditioning([one, other])
+    print(f"{one} and {other}: their contexts differ by {(a - b).norm() / a.norm():.2f}")
     mixed.append(draw(sd, (1 - w) * a + w * b, noise(1).expand(7, -1, -1, -1), steps=20))
 labels = ["fox to panda", "red to green apple", "fox to rocket"]
 viz.strip(mixed, [f"w = {value:.2f}" for value in w.flatten().tolist()], labels, size=0.64)
 
 # %% [markdown]
 # Between fox and panda lives an animal that is neither. The apple passes through brown, a mixture of both reds and
-# greens. Between fox and rocket there is nothing sensible: nobody has trained the UNet there. Nearby contexts give
-# nearby pictures, and that is all that one may hope for.
+# greens. Between fox and rocket there is nothing sensible. The UNet was trained on no context between two sentences, in
+# none of the three rows. It gets by where both pictures have a shape in common, a head or an apple. It is not the
+# distance: the contexts of fox and panda differ by as much as those of fox and rocket. Nearby contexts give nearby
+# pictures, and that is all that one may hope for.
 #
 # ## Does it see the order of words?
 #
@@ -757,9 +786,8 @@ tests = [
 ]
 lines.append(f"(the measure, on real pictures: right in {sum(tests)} of {len(tests)})")
 print("\n".join(lines))
-titles = [f"A: {one.removeprefix('a ')}" for _, one, _, _ in things[:7]]
-notes = [[f"B: {other.removeprefix('a ')}" for _, _, _, other in things[:7]]] * 2
-viz.strip([pictures[:7] for pictures in drawn.values()], titles, list(drawn), notes, size=0.96)
+titles = [f"A: {one.removeprefix('a ')}\nB: {other.removeprefix('a ')}" for _, one, _, other in things[:6]]
+viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), size=1.12)
 
 # %% [markdown]
 # Not once. Both rows start from the same noise, and hardly differ. The model has understood "above": there are two
@@ -841,6 +869,8 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Train a tokenizer on captions of your own, with 600, 1,000 and 3,000 pieces. How many tokens do they need?
 # - Give `draw` a context whose rows stand in another order. Does the UNet care? (It has no positions of its own.)
 # - Find the word that changes the drawing of "a house, noto style" the most, and the one that changes it the least.
+# - The exercises of this stage are in [`exercises/05_clip.ipynb`](exercises/05_clip.ipynb): a merge of BPE, padding,
+#   the causal mask, the quick-GELU, the contrastive loss and others; a checker names the mistake.
 #
 # Before this: [notebook 04](04_vae.ipynb), where the picture becomes a latent. Next: [notebook 06](06_sampling.ipynb),
 # how the drawing is done.

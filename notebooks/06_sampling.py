@@ -20,7 +20,8 @@
 # - guidance: the two answers it compares, and what it costs;
 # - which timesteps are visited, and why two libraries draw different pictures from the same seed.
 #
-# About 70 minutes to read; it runs in about two minutes on a laptop. Nothing is trained here. The module of this
+# About 70 minutes to read; it takes about two minutes of one processor's time (the last line tells of the clock where
+# its figures were made, on a busy machine). Nothing is trained here. The module of this
 # stage is [`minisd/sampling.py`](../minisd/sampling.py). Before it: [notebook 05](05_clip.ipynb), the text. You need
 # [notebook 01](01_noising.ipynb), and from notebook 02 only that a model can learn to predict the noise.
 
@@ -32,9 +33,11 @@ import math
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from IPython.display import Image
 
 import minisd
 from minisd import sampling, viz
@@ -175,7 +178,7 @@ viz.strip(rows, [f"seed {k}" for k in range(6)], labels, size=0.64)
 #
 # "All at once" gives blurs. "Subtract a bit" is worse: it does not take out what is in $x_t$, and the dimmed picture is
 # never brought back to its strength, so at each next step the model sees an $x$ that no training showed it. "The mean
-# step" is the interesting one. It gives smooth, empty shapes, and nearly the same one for every seed. The rows
+# step" is the interesting one. It gives a smooth, empty disc for every seed, and of a face one and the same. The rows
 # called DDPM are what we want. DDPM differs from the mean step in one line of code: it adds noise after each step.
 #
 # Why does noise make a *better* picture? On the line we can see it.
@@ -228,7 +231,7 @@ viz.density_over_time(toy, schedule, panels, width=3.4, height=2.3)
 #
 # Line 4 is $\tilde\mu_t$ with $\hat x_0$ put in, multiplied out. The long way, by way of $\hat x_0$, shows what
 # happens, and lets one look at the guess, so that is what minisd computes. For $\sigma_t^2$ we take $\tilde\beta_t$,
-# the variance of the exact step back. (The paper also tries $\beta_t$, and finds no difference.)
+# the variance of the exact step back. (The paper also tries $\beta_t$, with similar results.)
 
 
 # %%
@@ -256,7 +259,7 @@ print(f"by hand and minisd.sampling.ddpm differ by {(by_hand - last.x).abs().max
 
 # %%
 model = asked_for(prompts)  # four prompts
-steps = list(sampling.ddpm(model, x_T[:4], schedule, 100 if full else 3, generator=[seeded(k) for k in range(4)]))
+steps = list(sampling.ddpm(model, x_T[:4], schedule, 100 if full else 3, generator=[seeded(100 + k) for k in range(4)]))
 step = steps[1]
 print(f"{len(steps)} steps. Step {step.i}, at t = {step.t}:")
 print(f"  step.x_t {list(step.x_t.shape)}   what went in             std {step.x_t.std():.2f}")
@@ -586,7 +589,8 @@ for name in ("DDIM, 6 steps", "DPM-Solver++, 6 steps"):
 viz.walks(moons, paths)
 
 # %% [markdown]
-# DDPM staggers, DDIM glides. With six steps, the two are polygons: they get roughly there.
+# (A ring is where a path begins, a disc where it ends.) DDPM staggers, DDIM glides. With six steps, the two are
+# polygons: they get roughly there.
 #
 # ## On pictures
 #
@@ -631,32 +635,57 @@ viz.strip(rows, ["plain"] * 2 + ["guided"] * 2, labels, size=0.64)
 
 # %% [markdown]
 # Left: with the plain model, PLMS is the best at every number of calls. Right: guidance turns the order around.
-# PLMS fails below 40 calls, Heun is poor, while DDIM and DPM-Solver++ hardly suffer. Guidance makes $\epsilon$ change
-# faster along the way, and whoever extrapolates from old slopes, with weights as large as 55/24 and −59/24, is thrown
-# off the curve. DPM-Solver++ was made for guided sampling: it extrapolates $\hat x_0$, and only along a line.
+# PLMS fails below 40 calls, Heun is poor, while DDIM and DPM-Solver++ hardly suffer. Why? One suspect is that guidance
+# makes $\epsilon$ change faster along the way: the curve bends more, and whoever extrapolates from old slopes, with
+# weights as large as 55/24 and −59/24, is thrown off it. That can be measured: by how much does $\epsilon$ change from
+# one step of DDIM to the next, as a share of its size?
+
+# %%
+for scale in (1.0, 4.0):
+    eps = torch.stack([step.eps for step in draw("ddim", counts[1], scale)])  # [10 4 4 8 8]
+    change = (eps[1:] - eps[:-1]).flatten(2).norm(dim=2) / eps[1:].flatten(2).norm(dim=2)  # [9 4]
+    print(f"guidance {scale:g}: eps changes by " + " ".join(f"{c:.2f}" for c in change.mean(1)))
+
+# %% [markdown]
+# So it does, most of all at the start of the way, where PLMS has but a few slopes to go by. DPM-Solver++ was made for
+# guided sampling: it extrapolates $\hat x_0$, and only along a line.
 #
 # With guidance 4, this small network is drawn well by DDIM in 10 calls. Other models may need other numbers: measure.
 # (Heun's last step here is one long Euler step, which limits it.)
 #
 # ## One trajectory for each
 #
-# The same $x_T$, the same six timesteps, four samplers. $x_t$ and $\epsilon$ are shown as they are, latents of 8×8
-# (three of the four channels, as red, green and blue); $\hat x_0$ is decoded.
+# The same $x_T$, the same six timesteps, four samplers side by side. $x_t$ and $\epsilon$ are shown as they are, as
+# latents of 8×8 (three of the four channels, as red, green and blue); $\hat x_0$ is decoded. Read from left to right.
+#
+# **Predict, then run.** DDIM keeps its noise, DDPM draws some anew at each step. In which of the four does $\epsilon$
+# stay the same from step to step? The answer in numbers is the cosine between one $\epsilon$ and the next: 1 if they
+# point the same way, 0 if they have nothing in common.
 
 # %%
-rows, labels = [], []
 six = sampling.make_timesteps(6, T, "trailing")
+model, walked = asked_for(prompts[:1]), {}
 for name in ("ddpm", "ddim", "plms", "dpmpp_2m"):
-    sampler, model = sampling.SAMPLERS[name], asked_for(prompts[:1])
-    steps = list(sampler(model, x_T[:1], schedule, timesteps=six, generator=seeded(0)))
-    raw = lambda field: torch.cat([getattr(step, field)[:, :3] for step in steps]) / 2.5  # noqa: B023, E731
-    rows += [raw("x_t"), raw("eps"), sd.decode_first_stage(torch.cat([step.x0 for step in steps]))]
-    labels += [f"{name}\n$x_t$", r"$\epsilon$", r"$\hat x_0$"]
-viz.strip(rows, [f"t = {t}" for t in six], labels, size=0.5)
+    walked[name] = list(sampling.SAMPLERS[name](model, x_T[:1], schedule, timesteps=six, generator=seeded(100)))
+    eps = torch.cat([step.eps for step in walked[name]]).flatten(1)  # [6 256]
+    cosines = torch.cosine_similarity(eps[:-1], eps[1:])  # [5]
+    print(f"{name:9} from one eps to the next:  " + "  ".join(f"{c:.2f}" for c in cosines))
+
+rows, labels = [], []
+for field, symbol in {"x_t": "$x_t$", "eps": r"$\epsilon$", "x0": r"$\hat x_0$"}.items():
+    for name, steps in walked.items():
+        x = torch.cat([getattr(step, field) for step in steps])  # [6 4 8 8]
+        rows.append(sd.decode_first_stage(x) if field == "x0" else x[:, :3] / 2.5)
+        labels.append(f"{symbol}   {name}")
+viz.strip(rows, [f"t = {t}" for t in six], labels, size=0.56)
 
 # %% [markdown]
-# DDPM's $\epsilon$ changes from step to step, since there is new noise to be found. In the other three it
-# stays nearly the same all the way. A straight line would do: that is why few steps are enough.
+# (The noise on the way comes from another seed than $x_T$. With the same seed, the first fresh noise would be $x_T$
+# once more: a mistake that no error tells of.)
+#
+# The second block is the one to compare: DDPM's $\epsilon$ changes from step to step, since there is new noise to be
+# found. In the other three it stays nearly the same. Were it exactly the same, the path would be a straight line, and
+# one step would do: that is why few steps are enough.
 #
 # ## Guidance
 #
@@ -735,10 +764,11 @@ ends = {"leading": "to t = 0", "linspace": "to x₀", "trailing": "to x₀"}
 viz.ruler({name: (sampling.make_timesteps(10, T, name), end) for name, end in ends.items()})
 
 # %% [markdown]
-# **leading** is CompVis's: every 100th timestep from 0, plus 1. With 50 steps these are 1, 21, ..., 981. **999 is never
-# visited**, and neither is 0: an off-by-one that everybody has kept, for the sake of the same pictures. But drawing
-# starts with pure noise, and tells the model "this is $t = 981$", where training showed it noise with a little of a
-# picture. The fewer steps, the bigger the lie.
+# **leading** is CompVis's: every 100th timestep from 0, plus 1 ("to get the final alpha values right", says the comment
+# in their `make_ddim_timesteps`). With 50 steps these are 1, 21, ..., 981. **999 is never visited**, and neither is 0:
+# an off-by-one that others have kept, to draw the same pictures. But drawing starts with pure noise, and tells the
+# model "this is $t = 981$", where training showed it noise with a little of a picture. The fewer steps, the bigger the
+# lie.
 #
 # **trailing** counts from the end: 999, 979, ..., 19. It starts where the noise is. **linspace** has both ends, 999
 # and 0. Also, the last step may lead to the clean picture, or only to $\bar\alpha_0 = 0.99915$, as CompVis has it
@@ -780,15 +810,17 @@ rows = []
 for prompt in ("a panda, noto style", "a tiger face, noto style"):
     drawn = [sd.img2img(prompt, fox, strength=s, guidance_scale=3.0, steps=few, seed=1).pictures for s in strengths]
     rows.append(torch.cat([fox, *drawn]))
-viz.strip(rows, ["the picture", *(f"strength {s:g}" for s in strengths)], ["to: a panda", "to: a tiger"], size=0.64)
+titles = ["the\npicture", *(f"strength\n{s:g}" for s in strengths)]
+viz.strip(rows, titles, ["to: a panda", "to: a tiger"], size=0.64)
 
 # %% [markdown]
 # At a small strength the fox stays a fox. Towards 0.6 it becomes the animal of the prompt.
 #
 # ## A slider and a film
 #
-# `txt2img` keeps all steps in `.trajectory`. Where this notebook is open, drag the slider; where it is only read,
-# the film strip below shows the same.
+# `txt2img` keeps all steps in `.trajectory`. A slider has to compute what it shows, so **it works only while a kernel
+# runs**: open this notebook in Jupyter, VS Code or Colab, run it, and drag. Where it is only read, as on GitHub, there
+# are a strip of stills and a film below, which show the same.
 
 # %%
 out = sd.txt2img("a rocket, noto style", steps=25 if full else 3, guidance_scale=4.0, sampler="dpmpp_2m", seed=2)
@@ -807,16 +839,25 @@ if any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_
 
     interact(show, i=(0, len(trajectory) - 1))
 else:
-    show(len(trajectory) // 2)  # headless: no slider, but the function is run
-    print(f"Open the notebook in Jupyter to get a slider over the {len(trajectory)} steps.")
+    show(len(trajectory) // 2)  # nobody to drag it: no slider, but the function is run
+    print(f"No slider here. With a running kernel, this would be one over the {len(trajectory)} steps.")
+
+# %%
+chosen = trajectory.steps[:: 3 if full else 1]
+stills = [trajectory.decode(torch.cat([getattr(step, field) for step in chosen])) for field in ("x_t", "x0")]
+viz.strip(stills, [f"t = {step.t}" for step in chosen], ["$x_t$", r"$\hat x_0$"], size=0.64)
+
+# %% [markdown]
+# And the guesses $\hat x_0$ as a film (a `.webp` would be smaller, but not every viewer of notebooks shows one):
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    film = Path(folder) / "rocket.webp"
-    trajectory.save(film, frame_ms=80, scale=3)  # the guesses x̂_0 as a film; .gif works too
-    print(f"{film.name}: {len(trajectory)} frames, {film.stat().st_size / 1000:.0f} kB")
-chosen = trajectory.steps[::3]
-viz.strip([trajectory.decode(torch.cat([step.x0 for step in chosen]))], [f"t = {step.t}" for step in chosen], size=0.64)
+    film = Path(folder) / "rocket.gif"
+    every_other = replace(trajectory, steps=trajectory.steps[::2])  # half the frames, half the size
+    every_other.save(film, frame_ms=200, scale=2)
+    shown = Image(film.read_bytes(), format="gif", width=128)
+print(f"{len(every_other)} frames, {len(shown.data) / 1000:.0f} kB")
+shown
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
@@ -857,7 +898,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # 1. **The noise.** Drawn on the CPU or on the GPU? All pictures of a batch from one generator, or each from its own?
 #    minisd: CPU, picture $k$ from seed + $k$.
 # 2. **The timesteps.** leading, linspace or trailing; whole numbers, or fractions as in DPM-Solver's own code. For
-#    numbers of steps that do not divide 1000, CompVis makes one more than was asked for.
+#    numbers of steps that do not divide 1000, CompVis makes more than were asked for (31 for 30).
 # 3. **The last step.** To $\bar\alpha = 1$ or to $\bar\alpha_0$.
 # 4. **The start.** $x_T$ itself, or $\sigma_T$ times it in the undimmed variable (k-diffusion): at $t = 999$, 0.2%
 #    apart.
@@ -871,5 +912,8 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Take two $x_T$ and draw with DDIM from mixtures $\cos(\phi)\,x_T + \sin(\phi)\,x_T'$. Why not from
 #   $(1-\phi)\,x_T + \phi\,x_T'$?
 # - In `mean_step`, add only half of the noise. Which picture is between "the mean step" and DDPM?
+#
+# [Exercises of this stage](exercises/06_sampling.ipynb): write the samplers yourself, with checks that tell what is
+# wrong.
 #
 # Next, in [notebook 07](07_latent_diffusion.ipynb): the three networks as one.

@@ -23,8 +23,8 @@
 # - what takes the memory, what takes the time, and what the 150,000 GPU hours of Stable Diffusion were spent on.
 #
 # About an hour to read; it runs in three to ten minutes on a laptop. The modules of this stage are the five pages of
-# [`minisd/training/`](../minisd/training/trainer.py). Everything is trained on the small model `tiny`: what it shows
-# about training is true of the large one, and where it is not, the text says so.
+# [`minisd/training/`](../minisd/training/trainer.py). Everything is trained on the small model `tiny`. What is
+# known of the large one alone is taken from its model card, or computed.
 #
 # Before: [notebook 07](07_latent_diffusion.ipynb), where the three networks were trained for the first time.
 
@@ -99,7 +99,7 @@ print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {s
 # | the loop, devices, accumulation, checkpoints | the framework PyTorch Lightning | `trainer.py`, `engine.py` |
 # | the data (`LAION`) | no class that reads it | `data/` |
 # | the autoencoder's losses | `contperceptual.py`; parts in another repository, taming-transformers | `training/` |
-# | CLIP's training | OpenAI's, unpublished code; a figure in the paper | `training/clip.py` |
+# | CLIP's training | not there, nor in OpenAI's repository; a figure of the paper | `training/clip.py` |
 #
 # Three networks are trained one after the other (notebook 07 shows why in this order): CLIP, the autoencoder, the
 # UNet. Each has a loss that looks more complicated than it need be. For each, we try the simpler one first.
@@ -325,7 +325,7 @@ viz.strip(rows, labels=labels, size=0.7)
 # does not add information; it makes the decoder commit itself.** So it makes details up.
 #
 # In four real runs of `tiny` on emoji ([lab log](../docs/lab_log.md)), the perceptual distance brought the
-# reconstructions of held-out pictures from 18.5 to 19.3 dB, and the discriminator took 0.2 dB of that back, for a
+# reconstructions of held-out pictures from 18.54 to 19.35 dB, and the discriminator took 0.2 dB of that back, for a
 # contrast of 1.01 times that of real pictures, where it had been 0.90.
 #
 # The modules are [`perceptual.py`](../minisd/training/perceptual.py),
@@ -493,7 +493,7 @@ panels["mean |change of a weight| / lr, lr = 0.03"] = {
 viz.curves(panels, xlabel="step", log=list(panels)[:2], width=3.4)
 
 # %% [markdown]
-# We had expected more. At three times the recipe's rate (left), the warm-up is nothing but a delay. At thirty times
+# Less than one expects. At three times the recipe's rate (left), the warm-up is nothing but a delay. At thirty times
 # (middle), both runs are unwell: the one without is slow for forty steps, the one with it is ahead, and then, at the
 # full rate, loses what it had. On another set of pictures it stayed ahead. The right panel does show the long steps: at
 # step 3 an average weight moves by half of the rate, later by a tenth or less. But this network bears them.
@@ -556,7 +556,7 @@ viz.curves(panels, xlabel="step", log=list(panels), width=4)
 # <details><summary>Answer</summary>
 #
 # No. The fifty lie close together in one valley, and differ by the jitter of single batches; their mean lies nearer to
-# its bottom. It would be a bad idea to average two networks that were trained from different seeds.
+# its bottom.
 #
 # </details>
 
@@ -606,7 +606,7 @@ viz.strip(rows, titles, labels)
 # At 3e-4 one has to look twice, and the loss tells: 0.0477 for the weights, 0.0452 for their mean. At 1e-3, the
 # recipe's first rate, the weights have turned the star pink and the purple heart nearly black; their mean has the star
 # red again, the heart bluer. The loss falls from 0.0574 to 0.0489, over nothing but an average. (Both are above the
-# 0.0433 of before: that is the price of a constant rate. The run that made `tiny` ended at a rate of 0.)
+# 0.0433 of before: the run that made `tiny` let its rate fall to 0.)
 #
 # So **with a constant rate, as in Stable Diffusion, never judge a run by its raw weights.** And know which of the two
 # is in a file: CompVis's README speaks of "EMA-only" checkpoints, and of "full" ones, which hold both.
@@ -700,9 +700,9 @@ viz.curves(panels, log=list(panels), width=4.4)
 # %% [markdown]
 # **Why does it stand still?** For three reasons, and the tables show them.
 #
-# 1. *The mean is made where little can be learned.* At $t = 0$ the loss is 0.81 after 10,000 steps, and a perfect
-#    network would not get far below (its floor, notebook 02: the noise can't be told from the picture). At $t = 999$ it
-#    is 0.009. A mean over $t$ hardly sees the right end.
+# 1. *The mean is made where little can be learned.* At $t = 0$ the loss is 0.81 after 10,000 steps. The noise there is so faint
+#    that no network tells it from the picture, unless it knows the pictures by heart (notebook 02). At $t = 999$ it is
+#    0.009. A mean over $t$ hardly sees the right end.
 # 2. *What remains is small.* From 0 to 100 steps the mean falls by 0.77, from 100 to 1,000 by 0.16, from 1,000 to
 #    10,000 by 0.04.
 # 3. *And it is buried.* Single batches of the finished model lie between 0.023 and 0.076, by the luck of their $t$.
@@ -825,7 +825,7 @@ print("of the optimiser, for each weight:", ", ".join(next(iter(optimizer_state[
 # ## Many processes
 #
 # The run of one process, and the same command started by `torchrun`, which starts two. They talk to each other, and
-# both compute on this CPU. (In smoke mode this is left out: the two processes of the last table but two must do.)
+# both compute on this CPU. (In smoke mode this is left out.)
 
 # %%
 command = [

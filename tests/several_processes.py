@@ -6,8 +6,11 @@ DDP through the command line; a loss that is no number in one process; and FSDP,
 its code for FSDP is made to run here, on CPUs.
 """
 
+import os
 import shutil
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -29,16 +32,29 @@ engine = make_engine("cpu")
 assert engine.num_processes == 2
 
 
-def complaint(call) -> None:
+def complaint(call, name: str) -> None:
     """Write down what each process has to say."""
     try:
         call()
-    except (ValueError, FloatingPointError) as error:
-        (folder / f"{call.__name__}_{engine.process_index}.txt").write_text(str(error))
+    except (ValueError, FloatingPointError, KeyboardInterrupt) as error:
+        (folder / f"{name}_{engine.process_index}.txt").write_text(str(error))
 
 
 def uneven():
     Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=7), folder / "uneven", engine)
+
+
+def ctrl_c():
+    """In one of them."""
+    trainer = Trainer(torch.nn.Linear(2, 1), Recipe(batch_size=8), folder / "stopped", engine)
+    for step in trainer.steps():
+        if step == 1 and engine.process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        for batch in trainer.batches(8):
+            trainer.backward(trainer.model(batch.randn(2)).mean())
+        trainer.update()
+        first, *others = engine.gather(trainer.ema.weights["weight"])
+        assert all(torch.equal(first, other) for other in others)
 
 
 def nan():
@@ -50,8 +66,20 @@ def nan():
         trainer.update()
 
 
-complaint(uneven)
-complaint(nan)
+def engines():
+    """That would not do what was asked for."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    for name, value in asked.items():
+        os.environ[name] = value
+        complaint(partial(make_engine, "cpu"), name)
+        del os.environ[name]
+    complaint(partial(make_engine, "cuda"), "cuda")
+
+
+complaint(uneven, "uneven")
+complaint(nan, "nan")
+complaint(ctrl_c, "ctrl_c")
+engines()
 
 if engine.is_main_process:  # go on with what one process began
     shutil.copytree(folder / "one" / "unet", folder / "fsdp")

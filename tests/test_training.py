@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, cli, load
+from minisd import PRESETS, AutoencoderKL, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -241,12 +241,16 @@ def test_a_run_that_died_before_its_first_checkpoint_logs_no_step_twice(tmp_path
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, engine):
+    program = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", program + "; print(flush=True); input()", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains in"):
+            Trainer(nn.Linear(2, 1), Recipe(), tmp_path, engine)
+        other.kill()  # -9, and yet the folder is free at once
     Trainer(nn.Linear(2, 1), Recipe(), tmp_path, engine)
-    program = f"from minisd.training.run_folder import RunFolder; RunFolder({str(tmp_path)!r}).open()"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert "another process trains in" in process.stderr
-    RunFolder(tmp_path).close()
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    refused = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert "BlockingIOError" in refused.stderr
 
 
 def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
@@ -254,8 +258,9 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
     with pytest.raises(ValueError, match="lr was 0.0001, now 0.1"):
         Trainer(nn.Linear(2, 1), replace(recipe, lr=0.1), tmp_path, engine)
-    with pytest.raises(ValueError, match="other networks"):
-        Trainer(nn.Linear(3, 1), recipe, tmp_path, engine)
+    for network, others in ((nn.Linear(3, 1), {}), (nn.Linear(2, 1), {"critic": nn.Linear(1, 1)})):
+        with pytest.raises(ValueError, match="holds a run of other networks"):
+            Trainer(network, recipe, tmp_path, engine, others)
     Trainer(nn.Linear(2, 1), replace(recipe, save_every=1), tmp_path, engine)  # how often to save may change
 
 
@@ -447,9 +452,19 @@ def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
     assert len(samples) == 4 and "5" in samples  # of the process that had it
 
 
-def test_two_processes_refuse_an_odd_batch(several):
+def test_all_processes_stop_where_one_was_asked_to(several):
+    said = [(several / f"ctrl_c_{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "stopped after step 2" in said[0]
+    assert [path.name for path in RunFolder(several / "stopped").checkpoints()] == ["checkpoint_000002.pt"]
+
+
+def test_several_processes_refuse_what_they_would_do_otherwise_than_asked(several):
     for rank in range(2):
-        assert "a batch of 7 can't be shared out evenly to 2" in (several / f"uneven_{rank}.txt").read_text()
+        said = {path.stem: path.read_text() for path in several.glob(f"*_{rank}.txt")}
+        assert "a batch of 7 can't be shared out evenly to 2" in said[f"uneven_{rank}"]
+        assert "FSDP takes GPUs" in said[f"ACCELERATE_USE_FSDP_{rank}"]
+        assert "give --accumulate 4 to minisd" in said[f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS_{rank}"]
+        assert "asked to be on cuda, and Accelerate chose cpu" in said[f"cuda_{rank}"]
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------
@@ -493,6 +508,22 @@ def test_training_learns(shapes, engine, tmp_path):
     history = losses(tmp_path / "vae")
     assert np.mean(history[-5:]) < 0.7 * np.mean(history[:5])
     assert list((tmp_path / "vae" / "samples").iterdir())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_an_autoencoder_lowers_the_power_of_the_error_that_its_recipe_says(
+    shapes, engine, tmp_path, monkeypatch, power
+):
+    seen, forward = [], AutoencoderKL.forward
+
+    def watched(self, x, **options):
+        reconstruction, posterior = forward(self, x, **options)
+        seen.append((x - reconstruction).abs())
+        return reconstruction, posterior
+
+    monkeypatch.setattr(AutoencoderKL, "forward", watched)
+    train_vae(PRESETS["tiny"].first_stage, VAERecipe(steps=1, rec_power=power, **SHORT), shapes, tmp_path, engine)
+    assert log(tmp_path)[0]["rec"] == pytest.approx((seen[0] ** power).mean().item(), rel=1e-5)
 
 
 def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):

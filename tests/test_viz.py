@@ -537,6 +537,13 @@ def test_walks_draws_each_path_from_its_ring_to_its_disc(viz):
     torch.testing.assert_close(torch.as_tensor(disc.get_xydata()[0]).float(), paths[-1, 1])
 
 
+def test_walks_leaves_no_path_outside_of_a_panel(viz):
+    far = torch.tensor([[[0.0, 0.0]], [[-7.0, 1.0]], [[0.0, 3.0]]])
+    for axes in viz.walks(torch.zeros(1, 2), {"near": far / 10, "far": far}).axes:
+        low, high = axes.get_xlim()
+        assert low < -7 and high == -low and axes.get_ylim() == (low, high)
+
+
 def test_pursuit_shows_the_curve_in_each_panel_and_noise_falling_to_the_right(viz):
     curve, steps = (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])), ([3.0, 1.0], [0.0, 0.5])
     for axes in viz.pursuit(curve, {"a": steps, "b": steps}).axes:

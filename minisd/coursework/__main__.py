@@ -50,14 +50,19 @@ def check_file(file: Annotated[Path, Positional]) -> None:
         sys.exit(1)
 
 
-def export(folder: Annotated[Path, Positional], form: Literal["plain", "nbgrader", "otter"] = "plain") -> None:
+def export(
+    folder: Annotated[Path, Positional],
+    form: Literal["plain", "nbgrader", "otter"] = "plain",
+    solutions: bool = True,
+) -> None:
     """Write notebooks with the exercises, and with their solutions.
 
     Args:
         folder: where to.
         form: "plain" (exercises/ and solutions/), or the source for nbgrader or otter.
+        solutions: in the plain form, whether to write those, too.
     """
-    for path in exporting.export(folder, form):
+    for path in exporting.export(folder, form, solutions):
         print(f"wrote {path}")
 
 

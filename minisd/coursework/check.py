@@ -17,6 +17,8 @@ class Check:
 
     def __call__(self, name: str, function: Any) -> Verdict:
         verdict = judge(find(name), function)
+        if verdict.printed:
+            print(f"--- printed on the first case:\n{verdict.printed.rstrip()}\n---")
         print(verdict.message)
         return verdict
 

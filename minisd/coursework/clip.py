@@ -59,11 +59,33 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
         "Go through the pieces with a while loop: at the pair take a step of two, else of one.",
     ),
     mistakes=[
-        ("min(pairs, key=", "max(pairs, key=",
+        ("best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))",
+         "best = max(pairs, key=lambda pair: ranks.get(pair, -1))",
          "You merge the pair with the largest rank: the smallest, which was learned first, is merged first."),
+        ("min(pairs, key=", "max(pairs, key=",
+         "You took the largest rank, and a pair that does not stand in the table has an infinite one, so that nothing"
+         " is merged: the smallest rank comes first."),
         ("best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))",
          "best = next((pair for pair in pairs if pair in ranks), pairs[0])",
          "You merge the first pair that stands in the table: the one with the smallest rank, wherever it is."),
+        ("best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))",
+         "best = min([pair for pair in pairs if pair in ranks] or pairs)",
+         "You took the pair that comes first in the alphabet: the one with the smallest rank."),
+        ("",
+         "for i in range(len(pieces) - 1):\n    if (pieces[i], pieces[i + 1]) in ranks:\n        return [*pieces[:i],"
+         " pieces[i] + pieces[i + 1], *pieces[i + 2 :]]\nreturn pieces",
+         "You merge the first pair that stands in the table, and once: the pair with the smallest rank, wherever it"
+         " occurs."),
+        ("merged.append(pieces[i] + pieces[i + 1])", 'merged.append(pieces[i] + " " + pieces[i + 1])',
+         "There is a space between the two: they are joined without one."),
+        ("return merged", "return list(best)", "You returned the pair: the whole word, with the pair merged in it."),
+        ("return merged",
+         "merged, i = [], len(pieces) - 1\nwhile i >= 0:\n    two = i > 0 and (pieces[i - 1], pieces[i]) == best\n"
+         "    merged.insert(0, pieces[i - 1] + pieces[i] if two else pieces[i])\n    i -= 2 if two else 1\nreturn"
+         " merged",
+         "You merge from right to left: from left to right, so that a a a becomes aa a."),
+        ("merged.append(pieces[i] + pieces[i + 1])", "merged.append(best)",
+         "You appended the pair, a tuple: its two pieces are joined to one string."),
         ("        i += 2\n", "        i += 2\n        merged += pieces[i:]\n        break\n",
          "You merge the pair once: every occurrence of it is merged in one step."),
         ("        i += 2\n", "        i += 1\n", "After a merge both pieces are used up: go on two further."),
@@ -77,6 +99,8 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
          "A single piece has no pairs: min() of nothing raises an error. Return it as it is."),
         ("while i < len(pieces):", "while i < len(pieces) - 1:",
          "The last piece is lost: the loop ends one too early."),
+        ("ranks.get(pair, math.inf)", "ranks.get(pair, 0)",
+         "Pairs that are not in the table get the rank 0, the best of all: give them an infinite rank."),
         ("ranks.get(pair, math.inf)", "ranks.get(pair, -1)",
          "Pairs that are not in the table come first in yours: give them an infinite rank."),
         ("return merged", 'return " ".join(merged)', "You returned a string: a list of pieces is wanted."),
@@ -148,9 +172,18 @@ def _put_pad(f):
     mistakes=[
         ("ids[: max_length - 2]", "ids[: max_length - 1]",
          "You kept one token too many: start and end take two places."),
+        ("ids[: max_length - 2]", "ids[: max_length - 3]",
+         "You cut one token too many: max_length - 2 have place between start and end."),
+        ("", "row = [start, *ids[: max_length - 2]]\nreturn row + [0] * (max_length - 1 - len(row)) + [end]",
+         "You filled up with 0, and the end token comes at the very end: it follows the last word, and then fills the"
+         " row."),
+        ("ids[: max_length - 2]", "ids[: max_length]",
+         "You cut to max_length, and start and end come on top: cut the words to max_length - 2."),
         ("ids[: max_length - 2]", "ids", "A prompt that is too long is not cut: at most max_length tokens come out."),
         ("return row + [end] * (max_length - len(row))", "return row + [0] * (max_length - len(row))",
          "You padded with 0: CLIP pads with the end token."),
+        ("return row + [end] * (max_length - len(row))", "return row + [-1] * (max_length - len(row))",
+         "You padded with -1: CLIP pads with the end token."),
         ("return row + [end] * (max_length - len(row))", "return row",
          "The padding is missing: all rows of a batch have the length max_length."),
         ("[start, *ids[: max_length - 2], end]", "ids[:max_length]", "Start and end token are missing."),
@@ -210,6 +243,13 @@ def _put_embeddings(f):
          "You multiplied: the two vectors are added."),
         ("position_table[:n]", "position_table[input_ids.clamp(max=len(position_table) - 1)]",
          "The place is looked up by the token's id: it is its index in the sentence, 0 ... n-1."),
+        ("position_table[:n]", "position_table",
+         "You added the whole table of places: the first n, as many as there are tokens."),
+        ("position_table[:n]", "position_table[input_ids % len(position_table)]",
+         "The place is looked up by the token's id (modulo the table): it is its index in the sentence, 0 ... n-1."),
+        ("position_table[:n]", "position_table[torch.arange(len(input_ids))][:, None]",
+         "The place is the number of the sentence in the batch: it is that of the token in its sentence."),
+        ("position_table[:n]", "position_table[1 : n + 1]", "Your places begin at 1: the first token has the place 0."),
         ("position_table[:n]", "position_table[0]", "Every token has the place 0."),
         ("position_table[:n]", "position_table[-n:]", "You took the last n places: the first n."),
         ("position_table[:n]", "position_table[:n].flip(0)", "The places run backwards."),
@@ -229,7 +269,9 @@ def _put_embeddings(f):
 def embed_tokens(
     input_ids: Int[Tensor, "b n"], token_table: Float[Tensor, "vocab d"], position_table: Float[Tensor, "max_length d"]
 ) -> Float[Tensor, "b n d"]:
-    """A vector for each token plus a vector for each place in the sentence."""
+    """A vector for each token plus a vector for each place in the sentence: row i of `token_table` belongs to the token
+    with the id i, row i of `position_table` to the place i. The sentence may be shorter than that table.
+    """
     # BEGIN SOLUTION
     n = input_ids.shape[1]
     return token_table[input_ids] + position_table[:n]
@@ -277,8 +319,16 @@ def _put_mask(f):
          "This is a mask of True and False: numbers are wanted, to be added to the scores, 0 or -inf."),
         ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.ones(n, n).triu(1).bool()",
          "This is a mask of True and False (True where one may not look): numbers are wanted, 0 or -inf."),
+        ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.ones(n, n).triu(1) * -math.inf",
+         "You multiplied -inf by 0, and that is NaN: fill a matrix with -inf and keep what is above the diagonal, or"
+         " use masked_fill."),
+        ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "(1 - torch.ones(n, n).tril()) * -1e3",
+         "The future is masked by a number that is not large enough: -inf."),
         ("-math.inf", "math.inf",
          "+inf in the future lets a token see nothing else: -inf, so that the softmax gives 0."),
+        ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)",
+         "torch.full((n, n), -math.inf).masked_fill(torch.ones(n, n).triu(1).bool(), 0.0)",
+         "The wrong way round, and the diagonal as well: a token sees itself and those before it."),
         ("-math.inf", "-1.0", "-1 only makes the future less likely: -inf makes it impossible."),
         ("diagonal=1", "diagonal=2", "The next token can still be seen: the mask begins right above the diagonal."),
         ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.zeros(n, n)", "Nothing is masked."),
@@ -316,6 +366,9 @@ def causal_mask(n: int) -> Float[Tensor, "n n"]:
         ("x * torch.sigmoid(1.702 * x)", "1.702 * x * torch.sigmoid(x)", "The 1.702 belongs into the sigmoid."),
         ("x * torch.sigmoid(1.702 * x)", "1.702 * x * torch.sigmoid(1.702 * x)",
          "The 1.702 belongs into the sigmoid only."),
+        ("torch.sigmoid(1.702 * x)", "torch.sigmoid(1.702 * x) ** 2", "The sigmoid comes in twice."),
+        ("torch.sigmoid(1.702 * x)", "torch.softmax(1.702 * x, dim=-1)",
+         "A softmax for a sigmoid: each number is gated for itself."),
         ("torch.sigmoid", "torch.tanh", "A tanh for a sigmoid: the gate lies between 0 and 1."),
         ("1.702 * x", "-1.702 * x", "The sign in the sigmoid is wrong: large x are let through."),
         ("1.702 * x", "x / 1.702", "You divided by 1.702: multiply."),
@@ -368,9 +421,21 @@ def _put_pooled(f):
          "You took the last place, or the last end token: the padding is made of end tokens too, and it is the"
          " first one that closes the sentence."),
         ("hidden[torch.arange(len(hidden)), place]", "hidden[:, 0]",
-         "You took the start token: with the causal mask it has seen nothing. The end token has seen all."),
+         "You took the start token: with the causal mask it has seen nothing. The end token has seen all. (Or no end"
+         " token was found, and the argmax of zeros is 0: compare with end_token.)"),
         ("hidden[torch.arange(len(hidden)), place]", "hidden.mean(dim=1)",
          "You took the mean over all tokens: the vector at the first end token."),
+        ("hidden[torch.arange(len(hidden)), place]",
+         "torch.stack([h[: k + 1].mean(dim=0) for h, k in zip(hidden, place.tolist(), strict=True)])",
+         "You took the mean up to the end token: the vector at the end token itself, which has seen the others."),
+        ("hidden[torch.arange(len(hidden)), place]",
+         "(hidden * (input_ids == end_token)[..., None]).sum(dim=1)",
+         "You added up the vectors of all end tokens: that of the first one only, the others are padding."),
+        ("hidden[torch.arange(len(hidden)), place]",
+         "(hidden * (input_ids == end_token)[..., None]).sum(dim=1) / (input_ids == end_token).sum(dim=1)[:, None]",
+         "You took the mean over all end tokens: the vector of the first one only, the others are padding."),
+        ("hidden[torch.arange(len(hidden)), place]", "hidden.sum(dim=1)",
+         "You added up all tokens: the vector at the first end token."),
         ("hidden[torch.arange(len(hidden)), place]", "hidden[:, place]",
          "hidden[:, place] takes the places of all sentences from each sentence, [b b d]: one of each is wanted,"
          " hidden[arange(b), place]."),
@@ -490,6 +555,14 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
          " (logit_scale.exp() * image @ text.T).softmax(dim=-1)\nlabels = torch.arange(len(logits))\nreturn"
          " (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
          "You took a softmax before cross_entropy, which takes logits and does it itself."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2", "F.mse_loss(image, text)",
+         "You only pull each pair together (a mean squared difference): the others have to be pushed away."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "-(logits.softmax(dim=0).diag().mean() + logits.softmax(dim=1).diag().mean()) / 2",
+         "The logarithm is missing: cross-entropy is minus the log of the softmax."),
+        ("(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "(F.cross_entropy(logits.softmax(dim=1), labels) + F.cross_entropy(logits.T.softmax(dim=1), labels)) / 2",
+         "There is a softmax before both cross-entropies, which take logits and do it themselves."),
         ("image @ text.T", "image @ image.T", "You compare pictures with pictures: pictures with texts."),
         ("image @ text.T", "text @ text.T", "You compare texts with texts: pictures with texts."),
         ("return (F", "return -(F", "The sign is wrong: cross_entropy is already the negative logarithm."),
@@ -564,6 +637,27 @@ def _put_patches(f):
          " pixels from all over the picture."),
         ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 1, 2, 3, 4, 5)",
          "You only reshaped, without bringing the axes in order: each patch is a square of the picture."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return image.reshape(b, (h // size) * (w // size), -1)",
+         "You only reshaped the picture: a token is then a piece of its rows, not a square. Split height and width"
+         " first, and bring the axes in order."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return image.permute(0, 2, 3, 1).reshape(b, (h // size) * (w // size), -1)",
+         "The channels are brought to the end and the rest is only reshaped: a token is then a piece of a row, not a"
+         " square."),
+        ("",
+         "b, c, h, w = image.shape\nsplit = image.reshape(b, c, size, h // size, size, w // size)\nreturn"
+         " split.permute(0, 3, 5, 1, 2, 4).flatten(3).flatten(1, 2)",
+         "A token holds every n-th pixel, from all over the picture: a patch is a square of neighbours, so that the"
+         " height splits into (h size), the size last."),
+        ("", "return F.unfold(image, size).transpose(1, 2)",
+         "Your patches overlap, one for each pixel: a patch begins where the one before ends, stride=size."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return split.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)",
+         "The channels are still an axis of their own, [b c n (y x)]: they belong into the token, (c y x)."),
+        ("return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)",
+         "return F.avg_pool2d(image, size).flatten(2).transpose(1, 2)",
+         "You averaged each patch: a token holds all its pixels."),
         ("permute(0, 2, 4, 1, 3, 5)", "permute(0, 3, 5, 1, 2, 4)",
          "Which patch, and which pixel in it, are exchanged."),
         (".flatten(3).flatten(1, 2)", ".flatten(3)",
@@ -577,9 +671,9 @@ def _put_patches(f):
     swap=_put_patches,
 )  # fmt: skip
 def patchify(image: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b n d"]:
-    """Cut pictures into squares of `size` pixels, one token each: row by row, and in a token channel, row, column, (c
-    y x).
+    """Cut pictures into squares of `size` x `size` pixels, and make each a token, as a vision transformer reads them.
 
+    The squares are taken row by row; the numbers of a square by channel, then row, then column: (c y x).
     h and w are multiples of size; n = h/size · w/size, d = c · size². (Dosovitskiy et al. 2021, section 3.1)
     """
     # BEGIN SOLUTION

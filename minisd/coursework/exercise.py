@@ -59,7 +59,7 @@ class Exercise:
     cases: Callable[[], dict[str, dict[str, Any]]]
     hints: tuple[str, ...]
     mistakes: tuple[Mistake, ...]
-    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | None
+    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | str
     gradients: tuple[str, ...]
     linear: tuple[str, ...]
     quantities: Callable[..., dict[str, Any]] | None
@@ -134,7 +134,7 @@ def exercise(
     cases: Callable[[], dict[str, dict[str, Any]]],
     hints: tuple[str, ...],
     mistakes: list[tuple[str, str, str]],
-    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | None = None,
+    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | str,
     gradients: tuple[str, ...] = (),
     linear: tuple[str, ...] = (),
     quantities: Callable[..., dict[str, Any]] | None = None,
@@ -150,7 +150,8 @@ def exercise(
         cases: called without arguments; what the function is tried on: a name for each case -> its arguments by name.
         hints: shown one at a time, from a nudge to nearly everything.
         mistakes: (old, new, sentence) of each `Mistake`.
-        swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there).
+        swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there). Or, where
+            minisd has no place for it, a sentence that says why.
         gradients: arguments through which gradients must flow (tensors, or modules: then their parameters).
         linear: arguments of which the result is a weighted sum. The checker finds the weights, and ...
         quantities: ... (arguments) -> numbers or [b] tensors by their symbol, to name those that are wrong.
@@ -180,9 +181,8 @@ def swap(name: str, function: Callable) -> Iterator[None]:
         ValueError: there is no such exercise, or it has no place in the pipeline.
     """
     exercise = find(name)
-    if exercise.swap is None:
-        having = ", ".join(name for name, exercise in EXERCISES.items() if exercise.swap)
-        raise ValueError(f"{name} has no place of its own in the pipeline; these have: {having}")
+    if isinstance(exercise.swap, str):
+        raise ValueError(f"{name} cannot be swapped in. {exercise.swap}")
     with ExitStack() as stack:
         for target, key, value in exercise.swap(function):
             in_a_dict = isinstance(target, dict)

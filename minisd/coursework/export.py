@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
-from .picture import ROUTES
+from .picture import caption
 
 FORMS = ("plain", "nbgrader", "otter")
 
@@ -22,8 +22,22 @@ from minisd.coursework import check, draw
 
 Layer = Callable[[Tensor], Tensor]"""
 
+OPENING = """\
+# {number} · {stage}: exercises
 
-def export(folder: str | Path, form: str = "plain") -> list[Path]:
+{count} functions, about {minutes} minutes, to go with the notebook `{number:02}_{stage}`.
+
+- Write the function in the place of the line that says so. Its types tell what comes in: `Float[Tensor, "b c h w"]` is
+  a tensor of floating-point numbers with the axes batch, channels, rows and columns; axes with the same letter are
+  equally long. What you `print` in it is shown by the check, for the first of its cases.
+- `check.NAME(NAME)` says that it is right, or names the mistake. The hints are there to be opened, one by one.
+- `draw("NAME", NAME)` lets minisd run with your function in the place of its own, and shows what comes of it. A wrong
+  function is worth a look, too; `draw("NAME")` is what it should be.
+
+Run the next cell first."""
+
+
+def export(folder: str | Path, form: str = "plain", solutions: bool = True) -> list[Path]:
     """Write a notebook for each stage, and return the paths.
 
     Args:
@@ -31,6 +45,7 @@ def export(folder: str | Path, form: str = "plain") -> list[Path]:
         form: "plain": `exercises/` for students, and `solutions/` apart from them.
             "nbgrader": `source/STAGE/STAGE.ipynb`, of which `nbgrader generate_assignment` makes the students' version.
             "otter": `STAGE/STAGE.ipynb`, of which `otter assign` makes both.
+        solutions: False leaves `solutions/` out of the plain form.
 
     Raises:
         ValueError: there is no such form.
@@ -41,7 +56,8 @@ def export(folder: str | Path, form: str = "plain") -> list[Path]:
     for number, stage in enumerate(STAGES, 1):
         name = f"{number:02}_{stage}"
         if form == "plain":
-            notebooks = {f"exercises/{name}": plain(stage), f"solutions/{name}": plain(stage, solved=True)}
+            notebooks = {f"exercises/{name}": plain(stage)}
+            notebooks |= {f"solutions/{name}": plain(stage, solved=True)} if solutions else {}
         elif form == "nbgrader":
             notebooks = {f"source/{name}/{name}": nbgrader(stage)}
         else:
@@ -66,7 +82,7 @@ def plain(stage: str, solved: bool = False) -> list[dict]:
     for exercise in of_stage(stage):
         cells += [heading(exercise), code(exercise.answer if solved else exercise.stub), hints(exercise)]
         cells.append(code(f"check.{exercise.name}({exercise.name})"))
-        cells += [swapped_in(exercise)] if draws(exercise) else []
+        cells.append(drawing(exercise))
     return cells
 
 
@@ -107,11 +123,8 @@ def otter(stage: str) -> list[dict]:
 def opening(stage: str) -> dict:
     exercises = of_stage(stage)
     minutes = sum(exercise.minutes for exercise in exercises)
-    return markdown(
-        f"# {STAGES.index(stage) + 1} · {stage}: exercises\n\n{len(exercises)} functions, about {minutes} minutes."
-        f" Write"
-        " each one, and run the check under it: it says whether the function is right, or what the mistake is."
-    )
+    number = STAGES.index(stage) + 1
+    return markdown(OPENING.format(number=number, stage=stage, count=len(exercises), minutes=minutes))
 
 
 def heading(exercise: Exercise) -> dict:
@@ -127,13 +140,9 @@ def hints(exercise: Exercise) -> dict:
     return markdown(text.strip())
 
 
-def swapped_in(exercise: Exercise) -> dict:
-    return code(f"draw({exercise.name!r}, {exercise.name})  # minisd itself, with your function in it")
-
-
-def draws(exercise: Exercise) -> bool:
-    """Whether a picture depends on it."""
-    return exercise.swap is not None and ROUTES.get(exercise.name, draws) is not None
+def drawing(exercise: Exercise) -> dict:
+    says_why = f"# {exercise.swap}\n" if isinstance(exercise.swap, str) else ""
+    return code(f'{says_why}# {caption(exercise.name)}\ndraw("{exercise.name}", {exercise.name})')
 
 
 def markdown(text: str) -> dict:
@@ -163,9 +172,9 @@ def as_notebook(cells: list[dict]) -> str:
 
 def table() -> str:
     """All exercises in a table of Markdown: docs/coursework.md has it, and a test holds it to the code."""
-    rows = ["| stage | exercise | difficulty | minutes | mistakes known | draws |", "|---|---|---|---|---|---|"]
+    rows = ["| stage | exercise | difficulty | minutes | mistakes known | swap |", "|---|---|---|---|---|---|"]
     for e in EXERCISES.values():
-        drawn = "yes" if draws(e) else "swap only" if e.swap else ""
-        cells = (f"{e.number} {e.stage}", f"`{e.name}`", "★" * e.difficulty, e.minutes, len(e.mistakes), drawn)
+        swapped = "yes" if callable(e.swap) else ""
+        cells = (f"{e.number} {e.stage}", f"`{e.name}`", "★" * e.difficulty, e.minutes, len(e.mistakes), swapped)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)

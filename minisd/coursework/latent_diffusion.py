@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from .. import drawing, sampling
@@ -103,7 +103,9 @@ def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: flo
     mistakes=[
         ("min(", "max(", "You took the larger of the two: the decay warms up from small values to `decay`."),
         ("min(decay, (1 + num_updates) / (10 + num_updates))", "decay",
-         "The warm-up is missing: the random start would be remembered for thousands of steps."),
+         "Yours is `decay` from the start: the warm-up (1 + n) / (10 + n) is missing, upside down or without its"
+         " parentheses, so that it is never the smaller of the two. The random start would be remembered for"
+         " thousands of steps."),
         ("min(decay, (1 + num_updates) / (10 + num_updates))", "(1 + num_updates) / (10 + num_updates)",
          "The bound is missing: it never exceeds `decay`."),
         ("(1 + num_updates) / (10 + num_updates)", "num_updates / (10 + num_updates)",
@@ -172,6 +174,10 @@ def _put_encoding(f):
         ("torch.exp(0.5 * logvar)", "torch.exp(logvar)",
          "exp(logvar) is the variance: the standard deviation is exp(logvar / 2)."),
         ("torch.exp(0.5 * logvar)", "logvar", "You took the log variance for the standard deviation: exp(logvar / 2)."),
+        ("scale_factor * (mean + std * noise)", "scale_factor * (scale_factor * mean + std * noise)",
+         "The mean is scaled twice."),
+        ("scale_factor * (mean + std * noise)", "scale_factor * (mean + scale_factor * std * noise)",
+         "The noise is scaled twice."),
         ("std * noise", "noise", "The noise is not scaled by the standard deviation."),
         ("mean + std", "mean - std", "The noise is subtracted: it is added."),
         ("scale_factor * (mean", "scale_factor**2 * (mean", "The scale factor comes in twice."),
@@ -206,7 +212,7 @@ class ToyDecoder(torch.nn.Module):
     """Not linear, so that it makes a difference whether one scales before or behind it."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.tanh(z[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2) + 0.3 * z[:, 3:].mean())
+        return 1.5 * torch.tanh(z[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2) + 0.3 * z[:, 3:].mean())
 
 
 def _put_decoding(f):
@@ -235,6 +241,8 @@ def _put_decoding(f):
         ("decode(z / scale_factor)", "decode(z) * scale_factor",
          "You scaled the picture: the latent is divided by the factor, before it is decoded."),
         ("z / scale_factor", "z / 0.18215", "You wrote down 0.18215: the factor comes with the argument."),
+        ("decode(z / scale_factor)", "decode(z / scale_factor).clamp(-1, 1)",
+         "You clamped to [-1, 1]: the picture is returned as it is, and clamped when it is shown."),
         ("decode(z / scale_factor)", "decode(z / scale_factor).clamp(0, 1)",
          "You clamped to [0, 1]: pictures are in about [-1, 1], and are clamped when they are shown."),
         ("decode(z / scale_factor)", "(decode(z / scale_factor) + 1) / 2",
@@ -283,8 +291,20 @@ def _put_uint8(f):
         ("(x.clamp(-1, 1) + 1) * 127.5", "x.clamp(0, 1) * 255",
          "You took the picture to be in [0, 1]: it is in [-1, 1]."),
         ("* 127.5", "* 128", "1 becomes 256 in yours, which is 0 in a byte: (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "(x * 128 + 128).round().clamp(0, 255)",
+         "You stretched to 256 steps, x · 128 + 128: from 0 to 255 it is (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "(x * 127 + 128).round().clamp(0, 255)",
+         "x · 127 + 128 does not begin at 0: it is (x + 1) · 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "((x.clamp(-1, 1) * 0.5 + 0.5).round() * 255)",
+         "You rounded too early, to 0 or 1: first to [0, 255], then round."),
         ("* 127.5", "* 127", "White becomes 254: (x + 1) · 127.5."),
         ("* 127.5", "* 255", "(x + 1) goes from 0 to 2: multiply by 127.5."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "((x.clamp(-1, 1) + 1) * 128).floor().clamp(max=255)",
+         "You cut [-1, 1] into 256 equal parts, (x + 1) · 128 cut off: it is (x + 1) · 127.5, rounded."),
+        (".round()", ".ceil()", "You rounded up: to the nearest."),
+        ("((x.clamp(-1, 1) + 1) * 127.5).round()", "((x.clamp(-1, 1) + 1) / 2)",
+         "You mapped to [0, 1], and a byte of that is 0 or 1: multiply by 255 and round."),
+        (".to(torch.uint8)", ".long()", "These are integers, but not bytes: torch.uint8 is wanted."),
         (".to(torch.uint8)", "", "It is still float: bytes are wanted, torch.uint8."),
         (".to(torch.uint8)", ".to(torch.int8)", "int8 goes from -128 to 127: torch.uint8."),
         ("(x.clamp(-1, 1) + 1) * 127.5", "(x - x.min()) / (x.max() - x.min()) * 255",
@@ -338,10 +358,33 @@ def _put_noise(f):
          "torch.randn(len(seeds), *shape, generator=torch.Generator().manual_seed(seeds[0]))",
          "One generator draws for the whole batch: picture k then depends on how many are drawn beside it. A"
          " generator for each seed."),
+        ("return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])",
+         "g = torch.Generator().manual_seed(seeds[0])\nreturn torch.stack([torch.randn(shape, generator=g) for _ in"
+         " seeds])",
+         "One generator, seeded with the first seed, draws all pictures one after the other: what the second is then"
+         " depends on the first. A generator for each seed."),
+        ("return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])",
+         "g = torch.Generator().manual_seed(seeds[-1])\nreturn torch.stack([torch.randn(shape, generator=g) for _ in"
+         " seeds])",
+         "One generator, seeded with the last seed, draws all pictures: a generator for each seed."),
+        ("torch.randn(shape, generator=torch.Generator().manual_seed(seed))",
+         "torch.from_numpy(np.random.RandomState(seed).randn(*shape)).float()",
+         "NumPy's generator draws other numbers from the same seed: torch.randn with a torch.Generator."),
+        ("torch.randn(shape, generator=torch.Generator().manual_seed(seed))",
+         "torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()",
+         "NumPy's default_rng draws other numbers from the same seed: torch.randn with a torch.Generator."),
         ("torch.randn(shape,", "torch.rand(shape,",
          "torch.rand draws evenly from [0, 1]: the noise is normal, torch.randn."),
         ("torch.stack(", "torch.cat(", "torch.cat joins the channels: torch.stack makes the axis of the batch."),
         ("manual_seed(seed)", "manual_seed(seeds[0])", "Every picture has the first seed, and the same noise."),
+        ("return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])",
+         "return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k, seed in"
+         " enumerate(seeds)])",
+         "You added the place in the batch to the seed: picture k is drawn from seeds[k] itself."),
+        ("return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])",
+         "return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seeds[0] + k)) for k in"
+         " range(len(seeds))])",
+         "You counted on from the first seed: picture k is drawn from seeds[k]."),
         ("manual_seed(seed)", "manual_seed(seed + 1)", "Your seeds are one too large."),
         ("return torch.stack(", "return 0.18215 * torch.stack(", "The noise is scaled: x_T has the variance 1."),
         ("torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]",
@@ -370,7 +413,7 @@ class ToyEps(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if not isinstance(t, Tensor) or t.shape != x.shape[:1] or t.is_floating_point():
-            got = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            got = f"{list(t.shape)} of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"t must be a tensor of integers, one for each picture, [{len(x)}], not {got}")
         return torch.tanh(x) * (0.5 + 0.05 * t.view(-1, 1, 1, 1))
 
@@ -433,6 +476,20 @@ def _put_loop(f):
         ("(1 - a_next).sqrt() * eps", "(1 - a_next) * eps",
          "The noise is put back with the factor √(1-ᾱ): the root is missing."),
         ("(1 - a_next).sqrt() * eps", "0 * eps", "The noise is not put back: x_0 alone is no x_t."),
+        ("x = x_T\nfor t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):",
+         "x = x_T\nfor t, t_next in zip(timesteps[:1], [*timesteps[1:], 0], strict=False):",
+         "Only the first step is taken: is there a `return` inside of the loop?"),
+        ("torch.full((len(x),), t)", "torch.full((len(x),), timesteps.index(t))",
+         "The model is told the number of the step, 0, 1, 2, ...: it is told the timestep itself."),
+        ("(1 - a_next).sqrt() * eps", "(1 - a_next).sqrt() * torch.randn_like(x)",
+         "You put fresh noise back: with η = 0 it is the model's ε, and nothing is random."),
+        ("for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):",
+         "for t, t_next in zip(range(timesteps[0], 0, -1), range(timesteps[0] - 1, -1, -1), strict=True):",
+         "You went through every t: only through those of the list."),
+        ("(x - (1 - a_t).sqrt() * eps) / a_t.sqrt()", "((x - (1 - a_t).sqrt() * eps) / a_t.sqrt()).clamp(-1, 1)",
+         "You clamped x_0 to [-1, 1]: that suits pixels, but these are latents."),
+        ("alphas_cumprod[t_next]", "alphas_cumprod[timesteps.index(t)]",
+         "ᾱ is read at the number of the step, 0, 1, 2, ...: it is read at the next timestep."),
         ("zip(timesteps, ", "zip(timesteps[::-1], ",
          "You go through the timesteps backwards: they fall already, from much noise to little."),
         ("torch.full((len(x),), t)", "torch.full((len(x),), t_next)",
@@ -518,6 +575,20 @@ def _put_training_step(f):
          "Only the mean is scaled: the whole sample is."),
         ("std * encoder_noise", "std * noise",
          "The same noise is used twice, in the encoder's sample and in x_t: the first is encoder_noise."),
+        ("",
+         "z = mean + std * encoder_noise\nalpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)\nz_t = scale_factor *"
+         " (alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise)\ncontext = torch.where(drop[:, None, None],"
+         " empty_context, context)\nreturn (noise - model(z_t, t, context)).square().mean()",
+         "You scaled z_t, and the noise with it: z is scaled, before it is noised."),
+        ("std * encoder_noise", "torch.exp(0.5 * std) * encoder_noise",
+         "You took std for a log variance: it is the standard deviation already."),
+        ("std * encoder_noise", "std**2 * encoder_noise", "You multiplied by the variance: by std as it is."),
+        ("std * encoder_noise", "encoder_noise", "The encoder's noise is not scaled by std."),
+        ("",
+         "z = scale_factor * (mean + std * encoder_noise)\nalpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)\nz_t ="
+         " alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise\nreturn (noise[~drop] - model(z_t[~drop], t[~drop],"
+         " context[~drop])).square().mean()",
+         "You left the samples out whose caption is dropped: they stay in the batch, with the empty context."),
         ("* z + (1 - alpha_bar).sqrt() * noise", "* z + (1 - alpha_bar).sqrt() * encoder_noise",
          "x_t is made with the encoder's noise, but the model is asked for `noise`."),
         ("return (noise - prediction)", "return (encoder_noise - prediction)",
@@ -555,16 +626,16 @@ def training_loss(
     scale_factor: float,
     context: Float[Tensor, "b n d"],
     empty_context: Float[Tensor, "1 n d"],
-    drop: Tensor,
+    drop: Bool[Tensor, "b"],
     t: Int[Tensor, "b"],
     noise: Float[Tensor, "b c h w"],
     alphas_cumprod: Float[Tensor, "T"],
 ) -> Float[Tensor, ""]:
     """The loss of one training step of latent diffusion, from what the encoders said to one number.
 
-    Draw z from N(mean, std²) with encoder_noise, and scale it; noise it to t; replace the context where `drop` [b]
-    (bool) is set by the empty one; ask model(z_t, t, context) for the noise; return the mean squared error, through
-    which gradients flow.
+    Draw z from N(mean, std²) with encoder_noise, and scale it; noise it to t; replace the context where `drop` is set
+    by the empty one; ask model(z_t, t, context) for the noise; return the mean squared error, through which gradients
+    flow.
     """
     # BEGIN SOLUTION
     z = scale_factor * (mean + std * encoder_noise)

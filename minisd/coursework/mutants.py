@@ -86,15 +86,15 @@ def _changes(node: ast.expr, names: set[str]) -> Iterator[tuple[str, str]]:
             a, b, sign = ast.unparse(left), ast.unparse(right), OPERATORS.get(type(op))
             a, b = (f"({x})" if isinstance(n, ast.BinOp) else x for x, n in ((a, left), (b, right)))
             if sign in ("+", "-"):
-                yield f"{a} {'-' if sign == '+' else '+'} {b}", f"a sign is wrong: it is `{a} {sign} {b}`"
-                yield f"{a} * {b}", f"in `{text}` one {'adds' if sign == '+' else 'subtracts'}: it is multiplied"
+                opposite = f"{a} {'-' if sign == '+' else '+'} {b}"
+                yield opposite, f"a sign is wrong: it is `{a} {sign} {b}`, not `{opposite}`"
+                yield f"{a} * {b}", f"it is `{text}`, not `{a} * {b}`"
                 yield a, f"a term is missing: `{sign} {b}`"
                 yield (b if sign == "+" else f"-{b}"), f"a term is missing: `{a}`, in `{text}`"
             if sign in ("*", "/"):
                 other = "/" if sign == "*" else "*"
-                said = "multiplied, not divided" if sign == "*" else "divided, not multiplied"
-                yield f"{a} {other} {b}", f"in `{text}` one {'multiplies' if sign == '*' else 'divides'}: it is {said}"
-                yield f"{a} + {b}", f"in `{text}` one {'multiplies' if sign == '*' else 'divides'}: it is added"
+                yield f"{a} {other} {b}", f"it is `{text}`, not `{a} {other} {b}`"
+                yield f"{a} + {b}", f"it is `{text}`, not `{a} + {b}`"
                 yield a, f"the {'factor' if sign == '*' else 'divisor'} `{b}` is missing behind `{a}`"
                 yield (b if sign == "*" else f"1 / {b}"), f"`{a}` is missing in `{text}`"
             if sign in ("-", "/", "//", "**", "@"):
@@ -123,6 +123,10 @@ def _changes(node: ast.expr, names: set[str]) -> Iterator[tuple[str, str]]:
                         kept = [*keywords[:i], ast.keyword(keyword.arg, ast.Constant(dim)), *keywords[i + 1 :]]
                         new = ast.unparse(ast.Call(function, arguments, kept))
                         yield new, f"`{name}` runs along the wrong axis: {dim} in place of {ast.unparse(keyword.value)}"
+            if name == "transpose":
+                for i, j in itertools.combinations(range(4), 2):
+                    new = f"{inner}.transpose({i}, {j})"
+                    yield new, f"the axes {i} and {j} are exchanged: it is `{text}`"
             if len(arguments) > 1 and not any(isinstance(a, ast.Starred) for a in arguments):
                 for i, j in itertools.combinations(range(len(arguments)), 2):
                     order = list(arguments)
@@ -159,6 +163,10 @@ def _changes(node: ast.expr, names: set[str]) -> Iterator[tuple[str, str]]:
             new = f"{ast.unparse(b)}, {ast.unparse(a)}"
             brackets = "[{}]" if isinstance(node, ast.List) else "({})"
             yield brackets.format(new), f"`{ast.unparse(a)}` and `{ast.unparse(b)}` are in the wrong order"
+        case ast.Subscript(value=ast.Attribute(attr="shape") as shape, ctx=ast.Load()):
+            for axis in (0, 1, 2, 3, -1, -2, -3, -4):
+                new = f"{ast.unparse(shape)}[{axis}]"
+                yield new, f"the wrong size: `{new}` stands where `{text}` belongs"
         case ast.Subscript(value=value, slice=index, ctx=ast.Load()):
             if isinstance(index, ast.Name):
                 at, i = ast.unparse(value), index.id

@@ -74,10 +74,20 @@ NOT_RESHAPED = (
     "The coefficients have the shape [b], and [b] times [b c h w] multiplies the columns of a picture, not the"
     " pictures: reshape them to [b 1 1 1]. (With as many pictures as columns it goes wrong without an error.)",
 )
+ON_CHANNELS = (
+    ".reshape(-1, 1, 1, 1)",
+    ".reshape(1, -1, 1, 1)",
+    "The coefficients have the shape [1 b 1 1] and multiply the channels: the batch comes first, [b 1 1 1].",
+)
 FIRST_T = (
     "[t]",
     "[t[:1]]",
     "You use the first timestep for the whole batch, but each picture has its own t.",
+)
+MEAN_T = (
+    "[t]",
+    "[t].mean().expand(len(t))",
+    "You took the mean over the batch, one coefficient for all: each picture has its own t.",
 )
 T_EARLY = (
     "[t]",
@@ -124,10 +134,23 @@ T_LATE = (
         ("beta_start**0.5, beta_end**0.5", "beta_end**0.5, beta_start**0.5",
          "Your schedule runs backwards: β grows with t, since a step's noise should be small where the picture is"
          " still clear."),
+        ("", "return torch.linspace(beta_start, beta_end, timesteps)**0.5",
+         "You took the root of a linear schedule: first the roots of the ends, then linearly, then the square."),
+        ("roots**2", "roots * 2", "You doubled the roots: square them."),
         ("roots**2", "1 - roots**2", "You returned α = 1 - β; wanted is β, the variance of the noise of each step."),
         ("", "return torch.logspace(math.log10(beta_start), math.log10(beta_end), timesteps)",
          "Your β grow by the same factor each step; in this schedule it is √β that grows by the same amount."),
         ("timesteps)", "1000)", "You wrote down 1000 timesteps: the number comes with the argument `timesteps`."),
+        ("", "return beta_start + (beta_end - beta_start) * torch.linspace(0, 1, timesteps)**2",
+         "You squared the time, and β grows from β_start by its square: it is √β that grows linearly."),
+        ("",
+         "s = 0.008\nangles = (torch.linspace(0, 1, timesteps + 1) + s) / (1 + s) * math.pi / 2\nbar = angles.cos()"
+         " ** 2"
+         "\nreturn (1 - bar[1:] / bar[:-1]).clamp(0, 0.999)",
+         "This is the cosine schedule (Nichol & Dhariwal 2021): in Stable Diffusion √β grows linearly from √beta_start"
+         " to √beta_end."),
+        ("", "return torch.sigmoid(torch.linspace(-6, 6, timesteps)) * (beta_end - beta_start) + beta_start",
+         "This is a sigmoid schedule: in Stable Diffusion √β grows linearly."),
         ("", "return torch.linspace(beta_start**0.5, beta_end**0.5, timesteps)**0.5",
          "You took a root where a square belongs: √β grows linearly, β is its square."),
         ("", "return torch.linspace(beta_start**2, beta_end**2, timesteps)**0.5",
@@ -188,6 +211,8 @@ def _put_alphas_cumprod(f):
          "You returned 1 - ᾱ, the variance of the noise; wanted is ᾱ, what is left of the picture's."),
         ("torch.cumprod(1 - betas, dim=0)", "torch.cumprod(1 - betas, dim=0).sqrt()",
          "You returned √ᾱ, which multiplies the picture; ᾱ is its variance, without the root."),
+        ("torch.cumprod(1 - betas, dim=0)", "torch.prod(1 - betas)",
+         "You returned one number, the product of all α: ᾱ_t is wanted for each t, by the running product, cumprod."),
         ("torch.cumprod(1 - betas, dim=0)", "1 - betas",
          "You returned α, of one step each; ᾱ_t is the product of all up to t."),
         ("torch.cumprod(1 - betas, dim=0)", "torch.cumprod(1 - betas.flip(0), dim=0).flip(0)",
@@ -198,6 +223,12 @@ def _put_alphas_cumprod(f):
          "exp(-Σβ) is what the product becomes for very small β: the exact form is the product of all 1 - β."),
         ("torch.cumprod(1 - betas, dim=0)", "(1 - betas) ** torch.arange(1, len(betas) + 1)",
          "You took a power of the last α: the α differ from step to step, so it is their product."),
+        ("1 - betas", "1 - torch.cat([betas[:1], betas[:-1]])",
+         "Each factor after the first is that of the step before, so that α_0 comes twice: ᾱ_t ends with α_t itself."),
+        ("torch.cumprod(1 - betas, dim=0)", "torch.cat([torch.ones(1), torch.cumprod(1 - betas, dim=0)])",
+         "There is a 1 too many at the beginning: there are T entries, and ᾱ_0 = α_0."),
+        ("1 - betas", "torch.cat([betas[:1], 1 - betas[1:]])",
+         "Your product begins with β_0: the first factor is α_0 = 1 - β_0, like the others."),
         ("1 - betas", "1 + betas", "α is 1 - β, not 1 + β: the picture shrinks with each step."),
     ],
     swap=_put_alphas_cumprod,
@@ -207,6 +238,27 @@ def alphas_cumprod(betas: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     # BEGIN SOLUTION
     return torch.cumprod(1 - betas, dim=0)
     # END SOLUTION
+
+
+def _put_all_steps(f):
+    """x_t by all the steps that lead there. Their noises are drawn so that together they are just `noise`."""
+
+    def q_sample(self, x_0, t, noise):
+        s = torch.arange(int(t.max()) + 1)  # the steps
+        bar_t, bar = self.alphas_cumprod[t.cpu(), None], self.alphas_cumprod[s]
+        # what is left at t of the noise of step s: √(β_s ᾱ_t/ᾱ_s), as a part of √(1-ᾱ_t); the squares of the parts
+        # add up to 1, so that moving each noise by its part of what their sum lacks leaves them N(0, I), given that sum
+        part = (self.betas[s] * bar_t / bar / (1 - bar_t)).sqrt() * (s <= t.cpu()[:, None])  # [b s]
+        part = part.T.reshape(*part.T.shape, *[1] * (x_0.ndim - 1)).to(x_0)  # [s b 1 1 1]
+        noises = torch.randn(len(s), *x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
+        noises = noises + part * (noise - (part * noises).sum(dim=0))
+        x = x_0
+        for i in range(len(s)):
+            stepped = f(x, torch.full_like(t, i), noises[i], self.betas.to(x.device)).to(x)
+            x = torch.where((i <= t).reshape(-1, *[1] * (x.ndim - 1)), stepped, x)
+        return x
+
+    return [(NoiseSchedule, "q_sample", q_sample)]
 
 
 @exercise(
@@ -219,7 +271,7 @@ def alphas_cumprod(betas: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
         "x_t = √(1-β_t) x_{t-1} + √β_t ε, with β_t reshaped to [b 1 1 1].",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, MEAN_T,
         ("(1 - beta).sqrt() * x", "x",
          "You only add noise, and the variance grows with each step. x has to shrink by √(1-β_t): that is what"
          " preserves the variance."),
@@ -242,6 +294,7 @@ def alphas_cumprod(betas: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     linear=("x", "noise"),
     quantities=lambda t, betas, **_: {"β_t": betas[t], "ᾱ_t": torch.cumprod(1 - betas, 0)[t],
                                       "β_{t-1}": betas[(t - 1).clamp(min=0)]},
+    swap=_put_all_steps,
 )  # fmt: skip
 def q_step(
     x: Float[Tensor, "b c h w"], t: Int[Tensor, "b"], noise: Float[Tensor, "b c h w"], betas: Float[Tensor, "T"]
@@ -268,7 +321,7 @@ def q_step(
         "x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, MEAN_T, T_EARLY, T_LATE,
         ("alpha_bar.sqrt() * x_0", "alpha_bar * x_0",
          "You multiplied x_0 by ᾱ_t, not by its root: the variance is then ᾱ_t² + (1-ᾱ_t), which is less than 1, while"
          " √ᾱ_t squared gives ᾱ_t + (1-ᾱ_t) = 1."),
@@ -294,6 +347,13 @@ def q_step(
          "You used α_t of the single step. To come from x_0 to x_t at once takes the product of all of them, ᾱ_t."),
         ("(1 - alpha_bar).sqrt() * noise", "(1 - alpha_bar**2).sqrt() * noise",
          "The noise's factor is √(1-ᾱ_t²): 1 minus ᾱ_t itself, which is already the square of the picture's factor."),
+        ("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
+         "p, q = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()\nreturn (p * x_0 + q * noise) / (p + q)",
+         "You divided by the sum of the two factors: it is their squares that sum to 1, and nothing is divided."),
+        ("alpha_bar.sqrt() * x_0", "alpha_bar.sqrt() * (2 * x_0 - 1)",
+         "You mapped x_0 from [0, 1] to [-1, 1]: it comes as it is to be used."),
+        ("* noise", "* (noise - noise.mean()) / noise.std()",
+         "You normalised the noise, to a mean of 0 and a deviation of 1: it is used as it is."),
         ("alphas_cumprod[t]", "alphas_cumprod.cumprod(0)[t]",
          "You took the running product once more: alphas_cumprod holds ᾱ already, the product of all α."),
         ("alphas_cumprod[t]", "alphas_cumprod.flip(0)[t]",
@@ -335,7 +395,7 @@ def q_sample(
         "x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, MEAN_T, T_EARLY, T_LATE,
         ("x_t - (1", "x_t + (1", "You added the noise once more; to get rid of it, subtract it."),
         ("/ alpha_bar.sqrt()", "* alpha_bar.sqrt()",
          "You multiplied by √ᾱ_t: forwards the picture was multiplied by it, so on the way back it is divided."),
@@ -411,7 +471,7 @@ def _everywhere_x0(f):
         "v = √ᾱ_t ε - √(1-ᾱ_t) x_0",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, MEAN_T, T_EARLY, T_LATE,
         ("alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0",
          "alpha_bar.sqrt() * x_0 - (1 - alpha_bar).sqrt() * noise",
          "Picture and noise are exchanged: v is √ᾱ_t times the noise minus √(1-ᾱ_t) times the picture, nearly ε at"
@@ -419,6 +479,8 @@ def _everywhere_x0(f):
         ("alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0",
          "(1 - alpha_bar).sqrt() * x_0 - alpha_bar.sqrt() * noise",
          "The sign of the whole is wrong: v = √ᾱ_t ε - √(1-ᾱ_t) x_0, not the other way round."),
+        ("* x_0", "* (alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise)",
+         "You took x_t in the place of x_0: v is made of the clean picture and the noise."),
         ("noise - (1", "noise + (1", "A plus for a minus: v is orthogonal to x_t, the derivative of cos is -sin."),
         ("alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0",
          "alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
@@ -467,7 +529,7 @@ def get_v(
         "x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v",
     ),
     mistakes=[
-        NOT_RESHAPED, FIRST_T, T_EARLY, T_LATE,
+        NOT_RESHAPED, ON_CHANNELS, FIRST_T, MEAN_T, T_EARLY, T_LATE,
         ("x_t - (1", "x_t + (1", "A plus for a minus: put x_t and v in, and see which sign makes ε fall out."),
         ("alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v", "(1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v",
          "This is the noise ε, which also follows from x_t and v. Wanted is the picture: √ᾱ_t x_t - √(1-ᾱ_t) v."),
@@ -763,10 +825,23 @@ def _put_posterior_variance(f):
         ("torch.softmax(-squared / (2 * (1 - alpha_bar[..., 0])), dim=1)",
          "torch.exp(-squared / (2 * (1 - alpha_bar[..., 0])))",
          "The weights are not normalised: divide them by their sum over the data, as a softmax does."),
-        ("softmax(", "sigmoid(", "The weights have to sum to 1 over the data: that is a softmax, not a sigmoid."),
+        ("torch.softmax(-squared / (2 * (1 - alpha_bar[..., 0])), dim=1)",
+         "torch.sigmoid(-squared / (2 * (1 - alpha_bar[..., 0])))",
+         "The weights have to sum to 1 over the data: that is a softmax, not a sigmoid."),
+        ("return weights @ data", "return weights",
+         "You returned the weights: multiply them with the data, and add up."),
+        ("return weights @ data", "return data.mean(dim=0).expand(len(x), -1)",
+         "Every point has the same weight in yours: those near x weigh more."),
+        ("(x[:, None] - alpha_bar.sqrt() * data)", "(alpha_bar.sqrt() * x[:, None] - data)",
+         "You shrank x by √ᾱ_t: it is the data point that is shrunk, √ᾱ_t x_i, since x is noisy already."),
         ("return weights @ data", "return data[weights.argmax(dim=1)]",
          "You returned the most probable point. The best guess in the mean square is the average of all, by their"
          " weights."),
+        ("return weights @ data", "return (weights[..., None] * alpha_bar.sqrt() * data).sum(dim=1)",
+         "You averaged √ᾱ_t x_i: the average is of the x_i themselves."),
+        ("(x[:, None] - alpha_bar.sqrt() * data)", "(x[:, None] / alpha_bar.sqrt() - data)",
+         "You divided x by √ᾱ_t, and its noise with it: the variance is then (1-ᾱ_t) / ᾱ_t. Or compare x with √ᾱ_t"
+         " x_i."),
         ("return weights @ data", "return weights @ (alpha_bar[:, 0].mean().sqrt() * data)",
          "The average is of the x_i themselves, not of the shrunken ones."),
     ],

@@ -1,22 +1,36 @@
-"""draw("q_sample", my_q_sample): the real pipeline draws a picture with a student's function in it."""
+"""draw("q_sample", my_q_sample): minisd draws a picture with a student's function in it.
+
+Each function takes part in something else. Where it takes part in the drawing, the picture shows just that; where it
+takes part in training, a shipped network is trained on for a few steps first, with the student's function.
+"""
 
 import copy
+import io
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import load
-from ..data import shape_corpus
+from ..checkpoint import load, load_clip
+from ..data import CaptionedPictures, sample, shape_corpus
+from ..data.sample_pictures import SAMPLE
 from ..latent_diffusion import Cond, LatentDiffusion
 from ..loss import LOSSES
 from ..noising import ExactDenoiser
 from ..sampling import SAMPLERS, make_timesteps, randn
+from ..training import clip as training_clip
 from ..training import trainer
 from ..training import unet as training_unet
-from ..viz import sheet, to_pil
+from ..training import vae as training_vae
+from ..training.engine import SingleDevice
+from ..viz import curves, matrices, sheet, to_pil
+from ..vq import VectorQuantizer
 from .exercise import find, swap
 
 
@@ -27,67 +41,176 @@ def draw(
     model: str = "emoji",
     steps: int = 10,
     seed: int = 0,
-) -> Image.Image:
+) -> Image.Image | None:
     """What minisd draws with `function` in the place of its own; None: with its own, to compare.
 
-    Where a function takes part in the drawing, the picture on the left is drawn from noise, and that on the right from
-    the left one, noised half way. Where it takes part in training, the UNet is trained for a few steps before.
+    Args:
+        name: of an exercise.
+        prompt, model, steps, seed: as for `minisd.load(model).txt2img(...)`. Where a network is trained on first,
+            `steps` is the number of steps of that, too.
+
+    Returns:
+        A picture; `caption(name)` says what it shows. None, and a sentence is printed, if the function leads to none.
 
     Raises:
-        ValueError: there is no such exercise, or no picture depends on it.
+        ValueError: there is no such exercise.
     """
     exercise = find(name)
-    route = ROUTES.get(name, _drawn)
-    if exercise.swap is None or route is None:
-        raise ValueError(f"no picture depends on {name}")
-    sampler = "ddim"
-    if function is None:
-        function = exercise.compile()
-        places = exercise.swap(function)
-        sampler = next((key for target, key, _ in places if target is SAMPLERS), sampler)
-        return route(load(model, "cpu"), prompt, sampler, steps, seed)
-    sampler = next((key for target, key, _ in exercise.swap(function) if target is SAMPLERS), sampler)
-    with swap(name, function):
-        return route(load(model, "cpu"), prompt, sampler, steps, seed)
+    solution = exercise.compile()
+    has_a_place = callable(exercise.swap)
+    places = exercise.swap(function or solution) if has_a_place else []
+    sampler = next((key for target, key, _ in places if target is SAMPLERS), "ddim")
+    try:
+        with swap(name, function) if function and has_a_place else nullcontext():
+            order = Order(load(model, "cpu"), function or solution, prompt, sampler, steps, seed)
+            return ROUTES.get(name, _drawn)(order)
+    except NotImplementedError:
+        print(f"{name} is not written yet: there is nothing to draw with.")
+    except Exception as error:  # whatever a wrong function leads to
+        if function is None:
+            raise
+        what = (str(error).splitlines() or ["without a message"])[0]
+        print(f"With this {name} minisd comes to no picture: {type(error).__name__}, {what}")
+    return None
 
 
-def _drawn(sd: LatentDiffusion, prompt: str, sampler: str, steps: int, seed: int) -> Image.Image:
-    """From noise, and from that picture again."""
-    out = sd.txt2img(prompt, steps=steps, guidance_scale=3.0, sampler=sampler, seed=seed)
-    return sheet([*out.images, *to_pil(again(sd, out.pictures, prompt, sampler, steps, seed))], scale=4)
+def caption(name: str) -> str:
+    """What the picture of `draw(name)` shows, in a sentence."""
+    return ROUTES.get(name, _drawn).__doc__
+
+
+@dataclass
+class Order:
+    """What is to be drawn, and with what."""
+
+    sd: LatentDiffusion
+    function: Callable  # the student's, or the solution; in minisd itself it stands already, where it has a place there
+    prompt: str
+    sampler: str
+    steps: int
+    seed: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    @property
+    def options(self) -> dict:
+        """For txt2img and its sisters."""
+        return {"steps": self.steps, "sampler": self.sampler, "seed": self.seed, "guidance_scale": 3.0}
+
+    def shapes(self) -> tuple[Float[Tensor, "16 3 h w"], list[str]]:
+        """Coloured shapes in [-1, 1], and their captions."""
+        pixels, captions = shape_corpus(16, self.sd.config.image_size, self.seed)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
+
+    def cat(self) -> Float[Tensor, "1 3 h w"]:
+        """A picture that nobody asked for."""
+        data = sample(self.sd.config.image_size)
+        return data.batch([data.captions.index("cat face, noto style")])
+
+
+# --- where it takes part in the drawing -------------------------------------------------------------------------------
+
+
+def _drawn(order: Order) -> Image.Image:
+    """Left: drawn from noise. Right: that picture noised half way, and drawn from there."""
+    out = order.sd.txt2img(order.prompt, **order.options)
+    return sheet([*out.images, *to_pil(_again(order, out.pictures))], scale=4)
 
 
 @torch.no_grad()
-def again(sd: LatentDiffusion, pictures: Tensor, prompt: str, sampler: str, steps: int, seed: int) -> Tensor:
-    """A picture into the latent space, noised half way, and drawn from there."""
-    generator = torch.Generator().manual_seed(seed)
-    posterior = sd.encode_first_stage(pictures.clamp(-1, 1))
-    z = sd.get_first_stage_encoding(posterior, generator)
-    left = make_timesteps(steps, sd.schedule.timesteps)[steps // 2 :]
+def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Into the latent space, noised half way, and drawn from there, by the calls that have a name in CompVis."""
+    sd, generator = order.sd, order.generator
+    z = sd.get_first_stage_encoding(sd.encode_first_stage(pictures.clamp(-1, 1)), generator)
+    left = make_timesteps(order.steps, sd.schedule.timesteps)[order.steps // 2 :]
     z_t = sd.q_sample(z, torch.full((len(z),), left[0]), randn(z.shape, generator))
-    context = sd.get_learned_conditioning([prompt] * len(z))
+    context = sd.get_learned_conditioning([order.prompt] * len(z))
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
         return sd._predict_noise(x, t, context)
 
-    last = list(SAMPLERS[sampler](eps_model, z_t, sd.schedule, steps=len(left), timesteps=left,
-                                  generator=generator))[-1]
+    options = {"steps": len(left), "timesteps": left, "generator": generator}
+    *_, last = SAMPLERS[order.sampler](eps_model, z_t, sd.schedule, **options)
     return sd.decode_first_stage(last.x)
 
 
-def _trained(
-    sd: LatentDiffusion, prompt: str, sampler: str, steps: int, seed: int, kind: str = "eps", gamma: float | None = None
-) -> Image.Image:
-    """Train the UNet on shapes, a few steps, and draw with the running mean of its weights."""
-    pixels, captions = shape_corpus(16, sd.config.image_size, seed)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(seed)
+def _by_euler(order: Order) -> Image.Image:
+    """Left: drawn from noise by euler. Right: that picture noised half way, and drawn from there."""
+    return _drawn(replace(order, sampler="euler"))
+
+
+def _of_v(order: Order) -> Image.Image:
+    """Drawn, and drawn again from half way, by a model of v, in which the sampler has to find the ε."""
+    sd = copy.copy(order.sd)
+    sd.config = replace(sd.config, parameterization="v")
+    predict_noise = sd.apply_model
+
+    def answers_v(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        signal = sd.schedule._at(sd.schedule.sqrt_alphas_cumprod, t, x)
+        sigma = sd.schedule._at(sd.schedule.sqrt_one_minus_alphas_cumprod, t, x)
+        return (predict_noise(x, t, cond) - sigma * x) / signal  # made of ε = √(1-ᾱ) x_t + √ᾱ v
+
+    sd.apply_model = answers_v
+    return _drawn(replace(order, sd=sd))
+
+
+def _guessed_from_v(order: Order) -> Image.Image:
+    """What the model takes for the picture in x_t, by way of v, at each step of a drawing."""
+    sd, guesses = order.sd, []
+    for step in sd.sample(order.prompt, **order.options):
+        t = torch.full((1,), step.t)
+        v = sd.schedule.get_v(step.x0, step.eps, t)
+        guesses.append(sd.decode_first_stage(sd.schedule.predict_start_from_v(step.x_t, t, v)))
+    return sheet(to_pil(torch.cat(guesses)), columns=5, scale=3)
+
+
+def _exact(order: Order) -> Image.Image:
+    """Drawn without a network: by the exact denoiser of 16 pictures, which draws nothing but these."""
+    x, _ = order.shapes()
+    x_T = randn((4, *x.shape[1:]), order.generator)
+    schedule = order.sd.schedule
+    *_, last = SAMPLERS[order.sampler](ExactDenoiser(x, schedule), x_T, schedule, steps=order.steps)
+    return sheet(to_pil(last.x), scale=4)
+
+
+def _drawn_over(order: Order) -> Image.Image:
+    """A cat, and what img2img makes of it at growing strength."""
+    cat = order.cat()
+    over = [order.sd.img2img(order.prompt, cat, strength, **order.options).images[0] for strength in (0.25, 0.5, 0.75)]
+    return sheet([*to_pil(cat), *over], scale=3)
+
+
+def _inpainted(order: Order) -> Image.Image:
+    """A cat, and its right half drawn anew."""
+    cat = order.cat()
+    mask = torch.zeros(cat.shape[-2:])
+    mask[:, mask.shape[1] // 2 :] = 1
+    out = order.sd.inpaint(order.prompt, cat, mask, blend="before", **order.options)
+    return sheet([*to_pil(cat), *out.images], scale=4)
+
+
+def _rescaled(order: Order) -> Image.Image:
+    """Drawn, and drawn again from half way, with the scale factor as your function measures it on 43 pictures."""
+    data = CaptionedPictures(SAMPLE, order.sd.config.image_size, split="test_concept")
+    order.sd.scale_factor = training_vae.measure_scale_factor(order.sd.first_stage_model, data, SingleDevice("cpu"))
+    return _drawn(order)
+
+
+# --- where it takes part in the training of the UNet ------------------------------------------------------------------
+
+
+def _trained(order: Order, kind: str = "eps", gamma: float | None = None) -> Image.Image:
+    """Drawn after the UNet was trained on for a few steps, on shapes, by the running mean of its weights."""
+    sd, generator = order.sd, order.generator
+    x, captions = order.shapes()
     z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
     contexts, empty = sd.get_learned_conditioning(captions), sd.get_learned_conditioning([""])
     unet = sd.model.diffusion_model
     ema = trainer.EMA(unet, decay=0.9)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    for _ in range(max(1, steps // 2)):
+    for _ in range(max(1, order.steps // 2)):
         t = torch.randint(sd.schedule.timesteps, (len(z),), generator=generator)
         drop = torch.rand(len(z), generator=generator) < 0.5
         context = training_unet.text_dropout(contexts, empty, drop)
@@ -97,43 +220,152 @@ def _trained(
         optimizer.step()
         ema.update(unet)
     with ema.applied_to(unet):
-        return sheet(sd.txt2img(prompt, steps=steps, guidance_scale=3.0, seed=seed, num_images=2).images, scale=4)
+        return sheet(sd.txt2img(order.prompt, num_images=2, **order.options).images, scale=4)
 
 
-def _trained_on_v(*args) -> Image.Image:
-    return _trained(*args, kind="v")
+def _trained_on_v(order: Order) -> Image.Image:
+    """Drawn after the UNet was trained on for a few steps, to predict v."""
+    return _trained(order, kind="v")
 
 
-def _trained_with_weights(*args) -> Image.Image:
-    return _trained(*args, gamma=1.0)
+def _trained_with_weights(order: Order) -> Image.Image:
+    """Drawn after the UNet was trained on for a few steps, with the times weighted by their SNR."""
+    return _trained(order, gamma=1.0)
 
 
-def _of_v(sd: LatentDiffusion, *args) -> Image.Image:
-    """The UNet's answer taken for a v, made of its ε: so that a sampler has to find the ε in it again."""
-    sd = copy.copy(sd)
-    sd.config = replace(sd.config, parameterization="v")
-    predict_noise = sd.apply_model
-
-    def answers_v(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        signal = sd.schedule._at(sd.schedule.sqrt_alphas_cumprod, t, x)
-        sigma = sd.schedule._at(sd.schedule.sqrt_one_minus_alphas_cumprod, t, x)
-        return (predict_noise(x, t, cond) - sigma * x) / signal  # ε = √(1-ᾱ) x_t + √ᾱ v
-
-    sd.apply_model = answers_v
-    return _drawn(sd, *args)
-
-
-def _exact(sd: LatentDiffusion, prompt: str, sampler: str, steps: int, seed: int) -> Image.Image:
-    """No network: the exact denoiser of 16 pictures, which draws nothing but these."""
-    pixels, _ = shape_corpus(16, sd.config.image_size, seed)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    x_T = randn((4, *x.shape[1:]), torch.Generator().manual_seed(seed))
-    return sheet(to_pil(list(SAMPLERS[sampler](ExactDenoiser(x, sd.schedule), x_T, sd.schedule, steps=steps))[-1].x),
-                 scale=4)
+@torch.no_grad()
+def _curve_of_the_loss(order: Order) -> Image.Image:
+    """The loss of the model that ships, by time."""
+    sd, T, generator = order.sd, order.sd.schedule.timesteps, order.generator
+    x, captions = order.shapes()
+    z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
+    context = sd.get_learned_conditioning(captions)
+    times = torch.arange(len(z) * 10) * T // (len(z) * 10)
+    losses = []
+    for t in times.view(len(z), 10).T:  # each batch has all times in it
+        noise = randn(z.shape, generator)
+        eps = sd.apply_model(sd.q_sample(z, t, noise), t, context)
+        losses.append((eps - noise).square().mean(dim=(1, 2, 3)))
+    means = order.function(torch.cat(losses), times.view(len(z), 10).T.flatten(), T, 10)
+    return _picture(curves({"the loss by time": {"": ((torch.arange(len(means)) + 0.5) * T / len(means), means)}}, "t"))
 
 
-# Which way to a picture leads through a function; _drawn for those that are not named, None: no way.
+# --- where it takes part in the autoencoder ---------------------------------------------------------------------------
+
+
+def _above_and_below(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"]) -> Image.Image:
+    return sheet(to_pil(torch.cat([x, x_hat])), columns=len(x), scale=2)
+
+
+def _autoencoder(order: Order, loss: Callable) -> Image.Image:
+    vae, generator = order.sd.first_stage_model.requires_grad_(), order.generator
+    x = sample(order.sd.config.image_size).batch(range(8))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
+    for _ in range(order.steps):
+        reconstruction, posterior = vae(x, generator=generator)
+        optimizer.zero_grad()
+        loss(x, reconstruction, posterior).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return _above_and_below(x, vae(x, generator=generator)[0])
+
+
+def _trained_on_vae_loss(order: Order) -> Image.Image:
+    """Above pictures, below their reconstructions, after the autoencoder was trained on for a few steps."""
+    return _autoencoder(order, lambda x, x_hat, q: order.function(x, x_hat, q.mean, q.logvar, 0.01))
+
+
+def _trained_with_kl(order: Order) -> Image.Image:
+    """Above pictures, below their reconstructions after a few steps with the KL at full strength, which blurs."""
+    return _autoencoder(order, lambda x, x_hat, q: F.l1_loss(x_hat, x) + q.kl().mean() / x[0].numel())
+
+
+def _codebook(order: Order) -> VectorQuantizer:
+    """64 codes: vectors of latents of the shipped autoencoder, taken at random."""
+    data = sample(order.sd.config.image_size)
+    with torch.no_grad():
+        vectors = rearrange(order.sd.first_stage_model.encode(data.batch(range(64))).mode(), "b d h w -> (b h w) d")
+    quantizer = VectorQuantizer(64, vectors.shape[1], legacy=False)
+    quantizer.embedding.weight.data = vectors[torch.randperm(len(vectors), generator=order.generator)[:64]]
+    return quantizer
+
+
+def _quantised(order: Order, rounds: int = 0) -> Image.Image:
+    """Above pictures, below their reconstructions from 64 codes."""
+    vae, quantizer = order.sd.first_stage_model, _codebook(order)
+    x = sample(order.sd.config.image_size).batch(range(8))
+    if rounds:
+        quantizer.embedding.weight.data *= 0.5  # something to learn
+    slow, fast = {"params": vae.encoder.requires_grad_().parameters()}, {"params": quantizer.parameters(), "lr": 0.03}
+    optimizer = torch.optim.Adam([slow, fast], lr=1e-4)
+    for _ in range(rounds):
+        codes = quantizer(vae.encode(x).mode())
+        loss = F.l1_loss(vae.decode(codes.z), x) + codes.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return _above_and_below(x, vae.decode(quantizer(vae.encode(x).mode()).z))
+
+
+def _quantised_and_trained(order: Order) -> Image.Image:
+    """Above pictures, below their reconstructions from 64 codes that were half as long, and learned for a few steps."""
+    return _quantised(order, rounds=order.steps)
+
+
+def _searched_through_codes(order: Order) -> Image.Image:
+    """Below, codes that were found by following the decoder's gradient through them to the pictures above."""
+    vae, quantizer = order.sd.first_stage_model, _codebook(order)
+    x = sample(order.sd.config.image_size).batch(range(8))
+    z = torch.zeros_like(vae.encode(x).mode()).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.2)
+    for _ in range(2 * order.steps):
+        optimizer.zero_grad()
+        F.mse_loss(vae.decode(quantizer(z).z), x).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return _above_and_below(x, vae.decode(quantizer(z).z))
+
+
+# --- where it takes part in CLIP --------------------------------------------------------------------------------------
+
+
+def _matched(order: Order, rounds: int = 0) -> Image.Image:
+    """Which caption belongs to which picture: the dark cells should lie on the diagonal."""
+    clip, tokenizer = load_clip("emoji")
+    data = sample(clip.vision_config.image_size)
+    chosen = range(0, len(data), len(data) // 8)[:8]
+    x, captions = data.batch(chosen), [data.captions[i] for i in chosen]
+    ids = tokenizer(captions, clip.text_config.max_length).ids
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
+    for _ in range(rounds):
+        optimizer.zero_grad()
+        training_clip.contrastive_loss(clip(ids, x)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return _picture(matrices({"": clip(ids, x).softmax(dim=1)}, columns=captions, pictures=x))
+
+
+def _trained_to_match(order: Order) -> Image.Image:
+    """Which caption belongs to which picture, after a few steps of training: the dark cells are on the diagonal."""
+    return _matched(order, rounds=order.steps)
+
+
+def _picture(figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return Image.open(buffer).convert("RGB")
+
+
+# Which way to a picture leads through a function; _drawn for those that are not named.
 ROUTES = {
+    "exact_x0": _exact,
+    "predict_noise_from_v": _of_v,
+    "predict_start_from_v": _guessed_from_v,
+    "sigmas": _by_euler,
+    "img2img_timesteps": _drawn_over,
+    "inpaint_blend": _inpainted,
+    "scale_factor": _rescaled,
     "epsilon_loss": _trained,
     "text_dropout": _trained,
     "training_loss": _trained,
@@ -142,12 +374,13 @@ ROUTES = {
     "min_snr_weight": _trained_with_weights,
     "snr": _trained_with_weights,
     "get_v": _trained_on_v,
-    "predict_noise_from_v": _of_v,
-    "exact_x0": _exact,
-    "predict_start_from_v": None,
-    "kl": None,
-    "scale_factor": None,
-    "pooled_state": None,
-    "contrastive_loss": None,
-    "patchify": None,
+    "loss_by_time": _curve_of_the_loss,
+    "vae_loss": _trained_on_vae_loss,
+    "kl": _trained_with_kl,
+    "nearest_code": _quantised,
+    "straight_through": _searched_through_codes,
+    "vq_loss": _quantised_and_trained,
+    "pooled_state": _matched,
+    "patchify": _matched,
+    "contrastive_loss": _trained_to_match,
 }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np  # noqa: F401  mistakes name it
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -86,6 +87,25 @@ def alphas(a_t: float, a_prev: float, **_) -> dict[str, float]:
     mistakes=[
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t + (1 - a_t) ** 0.5 * eps) / a_t**0.5",
          "In x_0 the noise is added, but has to be subtracted: x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t."),
+        ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
+         "mean = a_prev**0.5 * beta / (1 - a_t) * x_t + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x0",
+         "x̂_0 and x_t have exchanged their factors in the mean."),
+        ("return mean + variance**0.5 * noise", "return x0 + variance**0.5 * noise",
+         "The mean of the step is x̂_0 in yours: it is the weighted sum of x̂_0 and x_t."),
+        ("beta = 1 - a_t / a_prev\nmean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1"
+         " - a_t) * x_t\nvariance = (1 - a_prev) / (1 - a_t) * beta",
+         "beta = 1 - a_t\nmean = (x_t - beta / (1 - a_t) ** 0.5 * eps) / (1 - beta) ** 0.5\nvariance = (1 - a_prev) /"
+         " (1 - a_t) * beta",
+         "You took ᾱ_t for α_t in μ = (x_t - β/√(1-ᾱ_t) ε) / √α_t: β of one step is 1 - ᾱ_t / ᾱ_prev."),
+        ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
+         "mean = x_t - beta / (1 - a_t) ** 0.5 * eps",
+         "The mean is not divided by √α_t = √(1-β): μ = (x_t - β/√(1-ᾱ_t) ε) / √(1-β)."),
+        ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
+         "mean = (x_t - beta / (1 - a_t) * eps) / (1 - beta) ** 0.5",
+         "ε comes with β / √(1-ᾱ_t) in the mean: the root is missing."),
+        ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
+         "mean = (x_t - beta / (1 - a_t) ** 0.5 * eps) / a_t**0.5",
+         "The mean is divided by √ᾱ_t: by √α_t = √(1-β), that of one step."),
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t - (1 - a_t) ** 0.5 * eps)", "x_0 is not divided by √ᾱ_t."),
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t - (1 - a_t) * eps) / a_t**0.5",
          "In x_0 the noise has the factor √(1-ᾱ_t): the root is missing."),
@@ -160,6 +180,16 @@ def ddpm_step(
     mistakes=[
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t + (1 - a_t) ** 0.5 * eps) / a_t**0.5",
          "In x_0 the noise is added, but has to be subtracted: x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t."),
+        ("return a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "return a_prev**0.5 * x0",
+         "Only x̂_0 comes in, shrunk: the old noise ε and the fresh noise z are missing."),
+        ("",
+         "sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5\nx0 = (x_t - (1 - a_t) * eps) / a_t\n"
+         "return a_prev * x0 + (1 - a_prev - sigma**2) * eps + sigma * noise",
+         "All roots are missing: the factors of pictures and noises are √ᾱ and √(1-ᾱ), not ᾱ and 1-ᾱ."),
+        ("(1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "(1 - a_prev - sigma**2) ** 0.5 * noise + sigma * eps",
+         "ε and the fresh noise are exchanged: σ multiplies z, and √(1-ᾱ_prev-σ²) the old noise ε."),
+        ("return a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise", "return x0",
+         "You returned x̂_0: it has to be noised again, to the level of ᾱ_prev."),
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "x_t - (1 - a_t) ** 0.5 * eps", "x_0 is not divided by √ᾱ_t."),
         ("(x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5", "(x_t - (1 - a_t) * eps) / a_t**0.5",
          "In x_0 the noise has the factor √(1-ᾱ_t): the root is missing."),
@@ -266,10 +296,22 @@ def _put_timesteps(f):
         (" + 1 ", " - 1 ", "One is added to each, not subtracted."),
         ("i * (T // steps) + 1", "(i + 1) * (T // steps) - 1",
          'Yours are spaced "trailing", from T-1 down. Here the first of each stride is taken, plus 1.'),
+        ("[i * (T // steps) + 1 for i in range(steps)]", "list(range(1, T, steps))",
+         "You took `steps` for the stride: it is their number, and the stride is T // steps."),
+        ("[i * (T // steps) + 1 for i in range(steps)]", "list(range(0, T, steps))",
+         "You took `steps` for the stride, and the + 1 is missing: `steps` is their number, and the stride is T //"
+         " steps."),
         ("i * (T // steps) + 1", "(i + 1) * (T // steps)",
          "You start at T, which is one too far: there are the timesteps 0 ... T-1."),
         ("i * (T // steps) + 1", "round(i * (T - 1) / max(steps - 1, 1))",
          'Yours are spaced "linspace", with both ends; here the stride is T // steps.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]",
+         "np.linspace(T - 1, 0, steps).round().astype(int).tolist()",
+         'Yours are spaced "linspace", from T-1 down to 0: here the stride is T // steps, and the last one is 1.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]", "np.linspace(T - 1, 0, steps).astype(int).tolist()",
+         'Yours are spaced "linspace", from T-1 down to 0, and cut off: here the stride is T // steps.'),
+        ("[i * (T // steps) + 1 for i in range(steps)][::-1]", "np.linspace(T, 1, steps).round().astype(int).tolist()",
+         "Yours go evenly from T down to 1: here the stride is T // steps, and the largest is T - T // steps + 1."),
         ("i * (T // steps) + 1", "int(i * (T - 1) / max(steps - 1, 1))",
          'Yours are spaced "linspace", with both ends, and cut off: here the stride is T // steps.'),
         ("range(steps)", "range(steps + 1)", "There is one timestep too many: exactly `steps` of them."),
@@ -344,10 +386,18 @@ def _put_plms(f):
         ("1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)",
          "n: (1.0,) + (0.0,) * (n - 1) for n in (1, 2, 3, 4)",
          "Only the newest ε is used: that is DDIM. The older ones make the direction better."),
+        ("",
+         "e = old_eps\nreturn {1: lambda: e[0], 2: lambda: 3 * e[0] - e[1] / 2, 3: lambda: 23 * e[0] - 16 * e[1] + 5 *"
+         " e[2] / 12, 4: lambda: 55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3] / 24}[len(e)]()",
+         "Only the last term is divided: the whole sum is. Parentheses!"),
+        ("sum(w * e for w, e in zip(weights, old_eps, strict=True))",
+         "sum(w * e for w, e in zip(weights, old_eps, strict=True)) / len(old_eps)",
+         "You divided by the number of ε as well: the weights sum to 1 already."),
         ("37 / 24", "31 / 24", "The third of four weights is 37/24."),
         ("5 / 12", "-5 / 12", "The third of three weights is +5/12: the signs alternate, and the weights sum to 1."),
         ("37 / 24", "-37 / 24", "The third of four weights is +37/24: the signs alternate, and the weights sum to 1."),
     ],
+    linear=("old_eps",),
     swap=_put_plms,
 )  # fmt: skip
 def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c h w"]:
@@ -406,6 +456,19 @@ def _everywhere(guidance):
          "The eps_uncond that one starts from is missing."),
         ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + scale * eps_cond",
          "It is the difference of the two that is scaled, not eps_cond alone."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "(eps_uncond + eps_cond) / 2",
+         "You took the mean of both, and the scale is not used: guidance goes beyond eps_cond."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + scale * (eps_cond + eps_uncond)",
+         "You scaled the sum of the two: it is their difference, what the prompt changes."),
+        ("return eps_uncond + scale * (eps_cond - eps_uncond)",
+         "g = eps_uncond + scale * (eps_cond - eps_uncond)\nreturn g * eps_cond.std() / g.std()",
+         "You rescaled the result to the deviation of eps_cond (as Lin et al. 2023 do): here it stays as it is."),
+        ("return eps_uncond + scale * (eps_cond - eps_uncond)",
+         "return eps_cond if scale <= 1 else eps_uncond + scale * (eps_cond - eps_uncond)",
+         "You return eps_cond for every scale up to 1: scale 0 gives eps_uncond, and what lies between lies between."),
+        ("return eps_uncond + scale * (eps_cond - eps_uncond)",
+         "return eps_uncond if scale <= 1 else eps_uncond + scale * (eps_cond - eps_uncond)",
+         "You return eps_uncond for every scale up to 1: scale 1 gives eps_cond."),
         ("eps_uncond + scale", "eps_uncond - scale",
          "A sign is wrong: one goes on from eps_uncond towards eps_cond, by scale (eps_cond - eps_uncond), not away"
          " from it."),
@@ -499,9 +562,29 @@ def _put_guided_eps(f):
          "The batch is [all unconditional, all conditional]; you read it as pairs, one picture after the other."),
         ("torch.cat([x, x])", "x.repeat_interleave(2, dim=0)",
          "x is repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([x, x])`."),
+        ("torch.cat([t, t])", "t.repeat_interleave(2)",
+         "t is repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([t, t])`."),
+        ("torch.cat([x, x]), torch.cat([t, t])", "x.repeat_interleave(2, dim=0), t.repeat_interleave(2)",
+         "x and t are repeated in pairs, a a b b, while the contexts come as two halves: `torch.cat([x, x])`, or"
+         " x.repeat(2, 1, 1, 1)."),
         ("[uncond_context, context]", "[context, context]",
          "Guidance does nothing, you have the conditional answer: were both halves asked with the prompt, so that"
          " their difference is 0?"),
+        ("", "u, c = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([uncond_context, context])).chunk(2)"
+         "\nreturn u + scale * (scale * c - u)",
+         "The scale multiplies eps_cond once more, inside of the parentheses: scale (ε_cond - ε_uncond)."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + scale * eps_cond",
+         "It is the difference of the two answers that is scaled, not eps_cond alone."),
+        ("", "return scale * model(x, t, context)",
+         "You scaled the conditional answer: it is its difference from the unconditional one that is scaled."),
+        ("return eps_uncond + scale * (eps_cond - eps_uncond)", "return eps_uncond, eps_cond",
+         "You returned both answers: mix them, ε_uncond + scale (ε_cond - ε_uncond)."),
+        ("eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)",
+         "out = model(torch.cat([x, x]), torch.cat([t, t]), contexts)\neps_uncond, eps_cond = out[:len(x) // 2],"
+         " out[len(x) // 2:]",
+         "You cut the answer at len(x) // 2: it has 2b entries, so that the halves meet at len(x)."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "eps_uncond + (scale - 1) * (eps_cond - eps_uncond)",
+         "Your scale is one too small: 1 has to give the conditional answer."),
         ("[uncond_context, context]", "[uncond_context, uncond_context]", "Both halves were asked without the prompt."),
         ("[uncond_context, context]", "[torch.zeros_like(context), context]",
          "The unconditional half got zeros: it is asked with uncond_context, that of the empty prompt."),
@@ -564,6 +647,12 @@ def _put_dpmpp(f):
         ("math.log(a / (1 - a)) / 2", "math.log((1 - a) / a) / 2",
          "The sign of h is wrong: h = λ_prev - λ_t with λ = log(α/σ), signal by noise, which grows towards the"
          " picture, and it is e^(-h) - 1."),
+        ("math.log(a / (1 - a)) / 2", "math.log(a / (1 - a) ** 0.5)",
+         "In λ = log(α/σ), α is √ᾱ: its root is missing."),
+        ("math.log(a / (1 - a)) / 2", "math.log(a**0.5 / (1 - a))",
+         "In λ = log(α/σ), σ is √(1-ᾱ): its root is missing."),
+        ("math.log(a / (1 - a)) / 2", "math.log10(a / (1 - a)) / 2", "λ is a natural logarithm, log, not log10."),
+        ("math.log(a / (1 - a)) / 2", "(a / (1 - a)) ** 0.5", "The logarithm is missing: λ = log(α/σ)."),
         ("h / (2 * h_old)", "h_old / (2 * h)",
          "The quotient is the wrong way round: r = h_old / h, and D = x_0 + 1/(2r) (x_0 - x_0^old)."),
         ("h / (2 * h_old)", "h / h_old",
@@ -602,10 +691,10 @@ def dpmpp_2m_step(
 
     With α = √ᾱ, σ = √(1-ᾱ), λ = log(α/σ), h = λ_prev - λ_t, h_old = λ_t - λ_old and r = h_old / h:
 
-        D      = (1 + 1/2r) x_0 - 1/2r x_0^old
+        D      = (1 + 1/(2r)) x_0 - 1/(2r) x_0^old
         x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D              (DPM-Solver++, Algorithm 2)
 
-    x0 is the model's guess now, x0_old that at the step before.
+    x0 is the model's guess now, x0_old that at the step before. All three ᾱ are Python numbers less than 1.
     """
     # BEGIN SOLUTION
     def lam(a):
@@ -649,8 +738,13 @@ def _put_euler(f):
         ("(x - denoised) / sigma", "(x - denoised) / sigma**2",
          "You divided by σ²: that is the score, up to its sign. The slope dx/dσ is (x - denoised) / σ."),
         ("return x + slope", "return denoised + slope", "You started from `denoised`; the step goes on from x."),
+        ("(x - denoised) / sigma\nreturn x + slope * (sigma_next - sigma)",
+         "(x - denoised) / (sigma - sigma_next)\nreturn x - slope",
+         "You divided by the step: the slope is divided by σ, and multiplied by the step σ_next - σ."),
         ("(sigma_next - sigma)", "sigma_next",
          "The slope is multiplied by the length of the step, σ_next - σ, not by σ_next."),
+        ("return x + slope * (sigma_next - sigma)", "return slope",
+         "You returned the slope: the step goes from x along it, x + slope (σ_next - σ)."),
         ("return x + slope * (sigma_next - sigma)", "return x + slope",
          "The slope is not multiplied by the step σ_next - σ."),
         ("return x + slope * (sigma_next - sigma)", "return denoised",
@@ -662,7 +756,7 @@ def _put_euler(f):
          "The step of an ODE is σ_next - σ; differences of squares under a root belong to noise that is added."),
     ],
     linear=("x", "denoised"),
-    quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "σ_next/σ": sigma_next / sigma},
+    quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "(σ_next/σ)": sigma_next / sigma},
     swap=_put_euler,
 )  # fmt: skip
 def euler_step(
@@ -687,6 +781,8 @@ def euler_step(
         "strength 1": {"timesteps": [80, 60, 40, 20, 0], "strength": 1.0},
         "twenty steps, strength 0.25": {"timesteps": list(range(951, 0, -50)), "strength": 0.25},
         "a strength that leaves a fraction": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.5},
+        "timesteps that are not evenly spread": {"timesteps": [900, 500, 400, 300, 20, 10], "strength": 0.5},
+        "a strength that leaves less": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.6},
     },
     hints=(
         "Strength 1 takes all the steps, strength 0.25 a quarter of them. Which quarter?",
@@ -697,6 +793,12 @@ def euler_step(
         ("timesteps[len(timesteps) - n :]", "timesteps[:n]",
          "You kept the first steps, with the most noise, and leave before the picture is done: the last ones are"
          " taken."),
+        ("timesteps[len(timesteps) - n :]", "timesteps[n:]",
+         "You left a part `strength` out and kept the rest: strength 1 takes all steps, 0.25 the last quarter."),
+        ("timesteps[len(timesteps) - n :]", "timesteps[:len(timesteps) - n]",
+         "You left the last ones out: a part `strength` of the steps is kept, and it is the last ones."),
+        ("int(strength * len(timesteps))", "round(strength * len(timesteps) + 1e-9)",
+         "You rounded to the nearest: int() rounds down, as in CompVis."),
         ("strength * len", "(1 - strength) * len",
          "Strength is the other way round: 1 forgets the picture and takes all steps, 0 keeps it and takes none."),
         ("timesteps[len(timesteps) - n :]", "timesteps[len(timesteps) - n - 1 :] if n < len(timesteps) else timesteps",
@@ -706,6 +808,12 @@ def euler_step(
          "Half a step is left out, as in CompVis: int() rounds down."),
         ("timesteps[len(timesteps) - n :]", "timesteps[len(timesteps) - n :][::-1]",
          "The timesteps that remain still have to fall."),
+        ("return timesteps[len(timesteps) - n :]", "return n",
+         "You returned how many steps are left: the timesteps themselves are wanted."),
+        ("return timesteps[len(timesteps) - n :]", "return timesteps[:: int(1 / strength)]",
+         "You left out timesteps in between: the steps stay as close as they are, and the first ones are left out."),
+        ("timesteps[len(timesteps) - n :]", "[t for t in timesteps if t <= strength * max(timesteps)]",
+         "You compared timesteps with a part of the largest one (≤): what counts is the number of steps."),
         ("int(strength * len(timesteps))", "int(strength * timesteps[0])",
          "You take too many steps: int(strength * number of steps) of them. (A part of the largest timestep is more"
          " than there are.)"),
@@ -713,6 +821,7 @@ def euler_step(
         ("timesteps[len(timesteps) - n :]", "[t for t in timesteps if t < strength * max(timesteps)]",
          "You compared timesteps with a part of the largest one: what counts is the number of steps."),
     ],
+    swap=lambda f: [(latent_diffusion, "remaining_timesteps", f)],
 )  # fmt: skip
 def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     """The timesteps that are left if one starts from a picture: a part `strength` of them, in (0, 1], the last ones.
@@ -724,6 +833,13 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     n = int(strength * len(timesteps))
     return timesteps[len(timesteps) - n :]
     # END SOLUTION
+
+
+def _put_blend(f):
+    def put_back(self, x_t, z, noise, mask, t):
+        return f(x_t, z, noise, mask.bool(), self.schedule.alpha_bar(int(t[0]))).to(x_t)
+
+    return [(latent_diffusion.LatentDiffusion, "_put_back", put_back)]
 
 
 @exercise(
@@ -746,9 +862,16 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
          "The mask is the wrong way round: where it is set, the picture is drawn anew, so x_t stays."),
         ("a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise", "z_0",
          "The known part is clean, x_t is noisy: noise z_0 to the same level first, or the seam will show."),
+        ("known = a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise\nreturn torch.where(mask, x_t, known)",
+         "return torch.where(mask, x_t, a_t**0.5 * z_0) + (1 - a_t) ** 0.5 * noise",
+         "The noise is added to x_t as well: it belongs to the known part only."),
+        ("known = a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise\nreturn torch.where(mask, x_t, known)",
+         "return a_t**0.5 * torch.where(mask, x_t, z_0) + (1 - a_t) ** 0.5 * noise",
+         "You noised x_t once more: it is as noisy as it should be, and only z_0 is noised."),
         ("a_t**0.5 * z_0", "a_t * z_0", "z_0 is multiplied by √ᾱ_t: the root is missing."),
         ("(1 - a_t) ** 0.5 * noise", "(1 - a_t) * noise", "The noise is multiplied by √(1-ᾱ_t): the root is missing."),
         ("a_t**0.5 * z_0", "z_0", "z_0 is not shrunk by √ᾱ_t."),
+        ("(1 - a_t) ** 0.5 * noise", "a_t**0.5 * noise", "The noise has the factor of z_0, √ᾱ_t: its own is √(1-ᾱ_t)."),
         ("(1 - a_t) ** 0.5 * noise", "noise", "The noise comes in at full strength: its factor √(1-ᾱ_t) is missing."),
         ("a_t**0.5 * z_0 + (1 - a_t) ** 0.5 * noise", "(1 - a_t) ** 0.5 * z_0 + a_t**0.5 * noise",
          "The factors of z_0 and of the noise are exchanged."),
@@ -764,7 +887,7 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
          "You took the mean of both everywhere, and did not use the mask."),
         ("z_0 + (1", "z_0 - (1", "The noise is added to z_0, not subtracted."),
     ],
-    linear=(),
+    swap=_put_blend,
 )  # fmt: skip
 def inpaint_blend(
     x_t: Float[Tensor, "b c h w"],
@@ -807,12 +930,16 @@ def inpaint_blend(
          "σ² is 1/ᾱ - 1; you left out the - 1."),
         ("((1 - alphas_cumprod) / alphas_cumprod).sqrt()", "((1 - alphas_cumprod) / alphas_cumprod).sqrt().flip(0)",
          "Yours falls with t. (Samplers go through it backwards, but this table is by t.)"),
+        ("((1 - alphas_cumprod) / alphas_cumprod).sqrt()", "((1 - alphas_cumprod) / alphas_cumprod).sqrt().max()",
+         "You returned the largest σ: that of each t is wanted, the whole table."),
         ("((1 - alphas_cumprod) / alphas_cumprod).sqrt()", "((1 - alphas_cumprod) / alphas_cumprod).log() / 2",
          "You returned log σ; wanted is σ."),
         ("((1 - alphas_cumprod) / alphas_cumprod).sqrt()",
          "torch.cat([((1 - alphas_cumprod) / alphas_cumprod).sqrt(), torch.zeros(1)])",
          "There is a 0 too many at the end: samplers append it, but the table has T entries."),
     ],
+    # The samplers ask for one σ at a time: the table is of one entry.
+    swap=lambda f: [(sampling, "_sigma", lambda a: float(f(torch.tensor([a], dtype=torch.float64))[0]))],
 )  # fmt: skip
 def sigmas(alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     """The noise of each timestep as Karras et al. count it: x_t / √ᾱ_t = x_0 + σ_t ε. Returns σ_t for all t."""

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .. import vq
 from ..training import vae as training_vae
 from ..vae import DiagonalGaussianDistribution, Downsample
+from ..vq import VectorQuantizer
 from .exercise import exercise
 
 Layer = Callable[[Tensor], Tensor]
@@ -31,6 +34,12 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
             "noise": torch.randn(b, c, h, w)}
 
 
+def _far_below() -> dict:
+    """So little variance that only a large noise shows where it is clamped; and means beyond these bounds."""
+    mean, logvar = 40 * torch.randn(2, 4, 3, 5), -60 * torch.rand(2, 4, 3, 5)
+    return {"moments": torch.cat([mean, logvar - 30], dim=1), "noise": 1e8 * torch.randn(2, 4, 3, 5)}
+
+
 @exercise(
     difficulty=2,
     minutes=15,
@@ -39,6 +48,7 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
         "one picture": _sample_case(1, 2, 4, 3),
         "square latents": _sample_case(2, 4, 4, 4),
         "log variances beyond the bounds": _sample_case(2, 4, 3, 5, spread=30.0),
+        "log variances far below": _far_below(),
     },
     hints=(
         "Cut the channels into two halves: mean and log variance.",
@@ -60,9 +70,27 @@ def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
          "The halves are exchanged: the mean comes first, then the log variance."),
         ("chunk(2, dim=1)", "unflatten(1, (-1, 2)).unbind(2)",
          "You took every other channel: mean and log variance are two halves, one after the other."),
+        ("chunk(2, dim=1)", "chunk(2, dim=0)", "You cut the batch: the channels, axis 1, are cut."),
+        ("torch.exp(0.5 * logvar)", "F.softplus(logvar)",
+         "You took a softplus of the log variance: the standard deviation is exp(logvar / 2)."),
+        ("torch.exp(0.5 * logvar) * noise", "torch.exp(0.5 * logvar) + noise",
+         "The standard deviation is added: it multiplies the noise."),
         ("chunk(2, dim=1)", "chunk(2, dim=-1)", "You cut the columns: the channels, axis 1, are cut."),
         (".clamp(-30.0, 20.0)", "",
          "The log variance is not clamped to [-30, 20]: exp overflows where the encoder goes astray."),
+        (".clamp(-30.0, 20.0)", ".clamp(max=20.0)",
+         "The log variance is clamped from above only: from below, too, at -30."),
+        (".clamp(-30.0, 20.0)", ".clamp(min=-30.0)",
+         "The log variance is clamped from below only: from above, too, at 20."),
+        (".clamp(-30.0, 20.0)\nreturn mean + torch.exp(0.5 * logvar) * noise",
+         "\nreturn mean + torch.exp(0.5 * logvar).clamp(-30.0, 20.0) * noise",
+         "You clamped the standard deviation: it is the log variance that is clamped to [-30, 20], before the exp."),
+        (".clamp(-30.0, 20.0)\nreturn mean + torch.exp(0.5 * logvar) * noise",
+         "\nreturn mean + torch.exp((0.5 * logvar).clamp(-30.0, 20.0)) * noise",
+         "You clamped half of the log variance: first clamp it to [-30, 20], then halve it."),
+        ("moments.chunk", "moments.clamp(-30.0, 20.0).chunk",
+         "You clamped the mean as well: only the log variance is clamped."),
+        (".clamp(-30.0, 20.0)", ".clamp(-20.0, 30.0)", "The bounds are exchanged: from -30 to 20."),
         (".clamp(-30.0, 20.0)", ".clamp(-1.0, 1.0)", "The log variance is clamped to [-30, 20], not to [-1, 1]."),
         ("mean + torch.exp(0.5 * logvar) * noise", "mean",
          "The noise does not come in: this is the mode, not a sample."),
@@ -119,6 +147,9 @@ def sample_posterior(
         (" - 1", " + 1", "It is - 1, not + 1: for N(0, 1) itself the KL has to be 0."),
         (" - logvar", " + logvar", "The log variance is subtracted: ½ (m² + s² - 1 - log s²)."),
         (" - logvar", "", "The log variance is missing: without it nothing keeps the variance from going to 0."),
+        (" - logvar", " - 2 * logvar",
+         "The log variance counts twice: ½ (m² + s² - 1 - log s²), and log s² is logvar."),
+        ("return 0.5 * (", "return 1 / 0.6931472 * 0.5 * (", "You divided by ln 2, which gives bits: nats are wanted."),
         ("mean**2 + ", "", "The square of the mean is missing: nothing would hold the means at 0."),
         ("mean**2", "mean", "The mean is squared in it."),
         ("mean**2", "mean.abs()", "The mean comes in squared, not by its absolute value."),
@@ -126,6 +157,8 @@ def sample_posterior(
          "That is the standard deviation: the variance exp(logvar) belongs there."),
         ("logvar.exp()", "logvar", "The variance is exp(logvar): with logvar itself the two terms cancel."),
         ("logvar.exp()", "(2 * logvar).exp()", "The variance is exp(logvar), without the square."),
+        ("logvar.exp() - 1 - logvar", "logvar**2 - 1 - torch.log(logvar**2)",
+         "You took logvar for the standard deviation: it is the log of the variance, so that s² is exp(logvar)."),
         (" + logvar.exp()", "", "The variance exp(logvar) is missing."),
         (".sum(dim=(1, 2, 3))", ".mean(dim=(1, 2, 3))",
          "You took the mean over the numbers of a latent: their KLs add up."),
@@ -143,8 +176,9 @@ def sample_posterior(
     swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
 )  # fmt: skip
 def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)), in nats, one number for each picture. (Kingma & Welling 2013, appendix
-    B)
+    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
+
+    One number for each picture: of all its c·h·w numbers together. (Kingma & Welling 2013, appendix B)
     """
     # BEGIN SOLUTION
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
@@ -184,6 +218,11 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
         (" / x[0].numel()", " / x.numel()",
          "The KL is divided by the values of the whole batch: by those of one picture (the batch is averaged"
          " already)."),
+        ("rec + kl_weight * kl", "(rec / x[0].numel() + kl_weight * kl)",
+         "The reconstruction is divided by the number of values, too: it is a mean already."),
+        (" / x[0].numel()", " / x[0, 0].numel()",
+         "The KL is divided by the number of pixels: by that of values, 3·H·W."),
+        (" / x[0].numel()", " / len(x)", "The KL is divided by the batch size once more: by the values in a picture."),
         ("rec + kl_weight * kl", "rec", "The KL is missing."),
         ("rec + kl_weight * kl", "kl_weight * kl", "The reconstruction is missing."),
         (".sum(dim=(1, 2, 3)).mean()", ".sum()", "The KL is summed over the batch: averaged."),
@@ -191,6 +230,9 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
          "The KL is averaged over a latent: summed, since its numbers are independent."),
         ("0.5 * (mean**2", "(mean**2", "The ½ of the KL is missing."),
         (" - logvar)", " + logvar)", "In the KL the log variance is subtracted."),
+        ("abs().mean()", "abs().sum() / len(x)",
+         "The reconstruction is summed over each picture and averaged over the batch only: it is a mean over"
+         " everything."),
         ("abs().mean()", "abs().sum()", "The reconstruction is summed: it is a mean over everything."),
         ("(x - reconstruction).abs().mean()", "(x - reconstruction).mean().abs()",
          "First the absolute value, then the mean: in yours, errors of different signs cancel."),
@@ -198,6 +240,7 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
          "In the KL stands the variance, exp(logvar), not the standard deviation."),
     ],
     gradients=("reconstruction", "mean", "logvar"),
+    swap="minisd has no place for it: `minisd.training.vae` adds these terms up in the midst of its own loop.",
 )  # fmt: skip
 def vae_loss(
     x: Float[Tensor, "b 3 H W"],
@@ -218,6 +261,22 @@ def vae_loss(
 
 
 # --- a codebook in the place of the distribution ---------------------------------------------------------------------
+
+
+def _put_nearest(f):
+    @torch.no_grad()
+    def nearest(self, z):
+        b, _, h, w = z.shape
+        return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
+
+    return [(VectorQuantizer, "nearest", nearest)]
+
+
+def _put_vq_loss(f):
+    """In quantisers with legacy=False: the others weigh the terms the other way round."""
+    real = VectorQuantizer.loss
+    return [(VectorQuantizer, "loss",
+             lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
 
 
 def _code_case(n: int, k: int, d: int) -> dict:
@@ -242,9 +301,10 @@ def _code_case(n: int, k: int, d: int) -> dict:
         ("argmin", "argmax", "You took the farthest code: the nearest is that of the smallest distance, argmin."),
         ("argmin(dim=1)", "argmin(dim=0)",
          "For each code you look for the nearest vector: for each vector the nearest code is wanted, along axis 1."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "-(z @ codebook.T)",
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "(-(z @ codebook.T))",
          "You compare by the dot product, which prefers long codes: the distance is wanted."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "-(F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T)",
+        ("(z[:, None] - codebook).square().sum(dim=-1)",
+         "(-(F.normalize(z, dim=-1) @ F.normalize(codebook, dim=-1).T))",
          "You compare directions (cosine similarity): the distance is wanted."),
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] - codebook).sum(dim=-1)",
          "The square is missing: positive and negative differences cancel."),
@@ -255,16 +315,24 @@ def _code_case(n: int, k: int, d: int) -> dict:
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] - codebook).square().amax(dim=-1)",
          "You took the largest difference: the sum of all squares is wanted."),
         ("(z[:, None] - codebook).square().sum(dim=-1)", "(z[:, None] + codebook).square().sum(dim=-1)",
-         "A plus for a minus: the distance is that of a difference."),
-        ("(z[:, None] - codebook).square().sum(dim=-1)", "(codebook**2).sum(dim=-1) + z @ codebook.T",
-         "In |z|² - 2 z·c + |c|² the sign of the middle term is wrong, or its 2 is missing."),
+         "A plus for a minus: the distance is that of a difference, |z|² - 2 z·c + |c|²."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "((codebook**2).sum(dim=-1) + z @ codebook.T)",
+         "In |z|² - 2 z·c + |c|² the sign of the middle term is wrong, and its 2 is missing."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "((codebook**2).sum(dim=-1) - z @ codebook.T)",
+         "In |z|² - 2 z·c + |c|² the 2 of the middle term is missing."),
+        ("(z[:, None] - codebook).square().sum(dim=-1)", "(-(z @ codebook.T).abs())",
+         "You compare by the size of the dot product: the distance is wanted."),
         ("return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)",
          "return codebook[(z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)]",
          "You returned the codes: their indices are wanted."),
         ("return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)",
+         "return F.one_hot((z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1), len(codebook))",
+         "You returned a one-hot code, a row of 0 and a 1: the index itself is wanted."),
+        ("return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)",
          "return (z[:, None] - codebook).square().sum(dim=-1).amin(dim=1)",
          "You returned the smallest distances: the indices are wanted, argmin."),
     ],
+    swap=_put_nearest,
 )  # fmt: skip
 def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """For each vector of z the index of the code that is nearest to it, by Euclidean distance.
@@ -307,6 +375,7 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
          "Half of the gradient goes to z, half to z_q: all of it goes to z."),
     ],
     gradients=("z", "z_q"),
+    swap=lambda f: [(vq, "straight_through", f)],
 )  # fmt: skip
 def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
@@ -336,10 +405,18 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
         ("codes + beta * commit", "beta * codes + commit",
          "β stands before the wrong term: it weighs the commitment, in which z_q is detached."),
         ("codes + beta * commit", "codes + commit", "The weight β of the commitment is missing."),
+        ("codes + beta * commit", "beta * (codes + commit)",
+         "β stands before both terms: it weighs the commitment only."),
+        ("codes + beta * commit", "(1 + beta) * commit",
+         "Both terms detach z_q, so that the codes do not learn: in the first, z is detached."),
+        ("codes + beta * commit", "(1 + beta) * codes",
+         "Both terms detach z, so that the encoder does not learn: in the second, z_q is detached."),
         ("codes + beta * commit", "codes", "The commitment is missing: the encoder may run away from the codes."),
         ("codes + beta * commit", "beta * commit", "The term that moves the codes is missing: they would never learn."),
         ("(z.detach() - z_q)", "(z - z_q)", "In the first term z is not detached: it is to move the codes only."),
         ("(z - z_q.detach())", "(z - z_q)", "In the second term z_q is not detached: it is to move the encoder only."),
+        ("", "return (z.detach() - z_q).norm() + beta * (z - z_q.detach()).norm()",
+         "You took the lengths of the differences, with a root: the means of the squares."),
         ("codes + beta * commit", "codes - beta * commit", "The commitment is subtracted: both are added."),
         ("(z - z_q.detach()).square().mean()", "(z - z_q.detach()).square().sum()",
          "The commitment is summed: both are means."),
@@ -355,9 +432,10 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
          "You took absolute differences: squares."),
     ],
     gradients=("z", "z_q"),
+    swap=_put_vq_loss,
 )  # fmt: skip
 def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
-    """What makes codes and encoder meet: mean ‖sg(z) - z_q‖² + β mean ‖z - sg(z_q)‖².
+    """What makes codes and encoder meet: mean (sg(z) - z_q)² + β mean (z - sg(z_q))², means over all numbers.
 
     sg stops the gradient. The first term moves the codes, the second, the commitment, the encoder.
     (van den Oord et al. 2017, eq. 3; CompVis: taming's VectorQuantizer, with legacy=False)
@@ -391,6 +469,8 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
         ("latents.std()", "latents.var()", "You divided by the variance: by its root."),
         ("latents.std()", "latents.abs().max()", "You scaled to a maximum of 1: to a standard deviation of 1."),
         ("latents.std()", "latents.abs().mean()", "You took the mean absolute value: the standard deviation."),
+        ("latents.std()", "latents.mean(dim=(2, 3)).std()",
+         "You took the deviation of the means: that of all values."),
         ("latents.std()", "latents.norm()",
          "You divided by the norm, which grows with the number of values: by the standard deviation."),
         ("latents.std()", "latents.square().mean().sqrt()",
@@ -402,6 +482,10 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
          " together."),
         ("latents.std()", "latents.flatten(1).std(dim=1).mean()",
          "You averaged the standard deviations of the pictures: take that of all values together."),
+        ("1 / latents.std()", "(1 / latents.flatten(1).std(dim=1)).mean()",
+         "You averaged the factors of the pictures: one standard deviation, of all values together."),
+        ("1 / latents.std()", "(1 / latents.std(dim=(0, 2, 3))).mean()",
+         "You averaged the factors of the channels: one standard deviation, of all values together."),
         ("1 / latents.std()", "torch.tensor(0.18215)",
          "0.18215 was measured on Stable Diffusion's own latents: measure these."),
         ("latents.std()", "latents.var(dim=(0, 2, 3)).mean().sqrt()",
@@ -412,8 +496,7 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
                      engine: float(f(training_vae.encode_all(vae, data, engine).chunk(2, dim=1)[0])))],
 )  # fmt: skip
 def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """The number by which latents are multiplied so that they have a standard deviation of 1 (0.18215 in Stable
-    Diffusion).
+    """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
 
     One number for all, measured over pictures, channels and pixels together.
     (Rombach et al. 2022, appendix G; CompVis: LatentDiffusion.on_train_batch_start)
@@ -430,15 +513,22 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         "4 x 6 pixels": {"x": torch.randn(2, 3, 4, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
         "one picture": {"x": torch.randn(1, 2, 8, 4), "conv": nn.Conv2d(2, 2, 3, stride=2)},
         "a square": {"x": torch.randn(2, 3, 6, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
+        "odd sizes": {"x": torch.randn(1, 3, 5, 7), "conv": nn.Conv2d(3, 3, 3, stride=2)},
     },
     hints=(
         "F.pad counts from the last axis: (left, right, above, below).",
         "One column on the right, one row below: (0, 1, 0, 1).",
     ),
     mistakes=[
+        ("(0, 1, 0, 1)", "(1, 1, 1, 1)",
+         "You padded on all sides, as the UNet does: the VAE pads right and below only."),
+        ("conv(F.pad(x, (0, 1, 0, 1)))", "x[:, :, ::2, ::2]",
+         "You took every other pixel: `conv` makes it smaller, after the padding."),
+        ("F.pad(x, (0, 1, 0, 1))", "F.pad(F.max_pool2d(x, 2), (0, 1, 0, 1))",
+         "There is a pooling before the convolution, which halves the size itself."),
+        ("(0, 1, 0, 1)", "(0, 2, 0, 2)", "You padded two columns and rows: one of each."),
         ("(0, 1, 0, 1)", "(1, 0, 1, 0)",
-         "You padded left and above, or on all sides as the UNet does: the VAE pads right and below only. Trained"
-         " weights see everything shifted by a pixel."),
+         "You padded left and above: the VAE pads right and below. Trained weights see everything shifted by a pixel."),
         ("conv(F.pad(x, (0, 1, 0, 1)))", "conv(x)", "The padding is missing: the map loses a row and a column."),
         ("F.pad(x, (0, 1, 0, 1))", 'F.pad(x, (0, 1, 0, 1), mode="replicate")',
          "You repeated the edge: it is padded with zeros."),
@@ -456,9 +546,9 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
 def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
-    """Half the size, as in the VAE: pad one column of zeros on the right and one row below, then `conv` (3x3, stride
-    2).
+    """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
 
+    conv is 3x3, with a stride of 2 and without a padding of its own.
     (CompVis: ldm/modules/diffusionmodules/model.py, Downsample)
     """
     # BEGIN SOLUTION

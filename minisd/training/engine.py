@@ -44,8 +44,10 @@ def make_engine(device: str | torch.device | None = None, mixed_precision: str =
         problem = f"Accelerate joined {engine.num_processes} of {started} processes: start them by torchrun"
     elif engine.device.type != wanted:
         problem = f"the run was asked to be on {wanted}, and Accelerate chose {engine.device.type}"
-    elif kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not engine.is_fsdp2):
-        problem = f"{kind} is not supported: take DDP (multi_gpu), or FSDP with fsdp_version 2"
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not engine.is_fsdp2:
+        problem = "FSDP takes GPUs, and fsdp_version: 2 in the configuration of Accelerate"
+    elif kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
+        problem = f"{kind} is not supported: take DDP (multi_gpu), or FSDP"
     elif engine.gradient_accumulation_steps != 1:
         problem = f"give --accumulate {engine.gradient_accumulation_steps} to minisd, not to accelerate"
     else:

@@ -384,9 +384,10 @@ class Trainer:
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         try:
-            for name, (weights, optimizer) in state["networks"].items():
+            for name, model in self.models.items():
+                weights, optimizer = state["networks"][name]
                 set_state_dict(
-                    self.models[name],
+                    model,
                     _bare(self.optimizers[name]),
                     model_state_dict=weights,
                     optim_state_dict=optimizer,
@@ -473,4 +474,4 @@ def _finish_the_step(asked_to_stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         for which, old in before.items():
-            signal.signal(which, old)
+            signal.signal(which, old or signal.SIG_DFL)  # None: it was not set in Python

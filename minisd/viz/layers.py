@@ -65,7 +65,7 @@ def maps(
 
 
 def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8, size: float = 0.86) -> "Figure":
-    """A row for each layer: the channels that vary most over the picture, blue below zero and orange above it.
+    """A row for each layer: the channels that vary most over the picture, blue below zero and red above it.
 
     Each channel has a scale of its own, white at zero. Under it: its number, and its largest value without the sign.
     """
@@ -78,7 +78,7 @@ def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8
             x, y = left + j * (size + 0.06), height - (i + 1) * (size + 0.2) + 0.18
             axes = figure.add_axes((x / width, y / height, size / width, size / height))
             largest = maps[channel].abs().max().item()
-            axes.imshow(maps[channel].numpy(), cmap="PuOr_r", vmin=-largest, vmax=largest, interpolation="nearest")
+            axes.imshow(maps[channel].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
             without_scale(axes)
             axes.text(0.5, -0.04, f"#{channel}: {largest:.1f}", transform=axes.transAxes, ha="center", va="top",
                       fontsize=6.5)  # fmt: skip

@@ -147,12 +147,14 @@ def walks(
     x_0: Float[Tensor, "n 2"],
     panels: Mapping[str, Float[Tensor, "s k 2"]],
     width: float = 2.6,
-    reach: float = 2.6,
+    reach: float | None = None,
 ) -> "Figure":
     """A toy in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
 
     A path begins at its small ring and ends at its disc. Its colour tells which path it is, in all panels.
+    reach: both axes go from -reach to reach, in all panels; just far enough for all paths, if left out.
     """
+    reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
     figure = empty_figure(width * len(panels), width + 0.1, layout="constrained")
     data = as_array(x_0)
     for axes, (title, paths) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):

@@ -1,0 +1,206 @@
+"""Run a function on the cases of an exercise and watch what it does; and: do two functions do the same?"""
+
+import contextlib
+import io
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .exercise import Exercise
+
+SECONDS = 10.0  # that one call of a student's function may take
+
+
+@dataclass
+class Outcome:
+    """What a function did on a case."""
+
+    value: Any = None
+    gradients: list[Tensor] | None = None  # None: asked for, but the result hangs on nothing
+    error: BaseException | None = None
+    printed: str = ""
+    changed: list[str] = field(default_factory=list)  # arguments that are not what they were
+
+
+@cache
+def cases_of(exercise: Exercise) -> dict[str, dict[str, Any]]:
+    with _own_randomness(seed=0):
+        cases = exercise.cases()
+    return {label: {name: args[name] for name in exercise.arguments} for label, args in cases.items()}
+
+
+@cache
+def right_outcomes(exercise: Exercise) -> list[Outcome]:
+    return [run(exercise, exercise.compile(), args) for args in cases_of(exercise).values()]
+
+
+def run(
+    exercise: Exercise, function: Callable, args: dict[str, Any], seed: int = 0, gradients: bool = True
+) -> Outcome:
+    """Call the function on copies of the arguments, and watch."""
+    given = {name: copied(value) for name, value in args.items()}
+    leaves = []
+    for name in exercise.gradients if gradients else ():
+        if isinstance(given[name], nn.Module):
+            leaves += list(given[name].parameters())
+        else:
+            leaves.append(given[name].requires_grad_())
+            given[name] = leaves[-1] * 1  # no leaf: one may change it in place
+    outcome, printed = Outcome(), io.StringIO()
+    with _own_randomness(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+        warnings.simplefilter("ignore")
+        try:
+            with _at_most(SECONDS):
+                outcome.value = function(*given.values())
+                if exercise.read is not None and isinstance(outcome.value, Tensor):
+                    outcome.value = exercise.read(outcome.value)
+        except (Exception, SystemExit) as error:
+            outcome.error = error
+    outcome.printed = printed.getvalue()
+    if outcome.error is None:
+        outcome.changed = [name for name, value in args.items() if not _unchanged(given[name], value)]
+        if leaves:
+            outcome.gradients = _gradients(outcome.value, leaves)
+        outcome.value = _detached(outcome.value)
+    return outcome
+
+
+def _detached(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(map(_detached, value))
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Inside, torch.randn draws from this seed; outside, nobody notices. (torch.manual_seed is slow: it asks all GPUs.)
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a loop that does not end. (Where there are signals: on Unix, in the main thread.)"""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_):
+        raise TimeoutError(f"It was still running after {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(map(copied, value)) if isinstance(value, list) else dict(value) if isinstance(value, dict) else value
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    if isinstance(before, Tensor):
+        return now.shape == before.shape and bool(torch.equal(now.detach(), before))
+    if isinstance(before, list):
+        return len(now) == len(before) and all(map(_unchanged, now, before))
+    return now == before if isinstance(before, dict) else True
+
+
+def _gradients(value: Any, leaves: list[Tensor]) -> list[Tensor] | None:
+    """Of a sum of all that was returned, in which every number has its own weight."""
+    tensors = [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)]
+    tensors = [t for t in tensors if t.requires_grad and t.is_floating_point()]
+    if not tensors:
+        return None
+    total = sum((t * torch.arange(1, t.numel() + 1).cos().view(t.shape)).sum() for t in tensors)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def same(a: Any, b: Any, tolerance: float) -> bool:
+    """Whether a, a student's, is what b is, the solution's, as numbers. (float64 for float32 will do.)"""
+    if isinstance(b, Tensor):
+        if b.ndim == 0 and isinstance(a, int | float | np.generic) and not isinstance(a, bool):
+            return same(float(a), float(b.detach()), tolerance)  # a plain number will do, unless gradients are wanted
+        if not isinstance(a, Tensor) or a.shape != b.shape:
+            return False
+        if b.is_floating_point() != a.is_floating_point() or (b.dtype == torch.bool) != (a.dtype == torch.bool):
+            return False
+        if torch.uint8 in (a.dtype, b.dtype) and a.dtype != b.dtype:
+            return False  # a byte is asked for as a byte; other integers may be of any size
+        if not b.is_floating_point():
+            return bool((a == b).all())
+        if (a.dtype != b.dtype and a.element_size() < b.element_size()) or a.is_complex() or a.device != b.device:
+            return False
+        a, b = a.detach().double(), b.detach().double()
+        finite = b[b.isfinite()]
+        atol = 0.1 * tolerance * float(finite.abs().max()) if finite.numel() else 0.0
+        return torch.allclose(a, b, rtol=tolerance, atol=atol + 1e-9, equal_nan=True)
+    if isinstance(b, list | tuple):
+        a = as_list(a)
+        return a is not None and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(b, int | float) and not isinstance(b, bool):
+        if isinstance(a, Tensor | np.ndarray | np.generic):
+            one = a.numel() == 1 if isinstance(a, Tensor) else a.size == 1
+            a = a.item() if one else None
+        if isinstance(b, int) and isinstance(a, float):
+            return False  # 3.0 is no index
+        return isinstance(a, int | float) and (a == b or abs(a - b) <= tolerance * abs(b) + 1e-9)
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(same(a[key], b[key], tolerance) for key in b)
+    if isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and a.shape == b.shape and bool(np.all(a == b))
+    return a is b or (type(a) is type(b) and isinstance(a, str | bool) and a == b)
+
+
+def as_list(value: Any) -> list | None:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist() if value.ndim else None
+    return list(value) if isinstance(value, list | tuple | range) else None
+
+
+def same_outcome(a: Outcome, b: Outcome, tolerance: float) -> bool:
+    if a.error is not None or b.error is not None:
+        return type(a.error) is type(b.error) and str(a.error) == str(b.error)
+    if not same(a.value, b.value, tolerance):
+        return False
+    if a.gradients is None or b.gradients is None:
+        return a.gradients is b.gradients
+    return all(same(x, y, 10 * tolerance) for x, y in zip(a.gradients, b.gradients, strict=True))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 3e-4) -> bool:
+    return bool(((a - b).abs() <= tolerance * b.abs() + 2e-5).all())
+
+
+def multiple(a: Tensor, b: Tensor) -> float | None:
+    """c, if a = c b."""
+    if a.shape != b.shape or not a.is_floating_point() or not (a.isfinite().all() and b.isfinite().all()):
+        return None
+    a, b = a.detach().double().flatten(), b.detach().double().flatten()
+    squared = float(b @ b)
+    if squared == 0:
+        return None
+    c = float(a @ b) / squared
+    return c if torch.allclose(a, c * b, rtol=3e-4, atol=1e-5 * float(a.abs().max()) + 1e-12) else None

@@ -1,0 +1,140 @@
+"""The trial of a function that is wrong: its outcomes, the suspects, and who of them does the same.
+
+A suspect is a function whose mistake is known, with the sentence that names it. It is convicted if it does on every
+case what the student's function does.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from . import mutants
+from .exercise import Exercise
+from .running import Outcome, cases_of, run, same, same_outcome
+
+Suspect = tuple[Callable, str]  # a function with a mistake, and the sentence that names it
+
+
+@dataclass
+class Trial:
+    """A function that is wrong, and all that is known about it."""
+
+    exercise: Exercise
+    labels: list[str]  # of the cases
+    cases: list[dict[str, Any]]  # arguments by name
+    outcomes: list[Outcome]  # of the student's function
+    rights: list[Outcome]  # of the solution
+    hits: list[bool]  # whether the two agree
+
+    def convict(self, suspects: Iterable[Suspect]) -> Iterator[str]:
+        """Who does on every case what the student's function does?"""
+        # where the student is wrong tells suspects apart; where the student is right, most are acquitted
+        order = sorted(range(len(self.cases)), key=lambda i: (self.hits[i], self.outcomes[i].error is not None))
+        seen = any(not self.hits[i] and self.outcomes[i].error is None for i in order)
+        for function, sentence in suspects:
+            if all(self.does_the_same(function, i, any_error=seen) for i in order):
+                yield sentence
+
+    def does_the_same(self, function: Callable, i: int, any_error: bool = False) -> bool:
+        """Whether a suspect does on case i what the student's function did. Gradients cost time, and come last.
+
+        any_error: whether two errors need not be the same, since wrong results of other cases are there to compare.
+        """
+        mine, tolerance = self.outcomes[i], self.exercise.tolerance
+        outcome = run(self.exercise, function, self.cases[i], gradients=False)
+        if any_error and mine.error is not None and outcome.error is not None:
+            return True
+        if self.exercise.gradients and outcome.error is None:
+            if not same(mine.value, outcome.value, tolerance):
+                return False
+            outcome = run(self.exercise, function, self.cases[i])
+        return same_outcome(mine, outcome, tolerance)
+
+    def wrong(self) -> Iterator[tuple[dict[str, Any], Outcome, Outcome]]:
+        """The cases that went wrong, without an error: (arguments, outcome, right outcome)."""
+        for args, outcome, right, hit in zip(self.cases, self.outcomes, self.rights, self.hits, strict=True):
+            if not hit and outcome.error is None:
+                yield args, outcome, right
+
+    def comparable(self) -> list[tuple[dict[str, Any], Outcome, Outcome]]:
+        """The same, if numbers can be compared with numbers in all of them: tensors of the right shape."""
+
+        def numbers(a: Any, b: Any) -> bool:
+            return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.is_floating_point()
+
+        found = list(self.wrong())
+        return found if all(numbers(outcome.value, right.value) for _, outcome, right in found) else []
+
+    def labels_of(self, hit: bool) -> list[str]:
+        """The names of the cases that went right, or wrong."""
+        return [label for label, right in zip(self.labels, self.hits, strict=True) if right is hit]
+
+
+# --- the suspects -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def known(exercise: Exercise) -> list[Suspect]:
+    """The mistakes of the exercise's table."""
+    return [(exercise.compile(m.edit(exercise.solution)), m.sentence) for m in exercise.mistakes]
+
+
+@cache
+def arguments(exercise: Exercise) -> list[Suspect]:
+    """The solution, called with other arguments."""
+    args = next(iter(cases_of(exercise).values()))
+    found = mutants.of_the_arguments(exercise, exercise.compile(), args)
+    return [(function, as_a_whole(sentence)) for function, sentence in found]
+
+
+@cache
+def changes(exercise: Exercise) -> list[Suspect]:
+    """The solution with one small change."""
+    found = [(_compile(exercise, solution), sentence) for solution, sentence in mutants.of_the_solution(exercise)]
+    return [(function, f"In the terms of the solution: {sentence}.") for function, sentence in found if function]
+
+
+def _compile(exercise: Exercise, solution: str) -> Callable | None:
+    """The function with that solution; None if an edit has made nonsense of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return exercise.compile(solution)
+        except SyntaxError:
+            return None
+
+
+def pairs(exercise: Exercise) -> Iterator[Suspect]:
+    """Two mistakes of the table, or one and a wrong argument, or one and a small change."""
+    for a, b in itertools.permutations(exercise.mistakes, 2):
+        once = a.edit(exercise.solution) if a.old and b.old else None
+        twice = b.edit(once) if once else None
+        if twice and (function := _compile(exercise, twice)):
+            yield function, f"Two things at once. {a.sentence} And: {b.sentence}"
+    args = next(iter(cases_of(exercise).values()))
+    for function, sentence in known(exercise):
+        for both, other in mutants.of_the_arguments(exercise, function, args):
+            yield both, f"Two things at once. {sentence} And: {as_a_whole(other)}"
+    for mistake in exercise.mistakes:
+        for solution, sentence in mutants.of_the_solution(exercise, mistake.edit(exercise.solution)):
+            if function := _compile(exercise, solution):
+                yield function, f"Two things at once. {mistake.sentence} And, in the terms of the solution: {sentence}."
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def as_a_whole(sentence: str) -> str:
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def short(values: Any) -> str:
+    if not isinstance(values, list | tuple):
+        return str(values)[:80]
+    shown = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:20] for v in values[:8])
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"

@@ -1,0 +1,120 @@
+"""If the right result is a weighted sum of arguments: which weight is wrong, and what stands in its place?"""
+
+import itertools
+from collections.abc import Iterator
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .running import close
+from .trial import Trial, as_a_whole
+
+
+def weights(trial: Trial, named: bool) -> Iterator[str]:
+    """If the result is Σ weight · argument: which weight is wrong, and what stands in its place?"""
+    names = trial.exercise.linear
+    if names and isinstance(trial.cases[0][names[0]], list):
+        yield from _of_a_list(trial, names[0])
+        return
+    mine, rights, quantities = [], [], []
+    for args, outcome, right in zip(trial.cases, trial.outcomes, trial.rights, strict=True):
+        terms = [args[name] for name in names]
+        if not names or any(t.shape != right.value.shape for t in [*terms, outcome.value]):
+            return
+        a, b = solve(terms, outcome.value), solve(terms, right.value)
+        if a is None or b is None:
+            return
+        mine.append(a), rights.append(b)
+        known = trial.exercise.quantities(**args) if trial.exercise.quantities else {}
+        quantities.append({k: torch.as_tensor(v).double().expand(len(a)) for k, v in known.items()})
+    mine, rights = torch.cat(mine), torch.cat(rights)  # [samples of all cases, arguments]
+    known = {name: torch.cat([q[name] for q in quantities]) for name in (quantities[0] if quantities else ())}
+    formulas = _formulas(known)
+    sentences, all_named = [], True
+    for i, name in enumerate(names):
+        a, b = mine[:, i], rights[:, i]
+        if close(a, b):
+            continue
+        at = int((a - b).abs().argmax())
+        is_, should = _formula(a, formulas), _formula(b, formulas)
+        numbers = f"{a[at]:.4g} where it should be {b[at]:.4g}"
+        if close(a, torch.zeros_like(a)):
+            sentences.append(f"`{name}` does not come in at all; its factor is {should or 'not 0'}")
+        elif close(a, -b):
+            sentences.append(f"`{name}` comes in with the wrong sign")
+        elif is_ and should:
+            sentences.append(f"the factor of `{name}` is {is_}, but should be {should} ({numbers})")
+        elif is_:
+            sentences.append(f"the factor of `{name}` is {is_}, which is {numbers}")
+        elif times := _times(a, b, formulas):
+            sentences.append(f"the factor of `{name}` is {times} times what it should be ({numbers})")
+        else:
+            all_named = False
+            wanted = f", which is {should}" if should else ""
+            sentences.append(f"the factor of `{name}` is {numbers}{wanted}")
+    if sentences and (all_named or not named):
+        yield as_a_whole("; ".join(sentences))
+
+
+def _of_a_list(trial: Trial, name: str) -> Iterator[str]:
+    """The same of a list of tensors, case by case."""
+    for args, outcome, right in trial.wrong():
+        terms = args[name]
+        if not isinstance(outcome.value, Tensor) or outcome.value.shape != terms[0].shape:
+            return
+        a, b = solve(terms, outcome.value), solve(terms, right.value)
+        if a is None or b is None:
+            return
+        a, b = ([str(Fraction(float(w)).limit_denominator(60)) for w in weights[0]] for weights in (a, b))
+        yield f"The weights of {len(terms)} entries of `{name}` are {', '.join(a)}, but should be {', '.join(b)}."
+
+
+def solve(terms: list[Tensor], value: Tensor) -> Tensor | None:
+    """The weights [b terms] with which value is a weighted sum of the terms, sample by sample; None if it is none."""
+    A = torch.stack([t.detach().double().reshape(len(t), -1) for t in terms], dim=-1)  # [b n terms]
+    y = value.detach().double().reshape(len(value), -1, 1)
+    if not y.isfinite().all() or A.shape[1] < 2 * A.shape[2]:
+        return None
+    weights = torch.linalg.lstsq(A, y).solution
+    residual = (A @ weights - y).abs().max()
+    return weights[..., 0] if residual <= 1e-4 * float(y.abs().max()) + 1e-9 else None
+
+
+def _formulas(known: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Numbers that a student may have multiplied by, by name [formulas] and value [formulas samples].
+
+    q, √q, 1-q, √(1-q), q², ... of each quantity, their inverses, products and quotients; the simplest first.
+    """
+    simple: list[tuple[str, Tensor]] = []
+    for name, q in known.items():
+        simple += [(name, q), (f"√{name}", q.sqrt()), (f"(1-{name})", 1 - q), (f"√(1-{name})", (1 - q).sqrt())]
+        simple += [(f"(1+{name})", 1 + q), (f"{name}²", q**2), (f"√(1+{name})", (1 + q).sqrt())]
+    if not simple:
+        return [], torch.zeros(0, 0)
+    found = [("1", torch.ones_like(simple[0][1])), *simple, *((f"1/{n}", 1 / q) for n, q in simple)]
+    for (n, p), (m, q) in itertools.product(simple, simple):
+        found += [(f"{n}·{m}", p * q), (f"{n}/{m}", p / q)]
+    found += [(f"-{n}", -q) for n, q in found]
+    return [n for n, _ in found], torch.stack([q for _, q in found])
+
+
+def _formula(weights: Tensor, formulas: tuple[list[str], Tensor]) -> str | None:
+    """The first formula that gives these weights."""
+    names, values = formulas
+    if not names:
+        return None
+    fits = ((values - weights).abs() <= 3e-4 * values.abs() + 2e-5).all(dim=1)
+    return names[int(fits.int().argmax())] if fits.any() else None
+
+
+def _times(a: Tensor, b: Tensor, formulas: tuple[list[str], Tensor]) -> str | None:
+    """How many times b is a? A number, or the name of one."""
+    here = b.abs() > 1e-6
+    if not here.any() or not close(a[~here], b[~here]):
+        return None
+    ratio = a[here] / b[here]
+    if close(ratio, ratio[:1].expand_as(ratio)):
+        return f"{float(ratio[0]):.4g}"
+    names, values = formulas
+    return _formula(ratio, (names, values[:, here])) if names else None
