@@ -272,8 +272,8 @@ viz.strip(list(spoilt.values()), names, list(spoilt), notes, size=1.2)
 #   \lambda = \frac{\|\nabla_{w} \mathcal L_{rec}\|}{\|\nabla_{w} (-\mathbb E D(\hat x))\| + 10^{-4}}$$
 #
 # $w$ are the weights of the decoder's last layer: $\lambda$ makes the two pull equally hard there, however sure of
-# itself $D$ is (Esser et al. 2021, eq. 7). $D$ starts late (at step 50,001 in Stable Diffusion's autoencoder): before
-# the reconstruction says anything, there is nothing to judge.
+# itself $D$ is (Esser et al. 2021, eq. 7, there with $10^{-6}$). $D$ starts late (at step 50,001 in Stable Diffusion's
+# autoencoder): before the reconstruction says anything, there is nothing to judge.
 #
 # Below, all pictures are stripes, at one of four places, and the latent is noise: it says nothing of the place.
 
@@ -649,7 +649,7 @@ viz.curves(panels, width=3.5)
 #
 # **Text dropout** costs next to nothing: with captions, the run without it is ahead by 1% at best. What it buys is on
 # the right. Without captions, the run that never heard an empty prompt is worse by 2 to 8%, after no more than 300
-# steps, in which neither run has learned to lean on captions. Guidance multiplies this error by $s - 1$; notebook 02
+# steps. Guidance multiplies this error by $s - 1$; notebook 02
 # draws what becomes of it in a network that was trained for longer.
 #
 # **It is in no line of CompVis's repository.** The model card says it of v1-3, "10% dropping of the text-conditioning",
@@ -700,9 +700,9 @@ viz.curves(panels, log=list(panels), width=4.4)
 # %% [markdown]
 # **Why does it stand still?** For three reasons, and the tables show them.
 #
-# 1. *The mean is made where little can be learned.* At $t = 0$ the loss is 0.81 after 10,000 steps. The noise there is so faint
-#    that no network tells it from the picture, unless it knows the pictures by heart (notebook 02). At $t = 999$ it is
-#    0.009. A mean over $t$ hardly sees the right end.
+# 1. *The mean is made where little can be learned.* At $t = 0$ the loss is 0.81 after 10,000 steps. The noise there
+#    is so faint that no network tells it from the picture, unless it knows the pictures by heart (notebook 02). At
+#    $t = 999$ it is 0.009. A mean over $t$ hardly sees the right end.
 # 2. *What remains is small.* From 0 to 100 steps the mean falls by 0.77, from 100 to 1,000 by 0.16, from 1,000 to
 #    10,000 by 0.04.
 # 3. *And it is buried.* Single batches of the finished model lie between 0.023 and 0.076, by the luck of their $t$.
@@ -1059,10 +1059,10 @@ print(f"emoji, 11,000 steps of 64: {ours:.1e}, one {needed / ours:,.0f}th of tha
 # a second on each, and the UNet's own mathematics is **3% of what the cards could have done** in bf16.
 #
 # Where is the rest? We can account for some: recomputation and the encoders make 1.7 times the work. The card doesn't
-# say in which precision they computed (with TF32, an A100's limit is half), nor which hours are counted. Attention was
-# written out; latents were computed anew; the data came from the web. It was also the first time. At an MFU of 40%,
-# with the latents computed before, the same steps would take about 11,000 hours. **The recipe was the discovery; the
-# speed is engineering**, and it is what [`benchmarks/scale.py`](../benchmarks/scale.py) measures on a GPU.
+# say in which precision they computed (with TF32, an A100's limit is half), nor which hours are counted. The published
+# code writes attention out; how long it waited for its data, we don't know. At an MFU of 40%, with the latents computed
+# before, the same steps would take about 11,000 hours. **The recipe was the discovery; the speed is engineering**, and
+# it is what [`benchmarks/scale.py`](../benchmarks/scale.py) measures on a GPU.
 #
 # ## The real run
 #
@@ -1148,8 +1148,9 @@ labels = ["some of the\npictures", "through the\nautoencoder", "before", "after"
 viz.strip([some, again, before, after], labels=labels, notes=[[], [], [], wishes], size=1.2)
 
 # %% [markdown]
-# (Prompts stand under the last row; the first two rows are pictures of the folder.) The shapes are in their places, and
-# no longer red or black: "turquoise" has become a word. But what it means is *blue*. The second row says why: the
+# (Prompts stand under the last row; the first two rows are pictures of the folder.) "Turquoise" was no
+# word before: red, orange, black. Now it stands for one colour, though the star is still a triangle and the heart a
+# diamond. But the colour is *blue*. The second row says why: the
 # autoencoder of `tiny` has never seen turquoise, and turns it into blue on the way through. **What the autoencoder
 # can't draw, the UNet can't learn.** So before you fine-tune, send your pictures through the autoencoder alone, and
 # look.
