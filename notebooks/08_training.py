@@ -649,8 +649,8 @@ viz.curves(panels, width=3.5)
 #
 # **Text dropout** costs next to nothing: with captions, the run without it is ahead by 1% at best. What it buys is on
 # the right. Without captions, the run that never heard an empty prompt is worse by 2 to 8%, after no more than 300
-# steps. Guidance multiplies this error by $s - 1$; notebook 02
-# draws what becomes of it in a network that was trained for longer.
+# steps. Guidance multiplies this error by $s - 1$; notebook 02 draws what becomes of it in a network that was trained
+# for longer.
 #
 # **It is in no line of CompVis's repository.** The model card says it of v1-3, "10% dropping of the text-conditioning",
 # and of the two checkpoints before it says nothing.
@@ -1141,19 +1141,18 @@ with quietly():
 after = model.txt2img(wishes, **few).pictures
 _, loss = logged("finetuned")
 print(f"{len(mine)} pictures, such as {mine.captions[:3]}; loss {loss[0]:.3f} -> {loss[-1]:.3f}")
-some = mine.batch(range(5))
+some = mine.batch(range(min(5, len(mine))))
 with torch.no_grad():
     again = model.first_stage_model.decode(model.first_stage_model.encode(some).mode())
 labels = ["some of the\npictures", "through the\nautoencoder", "before", "after"]
 viz.strip([some, again, before, after], labels=labels, notes=[[], [], [], wishes], size=1.2)
 
 # %% [markdown]
-# (Prompts stand under the last row; the first two rows are pictures of the folder.) "Turquoise" was no
-# word before: red, orange, black. Now it stands for one colour, though the star is still a triangle and the heart a
-# diamond. But the colour is *blue*. The second row says why: the
-# autoencoder of `tiny` has never seen turquoise, and turns it into blue on the way through. **What the autoencoder
-# can't draw, the UNet can't learn.** So before you fine-tune, send your pictures through the autoencoder alone, and
-# look.
+# (Prompts stand under the last row; the first two rows are pictures of the folder.) "Turquoise" was no word before:
+# red, orange, black. Now it stands for one colour, though the star is still a triangle and the heart a diamond. But the
+# colour is *blue*. The second row says why: the autoencoder of `tiny` has never seen turquoise, and turns it into blue
+# on the way through. **What the autoencoder can't draw, the UNet can't learn.** So before you fine-tune, send your
+# pictures through the autoencoder alone, and look.
 #
 # The last two columns ask for old things. The red circle was black before, and is no better; the green hearts, which
 # were grey, have turned blue: two dozen pictures of one colour pull at all others. More pictures, fewer steps, a
