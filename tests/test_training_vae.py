@@ -250,6 +250,19 @@ def test_lpips_equals_torchmetrics(lpips_files, monkeypatch):
     assert expected.min() > 0.01 and not any(p.requires_grad for p in ours.parameters())
 
 
+@pytest.mark.parametrize("which", ["clip", "lpips"])
+def test_small_distances_survive_half_precision(which, clip, lpips_files):
+    """The networks may compute in bfloat16; what is left of nearly equal pictures may not."""
+    perceptual = CLIPPerceptual(clip) if which == "clip" else LPIPS.from_files(*lpips_files)
+    x = pictures(2)
+    x_hat = x + 0.1 * pictures(2, seed=1)
+    exact = perceptual(x, x_hat)
+    with SingleDevice("cpu", "bf16").autocast():
+        rounded = perceptual(x, x_hat)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0)
+
+
 def test_lpips_from_the_wrong_files_is_refused(lpips_files):
     vgg, lin = lpips_files
     with pytest.raises(ValueError, match="do not fit the model"):
@@ -541,6 +554,21 @@ def test_what_can_t_be_trained_is_refused(shapes, engine, tmp_path):
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="holds a run of other networks"):
         train_vae(SMALL_VQ, recipe, shapes, tmp_path, engine)
+
+
+class CutsUp(SingleDevice):
+    """Leaves parameters as FSDP leaves them, as far as one can tell from outside."""
+
+    def unwrap_model(self, model):
+        model.decoder.conv_out.weight.full_tensor = None
+        return model
+
+
+@pytest.mark.parametrize("what", [(SMALL_VQ, {}), (SMALL, JUDGED)], ids=["vq", "discriminator"])
+def test_what_needs_the_weights_whole_is_not_trained_by_fsdp(what, shapes, tmp_path):
+    config, judged = what
+    with pytest.raises(ValueError, match="train autoencoders with DDP"):
+        train_vae(config, VAERecipe(steps=1, **judged, **SHORT), shapes, tmp_path, CutsUp("cpu"))
 
 
 def test_a_run_from_before_a_field_of_the_recipe_is_gone_on_with(shapes, engine, tmp_path):

@@ -94,13 +94,13 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             wanted = self.maps(x)
         pairs = zip(self.lin, wanted, self.maps(x_hat), strict=True)
-        return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, a, b in pairs)
+        return sum((lin.weight * (a - b).square()).sum(dim=1).mean(dim=(1, 2)) for lin, a, b in pairs)
 
     def maps(self, x: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b c h w"]]:
         """What each stage ends with, before it is halved; of unit length at each place."""
         h, maps = (x - self.shift) / self.scale, []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                maps.append(F.normalize(h, dim=1, eps=1e-10))
+                maps.append(F.normalize(h.float(), dim=1, eps=1e-10))
             h = layer(h)
         return maps
