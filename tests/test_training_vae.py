@@ -17,7 +17,7 @@ from torch import nn
 
 from minisd import PRESETS, load
 from minisd.checkpoint import read_json, save_clip
-from minisd.clip import CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from minisd.clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, train_unet, train_vae
 from minisd.training.codebook import measure_codebook, revive_dead_codes
@@ -503,15 +503,19 @@ def test_a_codebook_is_used_and_learns(shapes, engine, tmp_path):
     assert list((tmp_path / "samples").iterdir())
 
 
-def test_a_model_with_a_codebook_is_trained_from_pictures_to_a_drawing(
-    shapes, engine, randomise, tokenizer, tmp_path
-):
+def save_some_clip(shapes, randomise, folder):
+    """A CLIP with random weights that knows the words of the shapes."""
+    tokenizer = BPETokenizer.train(shapes.captions, 640)
+    text = replace(PRESETS["tiny"].cond_stage, vocab_size=len(tokenizer.vocab))
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2, projection_dim=32)
+    save_clip(randomise(CLIPModel(text, vision, tokenizer.end_token)), tokenizer, folder)
+
+
+def test_a_model_with_a_codebook_is_trained_from_pictures_to_a_drawing(shapes, engine, randomise, tmp_path):
     """KL and VQ feed the same UNet: it sees the latents from before they are quantised."""
     vq = VQConfig(**asdict(PRESETS["tiny"].first_stage) | {"double_z": False}, n_embed=64)
     trained = train_vae(vq, VAERecipe(steps=8, **SHORT), shapes, tmp_path / "vae", engine)
-    text = replace(PRESETS["tiny"].cond_stage, vocab_size=len(tokenizer.vocab))
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2, projection_dim=32)
-    save_clip(randomise(CLIPModel(text, vision, tokenizer.end_token)), tokenizer, tmp_path / "clip")
+    save_some_clip(shapes, randomise, tmp_path / "clip")
 
     sd = assemble(PRESETS["tiny"], tmp_path / "clip", tmp_path / "vae")
     assert isinstance(sd.first_stage_model, VQModelInterface) and sd.config.first_stage == vq
@@ -533,11 +537,9 @@ def test_a_model_with_a_codebook_is_trained_from_pictures_to_a_drawing(
     assert [image.size for image in images] == [(32, 32)] * 2 and images[0].tobytes() != images[1].tobytes()
 
 
-def test_a_unet_for_other_latents_is_refused(shapes, engine, randomise, tokenizer, tmp_path):
+def test_a_unet_for_other_latents_is_refused(shapes, engine, randomise, tmp_path):
     train_vae(replace(SMALL, embed_dim=3), VAERecipe(steps=1, **SHORT), shapes, tmp_path / "vae", engine)
-    text = replace(PRESETS["tiny"].cond_stage, vocab_size=len(tokenizer.vocab))
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, width=32, layers=1, heads=2, projection_dim=32)
-    save_clip(randomise(CLIPModel(text, vision, tokenizer.end_token)), tokenizer, tmp_path / "clip")
+    save_some_clip(shapes, randomise, tmp_path / "clip")
     with pytest.raises(ValueError, match="have 3 channels, and the UNet takes 4"):
         assemble(PRESETS["tiny"], tmp_path / "clip", tmp_path / "vae")
     (tmp_path / "vae" / "vae.json").write_text('{"first_stage": {"kind": "Words"}}')
