@@ -4,8 +4,9 @@ An autoencoder that is asked for the least mean error draws the mean of all that
 A second network learns to tell pictures from reconstructions, and the decoder learns to deceive it (Goodfellow et al.
 2014). It judges patch by patch, since the large forms are what the mean error sees well enough.
 
-Source: Isola et al. 2017 (arXiv:1611.07004), section 3.2.2; Esser et al. 2021 (arXiv:2012.09841), section 3.2; CompVis
-taming-transformers `taming/modules/discriminator/model.py`, `taming/modules/losses/vqperceptual.py`.
+Source: Isola et al. 2017 (arXiv:1611.07004), section 3.2.2; Lim & Ye 2017 (arXiv:1705.02894); Esser et al. 2021
+(arXiv:2012.09841), section 3.1; CompVis taming-transformers `taming/modules/discriminator/model.py`,
+`taming/modules/losses/vqperceptual.py`.
 """
 
 from itertools import pairwise
@@ -59,7 +60,7 @@ class NLayerDiscriminator(nn.Module):
 
 
 def weights_init(module: nn.Module) -> None:
-    """DCGAN's: weights from N(0, 0.02²), gains of the norms from N(1, 0.02²) (Radford et al. 2015, section 3)."""
+    """DCGAN's: weights from N(0, 0.02²), gains of the norms from N(1, 0.02²) (Radford et al. 2015)."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -68,7 +69,7 @@ def weights_init(module: nn.Module) -> None:
 
 
 def hinge_d_loss(logits_real: Float[Tensor, "*p"], logits_fake: Float[Tensor, "*p"]) -> Float[Tensor, ""]:
-    """½ E max(0, 1 - D(x)) + ½ E max(0, 1 + D(x̂)): who is sure enough learns no more (Lim & Ye 2017, eq. 4)."""
+    """½ E max(0, 1 - D(x)) + ½ E max(0, 1 + D(x̂)): who is sure enough learns no more (Lim & Ye 2017)."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 

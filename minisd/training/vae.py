@@ -7,8 +7,8 @@
           + disc_weight · λ · (-E D(x̂))                    from step disc_start on: details that look real
                                                            (discriminator.py)
 
-The last three are CompVis' `LPIPSWithDiscriminator` (`contperceptual.py`), and for a VQModel their
-`VQLPIPSWithDiscriminator` (taming-transformers, `vqperceptual.py`). Three things are written down otherwise:
+That is CompVis' `LPIPSWithDiscriminator` (`contperceptual.py`), and for a VQModel their `VQLPIPSWithDiscriminator`
+(taming-transformers, `vqperceptual.py`). Three things are written down otherwise:
 
 - The first of them adds up over the numbers of a picture, where the second and this one take the mean: each of its
   terms is that many times ours, λ included, and so is the gradient, of whose size AdamW takes no notice.
