@@ -22,10 +22,12 @@ import torch
 import tyro
 
 from . import PRESETS, Drawing, LatentDiffusion, load, save
-from .checkpoint import SHIPPED, describe
+from .checkpoint import SHIPPED, describe, load_clip
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import evaluate, report
 from .training import (
+    LPIPS,
+    CLIPPerceptual,
     CLIPRecipe,
     Engine,
     UNetRecipe,
@@ -216,11 +218,30 @@ class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
     recipe: VAERecipe = field(default_factory=lambda: recipes.VAE[_preset])
+    first_stage: Literal["kl", "vq"] = "kl"  # latents near N(0, I), as in Stable Diffusion; or of a codebook
+    # a finished run of CLIP, by whose eyes perceptual_weight tells whether pictures look alike; OUT/clip if left out
+    clip: Path | None = None
+    # LPIPS in its place: the files of torchvision's VGG16 and of LPIPS' own weights
+    lpips: tuple[Path, Path] | None = None
 
     def run(self) -> None:
+        perceptual = self.perceptual() if self.recipe.perceptual_weight else None
         config, data, engine = self.parts()
-        train_vae(config.first_stage, self.recipe, data, self.out / "vae", engine)
+        first_stage = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
+        perceptual = perceptual and perceptual.to(engine.device)
+        train_vae(first_stage, self.recipe, data, self.out / "vae", engine, perceptual)
         _say(engine, f"wrote {self.out / 'vae'}")
+
+    def perceptual(self) -> CLIPPerceptual | LPIPS:
+        if self.lpips:
+            return LPIPS.from_files(*self.lpips)
+        folder = self.clip or self.out / "clip"
+        if not (folder / "clip.json").exists():
+            raise FileNotFoundError(
+                f"there is no finished clip in {folder}, and perceptual_weight needs its eyes: run `minisd train clip "
+                f"--out {self.out}` first, or give another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth"
+            )
+        return CLIPPerceptual(load_clip(folder)[0])
 
 
 @dataclass(frozen=True)

@@ -162,10 +162,14 @@ class VQModel(FirstStage):
         """Numbers of codes → picture."""
         return self._decode(self.quantize.lookup(indices))
 
-    def forward(self, x: Float[Tensor, "b c H W"]) -> tuple[Float[Tensor, "b c H W"], Float[Tensor, ""]]:
-        """Reconstruction and the quantiser's loss: what the training loss needs."""
+    def forward(self, x: Float[Tensor, "b c H W"], return_pred_indices: bool = False) -> tuple[Tensor, ...]:
+        """Reconstruction [b c H W] and the quantiser's loss: what the training loss needs.
+
+        return_pred_indices: and which codes were chosen [b h w], to see how many of them are in use.
+        """
         quantized = self.quantize(self._encode(x))
-        return self._decode(quantized.z), quantized.loss
+        result = self._decode(quantized.z), quantized.loss
+        return (*result, quantized.indices) if return_pred_indices else result
 
 
 class VQModelInterface(VQModel):

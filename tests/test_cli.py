@@ -156,3 +156,20 @@ def test_a_recipe_starts_from_its_preset(capsys):
         run("train", "unet", "--init", "emoji", "--help")
     assert f"(default: {recipes.FINETUNE.lr})" in capsys.readouterr().out
     assert "each picture is told from" in " ".join(help_text.replace("│", " ").split())
+
+
+def test_an_autoencoder_is_trained_with_all_that_the_command_line_offers(tmp_path, capsys):
+    shapes, out = tmp_path / "shapes", tmp_path / "run"
+    run("data", "shapes", "--out", shapes, "--count", 20)
+    options = ("--data", shapes, "--out", out, "--preset", "tiny", "--steps", 2, "--batch-size", 4, "--device", "cpu")
+    judged = ("--disc-weight", 0.5, "--disc-num-layers", 2, "--perceptual-weight", 0.5, "--first-stage", "vq")
+    assert "minisd train clip" in fails(capsys, "train", "vae", *options, *judged)  # by whose eyes?
+    assert "nowhere.pth" in fails(capsys, "train", "vae", *options, *judged, "--lpips", "nowhere.pth", "lin.pth")
+    run("train", "clip", *options)
+    run("train", "vae", *options, *judged)
+    record = json.loads((out / "vae" / "vae.json").read_text())
+    assert record["first_stage"]["kind"] == "VQConfig" and record["first_stage"]["n_embed"] == 256
+    assert record["recipe"]["disc_weight"] == record["recipe"]["perceptual_weight"] == 0.5
+    assert "other networks" in fails(capsys, "train", "vae", *options, *judged[:-1], "kl")
+    run("train", "unet", *options)
+    run("txt2img", "a red circle", "--model", out / "unet" / "model", "--steps", 2, "--out", tmp_path / "a.png")

@@ -100,6 +100,15 @@ def test_forward_and_its_gradients_equal_diffusers(vq, interface, theirs):
         torch.testing.assert_close(ours, results[2], atol=2e-5, rtol=2e-5)
 
 
+def test_forward_tells_which_codes_were_chosen_if_asked(vq, interface):
+    x = draw(1, *PICTURE)
+    expected = vq.encode(x)
+    for model in (vq, interface):
+        out, loss, indices = model(x, return_pred_indices=True)
+        assert torch.equal(indices, expected.indices) and torch.equal(loss, expected.loss)
+        assert torch.equal(out, model(x)[0]) and torch.equal(out, vq.decode_code(indices))
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_loss_and_gradients_equal_diffusers_whichever_term_beta_weighs(diffusers, legacy):
     from diffusers.models.autoencoders.vae import VectorQuantizer as Theirs

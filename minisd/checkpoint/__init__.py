@@ -35,11 +35,12 @@ from .files import (
     write_weights,
     written_whole,
 )
-from .minisd_folder import save_clip
+from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
     "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "load", "load_clip", "load_weights",
-    "on_disk", "read_json", "read_weights", "save", "save_clip", "write_json", "write_weights", "written_whole",
+    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "save", "save_clip", "write_json",
+    "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"

@@ -55,7 +55,8 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
     with folder_written_whole(folder) as unfinished:
         if isinstance(sd.config.cond_stage, CLIPTextConfig):
             sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", sd.cond_stage_model.max_length)
-        write_json(_config_json(sd.config), unfinished / "config.json")
+        parts = {part: part_to_json(getattr(sd.config, part)) for part in KINDS}
+        write_json(asdict(sd.config) | parts, unfinished / "config.json")
         write_weights(cast(sd.state_dict(), dtype), unfinished / "model.safetensors")
 
 
@@ -63,30 +64,32 @@ def read_config(folder: Path) -> LatentDiffusionConfig:
     """`config.json` of a minisd folder."""
     config = read_json(folder / "config.json")
     try:
-        built = {part: _built(config.pop(part), kinds) for part, kinds in KINDS.items()}
+        built = {part: part_from_json(part, config.pop(part)) for part in KINDS}
         return LatentDiffusionConfig(**built, **config)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model of minisd ({error})") from None
 
 
-def _built(values: dict | None, kinds: tuple[type, ...]):
-    """JSON has lists where the configs have tuples."""
+def part_from_json(part: str, values: dict | None):
+    """The configuration of a part of a model, of the kind that it says it is. (JSON has lists for its tuples.)
+
+    Raises:
+        KeyError, TypeError, ValueError: there is no such kind, or it has no such field, or not this value.
+    """
     if values is None:
         return None
-    named = {kind.__name__: kind for kind in kinds}
-    kind = named[values.pop("kind", kinds[0].__name__)]
-    unknown = set(values) - {field.name for field in fields(kind)}
+    named = {kind.__name__: kind for kind in KINDS[part]}
+    kind = named[values.get("kind", next(iter(named)))]
+    given = {name: value for name, value in values.items() if name != "kind"}
+    unknown = set(given) - {field.name for field in fields(kind)}
     if unknown:
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
 
 
-def _config_json(config: LatentDiffusionConfig) -> dict:
-    content = asdict(config)
-    for part in KINDS:
-        if content[part] is not None:
-            content[part] = {"kind": type(getattr(config, part)).__name__, **content[part]}
-    return content
+def part_to_json(config) -> dict | None:
+    """The other way round."""
+    return None if config is None else {"kind": type(config).__name__, **asdict(config)}
 
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:

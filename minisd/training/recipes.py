@@ -3,7 +3,11 @@
 The figures of `emoji` are for two cores of a CPU; `docs/lab_log.md` tells what came of them.
 """
 
+from dataclasses import asdict
+
 from ..clip import CLIPVisionConfig
+from ..latent_diffusion import PRESETS
+from ..vq import VQConfig
 from .clip import CLIPRecipe
 from .unet import UNetRecipe
 from .vae import VAERecipe
@@ -15,6 +19,13 @@ VISION = {
     "sd-v1": CLIPVisionConfig(),
 }
 
+# The first stages with a codebook, `--first-stage vq`: the preset's autoencoder, with so many codes in place of the
+# variance. (Those of CompVis' VQ-f8 for the 512x512 pixels of Stable Diffusion.)
+VQ = {
+    name: VQConfig(**asdict(PRESETS[name].first_stage) | {"double_z": False}, n_embed=n_embed)
+    for name, n_embed in {"tiny": 256, "emoji": 1024, "sd-v1": 16_384}.items()
+}
+
 CLIP = {
     "tiny": CLIPRecipe(steps=300, batch_size=64),
     "emoji": CLIPRecipe(steps=600, save_every=200),
@@ -24,7 +35,12 @@ CLIP = {
 VAE = {
     "tiny": VAERecipe(steps=2000, batch_size=16),
     "emoji": VAERecipe(steps=2000),
-    "sd-v1": VAERecipe(steps=246_803, batch_size=12, lr=4.5e-6, kl_weight=1e-6, decay=False),  # Rombach et al., KL-f8
+    # Rombach et al.'s KL-f8: CompVis `models/first_stage_models/kl-f8/config.yaml`, `autoencoder.py`. The learning rate
+    # is 4.5e-6 for each picture of the batch (`main.py`). No weight decay, no EMA, and gradients as they come.
+    "sd-v1": VAERecipe(
+        steps=246_803, batch_size=12, lr=12 * 4.5e-6, warmup=0, decay=False, beta1=0.5, beta2=0.9, weight_decay=0.0,
+        clip_grad=1e9, ema_decay=0.0, kl_weight=1e-6, perceptual_weight=1.0, disc_start=50_001, disc_weight=0.5,
+    ),
 }
 
 UNET = {

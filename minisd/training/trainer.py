@@ -46,6 +46,7 @@ class Recipe:
     warmup: int = 100  # steps from zero to lr
     decay: bool = True  # let lr fall to zero along a cosine; off: keep it constant, as Stable Diffusion did
     weight_decay: float = 0.01  # AdamW's
+    beta1: float = 0.9  # AdamW's memory of gradients; 0.5 is usual where a discriminator is the judge
     beta2: float = 0.99  # AdamW's memory of squared gradients; 0.999 is slow to learn in a short run
     clip_grad: float = 1.0  # gradients are scaled down to this norm
     ema_decay: float = 0.999  # 0.9999 in CompVis, for runs of hundreds of thousands of steps
@@ -65,6 +66,10 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
+
+    def betas(self, network: str) -> tuple[float, float]:
+        """AdamW's memory for the network of that name: "model", or one that is trained beside it."""
+        return self.beta1, self.beta2
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then constant or half a cosine."""
@@ -177,7 +182,8 @@ class Trainer:
             self.folder.open()
         self.models, self.optimizers = {}, {}
         for name, network in {"model": model, **(others or {})}.items():
-            self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe))
+            self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe, name))
+            _begin(_bare(self.optimizers[name]))
             if recipe.compile:
                 self.models[name].compile()
         self.model = self.models["model"]
@@ -371,6 +377,7 @@ class Trainer:
             self.folder.forget_lines_after(self.step)
 
     def _refuse_another_run(self, theirs: dict) -> None:
+        theirs = asdict(type(self.recipe)()) | theirs  # what it does not name yet was as it is by default
         ours = asdict(self.recipe)
         changed = [
             f"{k} was {theirs.get(k)}, now {v}" for k, v in ours.items() if theirs.get(k) != v and k not in _MAY_CHANGE
@@ -412,14 +419,26 @@ FEW = 8  # samples that a sentence may name; more go to a file
 NAMED = "no_number_{:06d}.txt"
 
 
-def _adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
     """Weight decay is for matrices: to shrink a bias or the gain of a norm does no good."""
     matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True,
+        lr=recipe.lr, betas=recipe.betas(name), fused=True,
     )  # fmt: skip
+
+
+def _begin(optimizer: torch.optim.AdamW) -> None:
+    """AdamW's state before its first step.
+
+    Where a checkpoint finds none, since a network waits for its turn, torch.distributed makes one by a step without
+    gradient, which AdamW counts: whether a run was saved before that turn could be told from its weights.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        zeros = [torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2)]
+        step = torch.zeros((), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

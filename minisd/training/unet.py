@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checkpoint import cast, load_clip, load_weights, read_json, read_weights, save, save_clip, write_weights
+from ..checkpoint import cast, load_clip, load_weights, read_weights, save, save_clip, write_weights
 from ..clip import CLIPTextConfig
 from ..data import CaptionedPictures
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
@@ -26,7 +26,7 @@ from ..viz import save_sheet
 from .clip import tokenize_templates
 from .engine import Engine
 from .trainer import Recipe, Trainer
-from .vae import encode_all
+from .vae import encode_all, read_first_stage
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,13 @@ def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: En
 def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path) -> LatentDiffusion:
     """A model with a fresh UNet between the text tower and the autoencoder of two finished runs."""
     clip, tokenizer = load_clip(clip_folder)
-    config = replace(
-        config, cond_stage=clip.text_config, scale_factor=read_json(Path(vae_folder) / "vae.json")["scale_factor"]
-    )
+    first_stage, scale_factor = read_first_stage(vae_folder)
+    if config.unet.in_channels != first_stage.embed_dim:
+        raise ValueError(
+            f"the latents of the autoencoder in {vae_folder} have {first_stage.embed_dim} channels, and the UNet takes "
+            f"{config.unet.in_channels}: train both with the same preset"
+        )
+    config = replace(config, cond_stage=clip.text_config, first_stage=first_stage, scale_factor=scale_factor)
     sd = LatentDiffusion(config, tokenizer)
     sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
     weights = Path(vae_folder) / "vae.safetensors"
