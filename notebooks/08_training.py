@@ -22,7 +22,7 @@
 # - why a run can be cut into parts, interrupted, and spread over processes, and still compute the same numbers;
 # - what takes the memory, what takes the time, and what the 150,000 GPU hours of Stable Diffusion were spent on.
 #
-# About an hour to read; it runs in three to ten minutes on a laptop. The modules of this stage are the five pages of
+# About an hour to read; it runs in four to ten minutes on a laptop. The modules of this stage are the pages of
 # [`minisd/training/`](../minisd/training/trainer.py). Everything is trained on the small model `tiny`. What is
 # known of the large one alone is taken from its model card, or computed.
 #
@@ -60,8 +60,9 @@ from minisd.checkpoint import SHIPPED, load_clip
 from minisd.clip import contrastive_loss
 from minisd.data import CaptionedPictures, draw_shapes, sample
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
-from minisd.training import Recipe, SingleDevice, Trainer, finetune_unet, recipes
+from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, finetune_unet, recipes
 from minisd.training.clip import TEMPLATES, tokenize_templates
+from minisd.training.discriminator import adaptive_weight, hinge_d_loss
 from minisd.training.unet import by_time, encode_captions
 from minisd.training.vae import encode_all
 
@@ -212,27 +213,13 @@ viz.curves(panels, xlabel="step", width=6, height=2.6)
 #
 # **The naive idea** is the first term alone. It counts numbers, one by one. Take a picture, and spoil it in three ways:
 # shift it by one pixel; blur it; make it a little darker. Which of them would *you* call the worst, and which does
-# $|x - \hat x|$ call the worst? Beside it, a **perceptual** distance: that of what a network sees which has learned to
-# tell things from each other, here the image tower of the CLIP that ships. Its tokens are compared layer by layer, as
-# vectors of length 1 (after Zhang et al. 2018, eq. 1; there the network is VGG).
+# $|x - \hat x|$ call the worst? Beside it, a **perceptual** distance: that of what a network sees which has
+# learned to tell things from each other. `CLIPPerceptual` takes the image tower of a CLIP for that, here of the one
+# that ships: the tokens of the patches, layer by layer, as vectors of length 1 (after Zhang et al. 2018, eq. 1).
 
 # %%
 clip, _ = load_clip(SHIPPED / "emoji")  # its image tower was trained beside the text tower that ships
-
-
-@torch.no_grad()
-def looks(x):
-    """The tokens of the 16 patches in each layer but the last, of unit length, [b layers 16 192]."""
-    tokens = clip.vision_model.pre_layrnorm(clip.vision_model.embeddings(x))  # [b 17 192]: a class token, 16 patches
-    states = [tokens]
-    for layer in clip.vision_model.encoder.layers[:-1]:
-        states.append(layer(states[-1]))
-    return F.normalize(torch.stack(states, dim=1)[:, :, 1:], dim=-1)
-
-
-def perceptual(x, x_hat):
-    return (looks(x) - looks(x_hat)).square().sum(-1).mean((1, 2))  # [b]
-
+perceptual = CLIPPerceptual(clip)  # the mean over layers and places of |f(x) - f(x̂)|², [b]
 
 corpus = sample(size=32)
 names = ["fox", "rocket", "watermelon", "sunflower", "guitar"]
@@ -258,7 +245,8 @@ viz.strip(list(spoilt.values()), names, list(spoilt), notes, size=1.2)
 # paid for blur, and one that minimises both is not.
 #
 # It is no oracle: by this tower, the shift is the worst of all, which no person would say. The distance that Stable
-# Diffusion's autoencoder was trained with is LPIPS: a VGG, with weights that were fitted to what people judged.
+# Diffusion's autoencoder was trained with is LPIPS: a VGG, with weights that were fitted to what people judged. (The
+# class `LPIPS` takes it, if you have its files.)
 #
 # The **discriminator** is for what the latent does not hold at all. Fur, grass, the stripes of a shirt: a latent of a
 # twelfth of the numbers (a 48th, in Stable Diffusion) can say "stripes here" and not where each of them begins. An
@@ -296,13 +284,12 @@ def train_decoder(weight, steps=900 if full else 3):
         loss = rec = (x - x_hat).abs().mean()
         if weight and step >= steps // 5:  # disc_start
             g_loss = -D(x_hat).mean()
-            pulls = [torch.autograd.grad(f, decoder[2].weight, retain_graph=True)[0].norm() for f in (rec, g_loss)]
-            loss = rec + weight * pulls[0] / (pulls[1] + 1e-4) * g_loss
+            loss = rec + weight * adaptive_weight(rec, g_loss, decoder[2].weight, engine) * g_loss  # λ, as above
         of_decoder.zero_grad()
         loss.backward()
         of_decoder.step()
         if weight and step >= steps // 5:
-            d_loss = (F.relu(1 - D(x)).mean() + F.relu(1 + D(x_hat.detach())).mean()) / 2  # hinge
+            d_loss = hinge_d_loss(D(x), D(x_hat.detach()))
             of_D.zero_grad()
             d_loss.backward()
             of_D.step()
@@ -321,17 +308,22 @@ viz.strip(rows, labels=labels, size=0.7)
 # %% [markdown]
 # Each picture of the second row is what $|x - \hat x|$ asks for: a pale mixture of all places, and none of them could
 # stand in the first row. In the third row there are stripes, some of them crisp. The price is in the table: their mean
-# $|x - \hat x|$ is *higher*, 1.09 against 1.00, since the place is still a guess, and now a bold one. **A discriminator
+# $|x - \hat x|$ is *higher*, 1.08 against 1.00, since the place is still a guess, and now a bold one. **A discriminator
 # does not add information; it makes the decoder commit itself.** So it makes details up.
 #
 # In four real runs of `tiny` on emoji ([lab log](../docs/lab_log.md)), the perceptual distance brought the
 # reconstructions of held-out pictures from 18.54 to 19.35 dB, and the discriminator took 0.2 dB of that back, for a
 # contrast of 1.01 times that of real pictures, where it had been 0.90.
 #
-# The modules are [`perceptual.py`](../minisd/training/perceptual.py),
-# [`discriminator.py`](../minisd/training/discriminator.py) and, for an autoencoder with a codebook,
-# [`codebook.py`](../minisd/training/codebook.py). The KL term is the smallest of the four, and is for the UNet: it
-# keeps latents of about one size and close together (notebook 04).
+# ![Above, held-out pictures; below, what each of the four makes of them](../docs/pictures/autoencoders.png)
+#
+# From above: held-out pictures; by pixels alone; with the perceptual distance; with the discriminator as well; with a
+# codebook in place of the KL (pixels alone). The discriminator brings back the colours, and overdoes some.
+#
+# The sum of all terms is `AutoencoderLoss` in [`vae.py`](../minisd/training/vae.py); its parts are in
+# [`perceptual.py`](../minisd/training/perceptual.py), [`discriminator.py`](../minisd/training/discriminator.py) and,
+# for an autoencoder with a codebook, [`codebook.py`](../minisd/training/codebook.py). The KL term is the smallest of
+# the four, and is for the UNet: it keeps latents of about one size and close together (notebook 04).
 #
 # ## The UNet: the loop
 #
@@ -1049,9 +1041,9 @@ print(f"emoji, 11,000 steps of 64: {ours:.1e}, one {needed / ours:,.0f}th of tha
 #
 # **MFU**, the model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): the operations that the mathematics of
 # the model needs, a second, over those that the machine can do. Recomputation does not count: it is work, but not
-# progress. `emoji` in float32 on one thread of a CPU comes to 46% of what a large matrix product reaches, `tiny` to
-# 24%: the smaller the products, the more of the time goes to everything that is not a product. (Other work ran on this
-# machine at the same time; on a quiet one both columns are higher.)
+# progress. `emoji` in float32 on one thread of a CPU comes to 64% of what a large matrix product reaches, `tiny` to
+# 43%: the smaller the products, the more of the time goes to everything that is not a product. (Other work ran on this
+# machine at the same time, so that these figures came out differently each time.)
 #
 # And Stable Diffusion? The model card gives 150,000 hours of A100, batches of 2,048 (32 machines × 8 cards × 4 pictures
 # × 2 accumulated), and the steps: 237,000 at 256×256; at 512×512, 194,000 to v1-1, 515,000 more to v1-2, and 225,000
@@ -1189,7 +1181,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # | `text_dropout`, `min_snr_gamma` | have no counterpart | |
 # | `accumulate` | `accumulate_grad_batches` of Lightning | `main.py` |
 # | `Batch`, randomness by sample | `seed_everything` | `main.py` |
-# | the autoencoder's losses | `LPIPSWithDiscriminator` | `contperceptual.py` |
+# | `AutoencoderLoss` | `LPIPSWithDiscriminator` | `contperceptual.py` |
 # | `train_clip` | has no counterpart: `FrozenCLIPEmbedder` takes OpenAI's | `encoders/modules.py` |
 #
 # A trap for who trains with that repository: `main.py` multiplies the learning rate of the configuration by the number
