@@ -1088,10 +1088,12 @@ def with_errors(
     xlabel: str = "",
     ylabel: str = "",
     lines: bool = True,
+    marks: Sequence[float] = (),
 ) -> "Figure":
     """Panels side by side: {title of the panel: {name: a (number, its error) for each of the values}}.
 
     values: what stands below the x axis, evenly spaced. lines: whether to join them, as those that have an order.
+    marks: heights of grey lines across all panels.
     """
     figure = _figure(0.8 + max(1.9, 0.55 * len(values)) * len(panels), 2.9, layout="constrained")
     for axes, (title, named) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
@@ -1101,7 +1103,8 @@ def with_errors(
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)] if lines else "none"}
             style |= {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
             axes.errorbar(_array(x), _array(y), _array(error), label=name, **style)
-        axes.axhline(0, color="0.8", lw=0.8, zorder=0)
+        for height in marks:
+            axes.axhline(height, color="0.8", lw=0.8, zorder=0)
         axes.set_xticks(range(len(values)), values, rotation=30, ha="right")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(xlabel, fontsize=8)

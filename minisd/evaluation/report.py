@@ -37,13 +37,11 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
     for split, (drawn, real) in result.drawings.items():
         parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
         save_sheet(torch.cat([torch.cat(pair) for pair in parts]), folder / f"{split}.png", columns=COLUMNS)
-    for what in ("drawings, train", "drawings, test_pair", "real, test_pair"):
-        pairs = result.nearest[what]
+    for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
     _score_figure(result.scores).savefig(folder / "scores.png")
-    histograms({"distance to the nearest training picture": result.to_training}, width=6.0, height=3.0).savefig(
-        folder / "nearest.png"
-    )
+    panel = {"distance to the nearest training picture": result.to_training}
+    histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     print(f"wrote {folder}")
 
 
@@ -115,4 +113,4 @@ def _score_figure(scores: list[Score]):
     panels: dict = {}
     for s in scores:
         panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
-    return with_errors(panels, groups, "", ylabel="score", lines=False)
+    return with_errors(panels, groups, "", ylabel="score", lines=False, marks=(0, 1))

@@ -162,13 +162,10 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
     drawn = {name: evaluator.draw(name, setting) for name in groups if name != "known_words"}
     if "known_words" in groups:
         drawn["known_words"] = drawn["test_concept"][evaluator.known_words]
-    shown = {
-        "drawings, train": drawn["train"],
-        "drawings, test_pair": drawn["test_pair"],
-        "real, test_pair": groups["test_pair"].real,
-        "real, decoded, test_pair": groups["test_pair"].decoded,
-    }
-    near = shown | {"real, decoded, train": groups["train"].decoded}
+    pairs = groups["test_pair"]
+    drawings = {"drawings, train": drawn["train"], "drawings, test_pair": drawn["test_pair"]}
+    far = drawings | {"real, test_pair": pairs.real, "real, decoded, test_pair": pairs.decoded}
+    near = drawings | {"real, test_pair": pairs.real, "real, decoded, train": groups["train"].decoded}
     library, found, to_training, nearest = features(evaluator.training), [], {}, {}
     for what, pictures in near.items():
         short, distance, index = nearness(what, pictures, library)
@@ -178,7 +175,7 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
         nearest[what] = torch.cat([pictures[order], evaluator.training[index[order]]])
     return Evaluation(
         scores=[s for name in groups for s in evaluator.scores(name, drawn[name])],
-        distances=[d for what, pictures in shown.items() for d in evaluator.distances(what, pictures)],
+        distances=[d for what, pictures in far.items() for d in evaluator.distances(what, pictures)],
         nearness=found,
         drawings={name: (drawn[name], group.real) for name, group in groups.items()},
         to_training=to_training,
