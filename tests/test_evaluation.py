@@ -274,6 +274,18 @@ def test_copies_are_found_and_real_held_out_pictures_are_none(data):
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
+def test_words_that_training_knows_are_reported_apart(corpus, clip, tmp_path):
+    rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
+    known = next(row["concept"] for row in rows if row["split"] == "train")
+    for row in rows[-12:]:
+        row["concept"] = known  # held out, and yet in words of training captions
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pictures.npy").write_bytes((corpus / "pictures.npy").read_bytes())
+    groups = evaluation.Evaluator(Oracle(None), tmp_path, clip).groups
+    assert {row["file_name"] for row in groups["known_words"].rows} >= {row["file_name"] for row in rows[-12:]}
+    assert len(groups["known_words"].rows) < len(groups["test_concept"].rows) == 36
+
+
 def test_the_report_is_a_table_a_file_and_pictures(evaluator, tmp_path, capsys):
     evaluation.report(evaluation.evaluate(evaluator), evaluation.Setting(), tmp_path / "out")
     assert "test_concept" in capsys.readouterr().out
