@@ -181,10 +181,12 @@ class PatchJudge:
     def _learn_dictionary(self, pictures: Float[Tensor, "n 3 h w"], count: int = 60_000, rounds: int = 10) -> None:
         generator = torch.Generator().manual_seed(0)
         each = -(-count // len(pictures))
-        some = [self._patches(part) for part in pictures.split(256)]
-        pick = [torch.randint(p.shape[1], (len(p), each), generator=generator) for p in some]
-        x = torch.cat([p.gather(1, i[..., None].expand(-1, -1, p.shape[2])) for p, i in zip(some, pick, strict=True)])
-        x = x.flatten(0, 1)
+        some = []
+        for part in pictures.split(256):  # a few patches of each picture; all of them would fill the memory
+            patches = self._patches(part)
+            pick = torch.randint(patches.shape[1], (len(part), each), generator=generator)
+            some.append(patches[torch.arange(len(part))[:, None], pick].flatten(0, 1))
+        x = torch.cat(some)
         x = x[x.std(dim=1) > 0.1]  # white paper teaches nothing
         self.patch_mean = x.mean(dim=0)
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
