@@ -24,13 +24,12 @@ class Score:
     real: float  # hits of the real pictures of these captions
     decoded: float  # of the same pictures, encoded and decoded: what the autoencoder costs
     shuffled: float  # hits of the drawings, each held against another's caption
-    # of the score: one standard deviation, over resampled concepts; NaN where the scale itself is lost in resampling
-    error: float
+    error: float  # of the score: one standard deviation, over resampled concepts; NaN where there is no score
 
     @property
     def score(self) -> float:
         """0: as good as shuffled captions, 1: as good as real pictures. NaN where the judge can't tell those apart."""
-        return _ratio(self.model, self.real, self.shuffled)
+        return float("nan") if np.isnan(self.error) else (self.model - self.shuffled) / (self.real - self.shuffled)
 
 
 def score(
@@ -46,6 +45,8 @@ def score(
     """Row i, column j: would picture i be a hit for caption j?
 
     The error is a bootstrap's, by concept and not by picture: pictures of one concept tend to succeed or fail together.
+    There is a score only where the real pictures are better than chance by three standard deviations: else, there is no
+    scale to measure on.
     """
     n = len(model)
     drawn, true = model.diagonal().astype(float), real.diagonal().astype(float)
@@ -58,16 +59,10 @@ def score(
     k = sums.shape[1]
     times = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), size=resamples)  # [resamples concepts]
     m, r, c, size = sums @ times.T
-    scores = _ratio(m / size, r / size, c / size)
-    error = np.nanstd(scores) if np.isnan(scores).mean() < 0.05 else np.nan
+    scale = (r - c) / size
+    clear = scale.min() > 0 and scale.mean() > 3 * scale.std()
+    error = np.std((m - c) / size / scale) if clear else np.nan
     return Score(
         split, judge, question, n, *(float(x) for x in means[:2]), float(decoded.diagonal().mean()), float(means[2]),
         error=float(error),
     )  # fmt: skip
-
-
-def _ratio(model, real, shuffled):
-    """NaN where real pictures do no better than chance: there is no scale then."""
-    span = np.asarray(real - shuffled, dtype=float)
-    result = np.where(span > 0, (model - shuffled) / np.where(span > 0, span, 1), np.nan)
-    return result if result.ndim else float(result)

@@ -52,13 +52,15 @@ def report_sweep(
     folder: str | Path | None = None,
 ) -> None:
     """Print the table of a sweep; with a folder, also write it, sweep_WHAT.json, and its curves, sweep_WHAT.png."""
-    measures = [(s.judge, s.question) for s in next(iter(found.values()))[0]]
-    spaces = [d.features for d in next(iter(found.values()))[1]]
-    print(f"{what:<18}" + "".join(f"{f'{judge} {question}':>25}" for judge, question in measures), end="")
-    print("".join(f"{f'MMD² {space}':>20}" for space in spaces))
-    for value, (scores, distances) in found.items():
-        line = "".join(f"{_pm(s.score, s.error):>25}" for s in scores)
-        print(f"{value:<18}{line}" + "".join(f"{f'{d.mmd:.4f} ± {d.mmd_error:.4f}':>20}" for d in distances))
+    table: dict[str, list[str]] = {}
+    for scores, distances in found.values():
+        for s in scores:
+            table.setdefault(f"{s.judge}, {s.question}", []).append(_pm(s.score, s.error))
+        for d in distances:
+            table.setdefault(f"MMD², {d.features}", []).append(f"{d.mmd:.3f} ± {d.mmd_error:.3f}")
+    print(f"{what:<26}" + "".join(f"{value:>16}" for value in found))
+    for measure, cells in table.items():
+        print(f"{measure:<26}" + "".join(f"{cell:>16}" for cell in cells))
     if folder is None:
         return
     folder = Path(folder)
@@ -67,10 +69,8 @@ def report_sweep(
         for value, (scores, distances) in found.items()
     }
     write_json({"sweep": what, "setting": asdict(setting), "found": record}, folder / f"sweep_{what}.json")
-    panels: dict[str, dict[str, list]] = {}
-    for scores, distances in found.values():
-        for s in scores:
-            panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
+    panels = _panels(scores for scores, _ in found.values())
+    for _, distances in found.values():
         for d in distances:  # each with an axis of its own: the spaces have different scales
             panels.setdefault(f"MMD², {d.features}", {}).setdefault("", []).append((d.mmd, d.mmd_error))
     figure = with_errors(panels, list(found), what)
@@ -99,7 +99,7 @@ def _print_distances(distances: list[Distance]) -> None:
 
 
 def _pm(value: float, error: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f} ± {'?' if math.isnan(error) else f'{error:.2f}'}"
+    return "-" if math.isnan(value) else f"{value:.2f} ± {error:.2f}"
 
 
 def _score_json(s: Score) -> dict:
@@ -108,9 +108,17 @@ def _score_json(s: Score) -> dict:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 
+def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Concept and style, a line for each judge, a score and its error for each value (or group) in turn."""
+    panels: dict = {}
+    for scores in of_each:
+        for s in scores:
+            if s.question in ("concept", "style"):
+                panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
+    return panels
+
+
 def _score_figure(scores: list[Score]):
     groups = list(dict.fromkeys(s.split for s in scores))
-    panels: dict = {}
-    for s in scores:
-        panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
-    return with_errors(panels, groups, "", ylabel="score", lines=False, marks=(0, 1))
+    panels = _panels([s for s in scores if s.split == group] for group in groups)
+    return with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1))
