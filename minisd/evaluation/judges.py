@@ -44,9 +44,14 @@ def column(rows: list[dict], key: str) -> np.ndarray:
     return np.array([row.get(key, "") for row in rows])
 
 
+def questions(data: CaptionedPictures) -> list[str]:
+    """What can be asked for: what all rows of the corpus tell."""
+    return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
+
+
 def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
-    """Names that were found, held against those of every row; what the corpus does not tell is left out."""
-    return {q: names[:, None] == column(rows, q)[None] for q, names in found.items() if all(q in row for row in rows)}
+    """Names that were found, held against those of every row."""
+    return {question: names[:, None] == column(rows, question)[None] for question, names in found.items()}
 
 
 def shown(rows: list[dict], library: list[dict]) -> Iterator[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "m"]]]:
@@ -93,13 +98,14 @@ class NearestPicture:
     name = "nearest picture"
 
     def __init__(self, data: CaptionedPictures):
-        self.rows, self.library = data.rows, features(data.batch(torch.arange(len(data))))
+        self.questions, self.rows = questions(data), data.rows
+        self.library = features(data.batch(torch.arange(len(data))))
 
     def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
         nearest, queries = np.zeros(len(rows), int), features(pictures)
         for asked, others in shown(rows, self.rows):
             nearest[asked] = others[find_nearest(queries[asked], self.library[others])[0]]
-        return hits({q: column(self.rows, q)[nearest] for q in ("concept", "style")}, rows)
+        return hits({question: column(self.rows, question)[nearest] for question in self.questions}, rows)
 
 
 # --- CLIP -----------------------------------------------------------------------------------------------------------
@@ -116,7 +122,7 @@ class ImageTowerJudge:
 
     @torch.no_grad()
     def __init__(self, clip: CLIPModel, tokenizer: BPETokenizer, data: CaptionedPictures):
-        self.clip = clip
+        self.clip, self.questions = clip, questions(data)
         unique = {row["text"]: row for row in data.rows}
         self.captions, self.rows = np.array(list(unique)), list(unique.values())
         ids = tokenizer(list(unique), clip.text_config.max_length).ids
@@ -131,7 +137,7 @@ class ImageTowerJudge:
     def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
         best = (self.features(pictures) @ self.texts.T).topk(min(5, len(self.texts)), dim=1).indices.numpy()
         fits = self.captions[best][:, None] == column(rows, "text")[None, :, None]  # [n n 5]
-        found = {q: column(self.rows, q)[best[:, 0]] for q in ("concept", "style")}
+        found = {question: column(self.rows, question)[best[:, 0]] for question in self.questions}
         return hits(found, rows) | {"R@1": fits[..., 0], "R@5": fits.any(axis=-1)}
 
 
@@ -153,7 +159,8 @@ class PatchJudge:
 
     def __init__(self, data: CaptionedPictures):
         train = [i for i, row in enumerate(data.rows) if row.get("split", "train") == "train"]
-        self.rows, everything = data.rows, data.batch(torch.arange(len(data)))
+        self.questions, self.rows = questions(data), data.rows
+        everything = data.batch(torch.arange(len(data)))
         self._learn_dictionary(everything[train])
         x = self._encode(everything)
         self.mean, self.std = x[train].mean(dim=0), x[train].std(dim=0) + 1e-3
@@ -170,7 +177,8 @@ class PatchJudge:
             candidates, member = np.unique(names[others], return_inverse=True)
             means = F.normalize(_means(self.whitened[others], torch.from_numpy(member)), dim=1)
             concept[asked] = candidates[(x[asked] @ self.whitening @ means.T).argmax(dim=1).numpy()]
-        return hits({"concept": concept, "style": style}, rows)
+        found = {"concept": concept, "style": style}
+        return hits({question: found[question] for question in self.questions}, rows)
 
     def _patches(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n l d"]:
         """All patches, each with its brightness and contrast taken out; some 27x27 of a picture, whatever its size."""
