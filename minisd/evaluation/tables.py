@@ -73,7 +73,7 @@ def report_sweep(
     for _, distances in found.values():
         for d in distances:  # each with an axis of its own: the spaces have different scales
             panels.setdefault(f"MMD², {d.features}", {}).setdefault("", []).append((d.mmd, d.mmd_error))
-    figure = with_errors(panels, list(found), what)
+    figure = with_errors(panels, list(found), what, lines=what != "sampler")  # samplers have no order
     figure.savefig(folder / f"sweep_{what}.png")
     print(f"wrote {folder / f'sweep_{what}.png'}")
 
