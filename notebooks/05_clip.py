@@ -796,7 +796,7 @@ viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), si
 # %% [markdown]
 # Not once. Both rows start from the same noise, and hardly differ. The model has understood "above": there are two
 # things, and one is above the other. Which one it is, the noise decides, not the prompt. (Its colours and shapes are
-# often wrong as well; it has fewer than a million parameters.)
+# often wrong as well. Notebook 07 has some suspects.)
 #
 # Is the order lost in the text tower, or does the UNet not listen? Compare the contexts, token by token:
 

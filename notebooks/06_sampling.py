@@ -461,7 +461,10 @@ viz.pursuit(undimmed(curve, curve_t), panels)
 # \qquad \text{(PNDM, eq. 12)}$$
 #
 # where $t+1$ means one step ago. Then a DDIM step along $\epsilon'$. One call a step. In the first step there is no
-# past, and it does what Heun does: **one extra call**.
+# past, and it does what Heun does: **one extra call**. With one old slope it takes $\tfrac12(3\epsilon_t -
+# \epsilon_{t+1})$, with two $\tfrac1{12}(23\epsilon_t - 16\epsilon_{t+1} + 5\epsilon_{t+2})$: lines and parabolas,
+# until there are four. (In each row the weights sum to 1. If all $\epsilon$ are the same, PLMS is DDIM: a check for
+# yours.)
 #
 # **Predict, then run.** How many calls do ten steps take? Which timestep does PLMS ask for in its second call?
 #

@@ -154,6 +154,10 @@ titles = [prompt.removeprefix("a ").removesuffix(" style").replace(", ", ",\n") 
 viz.strip([by_hand, alone, drawing.pictures], titles, ["by hand", "LatentDiffusion", "all at once"])
 
 # %% [markdown]
+# (`.pictures` are tensors in about $[-1, 1]$. `.images` are files to be saved: clamped to $[-1, 1]$, then
+# $127.5\,(x+1)$, rounded, as bytes. Without the clamp, $x = 1.02$ would be 258, a byte holds no more than 255 and
+# begins again at 0, and the brightest spots would turn black.)
+#
 # The first two rows are equal, but for rounding. (Each picture was drawn alone, from seed 0.) The third row was drawn
 # in one call. There, picture $k$ starts from seed $0 + k$, so that the pictures of a batch differ from each other;
 # only the first is the same.
@@ -445,8 +449,9 @@ print(f"loss: {loss[0]:.3f} (mean of steps 1 to {steps[0]}) -> {loss[-1]:.3f}")
 # numbers of a picture: a KL of 0.4 in the log is some 300 nats for a picture.)
 #
 # A word in the recipes, `ema_decay`: beside the weights that are trained, each training keeps their **exponential
-# moving average** (EMA). After each step, $\bar w \leftarrow d\,\bar w + (1-d)\,w$, here with $d = 0.99$. The mean of
-# the last hundred steps or so jitters less than the last step does. What is saved, and draws, is $\bar w$.
+# moving average** (EMA). After each step, $\bar w \leftarrow d\,\bar w + (1-d)\,w$, here with $d = 0.99$, and less in
+# the $n$-th of the first steps: $\min\big(d, \frac{1+n}{10+n}\big)$, so that the random start is soon forgotten. The
+# mean of the last hundred steps or so jitters less than the last step does. What is saved, and draws, is $\bar w$.
 #
 # In the CompVis source $p = 1$. Our pictures are special: most of each is white. Train two, with $p = 1$ and $p = 2$,
 # that are equal in all else.
