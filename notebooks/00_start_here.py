@@ -165,9 +165,8 @@ viz.sampling_diagram()
 # takes a step. Then the UNet is asked again, about a latent with a little less noise: in 50 steps a hundred questions.
 # After the last step, the autoencoder decodes. The text is read once, and the picture decoded once.
 #
-# (On the lowest arrow, $T = 1000$ is how many noise levels there are. They are counted from 0, so the noisiest is
-# $t = 999$; and $x_{t-1}$ means the *next* latent, at the next level that is visited. The table below visits every
-# twentieth.)
+# (There are $T = 1000$ noise levels, counted from 0; and $x_{t-1}$ means the *next* latent, at the next level that is
+# visited. The table below visits every twentieth.)
 #
 # ## The map
 #

@@ -749,15 +749,15 @@ for drop in (0.0, 0.2):
     for name, eps_model in guided.items():
         *_, last = minisd.sampling.ddim(eps_model, x_T, schedule, steps=50 if full else 5)
         far = (torch.cdist(last.x, moons).min(1).values > 0.5).float().mean()
-        panels[f"{drop:.0%} dropped: {name}"] = {"drawn": last.x}
+        panels[f"{drop:.0%} dropped:\n{name}"] = {"drawn": last.x}
         print(f"{drop:4.0%} dropped, {name:13} {far:4.0%} further than 0.5 from all data")
-viz.clouds(panels, behind=moons[:300], columns=4, size=1.6)
+viz.clouds(panels, behind=moons[:300], columns=4, size=1.6, reach=4.5)
 
 # %% [markdown]
 # What to see, first column: the network that never heard "nothing" (upper row) draws nonsense when told nothing, two
 # bars where no moon is. (They lie between the moons, so that the number above does not notice.) The other one draws
 # both moons, a little loosely. Second column: at $s = 1$ both are fine, and the mistake hides. Then it shows: above,
-# the points drift off; at $s = 4$, nearly all of them are far from all data, and most have left the panel. Below, they
+# the points drift off; at $s = 4$, nearly all of them are far from all data, and many have left the panel. Below, they
 # stay.
 #
 # Below, guidance has a price too. At $s = 4$, only the middle of the upper moon is drawn, the part that is the

@@ -354,12 +354,12 @@ for t in (100, 300, 500, 900):
     sizes[f"it is {t}"] = (told, [eps.square().mean().sqrt().item() for eps in answers])
     alike = F.cosine_similarity(answers[-1].flatten(1), x_t.flatten(1)).mean()
     print(f"it is {t}, and it is told 999: cosine of the answer and x_t {alike:.3f}")
-panels = {"error": errors, "size of the answer (root mean square)": sizes}
+panels = {"size of the answer (root mean square)": sizes, "error": errors}
 viz.curves(panels, xlabel="what it is told", width=4, height=2.8)
 
 # %% [markdown]
-# Left: each curve has its lowest point where the network is told the truth, or close by. So it *uses* what it is told.
-# Right, the size of the answer, which should be 1, as that of the noise is:
+# Right: each curve has its lowest point where the network is told the truth, or close by. So it *uses* what it is told.
+# Left, the size of the answer, which should be 1, as that of the noise is:
 #
 # - **Told too early**, it answers too much, up to 1.65. As $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,
 #   \epsilon$, whoever believes in a small $\sqrt{1-\bar\alpha_t}$ must divide what looks like noise by a small number.
