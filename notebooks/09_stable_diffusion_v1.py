@@ -61,6 +61,12 @@ from minisd.checkpoint import compvis, diffusers, read_weights
 full = MODE == "full"
 start = time.time()
 
+
+def say(text):
+    """Print a long sentence in lines, without the name of this run's folder."""
+    print(textwrap.fill(str(text).replace(str(folder), "…"), 112, subsequent_indent="    "))
+
+
 work = tempfile.TemporaryDirectory()
 folder = Path(work.name)
 
@@ -171,7 +177,7 @@ torch.save(trap, folder / "trap.ckpt")
 try:
     minisd.load(folder / "trap.ckpt")
 except minisd.CheckpointError as error:
-    print("minisd:", str(error).replace(str(folder), "…"))
+    say(f"minisd: {error}")
 print("a folder more on the disk:", (folder / "I was here").exists())
 
 # %% [markdown]
@@ -193,7 +199,8 @@ print("a folder more on the disk:", (folder / "I was here").exists())
 try:
     torch.load(folder / "emoji.ckpt", map_location="cpu", weights_only=True)
 except pickle.UnpicklingError as error:
-    print("torch:  ", next(line.strip() for line in str(error).splitlines() if "GLOBAL" in line)[:110], "…")
+    reason = next(line.strip() for line in str(error).splitlines() if "GLOBAL" in line)
+    say("torch:  " + reason.partition(". Please use")[0])
 
 state = read_weights(file)  # {name: tensor}
 print(f"minisd:  {len(state)} tensors, the first is {next(iter(state))}")
@@ -223,7 +230,7 @@ with torch.device("meta"):  # shapes without memory
     names_v1 = compvis.as_compvis(v1)
 
 parts = list(dict.fromkeys([*map(part, state), *map(part, names_v1)]))
-print(f"{'':34}{file.name[:24]:>34}{'Stable Diffusion v1':>34}")
+print(f"{'':34}{file.name[:24]:^34}{'Stable Diffusion v1':^34}")
 print(f"{'':34}" + f"{'tensors':>10}{'numbers':>14}{'MB':>10}" * 2)
 for kind in parts:
     cells = ""
@@ -313,11 +320,12 @@ wrong = (folder / "emoji.yaml").read_text().replace("beta_schedule: linear", "be
 try:
     minisd.load(folder / "emoji.ckpt", config=folder / "wrong.yaml", tokenizer=folder / "emoji.clip")
 except minisd.CheckpointError as error:
-    print(str(error).replace(str(folder), "…"))
+    say(error)
 
 # %% [markdown]
-# We changed one word of the YAML, and the file itself protested. (Both schedules begin and end alike. The figure at
-# station 2 below shows how they differ.)
+# (That the differences are 0 says little here: we wrote the file ourselves. The tests compare ours with numbers
+# recorded from CompVis's code.) At the end we changed one word of the YAML, and the file itself protested. (Both
+# schedules begin and end alike. The figure at station 2 below shows how they differ.)
 #
 # **`position_ids`** is 0, 1, 2, …, 76. The text tower of transformers kept it as a buffer until 2023; then it left the
 # state_dict. (Files from before have a name too many for a newer transformers, and files from after one too few for an
@@ -378,6 +386,26 @@ if CHECKPOINT:
     viz.strip([drawn.cpu()], size=4)
 
 # %% [markdown]
+# ## The YAML beside it
+#
+# Weights do not say how they are to be put together: how many heads, which schedule, which scale factor. CompVis keeps
+# that in a YAML file (for v1: `v1-inference.yaml`), with a simple scheme. `target` is the path of a class, `params` are
+# the arguments of its constructor, and these may be such pairs again. This is ours, without the networks' own numbers:
+
+# %%
+for line in (folder / "emoji.yaml").read_text().splitlines():
+    depth = len(line) - len(line.lstrip())
+    if depth <= 4 or (depth == 6 and "target" in line):
+        print(line)
+
+# %% [markdown]
+# CompVis imports whatever class is named there and calls it (`instantiate_from_config`). That is handy, and a YAML from
+# the web is then a program, too. minisd knows a list of targets, takes their numbers into a config of its own, and
+# refuses others by name. A `.ckpt` without a YAML is taken for Stable Diffusion v1, if its shapes are.
+#
+# Note what is *not* there: the tokenizer. In CompVis it comes with transformers, under the name of a CLIP model on the
+# hub. In minisd that of Stable Diffusion ships; ours is in a folder beside the file, which `version` names.
+#
 # ## Strictly
 #
 # minisd's modules have the names of the file. So nothing is translated, and loading can be *strict*: each name of the
@@ -399,7 +427,7 @@ torch.save({"state_dict": typo}, folder / "typo.ckpt")
 try:
     minisd.load(folder / "typo.ckpt", **small)
 except minisd.CheckpointError as error:
-    print("minisd:", str(error).replace(str(folder), "…").partition(". By its shapes")[0])
+    say("minisd: " + str(error).partition(". By its shapes")[0])
 
 # %% [markdown]
 # ## What a converter can get wrong
@@ -564,9 +592,9 @@ print(found["gate first"])
 # %%
 for name in ("eps 1e-5", "eps 1e-3"):
     comparison = found[name]
-    print(f"{name}: {comparison.conclusion}")
+    say(f"{name}: {comparison.conclusion}")
     for hint in comparison.hints[:1]:
-        print("   -", hint)
+        say(f"  - {hint}")
 
 panels = {"difference of each layer, relative": {}}
 for name, comparison in found.items():
@@ -678,7 +706,7 @@ def reading(*lines):
         if line is None:
             raise LookupError(f"minisd/{module}.py: {'.'.join(path)} has no line with {piece!r} any more")
         line = line if len(line) <= 104 else f"{line[:103]}…"
-        print(textwrap.fill(f"there  {there}: {says}", 112, subsequent_indent=" " * 7))
+        print(textwrap.fill(f"there  {there}  |  {says}", 112, subsequent_indent=" " * 7))
         print(f"here   minisd/{module}.py: {'.'.join(path)}\n       {line}\n")
 
 
@@ -711,7 +739,7 @@ reading(
     ("main: decode_first_stage", "latents to pictures",
      "latent_diffusion.LatentDiffusion.decode_first_stage", "z / self.scale_factor"),
     ("main: clamp((x + 1) / 2, 0, 1)", "from [-1, 1] to [0, 1]",
-     "viz/files.to_pil", "clamp"),
+     "viz/files.to_pil", "clamp(-1, 1) + 1"),
 )  # fmt: skip
 
 # %% [markdown]
@@ -815,6 +843,13 @@ viz.curves(panels, log=[list(panels)[1]], width=4.2)
 # weights, all timesteps count alike, which DDPM found to draw better pictures (notebook 02).
 #
 # ### Station 3: `LatentDiffusion`, in the same file
+#
+# $$z = 0.18215 \cdot \mathcal E(x), \qquad
+# L = \mathbb E_{z, c, \epsilon, t}\,\big\lVert \epsilon - \epsilon_\theta(z_t, t, \tau(c)) \big\rVert^2, \qquad
+# \hat x = \mathcal D(z / 0.18215)$$
+#
+# $\mathcal E$ and $\mathcal D$ are encoder and decoder, $\tau$ the text encoder. This class is these three formulas,
+# and what keeps $\mathcal E$, $\mathcal D$ and $\tau$ from being trained.
 
 # %%
 reading(
@@ -861,7 +896,7 @@ reading(
 # - `scale_by_std` makes `scale_factor` a buffer, so that it comes with the checkpoint. Without it, it is a number of
 #   the YAML. minisd reads both.
 # - `num_timesteps_cond` (with `cond_ids`, `shorten_cond_schedule`) would put noise on the context, too. It is 1: off.
-# - Everything under `split_input_params`, hundreds of lines with `fold` and `unfold`, draws large pictures in
+# - Everything under `split_input_params`, more than two hundred lines with `fold` and `unfold`, draws large pictures in
 #   overlapping patches. Nothing in the repository sets it for v1.
 # - In `p_sample`, two lines stand behind a `raise DeprecationWarning`. They are never reached.
 # - In `log_images`, "outpainting" takes the same mask as "inpainting", not its opposite (in the version that we read).
@@ -878,6 +913,9 @@ reading(
 
 # %% [markdown]
 # ### Station 4: `ldm/modules/diffusionmodules/openaimodel.py`, the class `UNetModel`
+#
+# $$\mathrm{ResBlock}(x) = \mathrm{skip}(x) + \mathrm{conv}\big(\mathrm{SiLU}(\mathrm{norm}(
+# \mathrm{conv}(\mathrm{SiLU}(\mathrm{norm}(x))) + W\,\mathrm{SiLU}(\mathrm{emb}(t))))\big)$$
 #
 # Read `forward` first: it is a dozen lines, and `__init__` can be understood from it.
 
@@ -973,6 +1011,9 @@ reading(
 #   that all the "optimised" forks replaced.
 #
 # ### Station 6: `ldm/models/autoencoder.py` and `ldm/modules/diffusionmodules/model.py`
+#
+# $$q(z \mid x) = \mathcal N\big(\mu(x), \sigma^2(x)\big), \qquad z = \mu + \sigma\,\epsilon, \qquad
+# \mathrm{KL} = \tfrac12 \sum \big(\mu^2 + \sigma^2 - 1 - \log \sigma^2\big)$$
 
 # %%
 reading(
@@ -1020,6 +1061,8 @@ reading(
 #
 # ### Station 7: `ldm/modules/encoders/modules.py`
 #
+# $$c = \mathrm{LayerNorm}\big(\mathrm{layers}_{1 \dots 12}(\mathrm{token} + \mathrm{place})\big), \quad 77 \times 768$$
+#
 # Only `FrozenCLIPEmbedder` is Stable Diffusion v1. It is a thin wrapper: the text tower is transformers'.
 
 # %%
@@ -1040,6 +1083,8 @@ reading(
      "clip.CLIPMLP.forward", "1.702"),
     ("transformers: CLIPTextTransformer", "final_layer_norm comes after the last layer, and is part of the context",
      "clip.CLIPTextTransformer.forward", "self.final_layer_norm("),
+    ("FrozenCLIPEmbedder.encode", "another name of forward, which LatentDiffusion asks for", "clip.FrozenCLIPEmbedder",
+     "encode = forward"),
     ("ClassEmbedder", "a table: class → one vector; for the ImageNet models",
      "latent_diffusion.ClassEmbedder.encode", "self.embedding(ids)"),
 )  # fmt: skip
@@ -1051,6 +1096,10 @@ reading(
 # and `FrozenClipImageEmbedder` serve retrieval, and `SpatialRescaler` serves models that are shown a map.
 #
 # ### Station 8: `ldm/models/diffusion/ddim.py` and `plms.py`
+#
+# $$\epsilon = \epsilon(\varnothing) + s\,\big(\epsilon(c) - \epsilon(\varnothing)\big), \qquad
+# x_\text{prev} = \sqrt{\bar\alpha_\text{prev}}\,\hat x_0 + \sqrt{1 - \bar\alpha_\text{prev} - \sigma^2}\;\epsilon
+# + \sigma z \qquad \text{(DDIM, eq. 12)}$$
 
 # %%
 reading(
@@ -1116,10 +1165,17 @@ viz.ruler(visited)
 reading(
     ("main.py: scale_lr", "learning rate · processes · batch · accumulated batches",
      "training/trainer.Recipe.lr_at", "self.lr * warm"),
-    ("lr_scheduler.py: LambdaLinearScheduler", "10,000 steps of warm-up from 1e-6, then constant",
+    ("lr_scheduler.py: LambdaLinearScheduler", "the factor rises from 1e-6 to 1 in 10,000 steps, then stays",
      "training/trainer.Recipe.lr_at", "warm = min(1.0"),
     ("DDPM.training_step, shared_step", "get_input, then forward: a loss",
      "training/unet._fit", "losses = loss_of("),
+    ("main.py: data (DataModuleFromConfig)", "shuffled, another order in each epoch",
+     "training/trainer._order", "permutation(n)"),
+    ("main.py: accumulate_grad_batches", "several batches make one step", "training/trainer.Trainer.backward",
+     "loss / self.recipe.accumulate"),
+    ("main.py: ImageLogger → log_images", "draw samples now and then, with the means (ema_scope)",
+     "training/unet._fit", "trainer.ema.applied_to"),
+    ("main.py: --resume", "go on from the newest checkpoint", "training/trainer.Trainer._resume", "self.folder.load"),
     ("main.py: melk, on SIGUSR1 or an error", "save a checkpoint before it ends",
      "training/trainer.Trainer.steps", "self.save()"),
     ("AutoencoderKL.training_step", "optimizer_idx 0: autoencoder, 1: discriminator",
