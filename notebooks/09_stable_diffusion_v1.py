@@ -265,10 +265,11 @@ titles = ["GB up to the n-th tensor", "millions of numbers in the n-th block of 
 viz.curves(dict(zip(titles, (lines, blocks), strict=True)), xlabel="n", width=4.2)
 
 # %% [markdown]
-# Left: the UNet has the first 686 tensors and four fifths of the file. It rises in jumps: few tensors are large. Right,
-# the blocks in the order in which they run: `time_embed`, 12 on the way down, the middle, 12 on the way up, `out`. The
-# largest is the middle one. It and its neighbours have 1,280 channels, and on the way up those that are joined on
-# besides (notebook 03). The first and last blocks, on full-size maps, are small.
+# Left: the UNet has the first 686 tensors and four fifths of the file. It rises in jumps: few tensors are large. (The
+# jump before the text encoder is its table of 49,408 tokens.) Right, the blocks in the order in which they run:
+# `time_embed`, 12 on the way down, the middle, 12 on the way up, `out`. The largest is the middle one. It and its
+# neighbours have 1,280 channels, and on the way up those that are joined on besides (notebook 03). The first and last
+# blocks, on full-size maps, are small.
 #
 # Some names, by their shapes. All of them are names of minisd's modules, too:
 
@@ -527,7 +528,7 @@ comparisons = {
 print(comparisons["UNet"])
 
 # %% [markdown]
-# Each row is a pair: our layer, which has CompVis's name, and theirs. The names differ everywhere, and so does the
+# Each row is a pair: our layer, which has CompVis's name, and theirs. In the UNet all names differ, and so does the
 # numbering: CompVis counts blocks through, diffusers counts by level and kind. The same for all four:
 
 # %%
@@ -608,9 +609,12 @@ viz.curves(panels, xlabel="layer, in the order in which they run", log=list(pane
 # `to_k` and `to_v` of the cross-attention only the text.
 #
 # - **gate first**: the Linear layer `ff.net.0.proj` agrees and the next one, `ff.net.2`, does not, and its *input*
-#   differs already. So the fault is between them, where there is no module: in GEGLU's own line. `compare` tries a few
-#   such operations, and names the one that fits.
-# - **eps 1e-3**: the norm itself differs, and its input agrees. Its weights agree, too, so it is its settings.
+#   differs already. Nine tenths of the largest number are wrong there, and three tenths at the output. So the fault is
+#   between them, where there is no module: in GEGLU's own line. `compare` tries a few such operations, and names the
+#   one that fits.
+# - **eps 1e-3**: the norm itself differs, and its input agrees. Its weights agree, too, so it is its settings. It is
+#   6e-4 of the largest number there, and less than a tenth of that at the output. In the five pictures above it would
+#   change no number by more than 0.002, a quarter of a step of 255: nobody would see it.
 # - **eps 1e-5** changes numbers of size 3 in the sixth digit. It is below any sensible tolerance.
 #   `compare` names it all the same, since it looks at the settings as well. It *can* be large: where the variance of a
 #   group is small, eps is no longer small beside it.
@@ -763,8 +767,9 @@ reading(
 # %% [markdown]
 # ### Station 2: `ldm/models/diffusion/ddpm.py`, the class `DDPM`
 #
-# 1,400 lines, the heart of it, and "a wild mixture", as its first line says. `DDPM` is a diffusion model on pixels.
-# `LatentDiffusion` inherits from it and overrides nearly all that touches data. Begin with `register_schedule`.
+# Some 1,400 lines, the heart of it, and a "wild mixture", as it says of itself at the top. `DDPM` is a diffusion model
+# on pixels. `LatentDiffusion` inherits from it and overrides nearly all that touches data. Begin with
+# `register_schedule`.
 #
 # $$\bar\alpha_t = \prod_{s \le t} (1-\beta_s), \qquad
 # x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$$
@@ -889,7 +894,8 @@ reading(
 #
 # - `first_stage_key: "jpg"` and `cond_stage_key: "txt"` are the names that a batch from a web data set has. In the
 #   version of `get_input` that we read, texts are recognised by the keys `caption` and `coordinates_bbox`, and not
-#   `txt`. Together with the missing data set and YAML, it says that v1 was not trained with just this file.
+#   `txt`. The data set and the training YAML are missing, too: it seems that v1 was trained with more than what is
+#   public.
 # - `cond_stage_trainable: false   # Note: different from the one we trained before`, says the YAML. In the earlier
 #   text-to-image model, the text encoder (a BERT) was trained together with the UNet.
 # - `scale_by_std` makes `scale_factor` a buffer, so that it comes with the checkpoint. Without it, it is a number of
@@ -960,8 +966,8 @@ reading(
 #   belong to other models. minisd refuses a YAML that asks for them, by name.
 # - `convert_to_fp16` applies functions that are replaced by `pass` at the top of the file.
 # - `legacy: False` guards a line that decides the size of a head. With `use_spatial_transformer`, it comes to the same.
-# - `num_heads` is overwritten inside the loop where `num_head_channels` is set. It is -1 for v1, so 8 heads everywhere:
-#   of 40 channels on the first level, and 160 at the bottom.
+# - `num_heads` is overwritten inside the loop where `num_head_channels` is set. That is not so in v1: 8 heads
+#   everywhere, of 40 channels on the first level, and 160 at the bottom.
 #
 # ### Station 5: `ldm/modules/attention.py`
 #
@@ -1139,8 +1145,8 @@ viz.ruler(visited)
 # %% [markdown]
 # **Oddities, and what is dead.**
 #
-# - t = 999 is never visited, though $x_T$ is what one would find there. And the last step leads to $\bar\alpha_0 =
-#   0.99915$, not to 1: a trace of noise stays.
+# - t = 999 is never visited, though $x_T$ is what one would find there. And the last step leads to ᾱ_0, 0.99915, and
+#   not to 1: a trace of noise stays.
 # - `ddim_use_original_steps` looks for `ddim_sigmas_for_original_num_steps` in the *model*, but `make_schedule` puts it
 #   into the *sampler*: whoever sets it gets an AttributeError.
 # - `timesteps` of `ddim_sampling` drops one step too many (`subset_end … - 1`).
@@ -1192,8 +1198,8 @@ reading(
 # - `logvar` of the autoencoder's loss is a parameter, and the comment in `training_step` says that it is trained. But
 #   `configure_optimizers` hands the optimiser encoder, decoder and the two convolutions, and not the loss. So $s$ stays
 #   0.
-# - The reconstruction is a *sum* over all numbers of a picture, divided by the batch alone, and so is the KL. That is
-#   why `kl_weight` can be as small as 1e-6.
+# - The reconstruction is a *sum* over all numbers of a picture, divided by the batch alone, and so is the KL. Here,
+#   both are divided by how many numbers a picture has, which leaves their balance as it is.
 # - The discriminator starts at step 50,001. Until then its weight is multiplied by 0, but it is computed.
 # - With `scale_lr`, the learning rate of the YAML is not the one of the training: it grows with the number of GPUs.
 #
