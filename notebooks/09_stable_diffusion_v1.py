@@ -756,7 +756,7 @@ reading(
 # %%
 reading(
     ("img2img.py, main: t_enc = int(strength · steps)", "how many steps are made",
-     "latent_diffusion.LatentDiffusion._remaining", "count = int(strength * steps)"),
+     "sampling.remaining_timesteps", "left = int(strength * steps)"),
     ("DDIMSampler.stochastic_encode",
      "√ᾱ z + √(1-ᾱ) ε, with the ᾱ of index t_enc: one step noisier than decode expects",
      "latent_diffusion.LatentDiffusion._remaining", "noise_ahead and ahead"),
