@@ -21,10 +21,10 @@ from typing import Annotated, Literal, get_args
 import torch
 import tyro
 
-from . import PRESETS, Drawing, LatentDiffusion, load, save
-from .checkpoint import SHIPPED, describe, load_clip
+from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save
+from .checkpoint import SHIPPED, describe
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
-from .evaluation import evaluate, report
+from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .training import (
     LPIPS,
     CLIPPerceptual,
@@ -298,22 +298,39 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Does it draw what the prompt says? Scores on training captions and on held-out (concept, style) pairs."""
+    """Does it draw what the prompt says, and not from memory? Scores, distances, near copies; or curves over a flag."""
 
     model: str = "emoji"  # "emoji", or a folder
+    # a model's folder, or a run of `minisd train clip`, whose image tower judges; the model's own if left out
+    clip: str | None = None
     data: Path = Path("data/emoji")  # the corpus that it was trained on
-    count: int = 200  # captions of each kind
+    count: int = 1000  # captions of each kind, at most
     steps: int = 25
     guidance: float = 4.0
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0
-    out: Path | None = None  # a folder for scores.json and sheets of the drawings beside the real pictures
+    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this one, of held-out pairs, instead
+    out: Path | None = None  # a folder for scores.json, sheets of the drawings beside the real pictures, and figures
     device: str | None = None
 
     def run(self) -> None:
-        options = {"steps": self.steps, "guidance_scale": self.guidance, "sampler": self.sampler, "seed": self.seed}
-        corpus = _corpus(self.data)
-        report(evaluate(load(self.model, self.device), corpus, self.count, **options), options, self.out)
+        setting = Setting(self.steps, self.guidance, self.sampler, self.seed)
+        corpus, sd, clip = _corpus(self.data), load(self.model, self.device), self.towers()
+        if self.sweep:
+            what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)
+            evaluator = Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
+            report_sweep(what, sweep(evaluator, what, setting), setting, self.out)
+        else:
+            report(evaluate(Evaluator(sd, corpus, clip, self.count), setting), setting, self.out)
+
+    def towers(self) -> tuple[CLIPModel, BPETokenizer]:
+        try:
+            return load_clip(self.clip or self.model)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.clip or self.model} has no image tower to judge with ({error}): name a folder that has one by "
+                "--clip, such as emoji or a run of `minisd train clip`"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,9 @@ viz.sampling_diagram()
 # takes a step. Then the UNet is asked again, about a latent with a little less noise: in 50 steps a hundred questions.
 # After the last step, the autoencoder decodes. The text is read once, and the picture decoded once.
 #
+# (There are $T = 1000$ noise levels, counted from 0; and $x_{t-1}$ means the *next* latent, at the next level that is
+# visited. The table below visits every twentieth.)
+#
 # ## The map
 #
 # And this is the same drawing with all that was computed on the way. Each intermediate has two lines: what it is, with
@@ -204,8 +207,8 @@ for a, b in [("x_T", "eps_uncond"), ("x_T", "eps_cond"), ("eps_uncond", "eps_con
 # and the remainder grows to 0.287. In the last two rows there is no noise any more: in channel 2 one can make out the
 # shape of the fox's head.
 #
-# (DDIM with 50 steps visits every twentieth timestep, 981, 961, …, 21, 1. So the first one, at which the noise is
-# called $x_T$, is 981 and not 999.)
+# (DDIM, the sampler that drew this, visits every twentieth timestep if it has 50 steps: 981, 961, …, 21, 1. So the
+# first one, at which the noise is called $x_T$, is 981 and not 999.)
 #
 # **Predict, then run.** Set `guidance_scale=1.0`. Then the sampler goes by the prompt as it is, without exaggeration.
 # Which lines of the table will no longer be there?
@@ -245,7 +248,10 @@ print(step)
 # The last line is the loss at this one timestep, 0.055. A network that knows nothing and answers 0 would have a loss of
 # about 1, the variance of the noise.
 #
-# The equations of both tables fit on a page, and the rest of the course is about why they are what they are:
+# The equations of both tables fit on a page, and the rest of the course is about why they are what they are. In them,
+# $x_0$ is the clean latent ($z$ in the tables), $\epsilon$ the noise and $\epsilon_\theta$ the UNet's answer
+# ($\theta$: its weights); $\bar\alpha_t$ is the share of the variance that is still picture at $t$, from nearly 1 down
+# to nearly 0; $s$ is the guidance scale, and $t-1$ the next timestep that is visited.
 #
 # $$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\;\epsilon \qquad \text{noising, notebook 01}$$
 # $$L = \big|\epsilon - \epsilon_\theta(x_t, t, c)\big|^2 \qquad \text{training, notebook 02}$$
@@ -282,6 +288,7 @@ viz.class_diagram()
 # | [06_sampling](06_sampling.ipynb) | DDPM, DDIM, PLMS and faster ways back from noise; guidance |
 # | [07_latent_diffusion](07_latent_diffusion.ipynb) | the three networks as one, trained on a laptop |
 # | [08_training](08_training.ipynb) | the recipe of the training, line by line; on one device and on many |
+# | [09_stable_diffusion_v1](09_stable_diffusion_v1.ipynb) | the official weights, and the source of CompVis, file by file |
 #
 # 01 to 03 and 06 make one thread: noise, loss, network, sampler. 04 and 05 can be read at any time.
 #

@@ -72,7 +72,9 @@ viz.strip([x_0], titles=names)
 #
 # To be shown, each picture below is clamped to $[-1, 1]$. The number under it is the standard deviation of what is
 # really there. We count as the code does, from 0: $t = 0$ is the picture after the first step, $t = 999$ the one after
-# the thousandth. The clean picture is $x_0$ in the papers, and has no timestep in the code.
+# the thousandth. The clean picture is $x_0$ in the papers, and has no timestep in the code. So the papers' $t$ is our
+# $t + 1$, and what they call $x_T$ and $\bar\alpha_T$, the last ones, stand at $t = 999$ here. (A sampler calls the
+# noise that it begins with $x_T$ too, even if its first timestep is an earlier one, such as 981.)
 
 # %%
 torch.manual_seed(0)
@@ -184,6 +186,20 @@ titles = [f"t = {i}" for i in t.tolist()]
 viz.strip([x_0, noise, x_t], titles, ["$x_0$", r"$\epsilon$", "$x_t$"])
 
 # %% [markdown]
+# **Predict.** Two programs are wrong, and neither stops with an error. One has forgotten the roots: its factors are
+# $\bar\alpha_t$ and $1-\bar\alpha_t$. The other leaves out `[:, None, None, None]`, and its batch happens to have
+# 32 pictures of 32×32 pixels. What do their $x_t$ look like?
+#
+# <details><summary>Answer</summary>
+#
+# Variances add up, standard deviations do not. Without the roots the variance is $\bar\alpha_t^2 + (1-\bar\alpha_t)^2$
+# (if that of the data is 1): 1 at both ends, and only ½ in the middle. Such an $x_t$ is too dim, and holds less noise
+# than a sampler believes. In the second, `[32]` meets `[32 3 32 32]` and is spread along the *last* axis: every
+# picture gets its first column of pixels at the first picture's $t$, its second at the second's, and so on: stripes.
+# With any other number of pictures (but 1) there would have been an error. Test with sizes that all differ.
+#
+# </details>
+#
 # Is the jump really the same as the walk? Not for a single picture: they draw different noise. What must agree is the
 # **distribution**. Take one pixel, $x_0 = 0.9$. Walk many copies of it through all steps, jump with as many others, and
 # compare both with the Gaussian of eq. 4.
@@ -370,7 +386,9 @@ viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure
 #   + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t,
 # \qquad \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
 #
-# A mixture of two: a little of where the picture is, most of where we are. Check it without Bayes, by counting.
+# A mixture of two: a little of where the picture is, most of where we are. (At our $t = 0$, the step before is the
+# clean picture: $\bar\alpha_{t-1}$ is 1 there. So $\tilde\beta_0 = 0$, and $\tilde\mu_0 = x_0$.) Check it without
+# Bayes, by counting.
 # Send many numbers from $x_0 = 1$ forwards, on a coarse schedule of 8 large steps, so that there is something
 # to see. Then keep only those that arrived at a given $x_t$, and look where they had been one step before.
 
@@ -731,4 +749,4 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 #   `q_posterior_mean`, `exact_x0` and more from their equations, and are told which mistake it is.
 #
 # Before: [00 · Start here](00_start_here.ipynb). Next: [02 · Loss](02_loss.ipynb), how to *learn* a guess at the noise,
-# and why the loss is so simple.
+# and why the loss is so simple. To look something up: [`docs/noising.md`](../docs/noising.md).

@@ -97,8 +97,8 @@ rows = [noise, answers, mean.expand_as(noise), told]
 viz.strip(rows, names, ["noise", "its answer", "mean of all", "mean of these"], size=0.64)
 
 # %% [markdown]
-# Second row: six different noises, and nearly one answer. It is the third row, the mean of the corpus; and the loss
-# is what that mean would cost.
+# Second row: six different noises, and nearly one answer. It is the third row, the mean of the corpus, a brownish grey;
+# and the loss is what that mean would cost.
 #
 # The network is not to blame. Among all numbers $c$, the mean of $x$ is the one with the smallest
 # $\mathbb E\,(x-c)^2$. **A squared error asks for a mean**, and many sharp pictures have a blurred mean. Keep this in
@@ -391,8 +391,8 @@ torch.testing.assert_close(ours, theirs)
 
 # %% [markdown]
 # One could be disappointed: from 1.0 to about a third, and there it stuck. Before we judge the number, look at what
-# was learned. The red arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise, over the whole plane.
-# Beneath them, pale and broad, the exact answer of `minisd.ExactDenoiser`; in grey, the data noised to the same
+# was learned. The orange arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise, over the whole plane.
+# Beneath them, pale blue and broad, the exact answer of `minisd.ExactDenoiser`; in grey, the data noised to the same
 # $t$. (Long arrows are cut to one length.)
 
 # %%
@@ -560,6 +560,12 @@ viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
 #   \qquad \text{(Salimans \& Ho 2022, section 4 and appendix D)}$$
 #
 # Stable Diffusion v1 predicts $\epsilon$, the 768-pixel version of v2 predicts $v$.
+#
+# The way back is as short. $\bar\alpha_t$ and $1-\bar\alpha_t$ sum to 1, so their roots are the cosine and the sine of
+# an angle, and $(x_t, v)$ is $(x_0, \epsilon)$ turned by it. Turn it back:
+#
+# $$x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\,v, \qquad
+#   \epsilon = \sqrt{1-\bar\alpha_t}\,x_t + \sqrt{\bar\alpha_t}\,v$$
 
 # %%
 corpus = sample(size=32)
@@ -743,15 +749,16 @@ for drop in (0.0, 0.2):
     for name, eps_model in guided.items():
         *_, last = minisd.sampling.ddim(eps_model, x_T, schedule, steps=50 if full else 5)
         far = (torch.cdist(last.x, moons).min(1).values > 0.5).float().mean()
-        panels[f"{drop:.0%} dropped: {name}"] = {"drawn": last.x}
+        panels[f"{drop:.0%} dropped:\n{name}"] = {"drawn": last.x}
         print(f"{drop:4.0%} dropped, {name:13} {far:4.0%} further than 0.5 from all data")
-viz.clouds(panels, behind=moons[:300], columns=4, size=1.6)
+viz.clouds(panels, behind=moons[:300], columns=4, size=1.6, reach=4.5)
 
 # %% [markdown]
-# What to see, first column: the network that never heard "nothing" draws nonsense when it is told nothing, two
+# What to see, first column: the network that never heard "nothing" (upper row) draws nonsense when told nothing, two
 # bars where no moon is. (They lie between the moons, so that the number above does not notice.) The other one draws
 # both moons, a little loosely. Second column: at $s = 1$ both are fine, and the mistake hides. Then it shows: above,
-# the points drift off; at $s = 4$, nearly all of them are far from all data. Below, they stay.
+# the points drift off; at $s = 4$, nearly all of them are far from all data, and many have left the panel. Below, they
+# stay.
 #
 # Below, guidance has a price too. At $s = 4$, only the middle of the upper moon is drawn, the part that is the
 # least like the lower one. Guidance buys "more like what was asked for" with variety
@@ -761,7 +768,8 @@ viz.clouds(panels, behind=moons[:300], columns=4, size=1.6)
 #
 # Now the model that ships. It works on latents $z$ `[b 4 8 8]`, which its autoencoder makes of pictures (notebook
 # 04); to the loss they are points like all others. We compare its loss with the floor of the sample, with the
-# caption and without, and do so twice: for pictures of its training, and for pictures that were held out.
+# caption and without, and do so twice: for pictures of its training, and for pictures that were held out (kept back, so
+# that training never saw them).
 
 # %%
 sd = minisd.load()

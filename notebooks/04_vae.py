@@ -340,7 +340,9 @@ for name, D, codes in [("plain", plain_decoder, z), ("variational", decoder, z_v
 # Now $z$ is a plain function of $\mu$ and $\sigma$, and the randomness is an input like any other. A check
 # on a case where the answer is known. Let $L = z^2$. Its mean is $\mu^2 + \sigma^2$, so the gradient
 # must be $2\mu$ with respect to $\mu$, and $\sigma^2$ with respect to $\log \sigma^2$, which is what the
-# encoder says.
+# encoder says. (So $\sigma = \exp(\tfrac12 \log\sigma^2)$. Who forgets the ½ takes the variance for the standard
+# deviation, and no shape tells. In the class, the log variance is also clamped to $[-30, 20]$, so that no
+# exponential can overflow.)
 
 # %%
 torch.manual_seed(0)
@@ -407,6 +409,18 @@ print("\n".join([*passed[:half], "", *passed[half:]]))
 # pixel at all others (`AttnBlock`). It ends in 8 channels, which `quant_conv`, a convolution of 1×1, mixes: 4 means and
 # 4 log variances. Below is the decoder, the same in reverse, with one ResnetBlock more at each level. Stable
 # Diffusion's has four levels, of 128, 256, 512 and 512 channels.
+#
+# **Predict.** A Downsample is a 3×3 convolution of stride 2. Here, zeros are padded on the right and below only; in the
+# UNet, all round. Someone writes `padding=1` here, too. The weights load and all shapes agree. What comes back?
+#
+# <details><summary>Answer</summary>
+#
+# Each convolution now looks one pixel further up and to the left than it was trained to. The first Downsample works at
+# the full size, where that is one pixel of the picture, the second at half size, where it is two. So the picture comes
+# back three pixels too far to the right and below: the PSNR falls from 23 to 11 dB, and if one shifts the picture back
+# by three, to only 19. No error is raised. If a port of an autoencoder draws everything a little displaced, look here.
+#
+# </details>
 #
 # What comes out is a `DiagonalGaussianDistribution`: `.mode()` is its mean, `.sample()` draws from it.
 
@@ -681,8 +695,9 @@ viz.matrices(panels, cell=(0.13, 0.13))
 # %% [markdown]
 # What to see: the curves first. Reviving the dead brings nearly all codes into use within 20 steps. The error by
 # then is about what the collapsed codebook reaches after 150. (That one does recover, but slowly: it wins a code now
-# and then, when the vectors come by.) In the pictures, 41 codes are too few for the colours: purple turns blue, and
-# the apple yellow. With 255 codes most colours come back.
+# and then, when the vectors come by.) In the pictures, some 40 codes are too few for the colours: purple turns blue,
+# and the apple yellow. With 255 codes most colours come back. (41 and 255 were counted in the last ten batches of the
+# training, 47 and 256 in the last figure on the held-out pictures.)
 #
 # KL still draws better, by nearly 3 dB. It also says four times as much: its latents carry some 2,000 bits for
 # a picture, and 64 codes of 8 bits only 512. Also, the VQ model was trained for half a minute. The
@@ -724,11 +739,13 @@ stds = [p.mean.std().item() for p in (plain_posterior, between, posterior_toy)]
 print("the toy's latents: std", ", ".join(f"{s:.1f} (KL weight {w})" for s, w in zip(stds, (0, 0.01, 1), strict=True)))
 
 # %% [markdown]
-# Four remarks.
+# Five remarks.
 #
 # - The two factors differ a little, as they were measured on different pictures. A few pictures tell it roughly, and
 #   not to five digits. That does no harm. What does is another factor in drawing than in training: a model keeps the
 #   one of its training.
+# - From here on there are two latents: the autoencoder's own, which this notebook calls $z$, and the scaled one,
+#   $s \cdot z$, which is noised. The latter is the $x_0$ of notebooks 01 to 03, and `z` in notebook 07.
 # - There is **one** factor for all channels. After it, they are not alike: channel 2 has four times the standard
 #   deviation of channel 0, and the means are not 0. Only the variance of all numbers together is about 1.
 # - The weaker the KL term, the larger the latents: the toy shows it. Stable Diffusion's term is very weak,

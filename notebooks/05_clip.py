@@ -25,8 +25,8 @@
 # - what such an encoder does not see. Word order is on the list.
 #
 # About 50 minutes to read; it runs in about two minutes on a laptop. Nothing is trained here. The module of this
-# stage is [`minisd/clip.py`](../minisd/clip.py). Notebook 04 was about the pictures' side; notebook 03 showed where the
-# context enters the UNet.
+# stage is [`minisd/clip.py`](../minisd/clip.py). [Notebook 04](04_vae.ipynb) was about the pictures' side;
+# [notebook 03](03_unet.ipynb) showed where the context enters the UNet. Next: [notebook 06](06_sampling.ipynb).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -431,8 +431,8 @@ contexts = {
 }
 
 # %% [markdown]
-# How do we judge a drawing? As notebook 10 does: find the nearest training picture (at 16×16 pixels) and see whether it
-# shows the concept that was asked for.
+# How do we judge a drawing? As [`minisd/evaluation.py`](../minisd/evaluation.py) does: find the nearest training
+# picture (at 16×16 pixels) and see whether it shows the concept that was asked for.
 #
 # **Predict, then run.** Which does the UNet need more, the rows of the words, or those of the end token and the
 # padding?
@@ -504,6 +504,10 @@ viz.strip([picture, patches], labels=["picture", "patches"], size=0.4)
 #   \text{which caption?}}
 #   + \underbrace{-\tfrac1N\sum_j \log \mathrm{softmax}_i(\mathrm{logits}_{ij})\big|_{i=j}}_{\text{which picture?}}\Big)
 #   \qquad \text{(Radford et al. 2021, figure 3)}$$
+#
+# (In code each half is a cross-entropy: the rows are the logits, and picture $i$'s right class is $i$. So it is
+# `F.cross_entropy(logits, arange(N))`, once for `logits` and once for `logits.T`. If the features were not scaled to
+# length 1 first, $I_i \cdot T_j$ would be no cosine, and a long vector would count for more than a short one.)
 #
 # $\tau$ is the **temperature**. It is learned too, from 0.07 on: the code has $1/\tau$ = `logit_scale.exp()`, at most
 # 100 (Radford et al., section 2.5). Why is it needed? Cosines lie in $[-1, 1]$, and a softmax of such small numbers can
@@ -792,7 +796,7 @@ viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), si
 # %% [markdown]
 # Not once. Both rows start from the same noise, and hardly differ. The model has understood "above": there are two
 # things, and one is above the other. Which one it is, the noise decides, not the prompt. (Its colours and shapes are
-# often wrong as well; it has fewer than a million parameters.)
+# often wrong as well. Notebook 07 has some suspects.)
 #
 # Is the order lost in the text tower, or does the UNet not listen? Compare the contexts, token by token:
 

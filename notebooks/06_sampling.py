@@ -22,8 +22,9 @@
 #
 # About 70 minutes to read; it takes about two minutes of one processor's time (the last line tells of the clock where
 # its figures were made, on a busy machine). Nothing is trained here. The module of this
-# stage is [`minisd/sampling.py`](../minisd/sampling.py). Before it: [notebook 05](05_clip.ipynb), the text. You need
-# [notebook 01](01_noising.ipynb), and from notebook 02 only that a model can learn to predict the noise.
+# stage is [`minisd/sampling.py`](../minisd/sampling.py). Before it: [notebook 05](05_clip.ipynb), the text; after it:
+# [notebook 07](07_latent_diffusion.ipynb). You need [notebook 01](01_noising.ipynb), and from
+# [notebook 02](02_loss.ipynb) only that a model can learn to predict the noise.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -231,7 +232,9 @@ viz.density_over_time(toy, schedule, panels, width=3.4, height=2.3)
 #
 # Line 4 is $\tilde\mu_t$ with $\hat x_0$ put in, multiplied out. The long way, by way of $\hat x_0$, shows what
 # happens, and lets one look at the guess, so that is what minisd computes. For $\sigma_t^2$ we take $\tilde\beta_t$,
-# the variance of the exact step back. (The paper also tries $\beta_t$, with similar results.)
+# the variance of the exact step back. (The paper also tries $\beta_t$, with similar results.) With $\tilde\beta_t$ the
+# condition in line 3 changes nothing: $\tilde\beta$ is 0 in the last step. With $\beta_t$, whoever forgets it leaves a
+# grain of $\sqrt{\beta_0} = 0.03$ on the finished $x_0$.
 
 
 # %%
@@ -361,7 +364,8 @@ viz.strip(rows, [f"noise {k}" for k in range(6)], [rf"$\eta$ = {eta:g}" for eta 
 #
 # $$\bar x = x_0 + \sigma\,\epsilon, \qquad \sigma = \frac{\sqrt{1-\bar\alpha}}{\sqrt{\bar\alpha}}$$
 #
-# a picture under a heap of noise of height $\sigma$, and eq. 12 with $\eta = 0$ becomes
+# a picture under a heap of noise of height $\sigma$ (without an index: not the $\sigma_t$ of eq. 12, the size of the
+# fresh noise, which is 0 here), and eq. 12 with $\eta = 0$ becomes
 #
 # $$\bar x_{prev} = \bar x + (\sigma_{prev} - \sigma)\;\epsilon_\theta \qquad\text{: an Euler step for}\qquad
 # \frac{d\bar x}{d\sigma} = \epsilon_\theta \qquad \text{(DDIM, eq. 13 and 14)}$$
@@ -457,7 +461,10 @@ viz.pursuit(undimmed(curve, curve_t), panels)
 # \qquad \text{(PNDM, eq. 12)}$$
 #
 # where $t+1$ means one step ago. Then a DDIM step along $\epsilon'$. One call a step. In the first step there is no
-# past, and it does what Heun does: **one extra call**.
+# past, and it does what Heun does: **one extra call**. With one old slope it takes $\tfrac12(3\epsilon_t -
+# \epsilon_{t+1})$, with two $\tfrac1{12}(23\epsilon_t - 16\epsilon_{t+1} + 5\epsilon_{t+2})$: lines and parabolas,
+# until there are four. (In each row the weights sum to 1. If all $\epsilon$ are the same, PLMS is DDIM: a check for
+# yours.)
 #
 # **Predict, then run.** How many calls do ten steps take? Which timestep does PLMS ask for in its second call?
 #
@@ -698,7 +705,20 @@ viz.strip(rows, [f"t = {t}" for t in six], labels, size=0.56)
 # \qquad \text{(CFG, eq. 6, with } s = 1 + w)$$
 #
 # $s = 0$ ignores the prompt, $s = 1$ is the plain conditional model, 7.5 is Stable Diffusion's default. Both answers
-# come from one call with a batch of twice the size; a guided step costs twice as much.
+# come from one call with a batch of twice the size; a guided step costs twice as much. ($t$ is left out of the formula:
+# it is the same in all three places. Notebook 02 wrote $\hat\epsilon$ for the guided answer, notebook 00 $c_\emptyset$
+# for the empty context.)
+#
+# **Predict.** Someone swaps the two halves of that batch. What is drawn at $s = 1$, and what at $s = 4$?
+#
+# <details><summary>Answer</summary>
+#
+# $\epsilon_\theta(c) + s\,(\epsilon_\theta(\varnothing) - \epsilon_\theta(c))$, for $s = 1$, is
+# $\epsilon_\theta(\varnothing)$: the prompt is ignored. In general it is guidance of the scale $1 - s$, so at 4 it is
+# $-3$: away from the prompt, and the harder, the more one turns it up. The symptom: a *higher* scale gives *less* of
+# what was asked for.
+#
+# </details>
 
 # %%
 context, nothing = sd.get_learned_conditioning(prompts[:1]), sd.get_learned_conditioning([""])

@@ -154,6 +154,10 @@ titles = [prompt.removeprefix("a ").removesuffix(" style").replace(", ", ",\n") 
 viz.strip([by_hand, alone, drawing.pictures], titles, ["by hand", "LatentDiffusion", "all at once"])
 
 # %% [markdown]
+# (`.pictures` are tensors in about $[-1, 1]$. `.images` are files to be saved: clamped to $[-1, 1]$, then
+# $127.5\,(x+1)$, rounded, as bytes. Without the clamp, $x = 1.02$ would be 258, a byte holds no more than 255 and
+# begins again at 0, and the brightest spots would turn black.)
+#
 # The first two rows are equal, but for rounding. (Each picture was drawn alone, from seed 0.) The third row was drawn
 # in one call. There, picture $k$ starts from seed $0 + k$, so that the pictures of a batch differ from each other;
 # only the first is the same.
@@ -165,8 +169,8 @@ viz.strip([by_hand, alone, drawing.pictures], titles, ["by hand", "LatentDiffusi
 #
 # The latent that arrives at the decoder is too small. The decoder still understands it, because the latent points in
 # the right *direction*. But everything is said too softly: colours are paler, contrasts are lower. The smaller the
-# latent, the more it looks like what the decoder makes of $z = 0$. No error is raised. In Stable Diffusion, where the
-# factor is 0.18215, the picture would be a grey ghost. So: **if pictures are pale, look for the scale factor.**
+# latent, the more it looks like what the decoder makes of $z = 0$. No error is raised. With Stable Diffusion's factor,
+# 0.18215, much less would be left (notebook 04 shows it). So: **if pictures are pale, look for the scale factor.**
 #
 # </details>
 
@@ -179,7 +183,10 @@ viz.strip(rows, titles, ["z / 0.628 (right)", "z", "z · 0.628", "0"])
 # %% [markdown]
 # ## Every method once
 #
-# Here is the map of the class. Two ways lead through it: one for training, one for drawing.
+# Here is the map of the class. Two ways lead through it: one for training, one for drawing. In it, and from here on,
+# $z$ is the *scaled* latent: what notebooks 01 to 03 and 06 call $x_0$, while in notebook 04 $z$ was the autoencoder's
+# own. The noisy $z_t$ is their $x_t$, and $\hat\epsilon$ is the UNet's answer, their $\epsilon_\theta$ (in notebook
+# 02, $\hat\epsilon$ was the guided one).
 #
 #     training   picture ─ encode_first_stage ─ get_first_stage_encoding ─► z ─ q_sample ─► z_t ┐
 #                caption ─ get_learned_conditioning ─► c ───────────────────────────────────────┴ apply_model ─► ε̂
@@ -250,10 +257,14 @@ viz.strip(
 # everywhere would have a loss of exactly 1, at all times. Near $t = 999$ nearly all of $z_t$ is noise, and the loss
 # is close to 0.
 #
-# Empty captions cost nothing in the mean (0.154, against 0.155): with little noise the picture can be seen in $z_t$,
-# and the caption adds nothing. They do cost from $t = 400$ on, but there all errors are small. Yet it is there that a
-# drawing becomes a fox or a panda. So **the mean loss hardly tells whether the model listens.** *Wrong* captions
-# double the loss: the model has learned to trust them.
+# Empty captions cost nothing in the mean (0.154, against 0.155). Two things cancel: 14 of these 48 pictures were held
+# out of the training. On pictures of the training the caption helps at nearly every $t$; on held-out ones it does harm
+# (notebook 02 shows the two kinds apart). From $t = 400$ on it helps in the mean, but there all errors are small. Yet
+# it is there that a drawing becomes a fox or a panda. So **the mean loss hardly tells whether the model listens.**
+# *Wrong* captions double the loss: the model has learned to trust them.
+#
+# (In notebook 02 the same model had 0.078 on pictures of its training. That was the mean over *all* $t$. This is the
+# mean of twelve columns, of which half lie at $t \le 400$, and of other pictures. Compare like with like.)
 #
 # </details>
 
@@ -288,7 +299,8 @@ viz.curves({"loss of the finished model, by t": lines}, ylabel="mean squared err
 # sizes: 96 captions. Six pairs of a colour and a shape are **held out**: training never shows them, though it shows
 # each of the colours and each of the shapes. At the end we ask for them.
 #
-# Any folder with pictures NAME.png and their captions NAME.txt will do for minisd. Here we draw one.
+# Any folder with pictures NAME.png and their captions NAME.txt will do for minisd ([`docs/data.md`](../docs/data.md)).
+# Here we draw one.
 
 # %%
 work = tempfile.TemporaryDirectory()
@@ -433,7 +445,13 @@ print(f"loss: {loss[0]:.3f} (mean of steps 1 to {steps[0]}) -> {loss[-1]:.3f}")
 # ### The autoencoder
 #
 # It learns to draw each picture again (notebook 04): $\mathcal L = |x - \hat x|^p + 0.001 \cdot \mathrm{KL}$. At its
-# end, the scale factor is measured: one over the standard deviation of its latents.
+# end, the scale factor is measured: one over the standard deviation of its latents. (Both terms are divided by the 768
+# numbers of a picture: a KL of 0.4 in the log is some 300 nats for a picture.)
+#
+# A word in the recipes, `ema_decay`: beside the weights that are trained, each training keeps their **exponential
+# moving average** (EMA). After each step, $\bar w \leftarrow d\,\bar w + (1-d)\,w$, here with $d = 0.99$, and less in
+# the $n$-th of the first steps: $\min\big(d, \frac{1+n}{10+n}\big)$, so that the random start is soon forgotten. The
+# mean of the last hundred steps or so jitters less than the last step does. What is saved, and draws, is $\bar w$.
 #
 # In the CompVis source $p = 1$. Our pictures are special: most of each is white. Train two, with $p = 1$ and $p = 2$,
 # that are equal in all else.
@@ -636,7 +654,9 @@ viz.strip([model.txt2img(eight, **few).pictures for model in snapshots.values()]
 
 # %% [markdown]
 # Read from top to bottom. After 100 steps: spots. After 1,000: shapes in groups, colours muddled. After 10,000: shapes,
-# counts and places. Places and counts are there before the right colours are.
+# counts and places. Places and counts are there before the right colours are. (But see the last column: there are two
+# shapes, one above the other, and the star is on top. Which is to be above which, this model does not read from the
+# prompt: notebook 05.)
 #
 # Put a number on it. Ask for large circles in eight colours, and look which of the eight is nearest to what was drawn.
 
@@ -858,8 +878,8 @@ for layout, target in targets.items():
 # - **CompVis**: one file with everything, under the names that you saw at the top, and a YAML that says what it is.
 #
 # Whatever the layout, the same things have to be there: the weights of three networks, how they are built, the
-# tokenizer, the schedule, and the scale factor. A model that lacks one of them draws, but draws wrongly (notebook
-# 11).
+# tokenizer, the schedule, and the scale factor. A model that lacks one of them draws, but draws wrongly.
+# ([`docs/checkpoint.md`](../docs/checkpoint.md) tells of the layouts, and of official weights.)
 #
 # ## At full scale
 #

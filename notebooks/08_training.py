@@ -26,7 +26,8 @@
 # [`minisd/training/`](../minisd/training/trainer.py). Everything is trained on the small model `tiny`. What is
 # known of the large one alone is taken from its model card, or computed.
 #
-# Before: [notebook 07](07_latent_diffusion.ipynb), where the three networks were trained for the first time.
+# Before: [notebook 07](07_latent_diffusion.ipynb), where the three networks were trained for the first time. Next:
+# [notebook 09](09_stable_diffusion_v1.ipynb), the official weights.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -1196,5 +1197,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Give `finetune_unet` pictures with the caption "a red circle" that show something else. What else changes?
 # - `LiveBytes` for a batch of 4 and of 8: is it linear? And for latents of 128×128 (pictures of 1024×1024)?
 #
-# Before: [07 · Latent diffusion](07_latent_diffusion.ipynb). The pages: [training](../docs/training.md), how to run it;
-# [fine-tuning](../docs/finetuning.md); the [lab log](../docs/lab_log.md) of the real runs.
+# Before: [07 · Latent diffusion](07_latent_diffusion.ipynb).
+# Next: [09 · Stable Diffusion v1](09_stable_diffusion_v1.ipynb), the official weights.
+# The pages: [training](../docs/training.md), how to run it; [fine-tuning](../docs/finetuning.md); the
+# [lab log](../docs/lab_log.md) of the real runs.

@@ -360,6 +360,9 @@ def test_another_schedule_than_the_files_is_refused(files, clip_folder):
     for path, value in (("linear_end", 0.02), ("timesteps", 500)):
         with pytest.raises(CheckpointError, match="the schedule in .* has 1000 timesteps, from β = 0.00085 to 0.012"):
             load(files / "model.ckpt", config=changed(path, value), tokenizer=clip_folder)
+    # CompVis's two names that are taken for each other: both schedules begin and end alike
+    with pytest.raises(CheckpointError, match=r"0\.0048\d* in the middle.*0\.0064\d* in the middle"):
+        load(files / "model.ckpt", config=changed("beta_schedule", "sqrt_linear"), tokenizer=clip_folder)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

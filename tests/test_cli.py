@@ -127,9 +127,18 @@ def test_a_missing_corpus_says_how_to_make_it(tmp_path, capsys):
     assert "minisd data" in fails(capsys, "evaluate", "--data", tmp_path / "nothing")
 
 
-def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, capsys):
+def test_a_model_without_an_image_tower_says_where_to_take_one(tmp_path, capsys):
+    run("data", "shapes", "--out", tmp_path, "--count", 2)
+    message = fails(capsys, "evaluate", "--model", "tiny", "--data", tmp_path)
+    assert "tiny has no image tower" in message and "--clip" in message
+    assert "at least 10 captions of train are needed" in fails(
+        capsys, "evaluate", "--model", "tiny", "--clip", "emoji", "--data", tmp_path
+    )
+
+
+def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, capsys, monkeypatch):
     shapes, out = tmp_path / "shapes", tmp_path / "run"
-    run("data", "shapes", "--out", shapes, "--count", 30)
+    run("data", "shapes", "--out", shapes, "--count", 90)
     options = ("--data", shapes, "--out", out, "--preset", "tiny", "--steps", 2, "--batch-size", 4, "--device", "cpu")
     assert "minisd train clip" in fails(capsys, "train", "unet", *options)  # in this order, please
     for network in ("clip", "vae", "unet"):
@@ -138,9 +147,16 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     run("txt2img", "a red circle", "--model", model, "--steps", 2, "--out", tmp_path / "a.png")
     run("info", model)
     assert "cond_stage_model" in capsys.readouterr().out
-    run("evaluate", "--model", model, "--data", shapes, "--count", 4, "--steps", 2, "--out", tmp_path / "scores")
+    monkeypatch.setattr("minisd.evaluation.PatchJudge.atoms", 32)  # a judge that is ready at once
+    options = ("--model", model, "--data", shapes, "--count", 10, "--out", tmp_path / "scores")
+    run("evaluate", "--steps", 2, *options)
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
-    assert [s["split"] for s in scores] == ["train", "test_pair"]
+    assert list(dict.fromkeys(s["split"] for s in scores)) == ["train", "test_pair"]
+    assert {s["question"] for s in scores} == {"concept", "R@1", "R@5"}  # shapes have no styles
+    run("evaluate", "--sweep", "steps", *options)
+    assert list(json.loads((tmp_path / "scores" / "sweep_steps.json").read_text())["found"]) == [
+        "5", "10", "15", "25", "50",
+    ]  # fmt: skip
     # and from there, on pictures of one's own
     own = ("--init", model, "--data", shapes, "--out", tmp_path / "own", "--steps", 1, "--device", "cpu")
     run("train", "unet", *own)

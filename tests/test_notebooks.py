@@ -10,8 +10,13 @@ MODE = "smoke" after it: every line runs, on so little that the figures mean not
 import base64
 import difflib
 import hashlib
+import importlib
+import inspect
 import io
+import pkgutil
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import jupytext
@@ -126,6 +131,24 @@ def test_executed_with_figures_and_without_errors(source):
     assert not warnings, f"a reader would see these warnings: {warnings}"
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert any(kind.startswith("image/") for kind in kinds), f"no figure in it, only {sorted(kinds)}"
+
+
+@each_notebook
+def test_names_of_minisd_in_the_text_exist(source):
+    """Code that goes by an old name fails when it runs; a sentence would go on naming what is not there any more."""
+    text = "\n".join(cell.source for cell in jupytext.read(source).cells if cell.cell_type == "markdown")
+    for name in set(re.findall(r"`(minisd(?:\.\w+)+)\b", text)):
+        pkgutil.resolve_name(name)
+
+
+def test_every_line_that_the_reading_of_compvis_names_is_there():
+    """The tables of notebook 09 set a line of ours beside one of theirs; each is looked up by what is in it."""
+    lines = []
+    names = {"importlib": importlib, "inspect": inspect, "textwrap": textwrap, "print": lines.append}
+    for cell in jupytext.read(NOTEBOOKS / "09_stable_diffusion_v1.py").cells:
+        if "reading(" in cell.source:  # the function, then the tables
+            exec(cell.source, names)
+    assert len(lines) > 2 * 100
 
 
 @each_notebook

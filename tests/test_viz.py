@@ -570,3 +570,21 @@ def test_ruler_marks_each_timestep(viz):
     (axes,) = viz.ruler({"up": ([981, 1], "to 0"), "down": ([999, 499], "to x")}).axes
     assert axes.collections[0].get_offsets().data.tolist() == [[981, 1], [1, 1]]
     assert {"981", "1", "999", "499", "to 0", "to x"} <= words(axes)
+
+
+# -- numbers with their errors ------------------------------------------------------------------------------
+
+
+def test_with_errors_shows_each_number_and_its_error(viz):
+    numbers = {"a": [(0.5, 0.1), (0.25, 0.05)], "b": [(1.0, 0.2), (float("nan"), float("nan"))]}
+    figure = viz.with_errors({"first": numbers, "second": {"": [(3.0, 1.0)] * 2}}, ["left", "right"], marks=(0, 1))
+    first, second = figure.axes
+    for bars, expected in zip(first.containers, numbers.values(), strict=True):
+        line, _, (segments,) = bars.lines
+        values, errors = np.array(expected).T
+        np.testing.assert_allclose(line.get_ydata(), values, rtol=1e-6)
+        heights = np.array([np.ptp(segment[:, 1]) for segment in segments.get_segments() if len(segment)])
+        np.testing.assert_allclose(heights, 2 * errors[: len(heights)], rtol=1e-5)
+    assert [label.get_text() for label in first.get_xticklabels()] == ["left", "right"]
+    assert first.get_legend() and not second.get_legend()
+    assert drawn(figure).size

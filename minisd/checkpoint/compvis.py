@@ -299,10 +299,13 @@ def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, s
     ours = config.schedule().betas
     if theirs is None or (len(theirs) == len(ours) and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-6)):
         return
+    there, here = (
+        f"{len(b)} timesteps, from β = {b[0]:.5g} to {b[-1]:.5g} ({b[len(b) // 2]:.5g} in the middle)"
+        for b in (theirs, ours)
+    )
     raise CheckpointError(
-        f"the schedule in {source} has {len(theirs)} timesteps, from β = {theirs[0]:.5g} to {theirs[-1]:.5g}, and that "
-        f"of the configuration {len(ours)}, from {ours[0]:.5g} to {ours[-1]:.5g}: give the configuration that it was "
-        "trained with (config=)"
+        f"the schedule in {source} has {there}, and that of the configuration {here}: give the configuration that it "
+        "was trained with (config=)"
     )
 
 

@@ -7,6 +7,7 @@
     plots       curves, schedule_curves                         numbers against t
                 loss_by_timestep                                what a model gets wrong at each t, above the floor
                 histograms                                      samples, against the Gaussian that they should follow
+                with_errors                                     numbers with error bars, over settings or groups
                 convergence, ruler                              samplers: error over cost; the timesteps they visit
     toys        density_over_time                               data on a line: q(x_t), and the paths through it
                 clouds, vector_field                            data in the plane: points, and an arrow at each place
@@ -26,7 +27,7 @@ from .files import save_sheet, sheet, to_pil
 from .layers import attention_maps, feature_maps, maps, plane
 from .page import COLOURS, DASHES
 from .pictures import captioned, noising_strip, strip, trajectory
-from .plots import convergence, curves, histograms, loss_by_timestep, ruler, schedule_curves
+from .plots import convergence, curves, histograms, loss_by_timestep, ruler, schedule_curves, with_errors
 from .toys import clouds, density_over_time, pursuit, vector_field, walks
 from .words import matrices, token_table
 
@@ -35,4 +36,5 @@ __all__ = [
     "density_over_time", "feature_maps", "histograms", "loss_by_timestep", "maps", "matrices", "noising_strip", "plane",
     "pursuit", "ruler", "sampling_diagram", "save_sheet", "schedule_curves", "sheet", "strip", "to_pil", "token_table",
     "training_diagram", "trajectory", "unet_diagram", "vector_field", "walks",
+    "with_errors",
 ]  # fmt: skip

@@ -103,7 +103,7 @@ def sampling_diagram() -> "Figure":
     _arrow(axes, (5.6, 1.1), (6.35, 1.1), "$x_0$ = $z$")
     _arrow(axes, (7.7, 1.1), (8.05, 1.1))
     _path(axes, [(4.875, 0.7), (4.875, 0.25), (2.6, 0.25), (2.6, 0.7)], "")
-    again = "$x_{t-1}$, a little less noisy: again, from T = 1000 down to 0, in 25 or 50 steps"
+    again = "$x_{t-1}$, a little less noisy: again, from t = 999 down to 0, in 25 or 50 steps"
     axes.text(3.74, 0.2, again, fontsize=7.5, ha="center", va="top")
     return figure
 

@@ -183,3 +183,35 @@ def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: f
     axes.set_xticks([t for t in range(0, T, T // 5)] + [T - 1])
     axes.set_xlabel("t", fontsize=8)
     return figure
+
+
+def with_errors(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    values: Sequence[str],
+    xlabel: str = "",
+    ylabel: str = "",
+    lines: bool = True,
+    marks: Sequence[float] = (),
+) -> "Figure":
+    """Panels side by side: {title of the panel: {name: a (number, its error) for each of the values}}.
+
+    values: what stands below the x axis, evenly spaced. lines: whether to join them, as those that have an order.
+    marks: heights of grey lines across all panels.
+    """
+    figure = empty_figure(0.8 + max(1.9, 0.55 * len(values)) * len(panels), 2.9, layout="constrained")
+    for axes, (title, named) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+        for i, (name, numbers) in enumerate(named.items()):
+            x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # side by side, so that bars don't cover
+            y, error = torch.tensor(numbers, dtype=torch.float).T
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)] if lines else "none"}
+            style |= {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
+            axes.errorbar(as_array(x), as_array(y), as_array(error), label=name, **style)
+        for height in marks:
+            axes.axhline(height, color="0.8", lw=0.8, zorder=0)
+        axes.set_xticks(range(len(values)), values, rotation=30, ha="right")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(xlabel, fontsize=8)
+        if any(named):
+            axes.legend(frameon=False, fontsize=7)
+    figure.axes[0].set_ylabel(ylabel, fontsize=8)
+    return figure

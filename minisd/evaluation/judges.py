@@ -1,0 +1,240 @@
+"""Three judges of what a picture shows. Each is asked the same of drawings and of real pictures, so that its own
+mistakes cancel in the score; how good it is on real held-out pictures stands in the table beside.
+
+    NearestPicture    the picture of the training split that looks most alike, pixel by pixel
+    ImageTowerJudge   CLIP: the caption that fits best. No stranger: the model's prompts are read by its other tower
+    PatchJudge        trained apart, on the pictures of the training split alone, by linear algebra in a minute
+
+A judge takes pictures and the rows that they were asked for by, and says for each question which picture would be a
+hit for which caption, [n n]. It never sees the rows' own pictures, but for those of the training split.
+
+Concepts that are held out need something to be recognised by: for them the held-out pictures of other artists join
+those of the training split. (By other artists: styles by the same hand are nearly the same picture.)
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..clip import BPETokenizer, CLIPModel
+from ..data import CaptionedPictures
+from ..data.split import TWINS
+
+Hits = dict[str, Bool[np.ndarray, "n n"]]
+
+
+class Judge(Protocol):
+    """Anything that can say what a picture shows."""
+
+    name: str
+
+    def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits: ...
+
+
+# --- what all of them need ------------------------------------------------------------------------------------------
+
+
+def column(rows: list[dict], key: str) -> np.ndarray:
+    """One entry of each row, "" where it has none."""
+    return np.array([row.get(key, "") for row in rows])
+
+
+def questions(data: CaptionedPictures) -> list[str]:
+    """What can be asked for: what all rows of the corpus tell."""
+    return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
+
+
+def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
+    """Names that were found, held against those of every row."""
+    return {question: names[:, None] == column(rows, question)[None] for question, names in found.items()}
+
+
+def shown(rows: list[dict], library: list[dict]) -> Iterator[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "m"]]]:
+    """Which pictures of the library each row may be compared with: (rows, pictures), in as few groups as it takes."""
+    split, hand = (np.array([f(row) for row in library]) for f in (lambda row: row.get("split", "train"), _hand))
+    held_out = np.array([row.get("split") == "test_concept" for row in rows])
+    if not held_out.all():
+        yield np.flatnonzero(~held_out), np.flatnonzero(split == "train")
+    hands = np.array([_hand(row) for row in rows])
+    for one in np.unique(hands[held_out]):
+        others = (split == "train") | ((split == "test_concept") & (hand != one))
+        yield np.flatnonzero(held_out & (hands == one)), np.flatnonzero(others)
+
+
+def _hand(row: dict) -> str:
+    style = row.get("style", "")
+    return TWINS.get(style, style)
+
+
+def to_size(pictures: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
+    """Pictures at the size that a judge takes."""
+    return pictures if pictures.shape[-1] == size else F.interpolate(pictures, size=(size, size), mode="area")
+
+
+# --- the nearest picture --------------------------------------------------------------------------------------------
+
+
+def features(pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 768"]:
+    """Pictures in [-1, 1] → 16x16 RGB in [0, 1], as a row: coarse enough to forgive a shifted line."""
+    return (to_size(pictures, 16).flatten(1) + 1) / 2
+
+
+def find_nearest(
+    queries: Float[Tensor, "n d"], library: Float[Tensor, "m d"]
+) -> tuple[Int[np.ndarray, "n"], Float[Tensor, "n"]]:
+    """Index of the nearest row of the library by Euclidean distance, and its root mean square difference."""
+    distance, index = torch.cdist(queries, library).min(dim=1)
+    return index.numpy(), distance / queries.shape[1] ** 0.5
+
+
+class NearestPicture:
+    """The concept and the style of the nearest picture, by `features`."""
+
+    name = "nearest picture"
+
+    def __init__(self, data: CaptionedPictures):
+        self.questions, self.rows = questions(data), data.rows
+        self.library = features(data.batch(torch.arange(len(data))))
+
+    def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
+        nearest, queries = np.zeros(len(rows), int), features(pictures)
+        for asked, others in shown(rows, self.rows):
+            nearest[asked] = others[find_nearest(queries[asked], self.library[others])[0]]
+        return hits({question: column(self.rows, question)[nearest] for question in self.questions}, rows)
+
+
+# --- CLIP -----------------------------------------------------------------------------------------------------------
+
+
+class ImageTowerJudge:
+    """CLIP, zero-shot: of all captions of the corpus, held-out ones too, which fits the picture best?
+
+    Concept and style are those of that caption; R@1 and R@5 ask whether the caption itself is the best, or among the
+    best five.
+    """
+
+    name = "CLIP"
+
+    @torch.no_grad()
+    def __init__(self, clip: CLIPModel, tokenizer: BPETokenizer, data: CaptionedPictures):
+        self.clip, self.questions = clip, questions(data)
+        unique = {row["text"]: row for row in data.rows}
+        self.captions, self.rows = np.array(list(unique)), list(unique.values())
+        ids = tokenizer(list(unique), clip.text_config.max_length).ids
+        self.texts = torch.cat([clip.get_text_features(part) for part in ids.split(512)])  # [captions p]
+
+    @torch.no_grad()
+    def features(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p"]:
+        """What the image tower makes of pictures: unit vectors."""
+        pictures = to_size(pictures, self.clip.vision_config.image_size)
+        return torch.cat([self.clip.get_image_features(part) for part in pictures.split(256)])
+
+    def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
+        best = (self.features(pictures) @ self.texts.T).topk(min(5, len(self.texts)), dim=1).indices.numpy()
+        fits = self.captions[best][:, None] == column(rows, "text")[None, :, None]  # [n n 5]
+        found = {question: column(self.rows, question)[best[:, 0]] for question in self.questions}
+        return hits(found, rows) | {"R@1": fits[..., 0], "R@5": fits.any(axis=-1)}
+
+
+# --- trained apart --------------------------------------------------------------------------------------------------
+
+
+class PatchJudge:
+    """Concept and style by what a picture's small patches look like, and where they are.
+
+    Features after Coates & Ng 2011 ("The Importance of Encoding Versus Training"): a dictionary of patches, learned by
+    spherical k-means; how much each patch of a picture is like each entry; sums over 3x3 fields of the picture. On them
+    a concept is the nearest mean of its pictures, by the cosine after whitening within concepts (linear discriminant
+    analysis), and a style the largest output of a ridge regression. No network, no gradient, no stored weights: it has
+    nothing in common with the model but the pictures of the training split.
+    """
+
+    name = "patches"
+    patch, atoms, fields = 5, 320, 3  # pixels, entries of the dictionary, sums along each side
+
+    def __init__(self, data: CaptionedPictures):
+        train = [i for i, row in enumerate(data.rows) if row.get("split", "train") == "train"]
+        self.questions, self.rows = questions(data), data.rows
+        everything = data.batch(torch.arange(len(data)))
+        self._learn_dictionary(everything[train])
+        x = self._encode(everything)
+        self.mean, self.std = x[train].mean(dim=0), x[train].std(dim=0) + 1e-3
+        self.library = (x - self.mean) / self.std
+        self._learn_concepts(self.library[train], column(data.rows, "concept")[train])
+        self._learn_styles(self.library[train], column(data.rows, "style")[train])
+
+    def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
+        x = (self._encode(pictures) - self.mean) / self.std
+        style = self.styles[(x @ self.style_weights + self.style_bias).argmax(dim=1).numpy()]
+        concept = np.empty(len(rows), dtype=object)
+        names = column(self.rows, "concept")
+        for asked, others in shown(rows, self.rows):
+            candidates, member = np.unique(names[others], return_inverse=True)
+            means = F.normalize(_means(self.whitened[others], torch.from_numpy(member)), dim=1)
+            concept[asked] = candidates[(x[asked] @ self.whitening @ means.T).argmax(dim=1).numpy()]
+        found = {"concept": concept, "style": style}
+        return hits({question: found[question] for question in self.questions}, rows)
+
+    def _patches(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n l d"]:
+        """All patches, each with its brightness and contrast taken out; some 27x27 of a picture, whatever its size."""
+        patches = F.unfold(pictures, self.patch, stride=max(1, pictures.shape[-1] // 32)).transpose(1, 2)
+        patches = patches - patches.mean(dim=-1, keepdim=True)
+        return patches / (patches.var(dim=-1, keepdim=True) + 0.01).sqrt()
+
+    def _learn_dictionary(self, pictures: Float[Tensor, "n 3 h w"], count: int = 60_000, rounds: int = 10) -> None:
+        generator = torch.Generator().manual_seed(0)
+        each = -(-count // len(pictures))
+        some = []
+        for part in pictures.split(256):  # a few patches of each picture; all of them would fill the memory
+            patches = self._patches(part)
+            pick = torch.randint(patches.shape[1], (len(part), each), generator=generator)
+            some.append(patches[torch.arange(len(part))[:, None], pick].flatten(0, 1))
+        x = torch.cat(some)
+        x = x[x.std(dim=1) > 0.1]  # white paper teaches nothing
+        self.patch_mean = x.mean(dim=0)
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        self.patch_whitening = vectors * (values + 0.1).rsqrt() @ vectors.T
+        x = (x - self.patch_mean) @ self.patch_whitening
+        atoms = F.normalize(torch.randn(self.atoms, x.shape[1], generator=generator), dim=1)
+        for _ in range(rounds):  # spherical k-means: an atom is the direction of the patches that are most like it
+            likeness, nearest = (x @ atoms.T).max(dim=1)
+            atoms = F.normalize((0.1 * atoms).index_add(0, nearest, x * likeness[:, None]), dim=1)
+        self.dictionary = self.patch_whitening @ atoms.T  # [d atoms]
+
+    def _encode(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n f"]:
+        """[n atoms · fields²]: how much of each atom there is in each field of the picture."""
+        encoded = []
+        for part in pictures.split(64):
+            patches = self._patches(part) - self.patch_mean
+            likeness = F.relu(patches @ self.dictionary - 0.25)  # soft threshold: what is hardly alike counts nothing
+            side = round(likeness.shape[1] ** 0.5)
+            pooled = F.adaptive_avg_pool2d(likeness.transpose(1, 2).unflatten(2, (side, side)), self.fields)
+            encoded.append(pooled.flatten(1).sqrt())  # so that a feature that is everywhere does not rule the others
+        return torch.cat(encoded)
+
+    def _learn_concepts(self, x: Float[Tensor, "n f"], concepts: np.ndarray, ridge: float = 0.3) -> None:
+        _, member = np.unique(concepts, return_inverse=True)
+        member = torch.from_numpy(member)
+        within = x - _means(x, member)[member]
+        covariance = within.T @ within / max(1, len(x) - int(member.max()) - 1)
+        values, vectors = torch.linalg.eigh(covariance + ridge * torch.eye(x.shape[1]))
+        self.whitening = vectors * values.rsqrt()
+        self.whitened = self.library @ self.whitening
+
+    def _learn_styles(self, x: Float[Tensor, "n f"], styles: np.ndarray, ridge: float = 0.03) -> None:
+        self.styles, member = np.unique(styles, return_inverse=True)
+        target = F.one_hot(torch.from_numpy(member), len(self.styles)).float()
+        self.style_bias = target.mean(dim=0)
+        gram = x.T @ x / len(x) + ridge * torch.eye(x.shape[1])
+        self.style_weights = torch.linalg.solve(gram, x.T @ (target - self.style_bias) / len(x))
+
+
+def _means(x: Float[Tensor, "n f"], member: Int[Tensor, "n"]) -> Float[Tensor, "k f"]:
+    """The mean of each class."""
+    sums = torch.zeros(int(member.max()) + 1, x.shape[1]).index_add(0, member, x)
+    return sums / torch.bincount(member)[:, None]

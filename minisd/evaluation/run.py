@@ -1,0 +1,234 @@
+"""Ask a model for pictures by the captions of a corpus, and hold them against the real ones.
+
+Groups of captions, each as far as the corpus has it:
+
+    train           what was trained on: was it learned?
+    test_pair       a concept in a style in which it was never seen: does the model compose?
+    test_concept    a concept that was never seen at all
+    known_words     those of test_concept that say nothing but words of training captions: the others no model can know
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from ..clip import BPETokenizer, CLIPModel
+from ..data import CaptionedPictures
+from ..data.split import in_known_words
+from ..latent_diffusion import LatentDiffusion
+from ..vae import DiagonalGaussianDistribution
+from .copies import Nearness, nearness
+from .distances import MINIMUM, Distance, measure_distance
+from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
+from .scores import Score, score
+
+FEWEST = 10  # captions of a group: below, a score says nothing
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How pictures are drawn."""
+
+    steps: int = 25
+    guidance_scale: float = 4.0
+    sampler: str = "dpmpp_2m"
+    seed: int = 0  # picture k is drawn from seed + k
+
+
+@dataclass(frozen=True)
+class Group:
+    """Captions to ask for, and their real pictures."""
+
+    rows: list[dict]
+    real: Float[Tensor, "n 3 h w"]
+    decoded: Float[Tensor, "n 3 h w"]  # the same, encoded and decoded: as near as the model can come
+
+    def only(self, indices: list[int]) -> "Group":
+        """Some of them."""
+        return Group([self.rows[i] for i in indices], self.real[indices], self.decoded[indices])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was found out."""
+
+    scores: list[Score]
+    distances: list[Distance]
+    nearness: list[Nearness]
+    drawings: dict[str, tuple[Tensor, Tensor]]  # of each group: drawings and real pictures, both [n 3 h w]
+    to_training: dict[str, Tensor]  # the distances that `nearness` sums up
+    nearest: dict[str, Tensor]  # drawings, from the nearest to a training picture on, above those pictures
+
+
+class Evaluator:
+    """A model, the corpus that it was trained on, and the judges.
+
+    folder: rows name `concept` and `split`, and where there are styles, `style`. clip: both towers and their tokenizer
+    (`minisd.load_clip`). count: captions of each group at most; which, the hashes of their file names decide.
+
+    Raises:
+        ValueError: the corpus does not say which concepts its pictures show, or has no held-out pairs, or too few.
+    """
+
+    def __init__(
+        self,
+        sd: LatentDiffusion,
+        folder: str | Path,
+        clip: tuple[CLIPModel, BPETokenizer],
+        count: int = 1000,
+        groups: Sequence[str] = ("train", "test_pair", "test_concept"),
+    ):
+        self.sd = sd
+        self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
+        if not all("concept" in row for row in data.rows):
+            raise ValueError(
+                f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do"
+            )
+        members = {
+            split: [i for i, row in enumerate(data.rows) if row.get("split", "train") == split]
+            for split in ("train", "test_pair", "test_concept")
+        }
+        if not members["test_pair"]:
+            raise ValueError(f"{folder} has no held-out pictures: no row has the split test_pair")
+        for split in ("train", "test_pair"):
+            if min(count, len(members[split])) < FEWEST:
+                raise ValueError(
+                    f"at least {FEWEST} captions of {split} are needed: {folder} has {len(members[split])}, and "
+                    f"{count} were asked for"
+                )
+        self.groups = {
+            name: self._group([indices[i] for i in choose([data.rows[i] for i in indices], count)])
+            for name, indices in members.items()
+            if name in groups and len(indices) >= FEWEST
+        }
+        if "test_concept" in self.groups:
+            self.known_words = self._known_words(self.groups["test_concept"].rows)
+            if len(self.known_words) >= FEWEST:
+                self.groups["known_words"] = self.groups["test_concept"].only(self.known_words)
+        self.training = data.batch(members["train"])
+        self.tower = ImageTowerJudge(*clip, data)
+        self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
+        stretch = self.tower.texts.shape[1] ** 0.5  # CLIP's unit vectors made √d long: x·y/d is then their cosine
+        self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
+        self._reference = {name: space(self.training) for name, space in self.spaces.items()}
+        self._yardsticks: dict = {}  # what the judges say of real pictures, by group: asked once
+
+    def _group(self, indices: list[int]) -> Group:
+        real = self.data.batch(indices)
+        return Group([self.data.rows[i] for i in indices], real, autoencode(self.sd, real))
+
+    def _known_words(self, rows: list[dict]) -> list[int]:
+        known = in_known_words(dict(row, split=row.get("split", "train")) for row in self.data.rows)
+        known = {row["file_name"] for row in known}
+        return [i for i, row in enumerate(rows) if row["file_name"] in known]
+
+    def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
+        """A picture for each caption of a group."""
+        captions = [row["text"] for row in self.groups[group].rows]
+        return draw(captions, self.sd, title=f"drawing {group}", **asdict(setting))
+
+    def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
+        """What each judge says of the drawings of a group."""
+        group = self.groups[name]
+        concepts = [row["concept"] for row in group.rows]
+        found = []
+        for judge in self.judges:
+            if (name, judge) not in self._yardsticks:
+                self._yardsticks[name, judge] = judge(group.real, group.rows), judge(group.decoded, group.rows)
+            real, decoded = self._yardsticks[name, judge]
+            for question, model in judge(drawn, group.rows).items():
+                yardsticks = model, real[question], decoded[question]
+                found.append(score(name, judge.name, question, *yardsticks, concepts))
+        return found
+
+    def distances(self, what: str, pictures: Float[Tensor, "n 3 h w"]) -> list[Distance]:
+        """Of these pictures from those of the training split, in each space of features; [] of too few pictures."""
+        if min(len(pictures), len(self.training)) < 2 * MINIMUM:
+            return []
+        return [
+            measure_distance(what, name, space(pictures), self._reference[name]) for name, space in self.spaces.items()
+        ]
+
+
+def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16) -> Evaluation:
+    """Draw for every group, and find out all of it. sheet: how many of the nearest drawings to keep for a picture."""
+    groups = evaluator.groups
+    drawn = {name: evaluator.draw(name, setting) for name in groups if name != "known_words"}
+    if "known_words" in groups:
+        drawn["known_words"] = drawn["test_concept"][evaluator.known_words]
+    pairs = groups["test_pair"]
+    drawings = {"drawings, train": drawn["train"], "drawings, test_pair": drawn["test_pair"]}
+    far = drawings | {"real, test_pair": pairs.real, "real, decoded, test_pair": pairs.decoded}
+    near = drawings | {"real, test_pair": pairs.real, "real, decoded, train": groups["train"].decoded}
+    library, found, to_training, nearest = features(evaluator.training), [], {}, {}
+    for what, pictures in near.items():
+        short, distance, index = nearness(what, pictures, library)
+        found.append(short)
+        to_training[what] = distance
+        order = distance.argsort()[:sheet]
+        nearest[what] = torch.cat([pictures[order], evaluator.training[index[order]]])
+    return Evaluation(
+        scores=[s for name in groups for s in evaluator.scores(name, drawn[name])],
+        distances=[d for what, pictures in far.items() for d in evaluator.distances(what, pictures)],
+        nearness=found,
+        drawings={name: (drawn[name], group.real) for name, group in groups.items()},
+        to_training=to_training,
+        nearest=nearest,
+    )
+
+
+# What is varied, and over which values.
+SWEEPS = {
+    "guidance_scale": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
+    "steps": (5, 10, 15, 25, 50),
+    "sampler": ("ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"),
+}
+
+
+def sweep(
+    evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair"
+) -> dict[str, tuple[list[Score], list[Distance]]]:
+    """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`: {value: …}."""
+    if what not in SWEEPS:
+        raise ValueError(f"a sweep goes over {', '.join(SWEEPS)}, not over {what}")
+    found = {}
+    for value in SWEEPS[what]:
+        drawn = evaluator.draw(group, replace(setting, **{what: value}))
+        found[f"{value:g}" if isinstance(value, float) else str(value)] = (
+            evaluator.scores(group, drawn),
+            evaluator.distances(f"drawings, {group}", drawn),
+        )
+    return found
+
+
+def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
+    """Rows to ask for: those whose file names have the smallest hashes, so that it is always the same ones."""
+    hashes = [hashlib.sha256(row["file_name"].encode()).hexdigest() for row in rows]
+    return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
+
+
+def draw(
+    captions: list[str], sd: LatentDiffusion, title: str, seed: int, batch_size: int = 50, **options
+) -> Float[Tensor, "n 3 h w"]:
+    """One picture a caption; picture k from seed + k."""
+    pictures = []
+    for start in tqdm(range(0, len(captions), batch_size), desc=title):
+        out = sd.txt2img(captions[start : start + batch_size], seed=seed + start, **options)
+        pictures.append(out.pictures.clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
+
+def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """What the autoencoder makes of pictures."""
+    decoded = []
+    for part in pictures.split(50):
+        latent = sd.encode_first_stage(part.to(sd.device))
+        latent = latent.mode() if isinstance(latent, DiagonalGaussianDistribution) else latent
+        decoded.append(sd.decode_first_stage(sd.get_first_stage_encoding(latent)).clamp(-1, 1).cpu())
+    return torch.cat(decoded)

@@ -1,0 +1,124 @@
+"""Tables for the terminal, scores.json for programs, and pictures for the eye."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import write_json
+from ..viz import histograms, save_sheet, with_errors
+from .copies import COPY
+from .distances import Distance
+from .run import Evaluation, Setting
+from .scores import Score
+
+COLUMNS = 16  # of the sheets
+
+
+def report(result: Evaluation, setting: Setting, folder: str | Path | None = None) -> None:
+    """Print the tables; with a folder, also write scores.json and pictures."""
+    _print_scores(result.scores)
+    _print_distances(result.distances)
+    print(f"\n{'nearest training picture':<26}{'count':>7}{f'< {COPY}':>9}{'5%':>8}{'median':>8}{'95%':>8}")
+    for n in result.nearness:
+        print(f"{n.what:<26}{n.count:>7}{n.near:>9.1%}{n.low:>8.3f}{n.median:>8.3f}{n.high:>8.3f}")
+    if folder is None:
+        return
+    folder = Path(folder)
+    record = {
+        "setting": asdict(setting),
+        "scores": [_score_json(s) for s in result.scores],
+        "distances": [asdict(d) for d in result.distances],
+        "nearness": [asdict(n) for n in result.nearness],
+    }
+    write_json(record, folder / "scores.json")
+    for split, (drawn, real) in result.drawings.items():
+        parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
+        save_sheet(torch.cat([torch.cat(pair) for pair in parts]), folder / f"{split}.png", columns=COLUMNS)
+    for what, pairs in result.nearest.items():
+        save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
+    _score_figure(result.scores).savefig(folder / "scores.png")
+    panel = {"distance to the nearest training picture": result.to_training}
+    histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
+    print(f"wrote {folder}")
+
+
+def report_sweep(
+    what: str,
+    found: dict[str, tuple[list[Score], list[Distance]]],
+    setting: Setting,
+    folder: str | Path | None = None,
+) -> None:
+    """Print the table of a sweep; with a folder, also write it, sweep_WHAT.json, and its curves, sweep_WHAT.png."""
+    table: dict[str, list[str]] = {}
+    for scores, distances in found.values():
+        for s in scores:
+            table.setdefault(f"{s.judge}, {s.question}", []).append(_pm(s.score, s.error))
+        for d in distances:
+            table.setdefault(f"MMD², {d.features}", []).append(f"{d.mmd:.3f} ± {d.mmd_error:.3f}")
+    print(f"{what:<26}" + "".join(f"{value:>16}" for value in found))
+    for measure, cells in table.items():
+        print(f"{measure:<26}" + "".join(f"{cell:>16}" for cell in cells))
+    if folder is None:
+        return
+    folder = Path(folder)
+    record = {
+        value: {"scores": [_score_json(s) for s in scores], "distances": [asdict(d) for d in distances]}
+        for value, (scores, distances) in found.items()
+    }
+    write_json({"sweep": what, "setting": asdict(setting), "found": record}, folder / f"sweep_{what}.json")
+    panels = _panels(scores for scores, _ in found.values())
+    for _, distances in found.values():
+        for d in distances:  # each with an axis of its own: the spaces have different scales
+            panels.setdefault(f"MMD², {d.features}", {}).setdefault("", []).append((d.mmd, d.mmd_error))
+    figure = with_errors(panels, list(found), what, lines=what != "sampler")  # samplers have no order
+    figure.savefig(folder / f"sweep_{what}.png")
+    print(f"wrote {folder / f'sweep_{what}.png'}")
+
+
+def _print_scores(scores: Iterable[Score]) -> None:
+    heads = f"{'count':>6}{'model':>8}{'real':>8}{'decoded':>9}{'shuffled':>10}{'score':>15}"
+    print(f"{'captions':<14}{'judge':<17}{'question':<10}{heads}")
+    for s in scores:
+        shares = f"{s.model:>8.3f}{s.real:>8.3f}{s.decoded:>9.3f}{s.shuffled:>10.3f}"
+        print(f"{s.split:<14}{s.judge:<17}{s.question:<10}{s.count:>6}{shares}{_pm(s.score, s.error):>15}")
+
+
+def _print_distances(distances: list[Distance]) -> None:
+    if not distances:
+        return
+    print(f"\n{'distance from training':<26}{'features':<12}{'N':>6}{'Fréchet':>18}{'at N = ∞':>10}{'MMD²':>20}")
+    for d in distances:
+        frechet, infinity = f"needs N > {d.dimension}", "-"
+        if d.frechet is not None:
+            frechet, infinity = f"{d.frechet:.2f} ± {d.frechet_error:.2f}", f"{d.frechet_infinity:.2f}"
+        mmd = f"{d.mmd:.4f} ± {d.mmd_error:.4f}"
+        print(f"{d.what:<26}{d.features:<12}{d.count:>6}{frechet:>18}{infinity:>10}{mmd:>20}")
+
+
+def _pm(value: float, error: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f} ± {error:.2f}"
+
+
+def _score_json(s: Score) -> dict:
+    """JSON has no NaN."""
+    record = asdict(s) | {"score": s.score}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
+
+
+def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Concept and style, a line for each judge, a score and its error for each value (or group) in turn."""
+    panels: dict = {}
+    for scores in of_each:
+        for s in scores:
+            if s.question in ("concept", "style"):
+                panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
+    return panels
+
+
+def _score_figure(scores: list[Score]):
+    groups = list(dict.fromkeys(s.split for s in scores))
+    panels = _panels([s for s in scores if s.split == group] for group in groups)
+    return with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1))
