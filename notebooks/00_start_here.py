@@ -288,7 +288,7 @@ viz.class_diagram()
 # | [06_sampling](06_sampling.ipynb) | DDPM, DDIM, PLMS and faster ways back from noise; guidance |
 # | [07_latent_diffusion](07_latent_diffusion.ipynb) | the three networks as one, trained on a laptop |
 # | [08_training](08_training.ipynb) | the recipe of the training, line by line; on one device and on many |
-# | [09_stable_diffusion_v1](09_stable_diffusion_v1.ipynb) | the official weights, and the source of CompVis, file by file |
+# | [09_stable_diffusion_v1](09_stable_diffusion_v1.ipynb) | the official weights; CompVis's source, file by file |
 #
 # 01 to 03 and 06 make one thread: noise, loss, network, sampler. 04 and 05 can be read at any time.
 #
