@@ -6,7 +6,6 @@ browser of its own). Where one of them is missing, those tests are skipped.
 
 import functools
 import os
-import shutil
 import threading
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from chromium import find_chromium, launch
 
 if "MINISD_SITE" not in os.environ:
     pytest.skip("MINISD_SITE names no folder of built docs, such as docs/_build/html", allow_module_level=True)
@@ -83,12 +83,10 @@ def server():
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[site]"')
-    chromium = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-    if chromium is None:
+    if find_chromium() is None:
         pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # for whom Chromium's sandbox does not start
     with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if root else [])
+        running = launch(playwright)
         yield running
         running.close()
 
