@@ -23,6 +23,7 @@
   }
 
   function show() {
+    if (!sheet) return; // the first is still on its way
     const column = step.value - 1;
     const t = PLAY.timesteps[column];
     const s = PLAY.scales[scale.value];
@@ -78,18 +79,19 @@
     return chip;
   }
 
-  function choose() {
-    drawing = PLAY.drawings[prompt.value];
+  // All at once, when the sheet has arrived: until then, the prompt before stays.
+  async function choose() {
+    const chosen = PLAY.drawings[prompt.value];
+    const next = new Image();
+    next.src = new URL(chosen.sheet, here);
+    await next.decode();
+    if (chosen !== PLAY.drawings[prompt.value]) return; // another was chosen meanwhile
+    drawing = chosen;
+    sheet = next;
     maps = Uint8Array.from(atob(drawing.maps), (letter) => letter.charCodeAt(0));
     pinned = shown = null;
-    const next = new Image();
-    next.src = new URL(drawing.sheet, here);
-    next.decode().then(() => {
-      if (next.src !== new URL(PLAY.drawings[prompt.value].sheet, here).href) return; // chosen anew meanwhile
-      sheet = next;
-      chips.replaceChildren(...drawing.words.map(makeChip));
-      show();
-    });
+    chips.replaceChildren(...drawing.words.map(makeChip));
+    show();
   }
 
   function stop() {
