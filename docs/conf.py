@@ -1,5 +1,7 @@
 """How the docs are built:   sphinx-build -W docs docs/_build/html"""
 
+import subprocess
+import sys
 from pathlib import Path
 
 project = "minisd"
@@ -18,6 +20,7 @@ nb_output_stderr = "remove"  # progress bars
 
 html_theme = "furo"
 html_title = "minisd"
+html_static_path = ["_static", "play_pictures"]  # the latter is drawn below
 copybutton_exclude = ".linenos, .gp, .go"  # copy the command, not the prompt before it
 
 
@@ -42,3 +45,5 @@ def copy_notebooks() -> None:
 
 
 copy_notebooks()
+# A process of its own, so that torch is gone from memory when Sphinx sets to work.
+subprocess.run([sys.executable, Path(__file__).parent / "draw_play.py"], check=True)

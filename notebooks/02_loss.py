@@ -192,8 +192,11 @@ for t in (10, 100, 400, 800):
 # (2021, section 3.1) say why: the more steps, the less the width matters.)
 #
 # Steps 2 and 3 are calculations; let us do them. For two Gaussians of the same variance,
-# $D_{KL}\big(\mathcal N(\tilde\mu, \sigma^2 I)\,\|\,\mathcal N(\mu_\theta, \sigma^2 I)\big) =
-# \|\tilde\mu-\mu_\theta\|^2/2\sigma^2$: all but the distance of the means cancels (DDPM, eq. 8). Now put
+#
+# $$D_{KL}\big(\mathcal N(\tilde\mu, \sigma^2 I)\,\|\,\mathcal N(\mu_\theta, \sigma^2 I)\big) =
+# \frac{\|\tilde\mu-\mu_\theta\|^2}{2\sigma^2}:$$
+#
+# all but the distance of the means cancels (DDPM, eq. 8). Now put
 # $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01:
 #
 # $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\Big), \qquad

@@ -796,9 +796,10 @@ viz.strip(rows, [f"w = {k:.2f}" for k in w], [f"{one}\nto {other}" for one, othe
 #
 # <details><summary>Answer</summary>
 #
-# The norm of each is about $\sqrt{256} = 16$, hardly ever below 14 or above 18. Their mean has the variance $\tfrac14
-# + \tfrac14 = \tfrac12$, so a norm of about $16/\sqrt2 = 11.3$. No noise of the training was ever so small. To the
-# UNet it looks as if less noise were there than $t$ says, and a dull, smooth picture is what has so little variation.
+# The norm of each is about $\sqrt{256} = 16$, hardly ever below 14 or above 18. Their mean has the variance
+# $\tfrac14 + \tfrac14 = \tfrac12$, so a norm of about $16/\sqrt2 = 11.3$. No noise of the training was ever so small.
+# To the UNet it looks as if less noise were there than $t$ says, and a dull, smooth picture is what has so little
+# variation.
 #
 # The remedy is to go along the sphere: **slerp**, with the angle $\theta$ between the two (about 90°, as for any two
 # independent vectors of so many dimensions):

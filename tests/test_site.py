@@ -1,0 +1,259 @@
+"""The built docs, as a reader's browser has them:   MINISD_SITE=docs/_build/html pytest tests/test_site.py
+
+What needs a browser drives the Chromium on the PATH with playwright (pip install -e ".[site]"; it need not fetch a
+browser of its own). Where one of them is missing, those tests are skipped.
+"""
+
+import functools
+import os
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from chromium import find_chromium, launch
+
+if "MINISD_SITE" not in os.environ:
+    pytest.skip("MINISD_SITE names no folder of built docs, such as docs/_build/html", allow_module_level=True)
+
+SITE = Path(os.environ["MINISD_SITE"]).resolve()
+PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "_static" not in path.parts)
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+
+
+def test_the_docs_are_built():
+    assert {"index.html", "play.html", "noising.html", "notebooks/00_start_here.html"} <= set(PAGES), f"in {SITE}"
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """Where a page leads (href, src), and which places it has (id)."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.targets, self.places = set(), {""}
+        self.feed((SITE / page).read_text("utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("href", "src") and value:
+                self.targets.add(value)
+            elif name == "id" or (tag, name) == ("a", "name"):
+                self.places.add(value)
+
+
+def test_no_link_or_picture_is_broken():
+    links = {page: Links(page) for page in PAGES}
+    broken, checked = [], 0
+    for page in PAGES:
+        for target in links[page].targets:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:  # elsewhere, or the picture itself (data:)
+                continue
+            checked += 1
+            file = (SITE / page).parent.joinpath(unquote(url.path)).resolve() if url.path else SITE / page
+            name = str(file.relative_to(SITE)) if file.is_relative_to(SITE) else None
+            if not name or not file.is_file() or (name in links and unquote(url.fragment) not in links[name].places):
+                broken.append(f"{page}: {target}")
+    assert not broken, "\n".join(broken)
+    assert checked > 1000, "hardly any links: were they read?"
+
+
+# --- in the browser --------------------------------------------------------------------------------------------------
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address under which the site is served, on this machine."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[site]"')
+    if find_chromium() is None:
+        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        running = launch(playwright)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page of a phone's width."""
+    context = browser.new_context(**PHONE)
+    yield context.new_page()
+    context.close()
+
+
+# What a look at a page finds. MathJax sets what Sphinx marks as .math: each has to hold glyphs then, and no formula may
+# be left as it was typed, but in code.
+LOOK = r"""async () => {
+    if (window.MathJax) await MathJax.startup.promise;
+    const maths = [...document.querySelectorAll(".math")];
+    const set = (m) => m.querySelector("mjx-math :is(mjx-c, mjx-mspace)") && !m.querySelector("mjx-merror");
+    const article = document.querySelector("article") ?? document.body;
+    const walker = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
+    const typed = [];
+    for (let text; (text = walker.nextNode()); ) {
+        const typing = text.parentElement.closest("pre, code, script, style");
+        if (!typing && /\$\$|\\[a-zA-Z([]/.test(text.data)) typed.push(text.data.trim());
+    }
+    // What is too wide may scroll in a box of its own, as code does; the text may not.
+    const boxed = (element) => {
+        for (let box = element.parentElement; box && box !== article; box = box.parentElement)
+            if (getComputedStyle(box).overflowX !== "visible") return true;
+        return false;
+    };
+    const screen = document.documentElement.clientWidth;
+    const outside = (element) => element.getBoundingClientRect().right > screen + 1 && !boxed(element);
+    const wide = [...article.querySelectorAll(":not(mjx-assistive-mml, mjx-assistive-mml *)")].filter(outside);
+    return {
+        maths: maths.length,
+        unset: maths.filter((m) => !set(m)).map((m) => m.textContent).concat(typed),
+        wide: wide.map((element) => element.outerHTML.slice(0, 100)),
+    };
+}"""
+
+
+@pytest.fixture(scope="module")
+def seen(browser, server):
+    """{page: what was found there}, of all pages, each opened once on a phone."""
+    found = {}
+    context = browser.new_context(**PHONE)
+    for name in PAGES:
+        page, requests, failures = context.new_page(), [], []
+        page.on("request", lambda request, to=requests: to.append(request.url))
+        page.on("pageerror", lambda error, to=failures: to.append(str(error)))
+        page.on("response", lambda answer, to=failures: answer.status < 400 or to.append(answer.url))
+        page.goto(f"{server}/{name}")
+        found[name] = page.evaluate(LOOK) | {"requests": requests, "failures": failures}
+        page.close()
+    context.close()
+    return found
+
+
+def findings(seen: dict, name: str) -> dict:
+    return {page: found[name] for page, found in seen.items() if found[name]}
+
+
+def test_maths_is_set(seen):
+    assert not findings(seen, "unset")
+    assert sum(found["maths"] for found in seen.values()) > 100
+    assert any(url.endswith(".woff") for found in seen.values() for url in found["requests"]), "without its fonts"
+
+
+def test_nothing_is_fetched_from_elsewhere(seen, server):
+    own = (server + "/", "data:", "blob:")
+    elsewhere = {page: [u for u in found["requests"] if not u.startswith(own)] for page, found in seen.items()}
+    assert not {page: urls for page, urls in elsewhere.items() if urls}
+    assert all(found["requests"] for found in seen.values())
+
+
+def test_nothing_fails_to_load(seen, server):
+    optional = f"{server}/favicon.ico"  # the browser asks for it on its own
+    failures = {page: [f for f in found["failures"] if f != optional] for page, found in seen.items()}
+    assert not {page: failed for page, failed in failures.items() if failed}
+
+
+def test_no_page_is_wider_than_a_phone(seen):
+    assert not findings(seen, "wide")
+
+
+def test_search_finds_a_function(page, server):
+    page.goto(f"{server}/search.html?q=q_sample")
+    page.wait_for_selector("#search-results li a")
+    page.wait_for_function("document.querySelectorAll('#search-results li a').length > 2")
+    found = page.eval_on_selector_all("#search-results li a", "links => links.map((a) => a.getAttribute('href'))")
+    assert any(link.startswith("noising.html") for link in found), found
+
+
+# --- the page to play with -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def player(page, server):
+    page.goto(f"{server}/play.html")
+    page.wait_for_selector("#play-words button")
+    return page
+
+
+def pictures(player) -> tuple[str, str]:
+    """x_t and x̂_0 as they are shown."""
+    return tuple(player.eval_on_selector_all("#player canvas", "all => all.map((canvas) => canvas.toDataURL())"))
+
+
+def test_sliders_move_the_pictures(player):
+    """By the keyboard, as one does who has no mouse."""
+    last = pictures(player)
+    player.focus("#play-step")
+    player.keyboard.press("Home")
+    first = pictures(player)
+    assert first[0] != last[0] and first[1] != last[1]
+    assert player.inner_text("#play-step-value").startswith("1 of 25")
+
+    player.focus("#play-scale")
+    player.keyboard.press("Home")
+    unguided = pictures(player)
+    assert player.inner_text("#play-scale-value") == "s = 0"
+    assert unguided[0] == first[0], "the noise that it starts from is the same"
+    assert unguided[1] != first[1]
+
+    player.keyboard.press("End")
+    player.focus("#play-step")
+    player.keyboard.press("End")
+    assert pictures(player)[0] != last[0]
+
+
+def test_prompts_have_pictures_of_their_own(player):
+    shown = []
+    for prompt in player.eval_on_selector_all("#play-prompt option", "all => all.map((option) => option.text)"):
+        thing = prompt.split(",")[0].split()[-1]
+        player.select_option("#play-prompt", label=prompt)
+        player.wait_for_selector(f"#play-words button:text-is('{thing}')")
+        shown.append(pictures(player))
+    assert len(shown) == len(set(shown)) >= 4
+
+
+def test_words_say_where_the_pixels_look(player):
+    """Tapped, pointed at and reached by the keyboard alike; the noisy picture stays as it is."""
+    plain = pictures(player)
+    fox = player.locator("#play-words button:text-is('fox')")
+    fox.focus()
+    veiled = pictures(player)
+    assert veiled[0] == plain[0] and veiled[1] != plain[1]
+    assert player.inner_text("#play-says").startswith("“fox” gets")
+    player.focus("#play-prompt")
+    assert pictures(player) == plain
+
+    fox.hover()
+    assert pictures(player) == veiled
+    player.locator("#play-words button:text-is('<pad>')").hover()
+    assert pictures(player)[1] not in (plain[1], veiled[1])
+
+    fox.tap()  # holds it
+    player.focus("#play-step")
+    player.hover("#play-says")
+    assert pictures(player) == veiled and fox.get_attribute("aria-pressed") == "true"
+    fox.tap()
+    assert pictures(player) == plain
+
+
+def test_play_runs_to_the_last_step(player):
+    player.locator("#play-step").fill("20")
+    player.click("#play-run")
+    player.wait_for_function("document.getElementById('play-step').value === '25'")
+    assert player.inner_text("#play-run") == "Play"
