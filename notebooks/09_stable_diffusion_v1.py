@@ -1186,9 +1186,13 @@ reading(
     ("AutoencoderKL.training_step", "optimizer_idx 0: autoencoder, 1: discriminator",
      "training/vae.train_vae", "trainer.backward("),
     ("LPIPSWithDiscriminator.forward", "|x - x̂|",
-     "training/vae.train_vae", ".abs().mean()"),
+     "training/vae.AutoencoderLoss.__call__", "nll_loss = (x - x_hat).abs()"),
+    ("LPIPSWithDiscriminator.forward", "the perceptual loss, by LPIPS",
+     "training/vae.AutoencoderLoss.__call__", "self.perceptual(x, x_hat)"),
+    ("LPIPSWithDiscriminator.calculate_adaptive_weight", "‖∇ reconstruction‖ / ‖∇ generator‖, at the last layer",
+     "training/discriminator.adaptive_weight", "return"),
     ("LPIPSWithDiscriminator.forward", "KL, summed over the latent, times 1e-6",
-     "training/vae.train_vae", "posterior.kl()"),
+     "training/vae._reconstruct", "posterior.kl()"),
 )  # fmt: skip
 
 # %% [markdown]
