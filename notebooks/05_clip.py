@@ -431,7 +431,7 @@ contexts = {
 }
 
 # %% [markdown]
-# How do we judge a drawing? As [`minisd/evaluation.py`](../minisd/evaluation.py) does: find the nearest training
+# How do we judge a drawing? As [`minisd/evaluation`](../minisd/evaluation/__init__.py) does: find the nearest training
 # picture (at 16×16 pixels) and see whether it shows the concept that was asked for.
 #
 # **Predict, then run.** Which does the UNet need more, the rows of the words, or those of the end token and the

@@ -1048,7 +1048,7 @@ reading(
     ("VQModelInterface.decode", "quantise only on the way back",
      "vq.VQModelInterface.decode", "self.quantize(h)"),
     ("taming: VectorQuantizer2.forward", "legacy=True: β on the wrong term, as its own note admits",
-     "vq.VectorQuantizer.forward", "if self.legacy"),
+     "vq.VectorQuantizer.loss", "if self.legacy"),
 )  # fmt: skip
 
 # %% [markdown]
@@ -1123,7 +1123,7 @@ reading(
     ("DDIMSampler.p_sample_ddim: dir_xt, x_prev", "√ᾱ_prev x̂_0 + √(1-ᾱ_prev-σ²) ε + σ z",
      "sampling.ddim", "x = sqrt(a_prev) * x0"),
     ("DDIMSampler.ddim_sampling: mask", "1 is what is KEPT; put back before each step, with fresh noise",
-     "latent_diffusion.LatentDiffusion.inpaint", "latent_mask * x + (1 - latent_mask)"),
+     "latent_diffusion.LatentDiffusion._put_back", "mask * x_t + (1 - mask)"),
     ("PLMSSampler.p_sample_plms: no past", "improved Euler: look ahead, take the mean of both ε",
      "sampling.plms", "_predict(eps_model, x_next"),
     ("PLMSSampler.p_sample_plms: 2, 3, 4", "Adams-Bashforth: (55 ε - 59 ε' + 37 ε'' - 9 ε''') / 24",
@@ -1186,9 +1186,13 @@ reading(
     ("AutoencoderKL.training_step", "optimizer_idx 0: autoencoder, 1: discriminator",
      "training/vae.train_vae", "trainer.backward("),
     ("LPIPSWithDiscriminator.forward", "|x - x̂|",
-     "training/vae.train_vae", ".abs().mean()"),
+     "training/vae.AutoencoderLoss.__call__", "nll_loss = (x - x_hat).abs()"),
+    ("LPIPSWithDiscriminator.forward", "the perceptual loss, by LPIPS",
+     "training/vae.AutoencoderLoss.__call__", "self.perceptual(x, x_hat)"),
+    ("LPIPSWithDiscriminator.calculate_adaptive_weight", "‖∇ reconstruction‖ / ‖∇ generator‖, at the last layer",
+     "training/discriminator.adaptive_weight", "return"),
     ("LPIPSWithDiscriminator.forward", "KL, summed over the latent, times 1e-6",
-     "training/vae.train_vae", "posterior.kl()"),
+     "training/vae._reconstruct", "posterior.kl()"),
 )  # fmt: skip
 
 # %% [markdown]
