@@ -56,6 +56,7 @@ def make(source: Path) -> None:
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if figure := output.get("data", {}).get("image/png"):
             output.data["image/png"] = lighter(figure)
+            output.data.pop("image/jpeg", None)  # the same picture again, as PIL offers it
     notebook.metadata["made_from"] = code_hash(notebook)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
 

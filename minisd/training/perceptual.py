@@ -1,7 +1,7 @@
 """Do two pictures look alike? The distance between what a network that has learned to see makes of them.
 
 A mean error compares pixel by pixel: a sharp edge that is off by one pixel costs more than no edge at all. The maps of
-a network that was trained to recognise things say what is where, and forgive such shifts. Zhang et al. 2018
+a network that was trained to recognise things say what is where, and how sharp it is. Zhang et al. 2018
 (arXiv:1801.03924) found this distance to follow people's judgement, and called the best form of it LPIPS:
 
     d(x, x̂) = Σ_l mean over places of Σ_c w_lc (f_lc(x) - f_lc(x̂))²      (eq. 1; f_l: map of layer l, of unit length)
