@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from source_lines import with_lines
+
 project = "minisd"
 author = "minisd contributors"
 copyright = "2026, minisd contributors"
@@ -47,3 +50,11 @@ def copy_notebooks() -> None:
 copy_notebooks()
 # A process of its own, so that torch is gone from memory when Sphinx sets to work.
 subprocess.run([sys.executable, Path(__file__).parent / "draw_play.py"], check=True)
+
+
+def setup(app):
+    def add_lines(app, page, source):
+        if page == "compvis":
+            source[0] = with_lines(source[0])
+
+    app.connect("source-read", add_lines)
