@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 STAGES = {
     "noising": ["noising"],
     "loss": ["loss"],
@@ -245,3 +245,21 @@ def test_teaching_page_repeats_the_times_of_the_notebooks():
     for notebook, minutes in rows:
         said = re.search(r"About (an hour|\d+ minutes) to read", text_of(ROOT / "notebooks" / f"{notebook}.py"))
         assert said and minutes == ("60" if said[1] == "an hour" else said[1].split()[0]), notebook
+
+
+def test_readme_is_light():
+    """Its small pictures are read over slow lines, and git keeps every version of them."""
+    sizes = [file.stat().st_size for file in (DOCS / "pictures" / "stages").iterdir()]
+    assert max(sizes) <= 15_000 and sum(sizes) <= 120_000
+    shown = set(re.findall(r"\]\(docs/pictures/stages/(.*?)\)", text_of(ROOT / "README.md")))
+    assert shown == {file.name for file in (DOCS / "pictures" / "stages").iterdir()}
+
+
+def test_citation_is_of_this_version():
+    import yaml
+
+    import minisd
+
+    citation = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    assert citation["version"] == minisd.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
