@@ -24,6 +24,7 @@ nb_output_stderr = "remove"  # progress bars
 html_theme = "furo"
 html_title = "minisd"
 html_static_path = ["_static", "play_pictures"]  # the latter is drawn below
+html_css_files = ["site.css"]
 copybutton_exclude = ".linenos, .gp, .go"  # copy the command, not the prompt before it
 
 

@@ -40,10 +40,14 @@ def where(name: str) -> str | None:
 
 
 def with_lines(text: str) -> str:
-    """A page with the place of each `minisd.…` that names its module put behind it."""
+    """A page in which each `minisd.unet.UNetModel` has become `UNetModel` (`unet.py:145`)."""
 
     def place(match: re.Match) -> str:
         found = where(match[1])
-        return f"{match[0]} ({found})" if found else match[0]
+        if not found:
+            return match[0]
+        file = found.split(":")[0].removesuffix(".py").removesuffix("/__init__")
+        short = match[1].removeprefix(f"minisd.{file.replace('/', '.')}.")
+        return f"`{short}` (`{found}`)"
 
     return re.sub(r"`(minisd(?:\.\w+)+)`", place, text)
