@@ -54,27 +54,27 @@ def learning(sd: minisd.LatentDiffusion) -> None:
     sheet(rows, columns=8, scale=3, gap=6).save(PICTURES / "learning.png")
 
 
-# README's map: for each notebook, one of its figures (counted from 0), and the part of it that is shown.
+# README's map: for each notebook, a figure of it (known by a piece of the cell that draws it), and the part to show.
 THUMBNAILS = {
-    "00_start_here": (0, (0, 0, 518, 128)),
-    "01_noising": (7, (88, 20, 492, 120)),
-    "02_loss": (2, (370, 20, 725, 196)),
-    "03_unet": (10, (57, 222, 358, 304)),
-    "04_vae": (4, (82, 22, 488, 118)),
-    "05_clip": (9, (0, 22, 332, 152)),
-    "06_sampling": (2, (242, 22, 636, 122)),
-    "07_latent_diffusion": (13, (300, 20, 705, 118)),
+    "00_start_here": ("viz.sheet(drawing.images", (0, 0, 518, 128)),
+    "01_noising": ("viz.noising_strip(", (88, 20, 492, 120)),
+    "02_loss": ("viz.vector_field(", (370, 20, 725, 196)),
+    "03_unet": ("viz.attention_maps(rows, list(x0)", (57, 222, 358, 304)),
+    "04_vae": ("viz.maps(posterior.mean", (82, 22, 488, 118)),
+    "05_clip": ("viz.matrices(panels, columns=chosen", (0, 22, 332, 152)),
+    "06_sampling": ('rows=("x_t", "eps", "x0")', (242, 22, 636, 122)),
+    "07_latent_diffusion": ("to {other}", (300, 20, 705, 118)),
 }
 
 
 def thumbnails(width: int = 200) -> None:
     """README's map of the stages: parts of the notebooks' figures, as they were run."""
     (PICTURES / "stages").mkdir(exist_ok=True)
-    for name, (number, box) in THUMBNAILS.items():
+    for name, (piece, box) in THUMBNAILS.items():
         cells = json.loads((PICTURES.parents[1] / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
-        outputs = (output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
-        figures = [data["image/png"] for data in outputs if "image/png" in data]
-        figure = Image.open(io.BytesIO(base64.b64decode("".join(figures[number])))).convert("RGB").crop(box)
+        outputs = [out for cell in cells if piece in "".join(cell["source"]) for out in cell.get("outputs", [])]
+        png = next(out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {}))
+        figure = Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("RGB").crop(box)
         small = figure.resize((width, round(width * figure.height / figure.width)), Image.Resampling.LANCZOS)
         small.quantize(64).save(PICTURES / "stages" / f"{name}.png", optimize=True)
 
