@@ -117,6 +117,7 @@ def test_links_lead_somewhere(page):
         if not target.exists() and target.is_relative_to(DOCS / "notebooks"):
             target = ROOT / "notebooks" / target.relative_to(DOCS / "notebooks")
         assert target.exists(), f"{page.name} leads to {link}, which is not there"
+        assert target.is_file() or page.parent == ROOT, f"{page.name} leads to the folder {link}: Sphinx takes files only"
         if heading:
             headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
