@@ -147,6 +147,8 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
         yield from trial.convict(arguments(trial.exercise))
         yield from at_the_ends(trial)
         yield from weights(trial, named=True)
+    elif len(broken) < len(trial.outcomes):
+        yield from trial.convict(arguments(trial.exercise))
     yield from trial.convict(changes(trial.exercise))
     if broken:
         right, wrong = trial.labels_of(True), trial.labels_of(False)

@@ -313,6 +313,8 @@ def _put_uint8(f):
         ("(x.clamp(-1, 1) + 1)", "(1 - x.clamp(-1, 1))", "Black and white are exchanged."),
         (".to(torch.uint8)", ".to(torch.uint8).permute(0, 2, 3, 1)",
          "The channels are last: the shape stays [b 3 h w]."),
+        ("x.clamp(-1, 1)", "x.clamp(0, 1)",
+         "You clamped to [0, 1] before the shift, and the dark half is lost: clamp x to [-1, 1]."),
     ],
     tolerance=1e-6,
     swap=_put_uint8,
@@ -499,6 +501,14 @@ def _put_loop(f):
         ("a_next.sqrt() * x0", "a_next * x0", "x_0 is shrunk by √ᾱ of the next timestep: the root is missing."),
         ("torch.full((len(x),), t)", "torch.tensor([t])",
          "The model is given one t for the whole batch: one for each picture, torch.full((b,), t)."),
+        ("for t, t_next in zip(timesteps, [*timesteps[1:], 0], strict=True):\n    eps = eps_model(x,"
+         " torch.full((len(x),), t))",
+         "eps = eps_model(x, torch.full((len(x),), timesteps[0]))\nfor t, t_next in zip(timesteps, [*timesteps[1:],"
+         " 0], strict=True):",
+         "The model is asked once only, at the first timestep: ask it anew at each. (With one ε, all steps amount to"
+         " a single one to t = 0.)"),
+        ("[*timesteps[1:], 0]", "[*timesteps[1:], timesteps[0]]",
+         "The last step leads back to the first timestep, to nearly pure noise: after the last one comes t = 0."),
     ],
     swap=_put_loop,
 )  # fmt: skip

@@ -358,6 +358,8 @@ def q_step(
          "You took the running product once more: alphas_cumprod holds ᾱ already, the product of all α."),
         ("alphas_cumprod[t]", "alphas_cumprod.flip(0)[t]",
          "Your time runs backwards: at t = 0 there is almost no noise, at t = T-1 almost nothing else."),
+        ("alphas_cumprod[t]", "torch.cumprod(1 - alphas_cumprod, dim=0)[t]",
+         "You took alphas_cumprod for the β and made ᾱ of it once more: it holds ᾱ already, alphas_cumprod[t]."),
     ],
     linear=("x_0", "noise"),
     quantities=of_t,
@@ -426,6 +428,8 @@ def q_sample(
          "You clamped x_0 to [-1, 1]. That suits pixels; latents know no such bound, and the equation has no clamp."),
         ("alphas_cumprod[t]", "(alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]]))[t]",
          "You used α_t of the single step; from x_t to x_0 it is all of them, ᾱ_t."),
+        ("return (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()", "return x_t - noise",
+         "You subtracted the noise at full strength: x_t holds √(1-ᾱ_t) of it, and what is left is divided by √ᾱ_t."),
     ],
     linear=("x_t", "noise"),
     quantities=of_t,
@@ -656,6 +660,15 @@ def snr(t: Int[Tensor, "b"], alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor
         ("beta / (1 - alpha_bar) * x_0", "beta / alpha_bar * x_0",
          "The factor of x_0 is divided by 1-ᾱ_t, not by ᾱ_t."),
         ("beta / (1 - alpha_bar) * x_0", "beta * x_0", "The factor of x_0 is not divided by 1-ᾱ_t."),
+        ("",
+         "bars = torch.cumprod(1 - betas, dim=0)\nbars_prev = torch.cat([bars.new_ones(1), bars[:-1]])\nbeta,"
+         " alpha_bar_prev = (a[t].reshape(-1, 1, 1, 1) for a in (betas, bars_prev))\nreturn alpha_bar_prev.sqrt() *"
+         " beta * x_0 + (1 - beta).sqrt() * (1 - alpha_bar_prev) * x_t",
+         "Neither term is divided by 1-ᾱ_t: the two factors are then much too small."),
+        ("return from_x_0 + from_x_t",
+         "return (x_t - beta / (1 - alpha_bar).sqrt() * x_0) / (1 - beta).sqrt()",
+         "This is the formula for a model's ε, (x_t - β_t/√(1-ᾱ_t) ε) / √α_t, with x_0 in the place of ε: here x_0"
+         " is known."),
     ],
     linear=("x_0", "x_t"),
     quantities=of_t_and_betas,

@@ -138,7 +138,8 @@ def _parts(tolerance: float, whole: Whole) -> Iterator[str]:
                 break
         if not found:
             continue
-        if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole):
+        batched = all(any(isinstance(v, Tensor) and len(v) == len(b) for v in args.values()) for args, _, b in whole)
+        if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole) and batched:
             empty = all(not a[1:].any() for _, a, _ in whole)
             yield "Right for the first entry of a batch only: the others are " + (
                 "0. Is there a `return` inside of a loop?" if empty else "treated as if they were it."

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 import linecache
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,13 @@ def raised(error: BaseException, args: dict[str, Any]) -> str:
         hint = " The error comes from a function that you call: was it given what it expects, in the right order?"
     elif "must match the size of tensor" in message and pictures and schedule:
         hint = BROADCAST
+    elif isinstance(error, RuntimeError) and re.search(r"\.T\b", line) and any(_axes(value) > 2 for value in args.values()):
+        hint = " `.T` turns all axes round, the batch's too: `.mT` or `.transpose(-2, -1)` exchanges the last two."
     return f"It raises {type(error).__name__}{line}. {message}.{hint}"
+
+
+def _axes(value: Any) -> int:
+    return value.ndim if isinstance(value, Tensor) else 0
 
 
 INSIDE = ("must match the size", "mat1 and mat2", "channels, but got")  # shapes that a layer does not expect
@@ -73,6 +80,7 @@ HINTS = {
     "min() arg is an empty": " There is nothing to choose from: that case needs a line of its own.",
     "max() arg is an empty": " There is nothing to choose from: that case needs a line of its own.",
     "tensors used as indices": " An index has to hold integers: `t.long()`.",
+    "KeyError": " The dict has no such key: ask first, `key in d`, or give a value for it, `d.get(key, value)`.",
     "out of bounds": " Off by one at the end? There are T entries, counted 0 ... T-1.",
     "out of range": " Off by one at the end? The last index is the length minus 1.",
     "is invalid for input of size": (
@@ -231,8 +239,8 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
     timed = isinstance(trial.cases[0].get("t"), Tensor)
     grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
     broadcast = (
-        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become [b 1"
-        " 1 1] before it multiplies [b c h w]."
+        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become"
+        f" [b{' 1' * (b.ndim - 1)}] before it multiplies what has {b.ndim} axes."
         if timed and grown
         else ""
     )

@@ -885,6 +885,13 @@ def res_block(
         ("+ bias[:, None, None]", "- bias[:, None, None]", "The bias is subtracted: it is added."),
         ("* weight[:, None, None] + bias[:, None, None]", "* weight + bias",
          "Weight and bias [c] fall on the columns: they belong to the channels, [c 1 1]."),
+        ("",
+         "b, c = x.shape[:2]\ngrouped = x.reshape(b, groups, c // groups, *x.shape[2:])\nmean, variance ="
+         " grouped.mean(dim=2, keepdim=True), grouped.var(dim=2, keepdim=True, unbiased=False)\nnormal = (grouped -"
+         " mean) / (variance + eps).sqrt()\nreturn normal.reshape(x.shape) * weight[:, None, None] + bias[:, None,"
+         " None]",
+         "Mean and variance run over the channels of a group only, for each pixel by itself: over all pixels as"
+         " well."),
     ],
     swap=lambda f: [(nn.GroupNorm, "forward",
                      lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
@@ -1022,7 +1029,8 @@ def _put_unet(f):
         ("dim=1", "dim=2", "You joined along the height: along the channels, dim=1."),
         ("dim=1", "dim=3", "You joined along the width: along the channels, dim=1."),
         ("torch.cat([h, skips.pop()], dim=1)", "h + skips.pop()",
-         "You added the skip: it is put beside h, along the channels, torch.cat([h, skip], dim=1)."),
+         "The skip is not put beside h, along the channels: torch.cat([h, skip], dim=1). (If it is added, or left out,"
+         " the output block finds half of the channels that it expects.)"),
         ("h = middle_block(h)", "h = middle_block(h)\nskips.append(h)",
          "You kept the middle's output, too, and the first output block is given it twice: only those of the input"
          " blocks are kept."),

@@ -171,6 +171,9 @@ def sample_posterior(
         (" - logvar", " - 0.5 * logvar", "You subtracted log s: it is log s², the log variance itself."),
         ("0.5 * (mean**2 + logvar.exp() - 1 - logvar)", "0.5 * ((1 + mean**2) / logvar.exp() - 1 + logvar)",
          "This is the KL the other way round, KL(N(0, 1) ‖ q). Wanted is KL(q ‖ N(0, 1))."),
+        ("mean**2 + logvar.exp() - 1 - logvar", "mean**2 + (2 * logvar).exp() - 1 - 2 * logvar",
+         "You took logvar for the log of the standard deviation: it is that of the variance, so that σ² is"
+         " exp(logvar)."),
     ],
     gradients=("mean", "logvar"),
     swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
@@ -331,6 +334,8 @@ def _code_case(n: int, k: int, d: int) -> dict:
         ("return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)",
          "return (z[:, None] - codebook).square().sum(dim=-1).amin(dim=1)",
          "You returned the smallest distances: the indices are wanted, argmin."),
+        ("argmin(dim=1)", "amin(dim=1).sqrt()",
+         "You returned the smallest distance of each vector: wanted is where it is, the index, argmin."),
     ],
     swap=_put_nearest,
 )  # fmt: skip
@@ -542,6 +547,8 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         ("conv(F.pad(x, (0, 1, 0, 1)))", "F.avg_pool2d(x, 2)",
          "You averaged squares: the convolution `conv` makes it smaller."),
         ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (0, 1, 0, 1), value=1.0)", "You padded with ones: with zeros."),
+        ("return conv(F.pad(x, (0, 1, 0, 1)))", "return F.pad(conv(x), (0, 1, 0, 1))",
+         "You padded what comes out of the convolution: what goes in is padded."),
     ],
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
