@@ -59,7 +59,7 @@ def raised(error: BaseException, args: dict[str, Any]) -> str:
         hint = " The error comes from a function that you call: was it given what it expects, in the right order?"
     elif "must match the size of tensor" in message and pictures and schedule:
         hint = BROADCAST
-    elif isinstance(error, RuntimeError) and re.search(r"\.T\b", line) and any(_axes(value) > 2 for value in args.values()):
+    elif re.search(r"\.T\b", line) and "size" in message and any(_axes(value) > 2 for value in args.values()):
         hint = " `.T` turns all axes round, the batch's too: `.mT` or `.transpose(-2, -1)` exchanges the last two."
     return f"It raises {type(error).__name__}{line}. {message}.{hint}"
 
