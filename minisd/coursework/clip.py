@@ -113,6 +113,9 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
          "key=lambda pair: -pairs.count(pair))",
          "You merge the most frequent pair, which is how the table is learned: to use it, merge the pair of the"
          " smallest rank."),
+        ("merged.append(pieces[i] + pieces[i + 1])",
+         'merged.append((pieces[i] + pieces[i + 1]).replace("</w>", ""))',
+         'You took "</w>" away: it is a part of the last piece, and says that the word ends there.'),
     ],
     swap=_put_merge_step,
 )  # fmt: skip
@@ -607,6 +610,12 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
          "You divided each vector by the square of its length: by the length, so that the length becomes 1."),
         ("image @ text.T", "-torch.cdist(image, text)",
          "You compare by minus the distance: by the cosine, the product of the normalised vectors."),
+        ("return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "return -F.logsigmoid(logits * (2 * torch.eye(len(logits)) - 1)).sum() / len(logits)",
+         "This is the loss of SigLIP, a sigmoid for each pair: CLIP takes a softmax over each row and each column."),
+        ("labels = torch.arange(len(logits))",
+         "labels = torch.ones(len(logits), dtype=torch.int64).clamp(max=len(logits) - 1)",
+         "Your labels are all 1: picture i belongs to text i, so they are 0 ... b-1."),
     ],
     gradients=("image_features", "text_features", "logit_scale"),
     swap=_put_contrastive,

@@ -360,6 +360,14 @@ def q_step(
          "Your time runs backwards: at t = 0 there is almost no noise, at t = T-1 almost nothing else."),
         ("alphas_cumprod[t]", "torch.cumprod(1 - alphas_cumprod, dim=0)[t]",
          "You took alphas_cumprod for the β and made ᾱ of it once more: it holds ᾱ already, alphas_cumprod[t]."),
+        ("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
+         "return x_0 + ((1 - alpha_bar) / alpha_bar).sqrt() * noise",
+         "This is x_t / √ᾱ_t, as Karras et al. count the noise: in DDPM x_0 shrinks by √ᾱ_t, and the noise has"
+         " √(1-ᾱ_t)."),
+        ("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
+         "return (alpha_bar * x_0**2 + (1 - alpha_bar) * noise**2).sqrt()",
+         "You added squares and took the root of the sum: variances add up so, but picture and noise are added"
+         " themselves."),
     ],
     linear=("x_0", "noise"),
     quantities=of_t,
@@ -736,6 +744,8 @@ def q_posterior_mean(
         ("(1 - bars_prev[t]) / (1 - bars[t]) * betas[t]",
          "((1 - bars_prev[t]) / (1 - bars[t]) * betas[t]).clamp(min=1e-3)",
          "You clamped the variance. That is needed for its logarithm only; at t = 0 it is 0 exactly."),
+        ("return (1 - bars_prev[t]) / (1 - bars[t]) * betas[t]", "return 1 - bars[t]",
+         "You returned 1 - ᾱ_t, the variance of all noise in x_t: wanted is that of one step back."),
     ],
     swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(None, f)), *_put_posterior_variance(f)],
 )  # fmt: skip
