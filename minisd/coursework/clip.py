@@ -346,6 +346,8 @@ def _put_mask(f):
         ("return torch.triu(torch.full((n, n), -math.inf), diagonal=1)",
          "return torch.full((n, n), -math.inf).fill_diagonal_(0)",
          "Everything but the diagonal is masked: a token also sees those before it."),
+        ("-math.inf", "-100.0",
+         "-100 leaves the future a tiny weight, and large scores outweigh it: -inf makes it impossible."),
     ],
     read=lambda mask: mask.masked_fill(mask < -1e4,
                                        -math.inf) if mask.is_floating_point() else mask,  # -1e9 does as well
@@ -616,6 +618,9 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
         ("labels = torch.arange(len(logits))",
          "labels = torch.ones(len(logits), dtype=torch.int64).clamp(max=len(logits) - 1)",
          "Your labels are all 1: picture i belongs to text i, so they are 0 ... b-1."),
+        ("image @ text.T", "image.T @ text",
+         "You multiplied [d b] with [b d], which compares features: [b d] with [d b] compares each picture with each"
+         " text."),
     ],
     gradients=("image_features", "text_features", "logit_scale"),
     swap=_put_contrastive,

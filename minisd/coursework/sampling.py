@@ -156,6 +156,8 @@ def alphas(a_t: float, a_prev: float, **_) -> dict[str, float]:
         ("mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t",
          "mean = (x_t - (beta / (1 - a_t)) ** 0.5 * eps) / (1 - beta) ** 0.5",
          "ε comes with β / √(1-ᾱ_t) in the mean: you took a root of β, too."),
+        ("variance = (1 - a_prev) / (1 - a_t) * beta", "variance = 1 - a_prev",
+         "The variance is that of one step, β̃: 1-ᾱ_prev is that of all noise in x_prev."),
     ],
     linear=("x_t", "eps", "noise"),
     quantities=alphas,
@@ -644,6 +646,8 @@ def _put_guided_eps(f):
         ("[uncond_context, context]", "[uncond_context, uncond_context]", "Both halves were asked without the prompt."),
         ("[uncond_context, context]", "[torch.zeros_like(context), context]",
          "The unconditional half got zeros: it is asked with uncond_context, that of the empty prompt."),
+        ("eps_uncond + scale * (eps_cond - eps_uncond)", "(eps_cond + eps_uncond) / 2",
+         "You took the mean of both answers: guidance goes beyond eps_cond, by the scale."),
     ],
     swap=_put_guided_eps,
 )  # fmt: skip

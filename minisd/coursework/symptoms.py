@@ -6,7 +6,7 @@ import itertools
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .running import as_list, multiple, same
+from .running import as_list, multiple, run, same, same_outcome
 from .trial import Trial, arguments, changes, short
 
 
@@ -44,7 +44,8 @@ def nothing_to_compare(trial: Trial) -> Iterator[str]:
 
 def raised(error: BaseException, args: dict[str, Any]) -> str:
     """The error, its line, and what usually is behind it. `args`: what the function was called with."""
-    message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    lines = str(error).strip().splitlines() or ["no message"]
+    message = lines[-1 if "einops" in type(error).__module__ else 0].strip().rstrip(".")  # einops says why at the end
     ours = ("site-packages", "lib/python", str(Path(__file__).parent))
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not any(part in f.filename for part in ours)]
@@ -99,11 +100,12 @@ BROADCAST = (
 
 
 def is_random(args: dict[str, Any]) -> str:
-    given = next((name for name in ("noise", "generator") if name in args), None)
-    if given:
+    given = [f"`{name}`" for name in ("t", "drop", "encoder_noise", "noise", "generator") if name in args]
+    if "noise" in args or "generator" in args:
+        drawn = given if "model" in args else given[-1:]  # where a model is trained, t and drop are drawn, too
         return (
-            "Two calls with the same arguments return different numbers: you draw random numbers of your own, but the"
-            f" `{given}` to be used is given. (The model is asked for just this noise; another one teaches it nothing.)"
+            "Two calls with the same arguments return different numbers: you draw random numbers of your own, but those"
+            f" to be used are given, {' and '.join(drawn)}."
         )
     if "seeds" in args:
         return (
@@ -274,6 +276,15 @@ def _too_much(trial: Trial, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
                 if b.shape[dim] > 1 and same(a.squeeze(), b.select(dim, at).squeeze(), tolerance):
                     lost = " Do the others get lost in a loop?"
                     yield f"Only the {place} along axis {dim} is there: the shape is {shapes}.{lost}"
+
+
+def without_time(trial: Trial, function: Callable) -> Iterator[str]:
+    """Is the result the same at every t?"""
+    args, mine = trial.cases[0], trial.outcomes[0]
+    if isinstance(args.get("t"), Tensor) and isinstance(mine.value, Tensor):
+        others = [run(trial.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1)]
+        if all(same_outcome(other, mine, 1e-7) for other in others):
+            yield "`t` has no influence on your result: each sample of a batch has its own."
 
 
 def gradient_only(trial: Trial) -> Iterator[str]:

@@ -555,6 +555,8 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         ("F.pad(x, (0, 1, 0, 1))", "F.pad(x, (0, 1, 0, 1), value=1.0)", "You padded with ones: with zeros."),
         ("return conv(F.pad(x, (0, 1, 0, 1)))", "return F.pad(conv(x), (0, 1, 0, 1))",
          "You padded what comes out of the convolution: what goes in is padded."),
+        ("(0, 1, 0, 1)", "(0, 0, 0, 1)",
+         "You padded the rows only: a column on the right, too."),
     ],
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
