@@ -1267,7 +1267,7 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("bpe_merge", lambda pieces, ranks: min(zip(pieces, pieces[1:], strict=False), key=ranks.__getitem__),
          "no such key"),
         ("training_loss", lambda model, *a: model(a[0] + torch.randn_like(a[0]), a[-3], a[4]).mean(),
-         "those to be used are given, `t` and `drop`"),
+         "those to be used are given: `t` and `drop`"),
         ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),

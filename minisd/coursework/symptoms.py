@@ -105,7 +105,7 @@ def is_random(args: dict[str, Any]) -> str:
         drawn = given if "model" in args else given[-1:]  # where a model is trained, t and drop are drawn, too
         return (
             "Two calls with the same arguments return different numbers: you draw random numbers of your own, but those"
-            f" to be used are given, {' and '.join(drawn)}."
+            f" to be used are given: {' and '.join(drawn)}."
         )
     if "seeds" in args:
         return (
