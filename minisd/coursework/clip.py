@@ -106,6 +106,16 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
         ("return merged", 'return " ".join(merged)', "You returned a string: a list of pieces is wanted."),
         ("return merged", 'return [piece.removesuffix("</w>") for piece in merged]',
          "The </w> at the end of the word is lost: it belongs to the piece."),
+        ("ranks.get(pair, math.inf)", "ranks[pair]",
+         "`ranks[pair]` raises KeyError where a pair was never learned: leave such pairs out, or give them the rank"
+         " infinity."),
+        ("key=lambda pair: ranks.get(pair, math.inf))\nif best not in ranks:\n    return pieces",
+         "key=lambda pair: -pairs.count(pair))",
+         "You merge the most frequent pair, which is how the table is learned: to use it, merge the pair of the"
+         " smallest rank."),
+        ("merged.append(pieces[i] + pieces[i + 1])",
+         'merged.append((pieces[i] + pieces[i + 1]).replace("</w>", ""))',
+         'You took "</w>" away: it is a part of the last piece, and says that the word ends there.'),
     ],
     swap=_put_merge_step,
 )  # fmt: skip
@@ -333,6 +343,11 @@ def _put_mask(f):
         ("diagonal=1", "diagonal=2", "The next token can still be seen: the mask begins right above the diagonal."),
         ("torch.triu(torch.full((n, n), -math.inf), diagonal=1)", "torch.zeros(n, n)", "Nothing is masked."),
         ("(n, n)", "(77, 77)", "You wrote down 77 tokens: their number comes with the argument."),
+        ("return torch.triu(torch.full((n, n), -math.inf), diagonal=1)",
+         "return torch.full((n, n), -math.inf).fill_diagonal_(0)",
+         "Everything but the diagonal is masked: a token also sees those before it."),
+        ("-math.inf", "-100.0",
+         "-100 leaves the future a tiny weight, and large scores outweigh it: -inf makes it impossible."),
     ],
     read=lambda mask: mask.masked_fill(mask < -1e4,
                                        -math.inf) if mask.is_floating_point() else mask,  # -1e9 does as well
@@ -450,6 +465,11 @@ def _put_pooled(f):
          "One too far: the vector at the first end token."),
         ("(input_ids == end_token).int().argmax(dim=1)", "input_ids.argmin(dim=1)",
          "You look for the smallest id: compare with end_token, and take the first place where it stands."),
+        ("return hidden[torch.arange(len(hidden)), place]",
+         "words = (input_ids != end_token).to(hidden.dtype)[..., None]\nreturn (hidden * words).sum(dim=1) /"
+         " words.sum(dim=1)",
+         "You took the mean over the words, without the end tokens: the vector at the first end token, which has"
+         " seen them all."),
     ],
     swap=_put_pooled,
 )  # fmt: skip
@@ -581,6 +601,26 @@ def _pairs_case(b: int, d: int, scale: float) -> dict:
          "F.binary_cross_entropy_with_logits(logits, torch.eye(len(logits)))",
          "Each pair is judged for itself, by a sigmoid: here each row and each column is a choice among b, a"
          " softmax."),
+        ("return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         'return F.cross_entropy(logits, labels, reduction="sum")',
+         "There is one direction only, and it is summed: the mean over the batch, and over both directions."),
+        ("",
+         "image = image_features / image_features.square().sum(dim=-1, keepdim=True)\ntext = text_features /"
+         " text_features.square().sum(dim=-1, keepdim=True)\nlogits = logit_scale.exp() * image @ text.T\nlabels ="
+         " torch.arange(len(logits))\nreturn (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) /"
+         " 2",
+         "You divided each vector by the square of its length: by the length, so that the length becomes 1."),
+        ("image @ text.T", "-torch.cdist(image, text)",
+         "You compare by minus the distance: by the cosine, the product of the normalised vectors."),
+        ("return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2",
+         "return -F.logsigmoid(logits * (2 * torch.eye(len(logits)) - 1)).sum() / len(logits)",
+         "This is the loss of SigLIP, a sigmoid for each pair: CLIP takes a softmax over each row and each column."),
+        ("labels = torch.arange(len(logits))",
+         "labels = torch.ones(len(logits), dtype=torch.int64).clamp(max=len(logits) - 1)",
+         "Your labels are all 1: picture i belongs to text i, so they are 0 ... b-1."),
+        ("image @ text.T", "image.T @ text",
+         "You multiplied [d b] with [b d], which compares features: [b d] with [d b] compares each picture with each"
+         " text."),
     ],
     gradients=("image_features", "text_features", "logit_scale"),
     swap=_put_contrastive,

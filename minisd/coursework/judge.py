@@ -27,6 +27,7 @@ from .symptoms import (
     nothing_to_compare,
     raised,
     same_as_an_argument,
+    without_time,
     wrong_kind,
 )
 from .trial import Trial, arguments, changes, known, pairs, short
@@ -146,7 +147,10 @@ def suspects(trial: Trial, function: Callable) -> Iterator[str]:
         yield from same_as_an_argument(trial)
         yield from trial.convict(arguments(trial.exercise))
         yield from at_the_ends(trial)
+        yield from without_time(trial, function)
         yield from weights(trial, named=True)
+    elif len(broken) < len(trial.outcomes):
+        yield from trial.convict(arguments(trial.exercise))
     yield from trial.convict(changes(trial.exercise))
     if broken:
         right, wrong = trial.labels_of(True), trial.labels_of(False)

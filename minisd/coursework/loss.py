@@ -210,6 +210,9 @@ def _dropout_case(drop: list[bool], n: int, d: int) -> dict:
          "Only the first token is replaced: the whole sequence is."),
         ("return torch.where(drop[:, None, None], empty_context, context)", "return F.dropout(context, 0.1)",
          "This is the dropout of single numbers. Here whole captions are forgotten, those which `drop` names."),
+        ("empty_context, context)", "empty_context, context / (1 - 0.1))",
+         "The captions that stay are scaled up, as in nn.Dropout: here they stay as they are. It is a choice, not a"
+         " layer."),
     ],
     swap=lambda f: [(module, "text_dropout", f) for module in (loss, training_unet)],
 )  # fmt: skip
@@ -416,6 +419,8 @@ def predict_noise_from_v(
          "The bins are the wrong way round: bin 0 holds the smallest t."),
         ("return sums / counts", "return sums / sums.sum()",
          "You made shares of the sums that sum to 1; wanted is the mean loss of each bin."),
+        ("t * bins // T", "(t // bins).clamp(max=bins - 1)",
+         "`t // bins` makes bins that are `bins` timesteps long: there are `bins` of them, each T / bins long."),
     ],
     swap="minisd has no place for it: a training needs the mean over all times, and this is to look at a model with.",
 )  # fmt: skip

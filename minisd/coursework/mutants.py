@@ -242,6 +242,7 @@ def _other_values(name: str, value: Any) -> Iterator[tuple[Callable, str]]:
         yield lambda t: (t - 1).clamp(min=0), f"one too early: `{name}` - 1 stands where `{name}` belongs"
         yield lambda t: t + 1, f"one too late: `{name}` + 1 stands where `{name}` belongs"
         yield lambda t: t[:1].expand_as(t), f"only the first entry of `{name}` is used, for the whole batch"
+        yield lambda t: t.max().expand_as(t), f"the largest entry of `{name}` is used, for the whole batch"
         yield torch.zeros_like, f"your result is the same for every `{name}`"
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield lambda n: n + 1, f"`{name}` is one too large"

@@ -358,6 +358,16 @@ def q_step(
          "You took the running product once more: alphas_cumprod holds ᾱ already, the product of all α."),
         ("alphas_cumprod[t]", "alphas_cumprod.flip(0)[t]",
          "Your time runs backwards: at t = 0 there is almost no noise, at t = T-1 almost nothing else."),
+        ("alphas_cumprod[t]", "torch.cumprod(1 - alphas_cumprod, dim=0)[t]",
+         "You took alphas_cumprod for the β and made ᾱ of it once more: it holds ᾱ already, alphas_cumprod[t]."),
+        ("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
+         "return x_0 + ((1 - alpha_bar) / alpha_bar).sqrt() * noise",
+         "This is x_t / √ᾱ_t, as Karras et al. count the noise: in DDPM x_0 shrinks by √ᾱ_t, and the noise has"
+         " √(1-ᾱ_t)."),
+        ("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise",
+         "return (alpha_bar * x_0**2 + (1 - alpha_bar) * noise**2).sqrt()",
+         "You added squares and took the root of the sum: variances add up so, but picture and noise are added"
+         " themselves."),
     ],
     linear=("x_0", "noise"),
     quantities=of_t,
@@ -426,6 +436,11 @@ def q_sample(
          "You clamped x_0 to [-1, 1]. That suits pixels; latents know no such bound, and the equation has no clamp."),
         ("alphas_cumprod[t]", "(alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]]))[t]",
          "You used α_t of the single step; from x_t to x_0 it is all of them, ᾱ_t."),
+        ("return (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()", "return x_t - noise",
+         "You subtracted the noise at full strength: x_t holds √(1-ᾱ_t) of it, and what is left is divided by √ᾱ_t."),
+        ("return (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()",
+         "return alpha_bar.sqrt() * x_t + (1 - alpha_bar).sqrt() * noise",
+         "This is q_sample, the way forwards, once more: here one solves it for x_0."),
     ],
     linear=("x_t", "noise"),
     quantities=of_t,
@@ -656,6 +671,15 @@ def snr(t: Int[Tensor, "b"], alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor
         ("beta / (1 - alpha_bar) * x_0", "beta / alpha_bar * x_0",
          "The factor of x_0 is divided by 1-ᾱ_t, not by ᾱ_t."),
         ("beta / (1 - alpha_bar) * x_0", "beta * x_0", "The factor of x_0 is not divided by 1-ᾱ_t."),
+        ("",
+         "bars = torch.cumprod(1 - betas, dim=0)\nbars_prev = torch.cat([bars.new_ones(1), bars[:-1]])\nbeta,"
+         " alpha_bar_prev = (a[t].reshape(-1, 1, 1, 1) for a in (betas, bars_prev))\nreturn alpha_bar_prev.sqrt() *"
+         " beta * x_0 + (1 - beta).sqrt() * (1 - alpha_bar_prev) * x_t",
+         "Neither term is divided by 1-ᾱ_t: the two factors are then much too small."),
+        ("return from_x_0 + from_x_t",
+         "return (x_t - beta / (1 - alpha_bar).sqrt() * x_0) / (1 - beta).sqrt()",
+         "This is the formula for a model's ε, (x_t - β_t/√(1-ᾱ_t) ε) / √α_t, with x_0 in the place of ε: here x_0"
+         " is known."),
     ],
     linear=("x_0", "x_t"),
     quantities=of_t_and_betas,
@@ -723,6 +747,8 @@ def q_posterior_mean(
         ("(1 - bars_prev[t]) / (1 - bars[t]) * betas[t]",
          "((1 - bars_prev[t]) / (1 - bars[t]) * betas[t]).clamp(min=1e-3)",
          "You clamped the variance. That is needed for its logarithm only; at t = 0 it is 0 exactly."),
+        ("return (1 - bars_prev[t]) / (1 - bars[t]) * betas[t]", "return 1 - bars[t]",
+         "You returned 1 - ᾱ_t, the variance of all noise in x_t: wanted is that of one step back."),
     ],
     swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(None, f)), *_put_posterior_variance(f)],
 )  # fmt: skip

@@ -51,7 +51,8 @@ def related(trial: Trial) -> Iterator[str]:
         if close(torch.stack([d[0] for d in offsets]), offsets[0][:1].expand(len(offsets))):
             yield f"Your result is the right one plus {float(offsets[0][0]):.4g}, everywhere."
     yield from _orders(tolerance, whole)
-    for sentence, relation in RELATIONS.items():
+    finite = all(b.isfinite().all() for *_, b in whole)
+    for sentence, relation in RELATIONS.items() if finite else ():
         factors = [multiple(a, relation(b)) for _, a, b in whole]
         equal = all(factor and abs(factor / (factors[0] or 1) - 1) < 1e-3 for factor in factors)
         if equal and sum(a.numel() for _, a, _ in whole) > 8:
@@ -138,7 +139,8 @@ def _parts(tolerance: float, whole: Whole) -> Iterator[str]:
                 break
         if not found:
             continue
-        if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole):
+        batched = all(any(isinstance(v, Tensor) and len(v) == len(b) for v in args.values()) for args, _, b in whole)
+        if dim == 0 and all(places == [0] for places in found) and all(b.ndim > 1 for *_, b in whole) and batched:
             empty = all(not a[1:].any() for _, a, _ in whole)
             yield "Right for the first entry of a batch only: the others are " + (
                 "0. Is there a `return` inside of a loop?" if empty else "treated as if they were it."

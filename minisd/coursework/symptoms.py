@@ -4,8 +4,9 @@ import contextlib
 import inspect
 import itertools
 import linecache
+import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .running import as_list, multiple, same
+from .running import as_list, multiple, run, same, same_outcome
 from .trial import Trial, arguments, changes, short
 
 
@@ -43,7 +44,8 @@ def nothing_to_compare(trial: Trial) -> Iterator[str]:
 
 def raised(error: BaseException, args: dict[str, Any]) -> str:
     """The error, its line, and what usually is behind it. `args`: what the function was called with."""
-    message = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+    lines = str(error).strip().splitlines() or ["no message"]
+    message = lines[-1 if "einops" in type(error).__module__ else 0].strip().rstrip(".")  # einops says why at the end
     ours = ("site-packages", "lib/python", str(Path(__file__).parent))
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not any(part in f.filename for part in ours)]
@@ -58,7 +60,13 @@ def raised(error: BaseException, args: dict[str, Any]) -> str:
         hint = " The error comes from a function that you call: was it given what it expects, in the right order?"
     elif "must match the size of tensor" in message and pictures and schedule:
         hint = BROADCAST
+    elif re.search(r"\.T\b", line) and "size" in message and any(_axes(value) > 2 for value in args.values()):
+        hint = " `.T` turns all axes round, the batch's too: `.mT` or `.transpose(-2, -1)` exchanges the last two."
     return f"It raises {type(error).__name__}{line}. {message}.{hint}"
+
+
+def _axes(value: Any) -> int:
+    return value.ndim if isinstance(value, Tensor) else 0
 
 
 INSIDE = ("must match the size", "mat1 and mat2", "channels, but got")  # shapes that a layer does not expect
@@ -73,6 +81,7 @@ HINTS = {
     "min() arg is an empty": " There is nothing to choose from: that case needs a line of its own.",
     "max() arg is an empty": " There is nothing to choose from: that case needs a line of its own.",
     "tensors used as indices": " An index has to hold integers: `t.long()`.",
+    "KeyError": " The dict has no such key: ask first, `key in d`, or give a value for it, `d.get(key, value)`.",
     "out of bounds": " Off by one at the end? There are T entries, counted 0 ... T-1.",
     "out of range": " Off by one at the end? The last index is the length minus 1.",
     "is invalid for input of size": (
@@ -91,11 +100,12 @@ BROADCAST = (
 
 
 def is_random(args: dict[str, Any]) -> str:
-    given = next((name for name in ("noise", "generator") if name in args), None)
-    if given:
+    given = [f"`{name}`" for name in ("t", "drop", "encoder_noise", "noise", "generator") if name in args]
+    if "noise" in args or "generator" in args:
+        drawn = given if "model" in args else given[-1:]  # where a model is trained, t and drop are drawn, too
         return (
-            "Two calls with the same arguments return different numbers: you draw random numbers of your own, but the"
-            f" `{given}` to be used is given. (The model is asked for just this noise; another one teaches it nothing.)"
+            "Two calls with the same arguments return different numbers: you draw random numbers of your own, but those"
+            f" to be used are given: {' and '.join(drawn)}."
         )
     if "seeds" in args:
         return (
@@ -231,8 +241,8 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
     timed = isinstance(trial.cases[0].get("t"), Tensor)
     grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
     broadcast = (
-        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become [b 1"
-        " 1 1] before it multiplies [b c h w]."
+        " Two shapes were broadcast against each other: a coefficient for each entry of a batch, [b], must become"
+        f" [b{' 1' * (b.ndim - 1)}] before it multiplies what has {b.ndim} axes."
         if timed and grown
         else ""
     )
@@ -266,6 +276,15 @@ def _too_much(trial: Trial, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
                 if b.shape[dim] > 1 and same(a.squeeze(), b.select(dim, at).squeeze(), tolerance):
                     lost = " Do the others get lost in a loop?"
                     yield f"Only the {place} along axis {dim} is there: the shape is {shapes}.{lost}"
+
+
+def without_time(trial: Trial, function: Callable) -> Iterator[str]:
+    """Is the result the same at every t?"""
+    args, mine = trial.cases[0], trial.outcomes[0]
+    if isinstance(args.get("t"), Tensor) and isinstance(mine.value, Tensor):
+        others = [run(trial.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1)]
+        if all(same_outcome(other, mine, 1e-7) for other in others):
+            yield "`t` has no influence on your result: each sample of a batch has its own."
 
 
 def gradient_only(trial: Trial) -> Iterator[str]:

@@ -86,6 +86,8 @@ def _put_embedding(f):
          "The factor 2π does not belong to the angle: it is t times the frequency."),
         ("torch.exp(-math.log(max_period) * torch.arange(half) / half)", "torch.linspace(1, 1 / max_period, half)",
          "Your frequencies fall by equal amounts: they fall by equal factors."),
+        ("torch.exp(-math.log(max_period) * torch.arange(half) / half)", "1 - torch.arange(half) / half",
+         "Your frequencies fall by the same amount each: by the same factor, 1 / max_period^(1/half)."),
     ],
     tolerance=2e-3,
     swap=_put_embedding,
@@ -462,6 +464,8 @@ def cross_attention(
          "There is a GELU around both halves: around the gate alone."),
         ("value * F.gelu(gate)", "x + value * F.gelu(gate) if x.shape == value.shape else value * F.gelu(gate)",
          "You added x: the residual belongs to the block around it."),
+        ("", "value, gate = proj(F.gelu(x)).chunk(2, dim=-1)\nreturn value * gate",
+         "The GELU is around x, before proj: it goes around the gate, behind proj."),
     ],
     swap=lambda f: [(attention_module.GEGLU, "forward", lambda self, x: f(x, self.proj))],
 )  # fmt: skip
@@ -885,6 +889,18 @@ def res_block(
         ("+ bias[:, None, None]", "- bias[:, None, None]", "The bias is subtracted: it is added."),
         ("* weight[:, None, None] + bias[:, None, None]", "* weight + bias",
          "Weight and bias [c] fall on the columns: they belong to the channels, [c 1 1]."),
+        ("",
+         "b, c = x.shape[:2]\ngrouped = x.reshape(b, groups, c // groups, *x.shape[2:])\nmean, variance ="
+         " grouped.mean(dim=2, keepdim=True), grouped.var(dim=2, keepdim=True, unbiased=False)\nnormal = (grouped -"
+         " mean) / (variance + eps).sqrt()\nreturn normal.reshape(x.shape) * weight[:, None, None] + bias[:, None,"
+         " None]",
+         "Mean and variance run over the channels of a group only, for each pixel by itself: over all pixels as"
+         " well."),
+        ("",
+         "scaled = x * weight[:, None, None] + bias[:, None, None]\ngrouped = scaled.reshape(len(x), groups,"
+         " -1)\nmean = grouped.mean(dim=-1, keepdim=True)\nvariance = grouped.var(dim=-1, keepdim=True,"
+         " unbiased=False)\nreturn ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)",
+         "Weight and bias come in before the norm, which undoes a part of them: scale and shift what is normalised."),
     ],
     swap=lambda f: [(nn.GroupNorm, "forward",
                      lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
@@ -1022,7 +1038,8 @@ def _put_unet(f):
         ("dim=1", "dim=2", "You joined along the height: along the channels, dim=1."),
         ("dim=1", "dim=3", "You joined along the width: along the channels, dim=1."),
         ("torch.cat([h, skips.pop()], dim=1)", "h + skips.pop()",
-         "You added the skip: it is put beside h, along the channels, torch.cat([h, skip], dim=1)."),
+         "The skip is not put beside h, along the channels: torch.cat([h, skip], dim=1). (If it is added, or left out,"
+         " the output block finds half of the channels that it expects.)"),
         ("h = middle_block(h)", "h = middle_block(h)\nskips.append(h)",
          "You kept the middle's output, too, and the first output block is given it twice: only those of the input"
          " blocks are kept."),
@@ -1040,6 +1057,9 @@ def _put_unet(f):
          "The output blocks run in the reverse order: the first of the list is the lowest."),
         ("[h, skips.pop()]", "[h, skips[-1]]", "Every output block is given the last skip: each has its own."),
         ("[h, skips.pop()]", "[h, skips[0]]", "Every output block is given the first skip: each has its own."),
+        ("    h = block(torch.cat([h, skips.pop()], dim=1))\nreturn h",
+         "    last = block(torch.cat([h, skips.pop()], dim=1))\nreturn last",
+         "Each output block is given the middle's output: what one returns is handed on to the next."),
     ],
     swap=_put_unet,
 )  # fmt: skip
