@@ -21,9 +21,8 @@
 # - which loss is normal, and why it hardly falls while the pictures get better;
 # - what min-SNR weights do, and why guidance needs training without text.
 #
-# About an hour to read; it runs in about two minutes on two quiet cores. (The time that is printed at the end was taken
-# on busy ones.) Small networks are trained on the way, each in seconds. The
-# module of this stage is [`minisd/loss.py`](../minisd/loss.py), under a hundred lines.
+# About an hour to read; it runs in about a minute on two cores. Small networks are trained on the way, each in seconds.
+# The module of this stage is [`minisd/loss.py`](../minisd/loss.py), a hundred lines.
 #
 # Before: [notebook 01](01_noising.ipynb), where $\bar\alpha_t$, $q(x_t \mid x_0)$ and the exact denoiser are
 # explained. Next: [notebook 03](03_unet.ipynb).
