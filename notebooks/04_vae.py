@@ -943,7 +943,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # | `sd.scale_factor` | `scale_factor` in the YAML; or measured, with `scale_by_std` | `ldm/models/diffusion/ddpm.py` |
 # | `get_first_stage_encoding` | the same name: `scale_factor * posterior.sample()` | same |
 # | `decode_first_stage` | the same name: divides by `scale_factor`, then decodes | same |
-# | L1 and KL; if asked, more: `minisd/training/vae.py` | `LPIPSWithDiscriminator`: LPIPS and a GAN, too | `ldm/modules/losses/` |
+# | L1 and KL; if asked, more (`training/vae.py`) | `LPIPSWithDiscriminator`: LPIPS, GAN | `ldm/modules/losses/` |
 # | `enable_tiling` | has no counterpart; diffusers has the same | |
 #
 # With L1 alone, what the latent does not say becomes a mean of all that is
