@@ -21,10 +21,9 @@
 # - img2img, inpainting, interpolation and negative prompts: all are small changes to what goes into the sampler;
 # - what a saved model consists of, and what changes when it is a thousand times larger.
 #
-# About an hour to read. It takes four to five minutes of a processor's time, half of that on two quiet cores: two
-# minutes for the three networks, one for two mistakes that we make on purpose, the rest for drawing. (The last cell
-# tells each part; on the busy machine where the figures were made, the clock ran four times as long.) The modules of
-# this stage are [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py),
+# About an hour to read; it runs in about five minutes on two cores: some two and a half for the three networks, one for
+# two mistakes that we make on purpose, the rest for drawing. (The last cell tells each part.) The modules of this
+# stage are [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py),
 # [`minisd/training/`](../minisd/training/unet.py) and [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py). Before
 # this: [notebook 06](06_sampling.ipynb).
 
@@ -490,8 +489,8 @@ panels = {
 viz.curves(panels, xlabel="step", log=list(panels)[:2], width=2.9)
 
 # %% [markdown]
-# With $p = 1$, after as many steps, green has become black, and pink and yellow have become orange: 21.6 dB, against
-# 28.4 with $p = 2$.
+# With $p = 1$, after as many steps, green has become black, and pink and yellow have become orange: 21.2 dB, against
+# 27.0 with $p = 2$.
 # The reconstruction falls fast and then slowly; the KL **rises** at first, and should: it counts how much the latents
 # say about the picture, and at the start they say nothing. What blurs here will be blurred in every drawing, and a
 # colour that is lost here is lost for good: **what a latent does not hold, no UNet can draw.** We go on with $p = 2$.
@@ -530,9 +529,9 @@ print(f"loss: {loss[0]:.3f} (mean of steps 1 to {steps[0]}) -> {loss[-1]:.3f}")
 #
 # <details><summary>Answer</summary>
 #
-# The loss of both falls, but that of the first stops at 0.31, where the second goes below 0.1 in the same 300 steps,
-# and to 0.025 in the end. An untrained encoder says little about the picture, and its latents are for a good part the
-# noise that $q(z|x)$ draws, which cannot be learned. But 0.31 alone would not have warned us: what is normal depends on
+# The loss of both falls, but that of the first stops at 0.30, where the second goes below 0.1 in the same 300 steps,
+# and to 0.024 in the end. An untrained encoder says little about the picture, and its latents are for a good part the
+# noise that $q(z|x)$ draws, which cannot be learned. But 0.30 alone would not have warned us: what is normal depends on
 # the latents. And no decoder helps. Its own never learned to draw, and the trained one learned another language.
 #
 # </details>
@@ -561,8 +560,8 @@ rows += [model.txt2img(nine, **few).pictures for model in (too_early, *stages.va
 viz.strip(rows, short, ["too early,\nits decoder", "too early,\ntrained decoder", *stages], size=0.7)
 
 # %% [markdown]
-# The upper two rows: too early. Below: in order, the same prompts and the same noise, as the training goes on: spots
-# after 100 steps, most colours after 300, the shapes after 1,000. So:
+# The upper two rows: too early. Below: in order, the same prompts and the same noise, as the training goes on: blots
+# after 100 steps, half of the colours and shapes after 300, nearly all after 1,000. So:
 # **CLIP and the autoencoder first, in any order, and until they are good; then freeze both; then the UNet.**
 #
 # Training all at once looks no better on paper (we have not tried it here): the latents would change under the UNet
@@ -620,13 +619,14 @@ viz.captioned(pictures, [*known[some], *unknown], columns=12, size=0.7)
 # The upper row: 12 of the 84 captions of the training. The lower row: the 12 captions with a held-out pair.
 #
 # Read the table from the top. The judge can be trusted: real pictures that went through the autoencoder it reads
-# without a mistake. And the model listens: after 2,000 steps 99% of its drawings show colour, shape and size of their
+# without a mistake. And the model listens: after 2,000 steps 98% of its drawings show colour, shape and size of their
 # prompts; where chance would give one colour in eight, one shape in six, one size in two. As to the order: after 100
-# steps there is little more than a size, after 300 three colours in four are right and two shapes in three, after 1,000
+# steps it is hardly better than chance, after 300 the size is there and half of the colours and shapes, after 1,000
 # nearly all.
 #
-# The held-out pairs come out as well, all twelve: it has not learned 96 pictures by heart, but a word for each colour
-# and each shape. (Twelve drawings are few. Train with another seed, and expect some slips.)
+# The held-out pairs come out as well, eleven of twelve (one has another colour): it has not learned 96 pictures by
+# heart, but a word for each colour and each shape. (Twelve drawings are few. Train with another seed, and expect
+# other slips.)
 #
 # The last line is a check of the check: the same drawings held against wrong prompts, each against the next in the
 # alphabet. That one often begins with the same size and colour, and has nearly always another shape: nothing is right
