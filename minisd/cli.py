@@ -44,7 +44,7 @@ from .viz import sheet
 Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Preset = Literal["tiny", "emoji", "sd-v1"]
+Preset = Literal["tiny", "emoji", "emoji-64", "sd-v1"]
 # Asked for on the command line. The flags of a recipe start from these, so they are known before any flag is read.
 _preset = "emoji"
 _init: str | None = None  # the model that is trained further

@@ -101,6 +101,22 @@ PRESETS = {
         image_size=32,
         scale_factor=1.0,
     ),
+    # the same pictures at 64x64, for a GPU: latents of 16x16, and a wider autoencoder for their detail
+    "emoji-64": LatentDiffusionConfig(
+        unet=UNetConfig(
+            model_channels=64,
+            num_res_blocks=1,
+            channel_mult=(1, 2, 2),
+            attention_resolutions=(2, 4),
+            num_heads=None,
+            num_head_channels=64,
+            context_dim=192,
+        ),
+        first_stage=AutoencoderConfig(ch=64, ch_mult=(1, 1, 2), num_res_blocks=1),
+        cond_stage=CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
+        image_size=64,
+        scale_factor=1.0,
+    ),
     "sd-v1": LatentDiffusionConfig(),
     # the same with five channels more to look at: the mask, and what is left of the picture
     "sd-v1-inpainting": LatentDiffusionConfig(unet=UNetConfig(in_channels=9)),

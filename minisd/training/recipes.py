@@ -1,6 +1,7 @@
 """The recipes of the models that ship, by preset: `minisd train … --preset NAME` starts from these.
 
-The figures of `emoji` are for two cores of a CPU; `docs/lab_log.md` tells what came of them.
+The figures of `emoji` are for two cores of a CPU; `docs/lab_log.md` tells what came of them. Those of `emoji-64` are
+for a GPU, and nobody has run them yet; nor those of `sd-v1`, which are the papers'.
 """
 
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from .vae import VAERecipe
 VISION = {
     "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=32),
     "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
+    "emoji-64": CLIPVisionConfig(image_size=64, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
     "sd-v1": CLIPVisionConfig(),
 }
 
@@ -23,18 +25,22 @@ VISION = {
 # variance. (Those of CompVis' VQ-f8 for the 512x512 pixels of Stable Diffusion.)
 VQ = {
     name: VQConfig(**asdict(PRESETS[name].first_stage) | {"double_z": False}, n_embed=n_embed)
-    for name, n_embed in {"tiny": 256, "emoji": 1024, "sd-v1": 16_384}.items()
+    for name, n_embed in {"tiny": 256, "emoji": 1024, "emoji-64": 1024, "sd-v1": 16_384}.items()
 }
 
 CLIP = {
     "tiny": CLIPRecipe(steps=300, batch_size=64),
     "emoji": CLIPRecipe(steps=600, save_every=200),
+    "emoji-64": CLIPRecipe(steps=2000, batch_size=512),
     "sd-v1": CLIPRecipe(steps=400_000, batch_size=32_768, lr=5e-4, warmup=2000, weight_decay=0.2),  # Radford et al.
 }
 
 VAE = {
     "tiny": VAERecipe(steps=2000, batch_size=16),
     "emoji": VAERecipe(steps=2000),
+    "emoji-64": VAERecipe(
+        steps=20_000, batch_size=64, perceptual_weight=0.1, disc_weight=0.5, disc_start=10_000, disc_num_layers=2
+    ),
     # Rombach et al.'s KL-f8: CompVis `models/first_stage_models/kl-f8/config.yaml`, `autoencoder.py`. The learning rate
     # is 4.5e-6 for each picture of the batch (`main.py`). No weight decay, no EMA, and gradients as they come.
     "sd-v1": VAERecipe(
@@ -46,6 +52,7 @@ VAE = {
 UNET = {
     "tiny": UNetRecipe(steps=10_000, batch_size=32),
     "emoji": UNetRecipe(steps=11_000, sample_every=1000),
+    "emoji-64": UNetRecipe(steps=40_000, batch_size=256, ema_decay=0.9995, sample_every=5000, compile=True),
     # the model card of v1: 225,000 steps at 512x512 of batch 2048, after a warm-up of 10,000
     "sd-v1": UNetRecipe(
         steps=225_000, batch_size=2048, lr=1e-4, warmup=10_000, decay=False, min_snr_gamma=None, ema_decay=0.9999
