@@ -394,7 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; a mistake of the user's ends in one sentence, not in a traceback."""
     global _preset, _init
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = dict(itertools.pairwise(arguments))
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--") else [a])]  # --init=emoji, too
+    given = dict(itertools.pairwise(words))
     _preset = given["--preset"] if given.get("--preset") in get_args(Preset) else "emoji"
     _init = given.get("--init")
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)

@@ -168,9 +168,10 @@ def test_a_recipe_starts_from_its_preset(capsys):
         run("train", "clip", "--preset", "sd-v1", "--help")
     help_text = capsys.readouterr().out
     assert "32768" in help_text.replace("_", "")
-    with pytest.raises(SystemExit):
-        run("train", "unet", "--init", "emoji", "--help")
-    assert f"(default: {recipes.FINETUNE.lr})" in capsys.readouterr().out
+    for init in (["--init", "emoji"], ["--init=emoji"]):
+        with pytest.raises(SystemExit):
+            run("train", "unet", *init, "--help")
+        assert f"(default: {recipes.FINETUNE.lr})" in capsys.readouterr().out
     assert "each picture is told from" in " ".join(help_text.replace("│", " ").split())
 
 
