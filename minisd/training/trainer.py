@@ -55,7 +55,7 @@ class Recipe:
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # the newest, and those before it, in case that a disk damages it
-    compile: bool = False  # torch.compile: the first step takes minutes, and the others less
+    compile: bool = False  # torch.compile: slow in the first step, so that the others are quicker
     on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
     tensorboard: bool = False  # the figures of log.jsonl for TensorBoard, too
 
