@@ -3,7 +3,7 @@
 minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data shapes | data hub OWNER/NAME --out FOLDER
 minisd train clip | train vae | train unet
-minisd train unet --init emoji --data FOLDER
+minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
 minisd info FILE
@@ -32,6 +32,7 @@ from .training import (
     Engine,
     UNetRecipe,
     VAERecipe,
+    finetune_decoder,
     finetune_unet,
     make_engine,
     recipes,
@@ -195,6 +196,11 @@ class Training:
         return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
 
 
+def _has_clip(model: str) -> bool:
+    """Whether a model came with CLIP's image tower, which evaluation needs: its further training keeps it."""
+    return (Path(model) / "clip.json").is_file() or (SHIPPED / model / "clip.json").is_file()
+
+
 def _say(engine: Engine, what: str) -> None:
     """Once, however many processes there are."""
     if engine.is_main_process:
@@ -217,24 +223,43 @@ class TrainCLIP(Training):
 class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
-    recipe: VAERecipe = field(default_factory=lambda: recipes.VAE[_preset])
+    recipe: VAERecipe = field(default_factory=lambda: recipes.FINETUNE_DECODER if _init else recipes.VAE[_preset])
     first_stage: Literal["kl", "vq"] = "kl"  # latents near N(0, I), as in Stable Diffusion; or of a codebook
-    # a finished run of CLIP, by whose eyes perceptual_weight tells whether pictures look alike; OUT/clip if left out
+    # a finished model whose decoder is trained further, "emoji" or whatever else --model of txt2img takes; all else of
+    # it stays as it is
+    init: str | None = None
+    # a finished run of CLIP, by whose eyes perceptual_weight tells whether pictures look alike; if left out OUT/clip,
+    # or that of the model that is trained further
     clip: Path | None = None
     # LPIPS in its place: the files of torchvision's VGG16 and of LPIPS' own weights
     lpips: tuple[Path, Path] | None = None
 
     def run(self) -> None:
         perceptual = self.perceptual() if self.recipe.perceptual_weight else None
+        engine, wrote = (self.finetune if self.init else self.train)(perceptual)
+        _say(engine, f"wrote {wrote}")
+
+    def train(self, perceptual: CLIPPerceptual | LPIPS | None) -> tuple[Engine, Path]:
         config, data, engine = self.parts()
         first_stage = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
         perceptual = perceptual and perceptual.to(engine.device)
         train_vae(first_stage, self.recipe, data, self.out / "vae", engine, perceptual)
-        _say(engine, f"wrote {self.out / 'vae'}")
+        return engine, self.out / "vae"
+
+    def finetune(self, perceptual: CLIPPerceptual | LPIPS | None) -> tuple[Engine, Path]:
+        engine = make_engine(self.device, self.precision)
+        sd = load(self.init, engine.device)
+        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
+        perceptual = perceptual and perceptual.to(engine.device)
+        clip = self.init if _has_clip(self.init) else None
+        finetune_decoder(sd, self.recipe, data, self.out / "vae", engine, perceptual, clip)
+        return engine, self.out / "vae" / "model"
 
     def perceptual(self) -> CLIPPerceptual | LPIPS:
         if self.lpips:
             return LPIPS.from_files(*self.lpips)
+        if self.init and not self.clip:
+            return CLIPPerceptual(load_clip(self.init)[0])
         folder = self.clip or self.out / "clip"
         if not (folder / "clip.json").exists():
             raise FileNotFoundError(
@@ -264,8 +289,8 @@ class TrainUNet(Training):
         engine = make_engine(self.device, self.precision)
         sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
-        has_clip = (Path(self.init) / "clip.json").is_file() or (SHIPPED / self.init / "clip.json").is_file()
-        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, self.init if has_clip else None)
+        clip = self.init if _has_clip(self.init) else None
+        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
         return engine
 
     def train(self) -> Engine:

@@ -161,6 +161,9 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     own = ("--init", model, "--data", shapes, "--out", tmp_path / "own", "--steps", 1, "--device", "cpu")
     run("train", "unet", *own)
     run("txt2img", "a red circle", "--model", tmp_path / "own/unet/model", "--steps", 2, "--out", tmp_path / "b.png")
+    run("train", "vae", *own, "--perceptual-weight", 0.1)  # by its own CLIP's eyes
+    assert (tmp_path / "own/vae/model/clip.json").exists()
+    run("txt2img", "a red circle", "--model", tmp_path / "own/vae/model", "--steps", 2, "--out", tmp_path / "c.png")
 
 
 def test_a_recipe_starts_from_its_preset(capsys):
@@ -172,6 +175,9 @@ def test_a_recipe_starts_from_its_preset(capsys):
         with pytest.raises(SystemExit):
             run("train", "unet", *init, "--help")
         assert f"(default: {recipes.FINETUNE.lr})" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            run("train", "vae", *init, "--help")
+        assert f"(default: {recipes.FINETUNE_DECODER.steps})" in capsys.readouterr().out
     assert "each picture is told from" in " ".join(help_text.replace("│", " ").split())
 
 

@@ -19,7 +19,7 @@ from minisd import PRESETS, load
 from minisd.checkpoint import read_json, save_clip
 from minisd.clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minisd.data import CaptionedPictures, draw_shapes
-from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, train_unet, train_vae
+from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, finetune_decoder, train_unet, train_vae
 from minisd.training.codebook import measure_codebook, revive_dead_codes
 from minisd.training.discriminator import (
     NLayerDiscriminator,
@@ -623,3 +623,42 @@ def test_two_processes_train_one_autoencoder_and_one_discriminator(shapes, tmp_p
     moved = {name for name, tensor in first.items() if not torch.equal(tensor, untrained[name])}
     assert {"/discriminator/main.0.weight", "/model/encoder.conv_in.weight"} < moved
     assert [set(line) >= {"disc", "d_weight"} for line in log(tmp_path / "run")] == [False, True, True]
+
+
+# --- the decoder alone ----------------------------------------------------------------------------------------------
+
+DECODER = VAERecipe(steps=8, lr=2e-3, rec_power=2, decoder_only=True, **SHORT)
+
+
+def test_a_decoder_that_is_trained_further_draws_the_same_latents_better(shapes, engine, tmp_path):
+    sd, x = load("tiny", "cpu"), shapes.batch(torch.arange(8))
+    sd.first_stage_model.decoder = AutoencoderKL(sd.config.first_stage).decoder  # one that draws nothing yet
+    before = {name: weight.clone() for name, weight in sd.state_dict().items()}
+    latents = sd.first_stage_model.encode(x).mean
+    error = (sd.first_stage_model.decode(latents) - x).square().mean()
+
+    finetune_decoder(sd, DECODER, shapes, tmp_path, engine)
+    after = load(tmp_path / "model", "cpu")
+    assert torch.equal(after.first_stage_model.encode(x).mean, latents)
+    assert (after.first_stage_model.decode(latents) - x).square().mean() < 0.5 * error
+    for name, weight in after.state_dict().items():
+        decoder = name.startswith(("first_stage_model.decoder.", "first_stage_model.post_quant_conv."))
+        assert torch.equal(weight, before[name]) != decoder, name
+    assert after.config == sd.config == load("tiny", "cpu").config  # the scale factor, too
+    assert read_json(tmp_path / "vae.json")["recipe"]["decoder_only"]
+
+
+def test_a_decoder_of_codes_is_trained_further_and_its_codes_stay(shapes, engine, tmp_path):
+    start = train_vae(SMALL_VQ, VAERecipe(steps=2, **SHORT), shapes, tmp_path / "start", engine)
+    before = {name: weight.clone() for name, weight in start.state_dict().items()}
+    recipe = replace(DECODER, steps=2, revive_every=1)
+    after = train_vae(SMALL_VQ, recipe, shapes, tmp_path / "more", engine, init=start).state_dict()
+    changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_decoder_needs_latents_that_are_there_and_stay(shapes, engine, tmp_path):
+    with pytest.raises(ValueError, match="give train_vae an init"):
+        train_vae(SMALL, DECODER, shapes, tmp_path, engine)
+    with pytest.raises(ValueError, match="decoder_only=True"):
+        finetune_decoder(load("tiny", "cpu"), VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)

@@ -12,9 +12,10 @@ from .engine import Engine, SingleDevice, make_engine
 from .perceptual import LPIPS, CLIPPerceptual
 from .trainer import EMA, Batch, Recipe, Trainer
 from .unet import UNetRecipe, finetune_unet, train_unet
-from .vae import VAERecipe, train_vae
+from .vae import VAERecipe, finetune_decoder, train_vae
 
 __all__ = [
     "EMA", "LPIPS", "Batch", "CLIPPerceptual", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer",
-    "UNetRecipe", "VAERecipe", "finetune_unet", "make_engine", "train_clip", "train_unet", "train_vae",
+    "UNetRecipe", "VAERecipe", "finetune_decoder", "finetune_unet", "make_engine", "train_clip", "train_unet",
+    "train_vae",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
     checkpoint_000500.pt     all that the run needs to go on; the newest `keep` of them
     log.jsonl                a line of figures every so many steps
     tensorboard/             the same figures, if asked for
+    model/                   the finished model
 
 A process may be killed at any moment, a disk may be full: the newest whole checkpoint and the lines up to it are what
 counts, and whatever came later is made again.
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import on_disk, written_whole
+from ..checkpoint import load_clip, on_disk, save, save_clip, written_whole
+from ..latent_diffusion import LatentDiffusion
+from .engine import Engine
 
 try:
     import fcntl
@@ -147,3 +150,12 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"] if line.endswith("\n") else 0
     except (ValueError, KeyError, TypeError):
         return 0
+
+
+def save_model(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: Engine) -> None:
+    """Write a finished model, and beside it the rest of CLIP, which evaluation needs."""
+    if engine.is_main_process:
+        save(sd, folder, dtype=torch.float16)  # half the size, and no picture changes visibly
+        if clip is not None:
+            save_clip(*load_clip(clip), folder)
+    engine.wait_for_everyone()

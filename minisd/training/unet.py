@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checkpoint import cast, load_clip, load_weights, read_weights, save, save_clip, write_weights
+from ..checkpoint import cast, load_clip, load_weights, read_weights, write_weights
 from ..clip import CLIPTextConfig
 from ..data import CaptionedPictures
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
@@ -25,6 +25,7 @@ from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
 from .engine import Engine
+from .run_folder import save_model
 from .trainer import Recipe, Trainer
 from .vae import encode_all, read_first_stage
 
@@ -62,7 +63,7 @@ def train_unet(
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae).to(engine.device)
     _fit(sd, recipe, data, Path(folder), engine, keep_at)
-    _save(sd, clip, Path(folder) / "model", engine)
+    save_model(sd, clip, Path(folder) / "model", engine)
     return sd.eval()
 
 
@@ -93,7 +94,7 @@ def finetune_unet(
         raise ValueError("this model does not read captions, so pictures with captions can't teach it")
     sd.to(engine.device).model.train()
     _fit(sd, recipe, data, Path(folder), engine)
-    _save(sd, clip, Path(folder) / "model", engine)
+    save_model(sd, clip, Path(folder) / "model", engine)
     return sd.eval()
 
 
@@ -148,15 +149,6 @@ def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bin
     """
     which = t * bins // timesteps
     return {f"loss_t{timesteps * k // bins:03d}": bins * (losses * (which == k)).mean() for k in range(bins)}
-
-
-def _save(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: Engine) -> None:
-    """Write the model, and beside it the rest of CLIP, which evaluation needs."""
-    if engine.is_main_process:
-        save(sd, folder, dtype=torch.float16)  # half the size, and no picture changes visibly
-        if clip is not None:
-            save_clip(*load_clip(clip), folder)
-    engine.wait_for_everyone()
 
 
 def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder: str | Path) -> LatentDiffusion:

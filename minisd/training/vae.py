@@ -20,6 +20,10 @@ That is CompVis' `LPIPSWithDiscriminator` (`contperceptual.py`), and for a VQMod
 The KL term is tiny (1e-6 in Stable Diffusion, 1e-3 here): it only keeps the latents from drifting off, and the
 reconstruction is what matters. At the end the latent scale factor is measured: 1 / std of the latents (0.18215 for
 Stable Diffusion's own), so that the diffusion model sees data of variance one.
+
+The decoder alone can be trained further when all is done (`finetune_decoder`): the latents stay what they are, so that
+the UNet that has learned to draw them needs to learn nothing anew. Stability AI's sd-vae-ft-mse, which many put in the
+place of the decoder that came with Stable Diffusion v1, was made in this way.
 """
 
 from collections.abc import Callable
@@ -32,13 +36,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_json, write_json, write_weights
 from ..data import CaptionedPictures
-from ..latent_diffusion import FIRST_STAGES
+from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
 from ..viz import save_sheet
 from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .engine import Engine
+from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
@@ -59,6 +64,7 @@ class VAERecipe(Recipe):
     disc_start: int = 0  # steps before it begins to learn and to be heard
     disc_num_layers: int = 3  # convolutions that halve its picture: 3 judge patches of 70 pixels, 2 of 34
     disc_ndf: int = 64  # its channels after the first
+    decoder_only: bool = False  # go on with a finished one, whose encoder stays as it is, and with it its latents
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,26 +83,34 @@ def train_vae(
     folder: str | Path,
     engine: Engine,
     perceptual: Perceptual | None = None,
+    init: FirstStage | None = None,
 ) -> FirstStage:
     """Train an autoencoder on pictures; leaves `vae.safetensors` and `vae.json` in the folder.
 
     Args:
         config: an AutoencoderConfig for latents near N(0, I), a VQConfig for latents of a codebook.
         perceptual: whether two pictures look alike, for `perceptual_weight`: a `CLIPPerceptual` or an `LPIPS`, say.
+        init: a finished one of that config to go on with, in place; `decoder_only` needs one. A random one if None.
 
     Returns the autoencoder with its EMA weights. A folder with a checkpoint in it is gone on with.
 
     Raises:
-        ValueError: a perceptual_weight, and nothing to look with; an autoencoder that FSDP would cut up.
+        ValueError: a perceptual_weight, and nothing to look with; decoder_only, and no decoder; an autoencoder that
+            FSDP would cut up.
     """
     folder, quantised = Path(folder), isinstance(config, VQConfig)
+    if recipe.decoder_only and init is None:
+        raise ValueError("decoder_only trains the decoder of a finished autoencoder further: give train_vae an init")
     if recipe.perceptual_weight and perceptual is None:
         raise ValueError(
             f"perceptual_weight is {recipe.perceptual_weight}, and there is nothing to tell by whether pictures look "
             "alike: give train_vae a CLIPPerceptual or an LPIPS, or set it to 0"
         )
     torch.manual_seed(recipe.seed)  # the initial weights
-    vae, others = FIRST_STAGES[type(config)](config), {}
+    vae, others = init or FIRST_STAGES[type(config)](config), {}
+    vae.train().requires_grad_(not recipe.decoder_only)
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
     if recipe.disc_weight:
         others["discriminator"] = NLayerDiscriminator(config.out_ch, recipe.disc_ndf, recipe.disc_num_layers)
     trainer = Trainer(vae, recipe, folder, engine, others, describe=data.describe)
@@ -108,7 +122,7 @@ def train_vae(
         limit=1e4 if quantised else 1e4 / (config.out_ch * data.size**2),
     )  # fmt: skip
     for step in trainer.steps():
-        if quantised and step % recipe.revive_every == 0:
+        if quantised and not recipe.decoder_only and step % recipe.revive_every == 0:
             mean_codes = trainer.ema.weights["quantize.embedding.weight"]
             revive_dead_codes(vae, data, mean_codes, [recipe.seed, step], engine)
         for batch in trainer.batches(len(data)):
@@ -136,6 +150,37 @@ def train_vae(
         write_json({"first_stage": part_to_json(config), **measured, "recipe": asdict(recipe)}, folder / "vae.json")
     engine.wait_for_everyone()
     return vae
+
+
+def finetune_decoder(
+    sd: LatentDiffusion,
+    recipe: VAERecipe,
+    data: CaptionedPictures,
+    folder: str | Path,
+    engine: Engine,
+    perceptual: Perceptual | None = None,
+    clip: str | Path | None = None,
+) -> LatentDiffusion:
+    """Go on training the decoder of a finished model, such as `minisd.load()`: it draws the same latents better.
+
+    Args:
+        sd: trained in place. Encoder and scale factor stay as they are, UNet and text tower as well.
+        recipe: with `decoder_only`.
+        folder: where the run lives; a folder with a checkpoint in it is gone on with.
+        clip: the model's folder, if it holds the rest of CLIP, which evaluation needs: it is then copied.
+
+    Returns the model with the decoder's EMA weights; leaves it in `folder/model`, as a minisd folder.
+
+    Raises:
+        ValueError: a recipe that would change the latents.
+    """
+    if not recipe.decoder_only:
+        raise ValueError("the UNet knows the latents of this encoder alone: finetune_decoder takes decoder_only=True")
+    sd.to(engine.device)
+    config, init = sd.config.first_stage, sd.first_stage_model
+    sd.first_stage_model = train_vae(config, recipe, data, folder, engine, perceptual, init)
+    save_model(sd, clip, Path(folder) / "model", engine)
+    return sd.eval()
 
 
 def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:
