@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save
-from .checkpoint import SHIPPED, describe
+from .checkpoint import describe, has_clip
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .training import (
@@ -264,8 +264,8 @@ class TrainUNet(Training):
         engine = make_engine(self.device, self.precision)
         sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
-        has_clip = (Path(self.init) / "clip.json").is_file() or (SHIPPED / self.init / "clip.json").is_file()
-        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, self.init if has_clip else None)
+        clip = self.init if has_clip(self.init) else None
+        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
         return engine
 
     def train(self) -> Engine:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minisd import load, save
 from minisd.cli import main
 from minisd.training import recipes
 
@@ -160,7 +161,21 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     # and from there, on pictures of one's own
     own = ("--init", model, "--data", shapes, "--out", tmp_path / "own", "--steps", 1, "--device", "cpu")
     run("train", "unet", *own)
+    assert (tmp_path / "own/unet/model/clip.json").exists()
     run("txt2img", "a red circle", "--model", tmp_path / "own/unet/model", "--steps", 2, "--out", tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("model", ["emoji", "their/model"], ids=["a folder", "on the hub"])
+def test_a_model_without_the_rest_of_clip_is_trained_further(tmp_path, monkeypatch, model):
+    """A folder of one's own may be called as a model that ships, which has it."""
+    save(load("tiny", "cpu"), tmp_path / "emoji")
+    save(load("tiny", "cpu"), tmp_path / "cache", layout="diffusers")
+    monkeypatch.setattr("minisd.checkpoint.diffusers.fetch", lambda name, variant: tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    run("data", "shapes", "--out", "shapes", "--count", 20)
+    run("train", "unet", "--init", model, "--data", "shapes", "--steps", 1, "--batch-size", 2, "--device", "cpu")
+    assert (tmp_path / "runs/finetuned/unet/model/config.json").exists()
+    assert not (tmp_path / "runs/finetuned/unet/model/clip.json").exists()
 
 
 def test_a_recipe_starts_from_its_preset(capsys):
