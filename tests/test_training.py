@@ -34,6 +34,8 @@ from minisd.training import (
     train_vae,
 )
 from minisd.training.run_folder import RunFolder
+from minisd.training.unet import assemble, by_time, encode_captions
+from minisd.training.vae import encode_all
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"batch_size": 4, "log_every": 1, "sample_every": 100, "save_every": 2, "warmup": 2}
@@ -434,6 +436,18 @@ def test_two_processes_train_as_one_does(network, several):
     assert same(log(several / "one" / network), two)
 
 
+def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(several, engine):
+    data = CaptionedPictures(several / "shapes", 32)
+    sd = assemble(PRESETS["tiny"], several / "one/clip", several / "one/vae")
+    moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)  # 40 pictures: five batches and five
+    contexts = encode_captions(sd, data.captions, engine, batch_size=24)  # 160 forms of captions: six and sixteen
+    shares = [torch.load(several / f"encoded_{rank}.pt") for rank in range(2)]
+    for share in shares:
+        assert torch.equal(share["moments"], moments) and torch.equal(share["contexts"], contexts)
+    assert [len(share["seen"]) for share in shares] == [21, 19]
+    assert sorted(torch.cat([share["seen"] for share in shares]).tolist()) == list(range(40))
+
+
 def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine):
     one, two = log(several / "one" / "unet"), log(several / "fsdp")
     assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
@@ -496,8 +510,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_the_scale_factor_gives_latents_of_unit_variance(shapes, engine, parts):
-    from minisd.training.unet import assemble
-
     sd = assemble(PRESETS["tiny"], *parts)
     posterior = sd.encode_first_stage(shapes.batch(range(len(shapes))))
     z = sd.get_first_stage_encoding(posterior, torch.Generator().manual_seed(0))
@@ -555,8 +567,6 @@ def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
 
 
 def test_the_loss_by_time_is_the_mean_of_each_bin():
-    from minisd.training.unet import by_time
-
     losses, t = torch.tensor([1.0, 3.0, 10.0, 20.0]), torch.tensor([0, 249, 250, 999])
     assert by_time(losses, t, 1000) == {"loss_t000": 4.0, "loss_t250": 10.0, "loss_t500": 0.0, "loss_t750": 20.0}
 

@@ -24,7 +24,7 @@ from ..loss import LOSSES, min_snr_weight, text_dropout
 from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
-from .engine import Engine
+from .engine import Engine, encode_shared
 from .trainer import Recipe, Trainer
 from .vae import encode_all, read_first_stage
 
@@ -107,7 +107,7 @@ def _fit(
 ) -> None:
     """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
     moments = encode_all(sd.first_stage_model, data, engine)
-    contexts = encode_captions(sd, data.captions)
+    contexts = encode_captions(sd, data.captions, engine)
     empty = sd.get_learned_conditioning([""])
     for module in sd.model.diffusion_model.modules():
         if hasattr(module, "use_checkpoint"):
@@ -177,13 +177,17 @@ def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder:
 
 
 @torch.no_grad()
-def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 512) -> Tensor:
-    """Contexts of all captions in all their forms [n forms length width], float16 on the CPU: computed once."""
+def encode_captions(sd: LatentDiffusion, captions: list[str], engine: Engine, batch_size: int = 512) -> Tensor:
+    """Contexts of all captions in all forms [n forms length width], float16 on the CPU: computed once, as `encode_all`.
+    """
     embedder = sd.cond_stage_model
     tokens = tokenize_templates(embedder.tokenizer, captions, embedder.max_length)
-    flat = tokens.flatten(0, 1).split(batch_size)
-    contexts = torch.cat([embedder.transformer(ids.to(sd.device)).half().cpu() for ids in flat])
-    return contexts.unflatten(0, tokens.shape[:2])
+    flat = tokens.flatten(0, 1)
+
+    def contexts(indices: Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
+        return embedder.transformer(flat[indices].to(sd.device)).half()
+
+    return encode_shared(contexts, len(flat), batch_size, engine).unflatten(0, tokens.shape[:2])
 
 
 def _sample_sheet(
