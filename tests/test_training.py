@@ -266,6 +266,34 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     Trainer(nn.Linear(2, 1), replace(recipe, save_every=1), tmp_path, engine)  # how often to save may change
 
 
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+    draw_shapes(tmp_path / "others", count=30, size=32)
+    others, (clip, vae), config = CaptionedPictures(tmp_path / "others", size=32), parts, PRESETS["tiny"]
+    refused = pytest.raises(ValueError, match=r"data was 40 pictures of 32x32 \(.*\), now 30 .*choose another folder")
+    with refused:
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(steps=3, **SHORT), others, clip, engine)
+    with refused:
+        train_vae(config.first_stage, VAERecipe(steps=3, **SHORT), others, vae, engine)
+    train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path / "unet", engine, *parts)
+    with refused:
+        train_unet(config, UNetRecipe(steps=1, **SHORT), others, tmp_path / "unet", engine, *parts)
+
+
+def test_a_unet_goes_on_with_the_networks_beside_it_and_what_it_is_to_predict(shapes, engine, parts, tmp_path):
+    (clip, vae), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
+    train_unet(config, recipe, shapes, tmp_path / "unet", engine, *parts)
+    train_vae(config.first_stage, VAERecipe(steps=1, **SHORT), shapes, tmp_path / "vae", engine)
+    tower = CLIPRecipe(steps=1, **SHORT)
+    train_clip(config.cond_stage, recipes.VISION["tiny"], tower, shapes, tmp_path / "clip", engine)
+    for what, changed, folders in (
+        ("text tower was FrozenCLIPEmbedder", config, (tmp_path / "clip", vae)),
+        ("autoencoder was AutoencoderKL", config, (clip, tmp_path / "vae")),
+        ("parameterization was eps, now v", replace(config, parameterization="v"), parts),
+    ):
+        with pytest.raises(ValueError, match=rf"holds another run \({what}"):
+            train_unet(changed, recipe, shapes, tmp_path / "unet", engine, *folders)
+
+
 def test_a_second_network_is_stepped_and_saved_beside_the_first(tmp_path, engine):
     start = torch.tensor([[0.5]])
 

@@ -66,7 +66,7 @@ def train_clip(
     tokenizer = BPETokenizer.train([t.format(c) for c in data.captions for t in TEMPLATES], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, text.max_length)
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
-    trainer = Trainer(towers, recipe, folder, engine, describe=data.describe)
+    trainer = Trainer(towers, recipe, folder, engine, given={"data": data.fingerprint}, describe=data.describe)
     for _ in trainer.steps():
         for batch in trainer.batches(len(data)):
             form = batch.randint(len(TEMPLATES))

@@ -25,7 +25,7 @@ from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
 from .engine import Engine, encode_shared
-from .trainer import Recipe, Trainer
+from .trainer import Recipe, Trainer, fingerprint
 from .vae import encode_all, read_first_stage
 
 
@@ -112,7 +112,9 @@ def _fit(
     for module in sd.model.diffusion_model.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = recipe.gradient_checkpointing
-    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, describe=data.describe)
+    given = {"data": data.fingerprint, "text tower": fingerprint(sd.cond_stage_model)}
+    given |= {"autoencoder": fingerprint(sd.first_stage_model), **_settings(sd)}
+    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, given=given, describe=data.describe)
     loss_of, gamma = LOSSES[sd.config.parameterization], recipe.min_snr_gamma
     for step in trainer.steps():
         for batch in trainer.batches(len(data)):
@@ -138,6 +140,11 @@ def _fit(
 
     sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
     sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
+
+
+def _settings(sd: LatentDiffusion) -> dict[str, str | int | float]:
+    """What its configuration says beside the networks: the noise schedule, the scale factor, what is predicted."""
+    return {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
 
 
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:

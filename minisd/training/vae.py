@@ -39,7 +39,7 @@ from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .engine import Engine, encode_shared
-from .trainer import Batch, Recipe, Trainer
+from .trainer import Batch, Recipe, Trainer, fingerprint
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
 
@@ -99,7 +99,10 @@ def train_vae(
     vae, others = FIRST_STAGES[type(config)](config), {}
     if recipe.disc_weight:
         others["discriminator"] = NLayerDiscriminator(config.out_ch, recipe.disc_ndf, recipe.disc_num_layers)
-    trainer = Trainer(vae, recipe, folder, engine, others, describe=data.describe)
+    given = {"data": data.fingerprint}
+    if recipe.perceptual_weight:
+        given["perceptual network"] = fingerprint(perceptual)
+    trainer = Trainer(vae, recipe, folder, engine, others, given, data.describe)
     vae = engine.unwrap_model(trainer.model)
     if hasattr(vae.decoder.conv_out.weight, "full_tensor") and (quantised or others):
         raise ValueError("FSDP cuts up what a codebook and a discriminator need whole: train autoencoders with DDP")
