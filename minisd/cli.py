@@ -189,10 +189,12 @@ class Training:
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
-    def parts(self):
-        """What every loop is given: the model's configuration, the pictures, the engine."""
+    def parts(self, size: int | None = None):
+        """What every loop is given: the model's configuration, the pictures (of the model's size, if of no other), the
+        engine."""
         config, folder = PRESETS[self.preset], _corpus(self.data)
-        return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
+        data = CaptionedPictures(folder, size or config.image_size, "train")
+        return config, data, make_engine(self.device, self.precision)
 
 
 def _say(engine: Engine, what: str) -> None:
@@ -208,8 +210,9 @@ class TrainCLIP(Training):
     recipe: CLIPRecipe = field(default_factory=lambda: recipes.CLIP[_preset])
 
     def run(self) -> None:
-        config, data, engine = self.parts()
-        train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
+        vision = recipes.VISION[self.preset]
+        config, data, engine = self.parts(vision.image_size)
+        train_clip(config.cond_stage, vision, self.recipe, data, self.out / "clip", engine)
         _say(engine, f"wrote {self.out / 'clip'}")
 
 

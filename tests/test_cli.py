@@ -178,6 +178,17 @@ def test_a_model_without_the_rest_of_clip_is_trained_further(tmp_path, monkeypat
     assert not (tmp_path / "runs/finetuned/unet/model/clip.json").exists()
 
 
+@pytest.mark.parametrize("preset", recipes.VISION)
+def test_the_image_tower_is_given_pictures_of_its_own_size(tmp_path, monkeypatch, preset):
+    """That of `sd-v1` sees 224 pixels, where the model draws 512."""
+    run("data", "shapes", "--out", tmp_path, "--count", 2)
+    given = []
+    monkeypatch.setattr("minisd.cli.train_clip", lambda text, vision, recipe, data, *_: given.append((vision, data)))
+    run("train", "clip", "--preset", preset, "--data", tmp_path, "--device", "cpu")
+    vision, data = given[0]
+    assert vision == recipes.VISION[preset] and data.size == vision.image_size
+
+
 def test_a_recipe_starts_from_its_preset(capsys):
     with pytest.raises(SystemExit):
         run("train", "clip", "--preset", "sd-v1", "--help")
