@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, AutoencoderKL, cli, load
+from minisd import PRESETS, AutoencoderKL, LatentDiffusion, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -580,9 +580,38 @@ def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):
     assert torch.equal(clip.get_text_features(ids), theirs.get_text_features(ids))
 
 
-def test_a_recipe_that_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        Recipe(batch_size=0)
+@pytest.mark.parametrize(
+    ("recipe", "values", "words"),
+    [
+        (Recipe, {"batch_size": 0}, "batch_size must be at least 1"),
+        (Recipe, {"ema_decay": 9.0}, "ema_decay is a share, from 0 to 1, not 9.0"),
+        (Recipe, {"clip_grad": 0.0}, "clip_grad must be more than 0"),
+        (UNetRecipe, {"text_dropout": 10.0}, "text_dropout is a share, from 0 to 1, not 10.0"),
+        (UNetRecipe, {"min_snr_gamma": -5.0}, "min_snr_gamma must be more than 0"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(recipe, values, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**values)
+
+
+def test_what_would_only_fail_in_the_end_is_refused_at_the_start(shapes, engine, parts, tmp_path):
+    config, small = PRESETS["tiny"], CaptionedPictures(shapes.folder, size=16)
+    run = (tmp_path, engine)
+    with pytest.raises(ValueError, match="draws 32x32 pixels, and the pictures are 16x16: .* size=32"):
+        train_unet(config, UNetRecipe(**SHORT), small, *run, *parts)
+    with pytest.raises(ValueError, match="sees 32x32 pixels, and the pictures are 16x16: .* size=32"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(**SHORT), small, *run)
+    with pytest.raises(ValueError, match="a batch of 64 would hold some of the 40 pictures twice"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(batch_size=64), shapes, *run)
+    with pytest.raises(ValueError, match="no step 9 in a run of 8: keep_at"):
+        train_unet(config, UNetRecipe(steps=8, **SHORT), shapes, *run, *parts, keep_at=(8, 9))
+    sd = load("tiny", "cpu")
+    masked = replace(sd.config, unet=replace(sd.config.unet, in_channels=9))
+    sd = LatentDiffusion(masked, sd.cond_stage_model.tokenizer)
+    with pytest.raises(ValueError, match="takes 5 channels beside the noisy latent, such as a mask"):
+        finetune_unet(sd, UNetRecipe(**SHORT), shapes, *run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
@@ -659,3 +688,10 @@ def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
     clip, _ = load_clip(tmp_path / "more/model")  # so that `minisd evaluate` can judge it
     assert clip.vision_config == recipes.VISION["tiny"]
     assert len(losses(tmp_path / "more")) == 3
+
+
+def test_a_model_that_was_loaded_in_half_precision_is_trained_in_full(shapes, engine, tmp_path):
+    recipe = UNetRecipe(steps=1, **SHORT)
+    for dtype in (torch.float16, torch.float32):  # the file of tiny holds float16
+        finetune_unet(load("tiny", "cpu", dtype), recipe, shapes, tmp_path / str(dtype), engine)
+    assert log(tmp_path / "torch.float16") == log(tmp_path / "torch.float32")

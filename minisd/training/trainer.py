@@ -65,8 +65,18 @@ class Recipe:
         for name in numbers:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self._check_share("ema_decay")
+        self._check_positive("clip_grad")
         if self.on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
+
+    def _check_share(self, name: str) -> None:
+        if not 0 <= getattr(self, name) <= 1:
+            raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
+
+    def _check_positive(self, name: str) -> None:
+        if not getattr(self, name) > 0:
+            raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
 
     def betas(self, network: str) -> tuple[float, float]:
         """AdamW's memory for the network of that name: "model", or one that is trained beside it."""

@@ -39,6 +39,12 @@ class UNetRecipe(Recipe):
     gradient_checkpointing: bool = False  # forget what is inside the blocks, and compute it again for the gradients
     guidance_scale: float = 3.0  # of the sample sheets
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_share("text_dropout")
+        if self.min_snr_gamma is not None:
+            self._check_positive("min_snr_gamma")
+
 
 def train_unet(
     config: LatentDiffusionConfig,
@@ -58,7 +64,13 @@ def train_unet(
         keep_at: steps after which the UNet as it is then is kept beside the finished model.
 
     Returns the whole model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
+
+    Raises:
+        ValueError: networks, pictures or steps that do not fit together.
     """
+    late = [step for step in keep_at if not 1 <= step <= recipe.steps]
+    if late:
+        raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae).to(engine.device)
     _fit(sd, recipe, data, Path(folder), engine, keep_at)
@@ -87,11 +99,16 @@ def finetune_unet(
     Returns the model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
 
     Raises:
-        ValueError: the model does not draw from captions.
+        ValueError: the model does not draw from captions, or not from captions alone; the pictures are of another size.
     """
     if not isinstance(sd.config.cond_stage, CLIPTextConfig):
         raise ValueError("this model does not read captions, so pictures with captions can't teach it")
-    sd.to(engine.device).model.train()
+    if sd.config.concat_channels:
+        raise ValueError(
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, which the "
+            "loop does not make: train one that draws from captions alone"
+        )
+    sd.to(engine.device, torch.float32).model.train()
     _fit(sd, recipe, data, Path(folder), engine)
     _save(sd, clip, Path(folder) / "model", engine)
     return sd.eval()
@@ -106,6 +123,11 @@ def _fit(
     keep_at: tuple[int, ...] = (),
 ) -> None:
     """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
+    if data.size != sd.config.image_size:
+        raise ValueError(
+            f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
+            f"{data.size}: open them with size={sd.config.image_size}"
+        )
     moments = encode_all(sd.first_stage_model, data, engine)
     contexts = encode_captions(sd, data.captions, engine)
     empty = sd.get_learned_conditioning([""])
@@ -139,7 +161,7 @@ def _fit(
                 write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
     sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
-    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
+    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()))
 
 
 def _settings(sd: LatentDiffusion) -> dict[str, str | int | float]:
