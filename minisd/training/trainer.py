@@ -11,7 +11,7 @@ A loop asks the trainer for steps, and for the batches of each; it hands back a 
 
 All randomness is a function of the seed, the step and the place of the sample in the batch: no state of a random
 generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
-what one would have drawn.
+what one would have drawn. (But for dropout inside a network, which no preset has.)
 """
 
 import contextlib
