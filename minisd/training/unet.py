@@ -128,15 +128,15 @@ def _fit(
             f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
             f"{data.size}: open them with size={sd.config.image_size}"
         )
-    moments = encode_all(sd.first_stage_model, data, engine)
-    contexts = encode_captions(sd, data.captions, engine)
-    empty = sd.get_learned_conditioning([""])
     for module in sd.model.diffusion_model.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = recipe.gradient_checkpointing
     given = {"data": data.fingerprint, "text tower": fingerprint(sd.cond_stage_model)}
     given |= {"autoencoder": fingerprint(sd.first_stage_model), **_settings(sd)}
     trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, given=given, describe=data.describe)
+    moments = encode_all(sd.first_stage_model, data, engine)
+    contexts = encode_captions(sd, data.captions, engine)
+    empty = sd.get_learned_conditioning([""])
     loss_of, gamma = LOSSES[sd.config.parameterization], recipe.min_snr_gamma
     for step in trainer.steps():
         for batch in trainer.batches(len(data)):
