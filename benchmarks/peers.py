@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import Tensor, nn
 
 from minisd import AutoencoderConfig, AutoencoderKL, UNetConfig, UNetModel
+from minisd.checkpoint.diffusers import unet_config_json, vae_config_json
 
 
 def weights(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -39,28 +40,10 @@ def our_unet(config: UNetConfig) -> UNetModel:
 
 def their_unet(config: UNetConfig) -> UNet2DConditionModel:
     with torch.device("meta"):
-        ours, model = UNetModel(config), UNet2DConditionModel(**their_unet_config(config))
+        ours, model = UNetModel(config), UNet2DConditionModel.from_config(unet_config_json(config))
     state = {f"model.diffusion_model.{name}": tensor for name, tensor in weights(ours).items()}
     model.load_state_dict(convert_ldm_unet_checkpoint(state, model.config), assign=True)
     return model.eval()
-
-
-def their_unet_config(config: UNetConfig) -> dict:
-    """Our UNetConfig in diffusers' words."""
-    factors = [2**level for level in range(len(config.channel_mult))]
-    attends = [factor in config.attention_resolutions for factor in factors]
-    widths = tuple(mult * config.model_channels for mult in config.channel_mult)
-    return dict(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=widths,
-        layers_per_block=config.num_res_blocks,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=tuple(config.heads(width) for width in widths),  # which is their number
-        transformer_layers_per_block=config.transformer_depth,
-        cross_attention_dim=config.context_dim,
-    )
 
 
 def our_vae(config: AutoencoderConfig) -> AutoencoderKL:
@@ -72,19 +55,7 @@ def our_vae(config: AutoencoderConfig) -> AutoencoderKL:
 
 def their_vae(config: AutoencoderConfig) -> DiffusersVAE:
     with torch.device("meta"):
-        ours, model = AutoencoderKL(config), DiffusersVAE(**their_vae_config(config))
+        ours, model = AutoencoderKL(config), DiffusersVAE.from_config(vae_config_json(config))
     state = {f"first_stage_model.{name}": tensor for name, tensor in weights(ours).items()}
     model.load_state_dict(convert_ldm_vae_checkpoint(state, model.config), assign=True)
     return model.eval()
-
-
-def their_vae_config(config: AutoencoderConfig) -> dict:
-    """Our AutoencoderConfig in diffusers' words."""
-    levels = len(config.ch_mult)
-    return dict(
-        block_out_channels=tuple(mult * config.ch for mult in config.ch_mult),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.embed_dim,
-    )

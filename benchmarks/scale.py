@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minisd
 from minisd import UNetConfig, UNetModel, epsilon_loss
+from minisd.checkpoint.diffusers import unet_config_json
 from minisd.data import sample
 from minisd.training import EMA
 
@@ -83,9 +84,7 @@ def build(peer: str, config: UNetConfig, device: str) -> tuple[nn.Module, Callab
     else:
         from diffusers import UNet2DConditionModel
 
-        from .peers import their_unet_config
-
-        model = UNet2DConditionModel(**their_unet_config(config))
+        model = UNet2DConditionModel.from_config(unet_config_json(config))
         if config.use_checkpoint:
             model.enable_gradient_checkpointing()
 

@@ -10,22 +10,14 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from draw_play import PROMPTS as PLAYED
 from PIL import Image
 
 import minisd
 from minisd.viz import sheet
 
 PICTURES = Path(__file__).parent / "pictures"
-PROMPTS = [
-    "a fox, noto style",
-    "a red apple, fluent style",
-    "a grinning cat, twemoji style",
-    "a rocket, noto style",
-    "a sunflower, emojione style",
-    "a crying face, noto blob style",
-    "an automobile, fluent flat style",
-    "a snowman, noto style",
-]
+PROMPTS = [*PLAYED, "an automobile, fluent flat style", "a snowman, noto style"]
 
 
 def first_drawings(sd: minisd.LatentDiffusion) -> None:

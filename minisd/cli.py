@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save
-from .checkpoint import SHIPPED, describe
+from .checkpoint import describe, has_clip
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .training import (
@@ -190,15 +190,12 @@ class Training:
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
-    def parts(self):
-        """What every loop is given: the model's configuration, the pictures, the engine."""
+    def parts(self, size: int | None = None):
+        """What every loop is given: the model's configuration, the pictures (of the model's size, if of no other), the
+        engine."""
         config, folder = PRESETS[self.preset], _corpus(self.data)
-        return config, CaptionedPictures(folder, config.image_size, "train"), make_engine(self.device, self.precision)
-
-
-def _has_clip(model: str) -> bool:
-    """Whether a model came with CLIP's image tower, which evaluation needs: its further training keeps it."""
-    return (Path(model) / "clip.json").is_file() or (SHIPPED / model / "clip.json").is_file()
+        data = CaptionedPictures(folder, size or config.image_size, "train")
+        return config, data, make_engine(self.device, self.precision)
 
 
 def _say(engine: Engine, what: str) -> None:
@@ -214,8 +211,9 @@ class TrainCLIP(Training):
     recipe: CLIPRecipe = field(default_factory=lambda: recipes.CLIP[_preset])
 
     def run(self) -> None:
-        config, data, engine = self.parts()
-        train_clip(config.cond_stage, recipes.VISION[self.preset], self.recipe, data, self.out / "clip", engine)
+        vision = recipes.VISION[self.preset]
+        config, data, engine = self.parts(vision.image_size)
+        train_clip(config.cond_stage, vision, self.recipe, data, self.out / "clip", engine)
         _say(engine, f"wrote {self.out / 'clip'}")
 
 
@@ -251,7 +249,7 @@ class TrainVAE(Training):
         sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
         perceptual = perceptual and perceptual.to(engine.device)
-        clip = self.init if _has_clip(self.init) else None
+        clip = self.init if has_clip(self.init) else None
         finetune_decoder(sd, self.recipe, data, self.out / "vae", engine, perceptual, clip)
         return engine, self.out / "vae" / "model"
 
@@ -289,7 +287,7 @@ class TrainUNet(Training):
         engine = make_engine(self.device, self.precision)
         sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
-        clip = self.init if _has_clip(self.init) else None
+        clip = self.init if has_clip(self.init) else None
         finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
         return engine
 

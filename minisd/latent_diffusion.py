@@ -67,6 +67,8 @@ class LatentDiffusionConfig:
         return getattr(NoiseSchedule, self.beta_schedule)(self.linear_start, self.linear_end, self.timesteps)
 
 
+# What reads the captions of emoji, at whichever size they are drawn.
+EMOJI_TEXT = CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192)
 # What the models that ship are made of, and Stable Diffusion v1.
 PRESETS = {
     # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
@@ -97,7 +99,7 @@ PRESETS = {
             context_dim=192,
         ),
         first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
-        cond_stage=CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
+        cond_stage=EMOJI_TEXT,
         image_size=32,
         scale_factor=1.0,
     ),
@@ -113,7 +115,7 @@ PRESETS = {
             context_dim=192,
         ),
         first_stage=AutoencoderConfig(ch=64, ch_mult=(1, 1, 2), num_res_blocks=1),
-        cond_stage=CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
+        cond_stage=EMOJI_TEXT,
         image_size=64,
         scale_factor=1.0,
     ),

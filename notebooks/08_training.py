@@ -338,7 +338,7 @@ viz.strip(rows, labels=labels, size=0.7)
 sd = minisd.load("tiny", "cpu")
 with torch.no_grad():
     moments = encode_all(sd.first_stage_model, shapes, engine)  # [n 8 8 8]: mean and log variance
-contexts = encode_captions(sd, shapes.captions).float()  # [n 4 16 32]
+contexts = encode_captions(sd, shapes.captions, engine).float()  # [n 4 16 32]
 empty = sd.get_learned_conditioning([""])  # [1 16 32]
 print(f"moments {list(moments.shape)}, contexts {list(contexts.shape)}, empty {list(empty.shape)}")
 

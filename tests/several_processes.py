@@ -20,6 +20,8 @@ from accelerate.utils import DistributedType
 from minisd import PRESETS, cli
 from minisd.data import CaptionedPictures
 from minisd.training import Recipe, Trainer, UNetRecipe, make_engine, train_unet
+from minisd.training.unet import assemble, encode_captions
+from minisd.training.vae import encode_all
 
 shapes, folder, steps = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 OPTIONS = "--preset tiny --device cpu --precision no --batch-size 8 --warmup 2 --log-every 1 --save-every 2".split()
@@ -76,6 +78,18 @@ def engines():
     complaint(partial(make_engine, "cuda"), "cuda")
 
 
+def encoded():
+    """What the UNet's training encodes, and which pictures this process had to look at for it."""
+    sd = assemble(PRESETS["tiny"], folder / "one/clip", folder / "one/vae")
+    data, seen = CaptionedPictures(shapes, 32), []
+    batch, data.batch = data.batch, lambda indices: seen.append(indices) or batch(indices)
+    moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)
+    contexts = encode_captions(sd, data.captions, engine, batch_size=24)
+    found = {"moments": moments, "contexts": contexts, "seen": torch.cat(seen)}
+    torch.save(found, folder / f"encoded_{engine.process_index}.pt")
+
+
+encoded()
 complaint(uneven, "uneven")
 complaint(nan, "nan")
 complaint(ctrl_c, "ctrl_c")

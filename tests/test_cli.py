@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minisd import load, save
 from minisd.cli import main
 from minisd.training import recipes
 
@@ -160,10 +161,35 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     # and from there, on pictures of one's own
     own = ("--init", model, "--data", shapes, "--out", tmp_path / "own", "--steps", 1, "--device", "cpu")
     run("train", "unet", *own)
+    assert (tmp_path / "own/unet/model/clip.json").exists()
     run("txt2img", "a red circle", "--model", tmp_path / "own/unet/model", "--steps", 2, "--out", tmp_path / "b.png")
     run("train", "vae", *own, "--perceptual-weight", 0.1)  # by its own CLIP's eyes
     assert (tmp_path / "own/vae/model/clip.json").exists()
     run("txt2img", "a red circle", "--model", tmp_path / "own/vae/model", "--steps", 2, "--out", tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("model", ["emoji", "their/model"], ids=["a folder", "on the hub"])
+def test_a_model_without_the_rest_of_clip_is_trained_further(tmp_path, monkeypatch, model):
+    """A folder of one's own may be called as a model that ships, which has it."""
+    save(load("tiny", "cpu"), tmp_path / "emoji")
+    save(load("tiny", "cpu"), tmp_path / "cache", layout="diffusers")
+    monkeypatch.setattr("minisd.checkpoint.diffusers.fetch", lambda name, variant: tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    run("data", "shapes", "--out", "shapes", "--count", 20)
+    run("train", "unet", "--init", model, "--data", "shapes", "--steps", 1, "--batch-size", 2, "--device", "cpu")
+    assert (tmp_path / "runs/finetuned/unet/model/config.json").exists()
+    assert not (tmp_path / "runs/finetuned/unet/model/clip.json").exists()
+
+
+@pytest.mark.parametrize("preset", recipes.VISION)
+def test_the_image_tower_is_given_pictures_of_its_own_size(tmp_path, monkeypatch, preset):
+    """That of `sd-v1` sees 224 pixels, where the model draws 512."""
+    run("data", "shapes", "--out", tmp_path, "--count", 2)
+    given = []
+    monkeypatch.setattr("minisd.cli.train_clip", lambda text, vision, recipe, data, *_: given.append((vision, data)))
+    run("train", "clip", "--preset", preset, "--data", tmp_path, "--device", "cpu")
+    vision, data = given[0]
+    assert vision == recipes.VISION[preset] and data.size == vision.image_size
 
 
 def test_a_recipe_starts_from_its_preset(capsys):

@@ -179,6 +179,23 @@ def test_pictures_come_as_tensors_with_their_captions(own_folder):
         data[3]
 
 
+def test_a_fingerprint_tells_other_pictures_and_other_captions(own_folder):
+    def fingerprint():
+        return CaptionedPictures(own_folder, 16).fingerprint
+
+    before = fingerprint()
+    assert before.startswith("3 pictures of 16x16 (") and fingerprint() == before
+    seen = {before, CaptionedPictures(own_folder, 8).fingerprint}
+    (own_folder / "one.txt").write_text("a crimson square")
+    seen.add(fingerprint())
+    (own_folder / "one.png").rename(own_folder / "first.png")
+    (own_folder / "one.txt").rename(own_folder / "first.txt")
+    seen.add(fingerprint())
+    (own_folder / "two.txt").unlink()
+    seen.add(fingerprint())
+    assert len(seen) == 5
+
+
 def test_pictures_that_do_not_fit_into_memory_are_read_when_asked_for(own_folder, monkeypatch):
     spoil(own_folder)
     with warnings.catch_warnings():

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minisd import PRESETS, LatentDiffusion, evaluation, load_clip
 from minisd.data import CaptionedPictures, sample
@@ -294,6 +296,16 @@ def test_the_report_is_a_table_a_file_and_pictures(evaluator, tmp_path, capsys):
     assert written >= {"scores.json", "scores.png", "nearest.png", "train.png", "test_pair.png", "test_concept.png"}
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert record["setting"]["steps"] == 25 and len(record["scores"]) >= 24 and record["nearness"]
+
+
+def test_each_drawing_lies_above_its_real_picture(evaluator, tmp_path):
+    drawn, real = torch.full((20, 3, 32, 32), -1.0), torch.zeros(20, 3, 32, 32)
+    result = replace(evaluation.evaluate(evaluator), drawings={"train": (drawn, real)})
+    evaluation.report(result, evaluation.Setting(), tmp_path)
+    shown = np.asarray(Image.open(tmp_path / "train.png").convert("L"))
+    height, width = shown.shape[0] // 4, shown.shape[1] // 16  # of a cell: sixteen in black, in grey; four more of each
+    middles = shown[height // 2 :: height, width // 2 :: width]
+    assert middles.tolist() == [[0] * 16, [128] * 16, [0] * 4 + [255] * 12, [128] * 4 + [255] * 12]
 
 
 def test_a_sweep_asks_with_each_value(corpus, clip, data, tmp_path, capsys):

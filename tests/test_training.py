@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from minisd import PRESETS, AutoencoderKL, cli, load
+from minisd import PRESETS, AutoencoderKL, LatentDiffusion, cli, load
 from minisd.checkpoint import load_clip
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import (
@@ -34,6 +34,8 @@ from minisd.training import (
     train_vae,
 )
 from minisd.training.run_folder import RunFolder
+from minisd.training.unet import assemble, by_time, encode_captions
+from minisd.training.vae import encode_all
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"batch_size": 4, "log_every": 1, "sample_every": 100, "save_every": 2, "warmup": 2}
@@ -264,6 +266,34 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     Trainer(nn.Linear(2, 1), replace(recipe, save_every=1), tmp_path, engine)  # how often to save may change
 
 
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+    draw_shapes(tmp_path / "others", count=30, size=32)
+    others, (clip, vae), config = CaptionedPictures(tmp_path / "others", size=32), parts, PRESETS["tiny"]
+    refused = pytest.raises(ValueError, match=r"data was 40 pictures of 32x32 \(.*\), now 30 .*choose another folder")
+    with refused:
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(steps=3, **SHORT), others, clip, engine)
+    with refused:
+        train_vae(config.first_stage, VAERecipe(steps=3, **SHORT), others, vae, engine)
+    train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path / "unet", engine, *parts)
+    with refused:
+        train_unet(config, UNetRecipe(steps=1, **SHORT), others, tmp_path / "unet", engine, *parts)
+
+
+def test_a_unet_goes_on_with_the_networks_beside_it_and_what_it_is_to_predict(shapes, engine, parts, tmp_path):
+    (clip, vae), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
+    train_unet(config, recipe, shapes, tmp_path / "unet", engine, *parts)
+    train_vae(config.first_stage, VAERecipe(steps=1, **SHORT), shapes, tmp_path / "vae", engine)
+    tower = CLIPRecipe(steps=1, **SHORT)
+    train_clip(config.cond_stage, recipes.VISION["tiny"], tower, shapes, tmp_path / "clip", engine)
+    for what, changed, folders in (
+        ("text tower was FrozenCLIPEmbedder", config, (tmp_path / "clip", vae)),
+        ("autoencoder was AutoencoderKL", config, (clip, tmp_path / "vae")),
+        ("parameterization was eps, now v", replace(config, parameterization="v"), parts),
+    ):
+        with pytest.raises(ValueError, match=rf"holds another run \({what}"):
+            train_unet(changed, recipe, shapes, tmp_path / "unet", engine, *folders)
+
+
 def test_a_second_network_is_stepped_and_saved_beside_the_first(tmp_path, engine):
     start = torch.tensor([[0.5]])
 
@@ -434,6 +464,18 @@ def test_two_processes_train_as_one_does(network, several):
     assert same(log(several / "one" / network), two)
 
 
+def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(several, engine):
+    data = CaptionedPictures(several / "shapes", 32)
+    sd = assemble(PRESETS["tiny"], several / "one/clip", several / "one/vae")
+    moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)  # 40 pictures: five batches and five
+    contexts = encode_captions(sd, data.captions, engine, batch_size=24)  # 160 forms of captions: six and sixteen
+    shares = [torch.load(several / f"encoded_{rank}.pt") for rank in range(2)]
+    for share in shares:
+        assert torch.equal(share["moments"], moments) and torch.equal(share["contexts"], contexts)
+    assert [len(share["seen"]) for share in shares] == [21, 19]
+    assert sorted(torch.cat([share["seen"] for share in shares]).tolist()) == list(range(40))
+
+
 def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine):
     one, two = log(several / "one" / "unet"), log(several / "fsdp")
     assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
@@ -496,8 +538,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_the_scale_factor_gives_latents_of_unit_variance(shapes, engine, parts):
-    from minisd.training.unet import assemble
-
     sd = assemble(PRESETS["tiny"], *parts)
     posterior = sd.encode_first_stage(shapes.batch(range(len(shapes))))
     z = sd.get_first_stage_encoding(posterior, torch.Generator().manual_seed(0))
@@ -540,9 +580,38 @@ def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):
     assert torch.equal(clip.get_text_features(ids), theirs.get_text_features(ids))
 
 
-def test_a_recipe_that_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        Recipe(batch_size=0)
+@pytest.mark.parametrize(
+    ("recipe", "values", "words"),
+    [
+        (Recipe, {"batch_size": 0}, "batch_size must be at least 1"),
+        (Recipe, {"ema_decay": 9.0}, "ema_decay is a share, from 0 to 1, not 9.0"),
+        (Recipe, {"clip_grad": 0.0}, "clip_grad must be more than 0"),
+        (UNetRecipe, {"text_dropout": 10.0}, "text_dropout is a share, from 0 to 1, not 10.0"),
+        (UNetRecipe, {"min_snr_gamma": -5.0}, "min_snr_gamma must be more than 0"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(recipe, values, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**values)
+
+
+def test_what_would_only_fail_in_the_end_is_refused_at_the_start(shapes, engine, parts, tmp_path):
+    config, small = PRESETS["tiny"], CaptionedPictures(shapes.folder, size=16)
+    run = (tmp_path, engine)
+    with pytest.raises(ValueError, match="draws 32x32 pixels, and the pictures are 16x16: .* size=32"):
+        train_unet(config, UNetRecipe(**SHORT), small, *run, *parts)
+    with pytest.raises(ValueError, match="sees 32x32 pixels, and the pictures are 16x16: .* size=32"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(**SHORT), small, *run)
+    with pytest.raises(ValueError, match="a batch of 64 would hold some of the 40 pictures twice"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(batch_size=64), shapes, *run)
+    with pytest.raises(ValueError, match="no step 9 in a run of 8: keep_at"):
+        train_unet(config, UNetRecipe(steps=8, **SHORT), shapes, *run, *parts, keep_at=(8, 9))
+    sd = load("tiny", "cpu")
+    masked = replace(sd.config, unet=replace(sd.config.unet, in_channels=9))
+    sd = LatentDiffusion(masked, sd.cond_stage_model.tokenizer)
+    with pytest.raises(ValueError, match="takes 5 channels beside the noisy latent, such as a mask"):
+        finetune_unet(sd, UNetRecipe(**SHORT), shapes, *run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
@@ -555,8 +624,6 @@ def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
 
 
 def test_the_loss_by_time_is_the_mean_of_each_bin():
-    from minisd.training.unet import by_time
-
     losses, t = torch.tensor([1.0, 3.0, 10.0, 20.0]), torch.tensor([0, 249, 250, 999])
     assert by_time(losses, t, 1000) == {"loss_t000": 4.0, "loss_t250": 10.0, "loss_t500": 0.0, "loss_t750": 20.0}
 
@@ -621,3 +688,10 @@ def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
     clip, _ = load_clip(tmp_path / "more/model")  # so that `minisd evaluate` can judge it
     assert clip.vision_config == recipes.VISION["tiny"]
     assert len(losses(tmp_path / "more")) == 3
+
+
+def test_a_model_that_was_loaded_in_half_precision_is_trained_in_full(shapes, engine, tmp_path):
+    recipe = UNetRecipe(steps=1, **SHORT)
+    for dtype in (torch.float16, torch.float32):  # the file of tiny holds float16
+        finetune_unet(load("tiny", "cpu", dtype), recipe, shapes, tmp_path / str(dtype), engine)
+    assert log(tmp_path / "torch.float16") == log(tmp_path / "torch.float32")

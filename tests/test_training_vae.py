@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -573,12 +574,25 @@ def test_what_needs_the_weights_whole_is_not_trained_by_fsdp(what, shapes, tmp_p
         train_vae(config, VAERecipe(steps=1, **judged, **SHORT), shapes, tmp_path, CutsUp("cpu"))
 
 
+def test_a_run_goes_on_with_the_eyes_that_it_was_begun_with(shapes, engine, clip, lpips_files, tmp_path):
+    recipe = VAERecipe(steps=1, perceptual_weight=0.5, **SHORT)
+    run = (SMALL, recipe, shapes, tmp_path, engine)
+    train_vae(*run, CLIPPerceptual(clip))
+    train_vae(*run, CLIPPerceptual(clip))
+    another = deepcopy(clip)
+    with torch.no_grad():
+        another.vision_model.encoder.layers[0].mlp.fc1.bias[0] += 1
+    for other in (CLIPPerceptual(another), LPIPS.from_files(*lpips_files), F.mse_loss):
+        with pytest.raises(ValueError, match=r"perceptual network was CLIPPerceptual \(\w+\), now "):
+            train_vae(*run, other)
+
+
 def test_a_run_from_before_a_field_of_the_recipe_is_gone_on_with(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=2, **SHORT)
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     folder = RunFolder(tmp_path)
     state = folder.load()
-    del state["recipe"]["disc_weight"]
+    del state["recipe"]["disc_weight"], state["given"]
     folder.save(2, state)
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="disc_weight was 0.0, now 0.5"):

@@ -38,7 +38,7 @@ from .files import (
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "load", "load_clip", "load_weights",
+    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "has_clip", "load", "load_clip", "load_weights",
     "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "save", "save_clip", "write_json",
     "write_weights", "written_whole",
 ]  # fmt: skip
@@ -159,6 +159,11 @@ def save(
 def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
     return minisd_folder.load_clip_folder(_find(path))
+
+
+def has_clip(path: str | Path) -> bool:
+    """Can `load_clip` read this? Not where it is a model without the rest of CLIP, such as one of diffusers' layout."""
+    return (_find(path) / "clip.json").is_file()
 
 
 def describe(path: str | Path, variant: str | None = None) -> str:

@@ -445,11 +445,7 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
 
 def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict[str, dict]:
     """The JSON files of the folder, by their places in it."""
-    unet, vae, text = config.unet, config.first_stage, config.cond_stage
-    channels = [unet.model_channels * mult for mult in unet.channel_mult]
-    attends = [2**level in unet.attention_resolutions for level in range(len(channels))]
-    heads = unet.num_heads if unet.num_head_channels is None else [unet.heads(c) for c in channels]
-    vae_attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
+    vae = config.first_stage
     inpainting = "Inpaint" if config.concat_channels else ""
     index = {
         "_class_name": f"StableDiffusion{inpainting}Pipeline",
@@ -465,37 +461,13 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
     }
     return {
         "model_index.json": index,
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": config.image_size // vae.downsampling,
-            "in_channels": unet.in_channels,
-            "out_channels": unet.out_channels,
-            "block_out_channels": channels,
-            "layers_per_block": unet.num_res_blocks,
-            "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-            "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-            "attention_head_dim": heads,
-            "transformer_layers_per_block": unet.transformer_depth,
-            "cross_attention_dim": unet.context_dim,
-            "dropout": unet.dropout,
-            "norm_num_groups": 32,
-            "norm_eps": 1e-5,
-        },
+        "unet/config.json": {"sample_size": config.image_size // vae.downsampling, **unet_config_json(config.unet)},
         "vae/config.json": {
-            "_class_name": "AutoencoderKL",
             "sample_size": config.image_size,
-            "in_channels": vae.in_channels,
-            "out_channels": vae.out_ch,
-            "latent_channels": vae.embed_dim,
-            "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-            "layers_per_block": vae.num_res_blocks,
-            "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in vae_attends],
-            "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(vae_attends)],
             "scaling_factor": config.scale_factor,
-            "act_fn": "silu",
-            "norm_num_groups": 32,
+            **vae_config_json(vae),
         },
-        "text_encoder/config.json": text_config_json(text, tokenizer),
+        "text_encoder/config.json": text_config_json(config.cond_stage, tokenizer),
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": config.timesteps,
@@ -508,6 +480,45 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
             "steps_offset": 1,
             "timestep_spacing": "leading",
         },
+    }
+
+
+def unet_config_json(unet: UNetConfig) -> dict:
+    """The config.json of a UNet2DConditionModel, but for the size of what it draws."""
+    channels = [unet.model_channels * mult for mult in unet.channel_mult]
+    attends = [2**level in unet.attention_resolutions for level in range(len(channels))]
+    heads = unet.num_heads if unet.num_head_channels is None else [unet.heads(c) for c in channels]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": channels,
+        "layers_per_block": unet.num_res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "attention_head_dim": heads,  # which is their number
+        "transformer_layers_per_block": unet.transformer_depth,
+        "cross_attention_dim": unet.context_dim,
+        "dropout": unet.dropout,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+    }
+
+
+def vae_config_json(vae: AutoencoderConfig) -> dict:
+    """The config.json of an AutoencoderKL, but for the size of its pictures and the scale factor of its latents."""
+    attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": vae.in_channels,
+        "out_channels": vae.out_ch,
+        "latent_channels": vae.embed_dim,
+        "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
+        "layers_per_block": vae.num_res_blocks,
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "act_fn": "silu",
+        "norm_num_groups": 32,
     }
 
 

@@ -7,7 +7,8 @@ its numbers say little about 32 pixels, and numbers in other features can't be c
     MMD²      E k(x,x') + E k(y,y') - 2 E k(x,y),  k(x,y) = (x·y/d + 1)³     Bińkowski et al. 2018 (arXiv:1801.01401)
 
 The first is biased: a covariance of few pictures is too narrow in some directions and too wide in others, which adds
-about c/N to d². The estimate of the second is not, so that it may even fall below zero.
+about c/N to d², if there are many more pictures than directions in which they differ. The estimate of the second is
+not, so that it may even fall below zero.
 """
 
 from dataclasses import dataclass

@@ -181,7 +181,7 @@ class PatchJudge:
         return hits({question: found[question] for question in self.questions}, rows)
 
     def _patches(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n l d"]:
-        """All patches, each with its brightness and contrast taken out; some 27x27 of a picture, whatever its size."""
+        """The patches, each with its brightness and contrast taken out: 28x28 of 32 pixels, 30x30 of 64."""
         patches = F.unfold(pictures, self.patch, stride=max(1, pictures.shape[-1] // 32)).transpose(1, 2)
         patches = patches - patches.mean(dim=-1, keepdim=True)
         return patches / (patches.var(dim=-1, keepdim=True) + 0.01).sqrt()

@@ -70,7 +70,8 @@ class Evaluator:
     """A model, the corpus that it was trained on, and the judges.
 
     folder: rows name `concept` and `split`, and where there are styles, `style`. clip: both towers and their tokenizer
-    (`minisd.load_clip`). count: captions of each group at most; which, the hashes of their file names decide.
+    (`minisd.load_clip`). count: captions of each group at most; which, the hashes of their file names decide. groups:
+    those that will be drawn for; `evaluate` needs train and test_pair, `sweep` its one group.
 
     Raises:
         ValueError: the corpus does not say which concepts its pictures show, or has no held-out pairs, or too few.

@@ -6,6 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from ..checkpoint import write_json
 from ..viz import histograms, save_sheet, with_errors
@@ -36,13 +39,19 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
     write_json(record, folder / "scores.json")
     for split, (drawn, real) in result.drawings.items():
         parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
-        save_sheet(torch.cat([torch.cat(pair) for pair in parts]), folder / f"{split}.png", columns=COLUMNS)
+        rows = torch.cat([_filled(row) for pair in parts for row in pair])
+        save_sheet(rows, folder / f"{split}.png", columns=COLUMNS)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
     _score_figure(result.scores).savefig(folder / "scores.png")
     panel = {"distance to the nearest training picture": result.to_training}
     histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     print(f"wrote {folder}")
+
+
+def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
+    """A row of a sheet, white behind its last picture."""
+    return F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0)
 
 
 def report_sweep(

@@ -59,14 +59,27 @@ def train_clip(
     """Train tokenizer and both towers; leaves `clip.safetensors`, `clip.json` and `tokenizer/` in the folder.
 
     Returns the towers with their EMA weights, and the tokenizer. A folder with a checkpoint in it is gone on with.
+
+    Raises:
+        ValueError: pictures of another size than the image tower's, or fewer than a batch; FSDP.
     """
+    if data.size != vision.image_size:
+        raise ValueError(
+            f"the image tower sees {vision.image_size}x{vision.image_size} pixels, and the pictures are {data.size}x"
+            f"{data.size}: open them with size={vision.image_size}"
+        )
+    if recipe.batch_size > len(data):
+        raise ValueError(
+            f"CLIP tells each picture of a batch from all others, and a batch of {recipe.batch_size} would hold some "
+            f"of the {len(data)} pictures twice: take a batch_size of at most {len(data)}"
+        )
     if getattr(engine, "is_fsdp2", False):
         raise ValueError("FSDP can't cut up CLIP's temperature, a single number: train clip with DDP (multi_gpu)")
     torch.manual_seed(recipe.seed)  # the initial weights
     tokenizer = BPETokenizer.train([t.format(c) for c in data.captions for t in TEMPLATES], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, text.max_length)
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
-    trainer = Trainer(towers, recipe, folder, engine, describe=data.describe)
+    trainer = Trainer(towers, recipe, folder, engine, given={"data": data.fingerprint}, describe=data.describe)
     for _ in trainer.steps():
         for batch in trainer.batches(len(data)):
             form = batch.randint(len(TEMPLATES))
@@ -78,7 +91,7 @@ def train_clip(
         trainer.update()
 
     clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
-    clip.load_state_dict(dict(trainer.ema.items()), strict=False)
+    clip.load_state_dict(dict(trainer.ema.items()))
     if engine.is_main_process:
         save_clip(clip, tokenizer, folder)
     engine.wait_for_everyone()

@@ -6,6 +6,7 @@ same place, and the same loop then runs on many devices. `make_engine` gives whi
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,6 +117,20 @@ class SingleDevice:
 
     def wait_for_everyone(self) -> None:
         """All processes meet here."""
+
+
+def encode_shared(encode: Callable[[Tensor], Tensor], n: int, batch_size: int, engine: Engine) -> Tensor:
+    """`encode(indices)` of n samples in batches, on the CPU; each process encodes its share, and all have all rows.
+
+    The batches are those of one process, so that the rows are too, to the last bit.
+    """
+    batches, encoded = torch.arange(n).split(batch_size), []
+    for first in range(0, len(batches), engine.num_processes):
+        mine = batches[min(first + engine.process_index, len(batches) - 1)]  # the last again, where none is left
+        rows = encode(mine)
+        filled = torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])  # all gather as many rows
+        encoded.append(engine.gather(filled).cpu())
+    return torch.cat(encoded)[:n]
 
 
 class _Gather(torch.autograd.Function):

@@ -4,10 +4,11 @@ A mean error compares pixel by pixel: a sharp edge that is off by one pixel cost
 a network that was trained to recognise things say what is where, and how sharp it is. Zhang et al. 2018
 (arXiv:1801.03924) found this distance to follow people's judgement, and called the best form of it LPIPS:
 
-    d(x, x̂) = Σ_l mean over places of Σ_c w_lc (f_lc(x) - f_lc(x̂))²      (eq. 1; f_l: map of layer l, of unit length)
+    d(x, x̂) = Σ_l mean over places of Σ_c w_lc (f_lc(x) - f_lc(x̂))²            (f_l: map of layer l, of unit length)
 
-`CLIPPerceptual` is that distance with minisd's own image tower for the network, and all w alike, since nobody has
-asked people about it. `LPIPS` is the published one, which CompVis trains with; it needs two files of weights.
+(Their eq. 1 has w within the square; the weights that they published are these w.) `CLIPPerceptual` is that distance
+with minisd's own image tower for the network, and all w alike, since nobody has asked people about it. `LPIPS` is the
+published one, which CompVis trains with; it needs two files of weights.
 """
 
 from pathlib import Path

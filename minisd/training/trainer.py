@@ -11,10 +11,11 @@ A loop asks the trainer for steps, and for the batches of each; it hands back a 
 
 All randomness is a function of the seed, the step and the place of the sample in the batch: no state of a random
 generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
-what one would have drawn.
+what one would have drawn. (But for dropout inside a network, which no preset has.)
 """
 
 import contextlib
+import hashlib
 import math
 import signal
 import threading
@@ -64,8 +65,18 @@ class Recipe:
         for name in numbers:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self._check_share("ema_decay")
+        self._check_positive("clip_grad")
         if self.on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
+
+    def _check_share(self, name: str) -> None:
+        if not 0 <= getattr(self, name) <= 1:
+            raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
+
+    def _check_positive(self, name: str) -> None:
+        if not getattr(self, name) > 0:
+            raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
 
     def betas(self, network: str) -> tuple[float, float]:
         """AdamW's memory for the network of that name: "model", or one that is trained beside it."""
@@ -155,6 +166,8 @@ class Trainer:
         others: networks that are trained beside it, by name, such as a discriminator: each with an optimiser of its
             own, in the checkpoints, without EMA. Call `trainer.models[name]` for its own loss; where it only passes
             gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
+        given: what the run is given beside its recipe, each by name and in a word: the fingerprint of its data, of a
+            network that stays as it is. A run goes on with the same alone.
         describe: what a sample is, for people, by its index: named where a loss is no number.
 
     Raises:
@@ -168,9 +181,10 @@ class Trainer:
         folder: str | Path,
         engine: Engine,
         others: Mapping[str, nn.Module] | None = None,
+        given: Mapping[str, str | int | float] | None = None,
         describe: Callable[[int], str] = str,
     ):
-        self.recipe, self.engine, self.describe = recipe, engine, describe
+        self.recipe, self.engine, self.given, self.describe = recipe, engine, dict(given or {}), describe
         self._parts = engine.num_processes * recipe.accumulate  # of a batch
         if recipe.batch_size % self._parts:
             raise ValueError(
@@ -354,6 +368,7 @@ class Trainer:
         state = {
             "step": self.step,
             "recipe": asdict(self.recipe),
+            "given": self.given,
             "networks": networks,
             "ema": {name: weight for name, weight in self.ema.items() if self.engine.is_main_process},
             "num_updates": self.ema.num_updates,
@@ -371,20 +386,20 @@ class Trainer:
                 f"the processes see different checkpoints in {self.folder.path}: it must be on a disk that all share"
             )
         if state is not None:
-            self._refuse_another_run(state["recipe"])
+            self._refuse_another_run(state["recipe"], state.get("given", {}))
             self._restore(state)
         if self.engine.is_main_process:
             self.folder.forget_lines_after(self.step)
 
-    def _refuse_another_run(self, theirs: dict) -> None:
-        theirs = asdict(type(self.recipe)()) | theirs  # what it does not name yet was as it is by default
-        ours = asdict(self.recipe)
-        changed = [
-            f"{k} was {theirs.get(k)}, now {v}" for k, v in ours.items() if theirs.get(k) != v and k not in _MAY_CHANGE
-        ]
+    def _refuse_another_run(self, recipe: dict, given: dict) -> None:
+        ours = asdict(self.recipe) | self.given
+        # what it does not name yet was as it is by default; what it was given, nobody knows
+        theirs = asdict(type(self.recipe)()) | self.given | recipe | given
+        changed = [f"{k} was {theirs[k]}, now {v}" for k, v in ours.items() if theirs[k] != v and k not in _MAY_CHANGE]
         if changed:
             raise ValueError(
-                f"{self.folder.path} holds another run ({'; '.join(changed)}): choose another folder, or delete it"
+                f"{self.folder.path} holds another run ({'; '.join(changed)}): give it what it was begun with, or "
+                "choose another folder"
             )
 
     def _restore(self, state: dict) -> None:
@@ -467,6 +482,17 @@ def _seeds(seed: int, step: int, batch_size: int) -> list[int]:
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch visits the n samples."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def fingerprint(network: Callable) -> str:
+    """What tells two networks apart: the class, and a hash over the weights. Of a function, the name alone."""
+    if not isinstance(network, nn.Module):
+        return getattr(network, "__name__", type(network).__name__)
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return f"{type(network).__name__} ({digest.hexdigest()[:12]})"
 
 
 @contextlib.contextmanager

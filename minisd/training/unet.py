@@ -24,9 +24,9 @@ from ..loss import LOSSES, min_snr_weight, text_dropout
 from ..unet import UNetModel
 from ..viz import save_sheet
 from .clip import tokenize_templates
-from .engine import Engine
+from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Recipe, Trainer
+from .trainer import Recipe, Trainer, fingerprint
 from .vae import encode_all, read_first_stage
 
 
@@ -39,6 +39,12 @@ class UNetRecipe(Recipe):
     min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
     gradient_checkpointing: bool = False  # forget what is inside the blocks, and compute it again for the gradients
     guidance_scale: float = 3.0  # of the sample sheets
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_share("text_dropout")
+        if self.min_snr_gamma is not None:
+            self._check_positive("min_snr_gamma")
 
 
 def train_unet(
@@ -59,7 +65,13 @@ def train_unet(
         keep_at: steps after which the UNet as it is then is kept beside the finished model.
 
     Returns the whole model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
+
+    Raises:
+        ValueError: networks, pictures or steps that do not fit together.
     """
+    late = [step for step in keep_at if not 1 <= step <= recipe.steps]
+    if late:
+        raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae).to(engine.device)
     _fit(sd, recipe, data, Path(folder), engine, keep_at)
@@ -88,11 +100,16 @@ def finetune_unet(
     Returns the model with the UNet's EMA weights; leaves it in `folder/model`, as a minisd folder.
 
     Raises:
-        ValueError: the model does not draw from captions.
+        ValueError: the model does not draw from captions, or not from captions alone; the pictures are of another size.
     """
     if not isinstance(sd.config.cond_stage, CLIPTextConfig):
         raise ValueError("this model does not read captions, so pictures with captions can't teach it")
-    sd.to(engine.device).model.train()
+    if sd.config.concat_channels:
+        raise ValueError(
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, which the "
+            "loop does not make: train one that draws from captions alone"
+        )
+    sd.to(engine.device, torch.float32).model.train()
     _fit(sd, recipe, data, Path(folder), engine)
     save_model(sd, clip, Path(folder) / "model", engine)
     return sd.eval()
@@ -107,13 +124,20 @@ def _fit(
     keep_at: tuple[int, ...] = (),
 ) -> None:
     """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
-    moments = encode_all(sd.first_stage_model, data, engine)
-    contexts = encode_captions(sd, data.captions)
-    empty = sd.get_learned_conditioning([""])
+    if data.size != sd.config.image_size:
+        raise ValueError(
+            f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
+            f"{data.size}: open them with size={sd.config.image_size}"
+        )
     for module in sd.model.diffusion_model.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = recipe.gradient_checkpointing
-    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, describe=data.describe)
+    given = {"data": data.fingerprint, "text tower": fingerprint(sd.cond_stage_model)}
+    given |= {"autoencoder": fingerprint(sd.first_stage_model), **_settings(sd)}
+    trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, given=given, describe=data.describe)
+    moments = encode_all(sd.first_stage_model, data, engine)
+    contexts = encode_captions(sd, data.captions, engine)
+    empty = sd.get_learned_conditioning([""])
     loss_of, gamma = LOSSES[sd.config.parameterization], recipe.min_snr_gamma
     for step in trainer.steps():
         for batch in trainer.batches(len(data)):
@@ -138,7 +162,12 @@ def _fit(
                 write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
     sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
-    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()), strict=False)
+    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()))
+
+
+def _settings(sd: LatentDiffusion) -> dict[str, str | int | float]:
+    """What its configuration says beside the networks: the noise schedule, the scale factor, what is predicted."""
+    return {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
 
 
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
@@ -169,13 +198,17 @@ def assemble(config: LatentDiffusionConfig, clip_folder: str | Path, vae_folder:
 
 
 @torch.no_grad()
-def encode_captions(sd: LatentDiffusion, captions: list[str], batch_size: int = 512) -> Tensor:
-    """Contexts of all captions in all their forms [n forms length width], float16 on the CPU: computed once."""
+def encode_captions(sd: LatentDiffusion, captions: list[str], engine: Engine, batch_size: int = 512) -> Tensor:
+    """Contexts of all captions in all forms [n forms length width], float16 on the CPU: computed once, as `encode_all`.
+    """
     embedder = sd.cond_stage_model
     tokens = tokenize_templates(embedder.tokenizer, captions, embedder.max_length)
-    flat = tokens.flatten(0, 1).split(batch_size)
-    contexts = torch.cat([embedder.transformer(ids.to(sd.device)).half().cpu() for ids in flat])
-    return contexts.unflatten(0, tokens.shape[:2])
+    flat = tokens.flatten(0, 1)
+
+    def contexts(indices: Int[Tensor, "b"]) -> Float[Tensor, "b n d"]:
+        return embedder.transformer(flat[indices].to(sd.device)).half()
+
+    return encode_shared(contexts, len(flat), batch_size, engine).unflatten(0, tokens.shape[:2])
 
 
 def _sample_sheet(

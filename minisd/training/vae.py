@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_json, write_json, write_weights
@@ -42,9 +42,9 @@ from ..viz import save_sheet
 from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from .engine import Engine
+from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer
+from .trainer import Batch, Recipe, Trainer, fingerprint
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
 
@@ -113,7 +113,12 @@ def train_vae(
         part.requires_grad_(True)
     if recipe.disc_weight:
         others["discriminator"] = NLayerDiscriminator(config.out_ch, recipe.disc_ndf, recipe.disc_num_layers)
-    trainer = Trainer(vae, recipe, folder, engine, others, describe=data.describe)
+    given = {"data": data.fingerprint}
+    if recipe.perceptual_weight:
+        given["perceptual network"] = fingerprint(perceptual)
+    if recipe.decoder_only:
+        given["encoder"] = fingerprint(vae.encoder)
+    trainer = Trainer(vae, recipe, folder, engine, others, given, data.describe)
     vae = engine.unwrap_model(trainer.model)
     if hasattr(vae.decoder.conv_out.weight, "full_tensor") and (quantised or others):
         raise ValueError("FSDP cuts up what a codebook and a discriminator need whole: train autoencoders with DDP")
@@ -141,7 +146,7 @@ def train_vae(
 
     vae = FIRST_STAGES[type(config)](config).to(engine.device).eval()
     vae.load_state_dict(dict(trainer.ema.items()), strict=False)
-    # by all processes: nobody saves time by waiting for the one that writes
+    # by all processes: the first together, and nobody saves time by waiting for the one that writes
     measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
     if quantised:
         measured |= measure_codebook(vae, data, engine)
@@ -253,20 +258,21 @@ def read_first_stage(folder: str | Path) -> tuple[AutoencoderConfig | VQConfig, 
 
 @torch.no_grad()
 def encode_all(vae: FirstStage, data: CaptionedPictures, engine: Engine, batch_size: int = 64) -> Tensor:
-    """Moments (mean and log variance) of the latents of all pictures [n 2c h w] on the CPU: computed once.
+    """Moments (mean and log variance) of the latents of all pictures [n 2c h w] on the CPU: computed once, by all
+    processes together.
 
     What a VQModel says has no variance: its logarithm is -inf, and a sample is the mean.
     """
-    batches = torch.arange(len(data)).split(batch_size)
-    moments = []
-    for indices in batches:
+
+    def moments(indices: Int[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
         latent = vae.encode(data.batch(indices).to(engine.device))
         if isinstance(latent, DiagonalGaussianDistribution):
             mean, logvar = latent.mean, latent.logvar
         else:
             mean, logvar = latent, torch.full_like(latent, -torch.inf)
-        moments.append(torch.cat([mean, logvar], dim=1).float().cpu())
-    return torch.cat(moments)
+        return torch.cat([mean, logvar], dim=1).float()
+
+    return encode_shared(moments, len(data), batch_size, engine)
 
 
 def measure_scale_factor(vae: FirstStage, data: CaptionedPictures, engine: Engine) -> float:
