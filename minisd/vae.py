@@ -401,12 +401,16 @@ class AutoencoderKL(FirstStage):
         return self._decode(z)
 
     def forward(
-        self, x: Float[Tensor, "b 3 H W"], sample_posterior: bool = True, generator: Generators = None
+        self,
+        x: Float[Tensor, "b 3 H W"],
+        sample_posterior: bool = True,
+        generator: Generators = None,
+        noise: Float[Tensor, "b c h w"] | None = None,
     ) -> tuple[Float[Tensor, "b 3 H W"], DiagonalGaussianDistribution]:
-        """Reconstruction and posterior: what the training loss needs."""
+        """Reconstruction and posterior: what the training loss needs. `noise` is added to the latent on its way."""
         posterior = self.encode(x)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z), posterior
+        return self.decode(z if noise is None else z + noise), posterior
 
 
 @dataclass(frozen=True)

@@ -671,6 +671,22 @@ def test_a_decoder_of_codes_is_trained_further_and_its_codes_stay(shapes, engine
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_a_decoder_is_taught_on_latents_that_are_not_quite_right(shapes, engine, tmp_path):
+    seen, config = [], PRESETS["tiny"].first_stage
+    vae = AutoencoderKL(config)
+    vae.decoder.register_forward_pre_hook(lambda _, z: seen.append(z[0].detach().float()))
+    vae.quant_conv.weight.data.zero_()  # every latent is 0, and as sure as can be: what is left is noise
+    vae.quant_conv.bias.data.copy_(torch.tensor([0.0] * 4 + [-30.0] * 4))
+    vae.post_quant_conv.weight.data.copy_(torch.eye(4)[:, :, None, None])
+    vae.post_quant_conv.bias.data.zero_()
+    recipe = replace(DECODER, steps=1, lr=0.0, batch_size=20, latent_noise=0.5)
+    train_vae(config, recipe, shapes, tmp_path, engine, init=vae)
+    stds = torch.cat([z for z in seen if len(z) == 20]).std(dim=(1, 2, 3)).sort().values
+    assert stds[0] < 0.15 and 0.35 < stds[-1] < 0.6 and 0.15 < stds.mean() < 0.35  # of each picture, up to 0.5
+    with pytest.raises(ValueError, match="a codebook forgives"):
+        train_vae(SMALL_VQ, VAERecipe(steps=1, latent_noise=0.1, **SHORT), shapes, tmp_path / "codes", engine)
+
+
 def test_a_decoder_needs_latents_that_are_there_and_stay(shapes, engine, tmp_path):
     with pytest.raises(ValueError, match="give train_vae an init"):
         train_vae(SMALL, DECODER, shapes, tmp_path, engine)

@@ -65,6 +65,9 @@ class VAERecipe(Recipe):
     disc_num_layers: int = 3  # convolutions that halve its picture: 3 judge patches of 70 pixels, 2 of 34
     disc_ndf: int = 64  # its channels after the first
     decoder_only: bool = False  # go on with a finished one, whose encoder stays as it is, and with it its latents
+    # Standard deviation of noise on the latents that are decoded, of each picture at random up to this, in the latents'
+    # own numbers: the decoder learns to forgive. A sampler ends near a latent, never quite on it.
+    latent_noise: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,12 +98,14 @@ def train_vae(
     Returns the autoencoder with its EMA weights. A folder with a checkpoint in it is gone on with.
 
     Raises:
-        ValueError: a perceptual_weight, and nothing to look with; decoder_only, and no decoder; an autoencoder that
-            FSDP would cut up.
+        ValueError: a perceptual_weight, and nothing to look with; decoder_only, and no decoder; latent_noise, and a
+            codebook; an autoencoder that FSDP would cut up.
     """
     folder, quantised = Path(folder), isinstance(config, VQConfig)
     if recipe.decoder_only and init is None:
         raise ValueError("decoder_only trains the decoder of a finished autoencoder further: give train_vae an init")
+    if recipe.latent_noise and quantised:
+        raise ValueError("latent_noise teaches a decoder to forgive, and a codebook forgives already: set it to 0")
     if recipe.perceptual_weight and perceptual is None:
         raise ValueError(
             f"perceptual_weight is {recipe.perceptual_weight}, and there is nothing to tell by whether pictures look "
@@ -181,7 +186,7 @@ def finetune_decoder(
     """
     if not recipe.decoder_only:
         raise ValueError("the UNet knows the latents of this encoder alone: finetune_decoder takes decoder_only=True")
-    sd.to(engine.device)
+    sd.to(engine.device, torch.float32)
     config, init = sd.config.first_stage, sd.first_stage_model
     sd.first_stage_model = train_vae(config, recipe, data, folder, engine, perceptual, init)
     save_model(sd, clip, Path(folder) / "model", engine)
@@ -195,13 +200,21 @@ def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> 
         if quantised:
             x_hat, codebook_loss, indices = trainer.model(x, return_pred_indices=True)
         else:
-            x_hat, posterior = trainer.model(x, generator=batch.generators)
+            noise = _latent_noise(vae, x, batch, recipe.latent_noise) if recipe.latent_noise else None
+            x_hat, posterior = trainer.model(x, generator=batch.generators, noise=noise)
     if quantised:
         used = (vae.quantize.usage(indices) > 0).sum()  # of the codes; by this batch, so it grows with it
         figures = {"codebook": codebook_loss, "codes": used, "perplexity": vae.quantize.perplexity(indices)}
         return x_hat.float(), recipe.codebook_weight * codebook_loss, figures
     kl_loss = posterior.kl().mean() / x[0].numel()
     return x_hat.float(), recipe.kl_weight * kl_loss, {"kl": kl_loss}
+
+
+def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, most: float) -> Float[Tensor, "b z h w"]:
+    """σ ε, with σ between 0 and `most` for each picture, ε ~ N(0, I)."""
+    height, width = (side // vae.config.downsampling for side in x.shape[-2:])
+    sigma = most * batch.rand().view(-1, 1, 1, 1)
+    return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)
 
 
 class AutoencoderLoss:
