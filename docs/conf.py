@@ -63,14 +63,17 @@ def lead_to_code(app, page, source):
         source[0] = with_lines(to_code_pages(source[0], page), named=page == "compvis")
 
 
-def let_names_break(app, page, template, context, doctree):
+def finish_page(app, page, template, context, doctree):
+    """Names that can break, and words for the figures of notebooks, in the finished HTML of a page."""
+    body = re.sub(r"<td>.*?</td>", let_names_break, context.get("body", ""), flags=re.DOTALL)
+    # MyST-NB takes the name of the file, a checksum, for what stands in it
+    context["body"] = re.sub(r'alt="[./]*_images/\w+\.png"', 'alt="What the code above draws"', body)
+
+
+def let_names_break(cell: re.Match) -> str:
     """In a narrow column a name breaks behind a dot, a slash, an underscore or before a capital, and nowhere else."""
-
-    def breakable(cell: re.Match) -> str:
-        names = r'(?<=<span class="pre">)[^<]*'
-        return re.sub(names, lambda name: re.sub(r"([._/](?=\w)|[a-z](?=[A-Z]))", r"\1<wbr>", name[0]), cell[0])
-
-    context["body"] = re.sub(r"<td>.*?</td>", breakable, context.get("body", ""), flags=re.DOTALL)
+    names = r'(?<=<span class="pre">)[^<]*'
+    return re.sub(names, lambda name: re.sub(r"([._/](?=\w)|[a-z](?=[A-Z]))", r"\1<wbr>", name[0]), cell[0])
 
 
 class Search(SearchEnglish):
@@ -86,4 +89,4 @@ def setup(app):
     app.add_search_language(Search)  # in the place of Sphinx's own for English
     app.connect("source-read", lead_to_code)
     app.connect("doctree-read", anchor_lines)
-    app.connect("html-page-context", let_names_break)
+    app.connect("html-page-context", finish_page)
