@@ -255,6 +255,16 @@ def test_teaching_page_counts_the_exercises_that_there_are():
     assert named and named <= EXERCISES.keys(), f"no exercise is called {sorted(named - EXERCISES.keys())}"
 
 
+def test_coursework_page_counts_the_mistakes_that_are_known():
+    from minisd.coursework import EXERCISES
+
+    text = text_of(DOCS / "coursework.md")
+    rows = re.findall(r"^\| \d \w+ \| `(\w+)` \|.*\| (\d+) \| \w* *\|$", text, re.MULTILINE)
+    said = {name: int(count) for name, count in rows}
+    assert said == {name: len(exercise.mistakes) for name, exercise in EXERCISES.items()}
+    assert set(re.findall(r"(\d+) mistakes", text)) == {str(sum(said.values()))}
+
+
 def test_teaching_page_repeats_the_times_of_the_notebooks():
     """"About 45 minutes to read", says the notebook."""
     rows = re.findall(r"\(notebooks/(\w+)\.ipynb\) \| (\d+) \|", text_of(DOCS / "teaching.md"))
