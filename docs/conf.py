@@ -64,10 +64,12 @@ def lead_to_code(app, page, source):
 
 
 def finish_page(app, page, template, context, doctree):
-    """Names that can break, and words for the figures of notebooks, in the finished HTML of a page."""
+    """In the HTML of a page: names that can break, and figures that have words and open at their full size."""
     body = re.sub(r"<td>.*?</td>", let_names_break, context.get("body", ""), flags=re.DOTALL)
-    # MyST-NB takes the name of the file, a checksum, for what stands in it
-    context["body"] = re.sub(r'alt="[./]*_images/\w+\.png"', 'alt="What the code above draws"', body)
+    # MyST-NB takes the name of the file, a checksum, for what stands in it.
+    body = re.sub(r'alt="[./]*_images/\w+\.\w+"', 'alt="What the code above draws"', body)
+    figure = r'(<a [^>]*>)?<img [^>]*src="([./]*_images/[^"]+)"[^>]*>'  # Sphinx links those that it has made smaller
+    context["body"] = re.sub(figure, lambda m: m[0] if m[1] else f'<a class="figure" href="{m[2]}">{m[0]}</a>', body)
 
 
 def let_names_break(cell: re.Match) -> str:
