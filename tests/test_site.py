@@ -174,6 +174,21 @@ def test_no_page_is_wider_than_a_phone(seen):
     assert not findings(seen, "wide")
 
 
+@pytest.mark.parametrize("width", [700, 1024, 1280, 1400, 1920])
+def test_no_page_scrolls_sideways(browser, server, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    for name in ("index.html", "compvis.html", "notebooks/02_loss.html"):
+        page.goto(f"{server}/{name}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+    page.close()
+
+
+@pytest.mark.parametrize("word", ["噪声", "无分类器引导"])  # two characters, and a whole term
+def test_search_finds_chinese_words(page, server, word):
+    page.goto(f"{server}/search.html?q={word}")
+    page.wait_for_selector("#search-results li a[href^='glossary.html']")
+
+
 def test_search_finds_a_function(page, server):
     page.goto(f"{server}/search.html?q=q_sample")
     for found in ("noising.html", "notebooks/01_noising.html"):  # the results come in one after the other
