@@ -1,11 +1,14 @@
 """How the docs are built:   sphinx-build -W docs docs/_build/html"""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from code_pages import anchor_lines, to_code_pages, write_code_pages
 from source_lines import with_lines
+from sphinx.search.en import SearchEnglish
 
 project = "minisd"
 author = "minisd contributors"
@@ -42,6 +45,7 @@ def copy_notebooks() -> None:
     for name in names:
         out = "](" + "../" * len(name.parts)
         text = (source / name).read_text("utf-8").replace(out, out + "../")
+        text = to_code_pages(text, f"notebooks/{name.as_posix()}")
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text("utf-8") != text:
@@ -49,13 +53,42 @@ def copy_notebooks() -> None:
 
 
 copy_notebooks()
+write_code_pages()
 # A process of its own, so that torch is gone from memory when Sphinx sets to work.
 subprocess.run([sys.executable, Path(__file__).parent / "draw_play.py"], check=True)
 
 
-def setup(app):
-    def add_lines(app, page, source):
-        if page == "compvis":
-            source[0] = with_lines(source[0])
+def lead_to_code(app, page, source):
+    if "/" not in page:  # a page of docs/
+        source[0] = with_lines(to_code_pages(source[0], page), named=page == "compvis")
 
-    app.connect("source-read", add_lines)
+
+def finish_page(app, page, template, context, doctree):
+    """In the HTML of a page: names that can break, and figures that have words and open at their full size."""
+    body = re.sub(r"<td>.*?</td>", let_names_break, context.get("body", ""), flags=re.DOTALL)
+    # MyST-NB takes the name of the file, a checksum, for what stands in it.
+    body = re.sub(r'alt="[./]*_images/\w+\.\w+"', 'alt="What the code above draws"', body)
+    figure = r'(<a [^>]*>)?<img [^>]*src="([./]*_images/[^"]+)"[^>]*>'  # Sphinx links those that it has made smaller
+    context["body"] = re.sub(figure, lambda m: m[0] if m[1] else f'<a class="figure" href="{m[2]}">{m[0]}</a>', body)
+
+
+def let_names_break(cell: re.Match) -> str:
+    """In a narrow column a name breaks behind a dot, a slash, an underscore or before a capital, and nowhere else."""
+    names = r'(?<=<span class="pre">)[^<]*'
+    return re.sub(names, lambda name: re.sub(r"([._/](?=\w)|[a-z](?=[A-Z]))", r"\1<wbr>", name[0]), cell[0])
+
+
+class Search(SearchEnglish):
+    """Finds Chinese words, too. Sphinx takes all that stands between two signs for one word, "噪声调度" as a whole, and
+    looks for parts of a word from three letters on; so each two characters that stand together are put in the index."""
+
+    def split(self, text: str) -> list[str]:
+        runs = re.findall(r"[\u4e00-\u9fff]{3,}", text)
+        return super().split(text) + [run[i : i + 2] for run in runs for i in range(len(run) - 1)]
+
+
+def setup(app):
+    app.add_search_language(Search)  # in the place of Sphinx's own for English
+    app.connect("source-read", lead_to_code)
+    app.connect("doctree-read", anchor_lines)
+    app.connect("html-page-context", finish_page)

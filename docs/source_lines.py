@@ -1,4 +1,4 @@
-"""Where a name of minisd stands, "minisd.unet.UNetModel" → "unet.py:145": found when the pages are built."""
+"""Where a name of minisd stands, "minisd.unet.UNetModel" → "unet.py:145": found and linked to as the docs are built."""
 
 import ast
 import re
@@ -28,26 +28,49 @@ def definitions(file: Path) -> dict[str, int]:
     return found
 
 
+@cache
+def imports(package: Path) -> dict[str, str]:
+    """What an __init__.py takes from its modules: {"UNetModel": "unet.UNetModel"}."""
+    nodes = [node for node in ast.parse(package.read_text("utf-8")).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{node.module}.{alias.name}" for node in nodes if node.module for alias in node.names}
+
+
 def where(name: str) -> str | None:
     """File and line of a full name, in whose middle stands its module; None where there is no such module or name."""
     parts = name.split(".")[1:]
-    for i in range(len(parts) - 1, 0, -1):
+    for i in range(len(parts) - 1, -1, -1):
         module = PACKAGE.joinpath(*parts[:i])
         for file in (module.with_suffix(".py"), module / "__init__.py"):
-            if file.is_file() and (line := definitions(file).get(".".join(parts[i:]))):
+            if not file.is_file():
+                continue
+            if line := definitions(file).get(".".join(parts[i:])):
                 return f"{file.relative_to(PACKAGE).as_posix()}:{line}"
+            if file.name == "__init__.py" and (there := imports(file).get(parts[i])):
+                return where(".".join(["minisd", *parts[:i], there, *parts[i + 1 :]]))
     return None
 
 
-def with_lines(text: str) -> str:
-    """A page in which each `minisd.unet.UNetModel` has become `UNetModel` (`unet.py:145`)."""
+def with_lines(text: str, named: bool = False) -> str:
+    """A page in which each `minisd.unet.UNetModel` leads to its line; if `named`, as `UNetModel` (`unet.py:145`)."""
 
     def place(match: re.Match) -> str:
         found = where(match[1])
         if not found:
             return match[0]
-        file = found.split(":")[0].removesuffix(".py").removesuffix("/__init__")
-        short = match[1].removeprefix(f"minisd.{file.replace('/', '.')}.")
-        return f"`{short}` (`{found}`)"
+        file, line = found.replace(".py", "").split(":")
+        href = f"code/minisd/{file}.html#L-{line}"
+        if not named:
+            return link(href, match[1])
+        short = match[1].removeprefix(f"minisd.{file.removesuffix('/__init__').replace('/', '.')}.")
+        return f"`{short}` ({link(href, found)})"
 
-    return re.sub(r"`(minisd(?:\.\w+)+)`", place, text)
+    # Not in a heading, and not in the text of another link.
+    lines = text.split("\n")
+    return "\n".join(s if s.startswith("#") else re.sub(r"(?<!\[)`(minisd(?:\.\w+)+)`", place, s) for s in lines)
+
+
+def link(href: str, code: str) -> str:
+    """As Sphinx writes it. In Markdown it would look for a heading that is called L-145, and set __init__ in bold."""
+    code = code.replace("__", "&#95;&#95;")
+    literal = f'<code class="docutils literal notranslate"><span class="pre">{code}</span></code>'
+    return f'<a class="reference internal" href="{href}">{literal}</a>'

@@ -170,12 +170,17 @@ def test_path_is_what_trace_prints(heading):
 COMPVIS_ROW = re.compile(r"^\| ([^|]*) \| (`(?:ldm|scripts|taming|main)[^|]*) \| ([^|]*) \|", re.MULTILINE)
 
 
-def test_compvis_page_leads_to_the_line_of_each_name():
-    """Found as the build finds it, and held against what Python says of the object itself."""
+@pytest.fixture
+def source_lines():
+    """The module by which the build finds where a name stands."""
     spec = importlib.util.spec_from_file_location("source_lines", DOCS / "source_lines.py")
-    source_lines = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(source_lines)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def test_compvis_page_leads_to_the_line_of_each_name(source_lines):
+    """Found as the build finds it, and held against what Python says of the object itself."""
     rows = COMPVIS_ROW.findall(text_of(DOCS / "compvis.md"))
     assert len(rows) > 50
     for theirs, file, ours in rows:
@@ -194,6 +199,16 @@ def test_compvis_page_leads_to_the_line_of_each_name():
                 assert found == f"{place}:{lines[1] + start}", f"{name} stands at {place}:{lines[1] + start}"
             else:
                 assert found, f"{name} is nowhere in the source"
+
+
+@each_page
+def test_names_of_minisd_lead_to_their_lines(page, source_lines):
+    """By whichever name: `minisd.UNetModel` stands where `minisd.unet.UNetModel` does."""
+    named = set(re.findall(r"(?<!\[)`(minisd(?:\.\w+)+)`", text_of(page)))
+    modules = {name for name in named if any(ROOT.glob(name.replace(".", "/") + end) for end in (".py", "/*.py"))}
+    lost = {name for name in named - modules if not source_lines.where(name)}
+    assert not lost, f"{page.name} names {sorted(lost)}, which are nowhere in the source"
+    assert source_lines.where("minisd.UNetModel.forward") == source_lines.where("minisd.unet.UNetModel.forward")
 
 
 def test_compvis_page_has_what_trace_names():
@@ -238,6 +253,16 @@ def test_teaching_page_counts_the_exercises_that_there_are():
     weeks = "\n".join(re.findall(r"^\| \d+ \| (?!\[).*$", text, re.MULTILINE))
     named = set(re.findall(r"`(\w+)`", weeks))
     assert named and named <= EXERCISES.keys(), f"no exercise is called {sorted(named - EXERCISES.keys())}"
+
+
+def test_coursework_page_counts_the_mistakes_that_are_known():
+    from minisd.coursework import EXERCISES
+
+    text = text_of(DOCS / "coursework.md")
+    rows = re.findall(r"^\| \d \w+ \| `(\w+)` \|.*\| (\d+) \| \w* *\|$", text, re.MULTILINE)
+    said = {name: int(count) for name, count in rows}
+    assert said == {name: len(exercise.mistakes) for name, exercise in EXERCISES.items()}
+    assert set(re.findall(r"(\d+) mistakes", text)) == {str(sum(said.values()))}
 
 
 def test_teaching_page_repeats_the_times_of_the_notebooks():
