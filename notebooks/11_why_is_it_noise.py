@@ -141,6 +141,17 @@ panels = {"a drawing: standard deviations": lines, "real pictures: loss of ε": 
 viz.curves(panels, width=4.2, height=2.6)
 
 # %% [markdown]
+# The same drawing in pictures, of the fox: what went into each step, and what the model had in mind.
+
+# %%
+shown = path[:: max(1, len(path) // 6)]
+rows = [sd.decode_first_stage(torch.cat([getattr(step, field)[:1] for step in shown])) for field in ("x_t", "x0")]
+viz.strip(rows, [f"t = {step.t}" for step in shown], ["$x_t$", r"$\hat x_0$"], size=0.64)
+
+# %% [markdown]
+# Noise thins out, and a blot becomes a fox. When a drawing is bad, look at this strip first: at which $t$ does $\hat
+# x_0$ go wrong?
+#
 # Write such numbers down for every model that works. A mistake that moves one of them by a third is found by a `print`.
 #
 # One more number is needed: how large is a difference that means nothing? Below, each broken picture has the mean
@@ -1185,10 +1196,12 @@ print(f"{len(ranked)} rows; {len(unseen)} differ from the healthy ones by less t
 viz.captioned(tiles, captions_of, columns=11, size=0.64)
 
 # %% [markdown]
-# "Why is it noise?" is the question that everybody asks, and noise is a rare symptom. Of these rows, only $\epsilon$
-# taken for $x_0$ and a wrong sign are noise; in Part 2 it was the noise that was used again, the learning rate, and
-# the slow mean. A good part differs from the healthy picture by less than another seed would. **Those are the
-# dangerous ones.** They cost quality, nobody sees why, and no look at a picture finds them.
+# "Why is it noise?" is the question that everybody asks, and noise is a rare symptom. Of these rows, only −ε and
+# $\epsilon$ taken for $x_0$ are noise; in Part 2 it was the noise that was used again, the learning rate, and the
+# slow mean. In the upper half, nearly all are foxes that one would have accepted, and some differ from the healthy
+# one by less than another seed would. (Three of them are no mistakes: float16, large numbers in float32, and a
+# dropout of 0.) **Those are the dangerous ones.** They cost quality, nobody sees why, and no look at a picture finds
+# them.
 #
 # ## Which is it? A game
 #
@@ -1199,7 +1212,7 @@ viz.captioned(tiles, captions_of, columns=11, size=0.64)
 gallery["healthy"] = healthy
 patients = [sorted(gallery)[k] for k in (1, 3, 14, 37, 33, 12)]
 rows = [torch.stack([*(gallery[name][i] for name in patients), healthy[i]]) for i in range(3)]
-viz.strip(rows, [*"ABCDEF", "should be"], names)
+viz.strip(rows, [*"ABCDEF", "should be"], names, size=0.64)
 
 # %% [markdown]
 # <details><summary>Answers</summary>
