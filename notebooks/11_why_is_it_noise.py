@@ -24,7 +24,7 @@
 # - why the worst mistakes are those that one can't see, and what an equality test is for;
 # - in which order to look.
 #
-# About 70 minutes to read; it takes two to three minutes of one processor's time. You need notebooks
+# About 70 minutes to read; it takes about two minutes of one processor's time. You need notebooks
 # [01](01_noising.ipynb), [02](02_loss.ipynb), [06](06_sampling.ipynb) and [07](07_latent_diffusion.ipynb); before this
 # one comes [notebook 10](10_evaluation.ipynb), which measures how good a healthy model is. In a hurry, with a sick
 # model? The table is at the end.
@@ -149,8 +149,8 @@ rows = [sd.decode_first_stage(torch.cat([getattr(step, field)[:1] for step in sh
 viz.strip(rows, [f"t = {step.t}" for step in shown], ["$x_t$", r"$\hat x_0$"], size=0.64)
 
 # %% [markdown]
-# Noise thins out, and a blot becomes a fox. When a drawing is bad, look at this strip first: at which $t$ does $\hat
-# x_0$ go wrong?
+# Noise thins out, and a coarse mask, glaring by guidance, becomes a fox. When a drawing is bad, look at this strip
+# first: at which $t$ does $\hat x_0$ go wrong?
 #
 # Write such numbers down for every model that works. A mistake that moves one of them by a third is found by a `print`.
 #
