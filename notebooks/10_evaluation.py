@@ -73,10 +73,10 @@ def quietly():
 # concepts: the split `test_pair`. Who draws those has put together what it knew. By captions of the split `train`, a
 # model may simply recite.
 #
-# Here we work with the sample that ships with minisd, five of the seven styles and 266 concepts. It is an eighth of the
-# corpus, cut along the same split, so that the held-out pairs were never shown to the UNet that ships. Fewer pictures
-# mean larger errors, and judges that have learned less; the page [evaluation](../docs/evaluation.md) has the numbers
-# from the whole corpus.
+# Here we work with the sample that ships with minisd, five of the seven styles and 266 concepts. It is about an eighth
+# of the corpus, cut along the same split, so that the held-out pairs were never shown to the UNet that ships. Fewer
+# pictures mean larger errors, and judges that have learned less; the page [evaluation](../docs/evaluation.md) has the
+# numbers from the whole corpus.
 #
 # `Evaluator` holds all that is needed: captions, their real pictures, the same pictures once through the model's
 # autoencoder ("decoded": no drawing can be sharper than the decoder), and three judges.
@@ -290,6 +290,7 @@ table(scores[4.0])
 # does not know styles.
 #
 # *decoded* is the ceiling: the real picture, once through the autoencoder. What is lost there, no UNet can win back.
+# (With so few pictures, it may by chance come out a little above the real ones.)
 #
 # Judges disagree about numbers, since they look at different things. That is the reason to have three. If two models
 # are ranked alike by all of them, believe it.
@@ -357,9 +358,8 @@ viz.strip(rows, [c.replace(", ", ",\n") for c in captions[:6]], ["made to\npleas
 # %% [markdown]
 # Noise, to us and to the patches; and CLIP prefers it to the artists' own pictures. It picks the right caption out of
 # all of them for nearly every one. A model that was trained by a judge, or chosen by it among many, learns that judge's
-# mistakes. **Keep one judge out of the loop, and let it have the
-# last word.** (CLIP's score is still of use: to compare settings of one model, as the curves below do, with this in
-# mind.)
+# mistakes. **Keep one judge out of the loop, and let it have the last word.** (CLIP's score is still of use, to compare
+# settings of one model, as the curves below do, with this in mind.)
 #
 # ## Distances: do the drawings look like the pictures, as a whole?
 #
@@ -521,7 +521,7 @@ viz.curves(panels, xlabel="1000 / N", ylabel="d², real from real")
 
 # %%
 order = torch.randperm(len(training), generator=seeded(0))
-half = len(training) // 2
+half = len(training) // 2 if full else 100
 reference, others = training[order[:half]], training[order[half : 2 * half]]  # [540 3 32 32] each
 not_fluent = np.flatnonzero(names("style", train_rows)[order[half : 2 * half].numpy()] != "fluent")
 spoilt = {
@@ -541,7 +541,7 @@ beyond = {name: [] for name in spaces}
 for what, pictures in spoilt.items():
     line = f"{what:16}"
     for name, space in spaces.items():
-        d2 = evaluation.frechet_distance(space(pictures), space(reference))
+        d2 = evaluation.frechet_distance(space(pictures), clouds[name][order[:half]])
         beyond[name].append((d2 - usual[name][0]) / usual[name][1])
         line += f"{abs(d2):15.2f}{beyond[name][-1]:+10.1f}"
     print(line)
@@ -587,7 +587,7 @@ viz.histograms(panels, dict.fromkeys(shapes, (0.0, 1.0)), "a bell", bins=40)
 
 # %% [markdown]
 # A coin is no bell, and both distances say that it is one. The waiting time is found out by the kernel, through its
-# third moment. In the features of a network, such clouds are rarer than on a line, but nothing forbids them.
+# third moment. Whether two clouds in a network's features differ in such a way, no distance of this kind will tell.
 #
 # ### FID, and the numbers in papers
 #
@@ -788,8 +788,8 @@ viz.strip(rows, labels=labels, size=0.62)
 # - Drawings by *held-out* captions are the control for the model itself: same decoder, same colours, and nothing to
 #   recite.
 #
-# Two cautions. The library here is the sample, and the model saw eight times as many pictures: for the whole see
-# [near copies](../docs/evaluation.md#near-copies). And a distance of pixels does not find a copy that is shifted,
+# Two cautions. The library here is the sample, and the model saw more than seven times as many pictures: for the whole
+# see [near copies](../docs/evaluation.md#near-copies). And a distance of pixels does not find a copy that is shifted,
 # mirrored or recoloured.
 #
 # Stable Diffusion does copy, rarely. [Carlini et al. 2023](https://arxiv.org/abs/2301.13188) drew 175 million pictures
