@@ -289,6 +289,8 @@ viz.class_diagram()
 # | [07_latent_diffusion](07_latent_diffusion.ipynb) | the three networks as one, trained on a laptop |
 # | [08_training](08_training.ipynb) | the recipe of the training, line by line; on one device and on many |
 # | [09_stable_diffusion_v1](09_stable_diffusion_v1.ipynb) | the official weights; CompVis's source, file by file |
+# | [10_evaluation](10_evaluation.ipynb) | does it draw what was asked? hits, Fréchet distance, guidance, copies |
+# | [11_why_is_it_noise](11_why_is_it_noise.ipynb) | every classic mistake, on purpose: symptom, cause, test |
 #
 # 01 to 03 and 06 make one thread: noise, loss, network, sampler. 04 and 05 can be read at any time.
 #

@@ -1285,4 +1285,5 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - `minisd.save(sd, "mine.ckpt")`, then open `mine.yaml`. Which of its lines would CompVis's classes not need?
 # - Take the `unet_forward` that you wrote in the exercises of stage 3, and compare it with `minisd.unet.UNetModel`.
 #
-# Before this: [notebook 08](08_training.ipynb). The map of it all is in [notebook 00](00_start_here.ipynb).
+# Before this: [notebook 08](08_training.ipynb). Next, in [notebook 10](10_evaluation.ipynb): does it draw what was
+# asked? The map of it all is in [notebook 00](00_start_here.ipynb).

@@ -216,6 +216,15 @@ def test_the_frechet_distance_is_that_of_torchmetrics(two_sets):
     assert evaluation.frechet_distance(two_sets[0], two_sets[0]) == pytest.approx(0, abs=1e-6)
 
 
+def test_on_a_line_the_frechet_distance_is_that_of_the_sorted_numbers():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 1, generator=generator), 2 * torch.randn(2000, 1, generator=generator) + 3
+    sorted_distance = (x.sort(dim=0).values - y.sort(dim=0).values).square().mean().item()
+    by_hand = (x.mean() - y.mean()).square() + (x.std() - y.std()).square()
+    assert evaluation.frechet_distance(x, y) == pytest.approx(by_hand.item(), rel=1e-4)
+    assert evaluation.frechet_distance(x, y) == pytest.approx(sorted_distance, rel=0.01)
+
+
 @pytest.mark.filterwarnings("ignore:Metric")
 def test_the_kernel_distance_is_that_of_torchmetrics(two_sets):
     from torchmetrics.image.kid import KernelInceptionDistance

@@ -100,7 +100,7 @@ def measure_distance(
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance, in double precision: the distance is a small difference of large traces."""
     z = z.double()
-    return z.mean(dim=0), torch.cov(z.T)
+    return z.mean(dim=0), torch.cov(z.T).reshape(z.shape[1], z.shape[1])  # of one feature, cov makes a bare number
 
 
 def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
