@@ -36,11 +36,11 @@ def guidance(sd: minisd.LatentDiffusion) -> None:
 
 
 def learning(sd: minisd.LatentDiffusion) -> None:
-    """The tiny model after 100, 1,000 and 10,000 steps, from the same noise."""
+    """The tiny model after 500 and after 5,000 steps, from the same noise."""
     prompts = ["a red circle", "two blue squares", "a purple star", "three green triangles"]
     folder = minisd.checkpoint.SHIPPED / "tiny"
     rows = []
-    for name in ("after_000100_steps.safetensors", "after_001000_steps.safetensors", "model.safetensors"):
+    for name in ("after_000500_steps.safetensors", "model.safetensors"):
         tiny = minisd.load(folder / name, sd.device)
         rows += tiny.txt2img(prompts, steps=25, guidance_scale=3.0, sampler="dpmpp_2m", seed=0, num_images=2).images
     sheet(rows, columns=8, scale=3, gap=6).save(PICTURES / "learning.png")

@@ -74,10 +74,10 @@ PRESETS = {
     # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
     "tiny": LatentDiffusionConfig(
         unet=UNetConfig(
-            model_channels=32,
-            num_res_blocks=1,
-            channel_mult=(1, 1),
-            attention_resolutions=(2,),
+            model_channels=64,  # with 32, GroupNorm has one channel in each group, and takes the time out again
+            num_res_blocks=0,  # a ResBlock, a transformer and a ResBlock in the middle, and one ResBlock on the way up
+            channel_mult=(1,),
+            attention_resolutions=(),
             num_heads=None,
             num_head_channels=32,
             context_dim=32,

@@ -794,9 +794,10 @@ titles = [f"A: {one.removeprefix('a ')}\nB: {other.removeprefix('a ')}" for _, o
 viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), size=1.12)
 
 # %% [markdown]
-# Not once. Both rows start from the same noise, and hardly differ. The model has understood "above": there are two
-# things, and one is above the other. Which one it is, the noise decides, not the prompt. (Its colours and shapes are
-# often wrong as well. Notebook 07 has some suspects.)
+# In 4 of 32, and with A on top in half of the drawings, whichever was asked for. Both rows start from the same noise,
+# and differ little. The model has understood "above": there are two things, and one is above the other. Which one it
+# is, the noise decides, not the prompt. (Nor does it keep apart which of the two has which colour and shape, although
+# it mostly draws one thing alone, or four alike, as it is told: notebook 07.)
 #
 # Is the order lost in the text tower, or does the UNet not listen? Compare the contexts, token by token:
 
@@ -818,11 +819,11 @@ viz.matrices({"mean difference of contexts": panel}, labels, places, ".1f", (0.4
 
 # %% [markdown]
 # Upper row: the two orders of the same prompt. Lower row: two different prompts. At the words, the contexts of the two
-# orders are no nearer than those of strangers. So the order **is** in the context. But from the end token on, where
-# the tower sums up, they are nearly the same (0.2, against 0.7 to 0.9). Contrastive training had little need of the
-# order: only 80 of 1,052 captions have a partner with the same words in another order, and hardly ever are both in
-# one batch of 64. Whoever knows the bag of words finds the right picture. And the UNet has not learned to use what
-# the rows of the words still say.
+# orders are no nearer than those of strangers. So the order **is** in the context. But from the end token on, where the
+# tower sums up, they are nearly the same (0.2 to 0.3, against 0.7 to 0.8). Contrastive training had little need of the
+# order: only 80 of 1,052 captions have a partner with the same words in another order, and hardly ever are both in one
+# batch of 64. Whoever knows the bag of words finds the right picture. And the UNet has not learned to use what the rows
+# of the words still say.
 #
 # This is not only a weakness of small models. OpenAI's CLIP and others have been shown to treat captions much like bags
 # of words, for the same reason (Yuksekgonul et al. 2023, "When and why vision-language models behave like

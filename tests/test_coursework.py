@@ -1409,19 +1409,14 @@ def test_coursework_waits_until_it_is_asked_for():
 
 # --- swapped in -------------------------------------------------------------------------------------------------------
 
-# The tiny UNet has one head, and groups of one channel, whose norm takes the time out again: it does not see these.
-WANT_MORE = {"timestep_embedding", "res_block", "split_heads", "merge_heads", "cross_attention"}
-
-
 @pytest.mark.filterwarnings("ignore:the prompt is longer")
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_pipeline_draws_with_a_students_function(name):
     """The same picture with the right one, another with a wrong one."""
-    exercise, model = EXERCISES[name], "emoji" if name in WANT_MORE else "tiny"
-    prompt = "a fox, noto style" if name in WANT_MORE else "a large red circle"
+    exercise = EXERCISES[name]
 
     def pixels(function):
-        picture = draw(name, function, prompt, model, steps=4)
+        picture = draw(name, function, "a large red circle", "tiny", steps=4)
         return None if picture is None else np.asarray(picture, dtype=int)
 
     ours = pixels(None)

@@ -36,7 +36,7 @@ CLIP = {
 }
 
 VAE = {
-    "tiny": VAERecipe(steps=2000, batch_size=16),
+    "tiny": VAERecipe(steps=1500, batch_size=16, lr=2e-3, ema_decay=0.99, rec_power=2),  # colours first: notebook 07
     "emoji": VAERecipe(steps=2000),
     "emoji-64": VAERecipe(
         steps=20_000, batch_size=64, perceptual_weight=0.1, disc_weight=0.5, disc_start=10_000, disc_num_layers=2
@@ -50,7 +50,7 @@ VAE = {
 }
 
 UNET = {
-    "tiny": UNetRecipe(steps=10_000, batch_size=32),
+    "tiny": UNetRecipe(steps=5000, batch_size=32, lr=2e-3, ema_decay=0.99),
     "emoji": UNetRecipe(steps=11_000, sample_every=1000),
     "emoji-64": UNetRecipe(steps=40_000, batch_size=256, ema_decay=0.9995, sample_every=5000, compile=True),
     # the model card of v1: 225,000 steps at 512x512 of batch 2048, after a warm-up of 10,000
