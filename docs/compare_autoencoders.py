@@ -1,8 +1,8 @@
 """Hold autoencoders against each other on pictures that none of them was trained on:
 
-    python docs/compare_autoencoders.py minisd/data/sample sheet.png runs/pixels runs/alike
+    python docs/compare_autoencoders.py minisd/data/sample sheet.png runs/pixels runs/alike emoji
 
-One line each, and a sheet: above, the pictures; below, what each makes of them.
+Runs of `minisd train vae`, or models. One line each, and a sheet: above, the pictures; below, what each makes of them.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minisd.checkpoint import load_clip, load_weights, read_json, read_weights
+from minisd.checkpoint import load, load_clip, load_weights, read_json, read_weights
 from minisd.data import CaptionedPictures
 from minisd.latent_diffusion import FIRST_STAGES
 from minisd.training import CLIPPerceptual, SingleDevice
@@ -29,15 +29,19 @@ def contrast(x: torch.Tensor) -> float:
 
 
 for run in runs:
-    config, _ = read_first_stage(run / "vae")
-    vae = FIRST_STAGES[type(config)](config).eval()
-    load_weights(vae, read_weights(run / "vae" / "vae.safetensors"), run)
+    if (run / "vae").is_dir():
+        config, _ = read_first_stage(run / "vae")
+        vae = FIRST_STAGES[type(config)](config).eval()
+        load_weights(vae, read_weights(run / "vae" / "vae.safetensors"), run)
+        record = read_json(run / "vae" / "vae.json")
+    else:
+        vae, record = load(run, "cpu").first_stage_model, {}
     x_hat = torch.cat([reconstruct(vae, part, engine) for part in x.split(64)]).clamp(-1, 1)
     rows.append(x_hat[:: len(x) // 12][:12])
-    record = read_json(run / "vae" / "vae.json")
+    trained = f", {record['psnr']:.2f} in training" if record else ""
     used = f"; {record['codes']} codes, perplexity {record['perplexity']:.0f}" if "codes" in record else ""
     print(
-        f"{run.name:10} {psnr(vae, data, engine):.2f} dB held out, {record['psnr']:.2f} in training; distance in CLIP "
+        f"{run.name:10} {psnr(vae, data, engine):.2f} dB held out{trained}; distance in CLIP "
         f"{alike(x, x_hat).mean():.3f}; contrast {contrast(x_hat) / contrast(x):.2f} of the pictures'{used}"
     )
 save_sheet(torch.cat(rows), sheet, columns=12, scale=3)
