@@ -56,6 +56,10 @@ THUMBNAILS = {
     "05_clip": ("viz.matrices(panels, columns=chosen", (0, 22, 332, 152)),
     "06_sampling": ('rows=("x_t", "eps", "x0")', (242, 22, 636, 122)),
     "07_latent_diffusion": ("to {other}", (300, 20, 705, 118)),
+    "08_training": ("torch.cuda.is_available() and full", (750, 4, 1096, 270)),
+    "09_stable_diffusion_v1": ("difference of each layer, relative", (20, 18, 656, 270)),
+    "10_evaluation": ("over fidelity", (2, 20, 318, 258)),
+    "11_why_is_it_noise": ("patients = [", (66, 18, 404, 152)),
 }
 
 
