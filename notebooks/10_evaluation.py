@@ -24,11 +24,10 @@
 # - what the curve in the model card of Stable Diffusion v1 shows: fidelity against variety;
 # - how to find out whether drawings are copies of training pictures.
 #
-# About 50 minutes to read; it takes about three minutes of one processor's time (the last line tells of the clock where
-# its figures were made, on a busy machine). Nothing is trained. The module of this stage is
-# [`minisd/evaluation/`](../minisd/evaluation/__init__.py), its page [docs/evaluation.md](../docs/evaluation.md). Before
-# it: [notebook 09](09_stable_diffusion_v1.ipynb), the official weights; what you need is guidance, from [notebook
-# 06](06_sampling.ipynb), and CLIP's two towers, from [notebook 05](05_clip.ipynb). Next: [notebook
+# About 50 minutes to read; it takes about three minutes on one processor. Nothing is trained. The module of this stage
+# is [`minisd/evaluation/`](../minisd/evaluation/__init__.py), its page [docs/evaluation.md](../docs/evaluation.md).
+# Before it: [notebook 09](09_stable_diffusion_v1.ipynb), the official weights; what you need is guidance, from
+# [notebook 06](06_sampling.ipynb), and CLIP's two towers, from [notebook 05](05_clip.ipynb). Next: [notebook
 # 11](11_why_is_it_noise.ipynb), every classic mistake made on purpose.
 
 # %% tags=["parameters"]
@@ -316,16 +315,18 @@ viz.matrices(panels, styles, styles, numbers=".2f", cell=(0.42, 0.32), xlabel="f
 # Even of the real pictures, those in noto are taken for noto blob more often than for noto. That is no fault of any
 # model, and it is the reason why a share of hits without a yardstick says nothing.
 #
-# What changes from the first matrix to the second is the autoencoder's doing. Where the third agrees with the second,
-# the UNet is not to blame: it drew the right latent, as far as this judge can tell, and the decoder lost the style.
+# What changes from the first matrix to the second is the autoencoder's doing: once decoded, most of fluent flat is
+# taken for fluent. Where the third agrees with the second, the UNet is not to blame: it drew the right latent, as far
+# as this judge can tell, and the decoder lost the style.
 #
 # ### Why CLIP must not be the judge
 #
 # Papers give a "CLIP score": the cosine between the picture's vector and the caption's. Stable Diffusion reads with a
 # text tower of CLIP, and is then judged by an image tower that was trained to agree with such a one. Look at CLIP's
 # lines in the table: of the *real* pictures it knows few, of the drawings many more. By CLIP, the model draws far
-# better than the artists did. The judge by patches, a stranger to the model, sees it the other way round. What CLIP
-# likes so much is its own idea of the prompt, given back.
+# better than the artists did. The judge by patches, a stranger to the model, finds the concept much more often in the
+# artists' pictures, and the style about as often in both. What CLIP likes so much is its own idea of the prompt, given
+# back.
 #
 # It can be driven further. A judge that is a network has a gradient, and whoever follows the gradient pleases the
 # judge. Start with a grey square, and change its pixels until CLIP's image tower says "yes".
@@ -357,7 +358,7 @@ viz.strip(rows, [c.replace(", ", ",\n") for c in captions[:6]], ["made to\npleas
 
 # %% [markdown]
 # Noise, to us and to the patches; and CLIP prefers it to the artists' own pictures. It picks the right caption out of
-# all of them for nearly every one. A model that was trained by a judge, or chosen by it among many, learns that judge's
+# all of them, each time. A model that was trained by a judge, or chosen by it among many, learns that judge's
 # mistakes. **Keep one judge out of the loop, and let it have the last word.** (CLIP's score is still of use, to compare
 # settings of one model, as the curves below do, with this in mind.)
 #
@@ -615,8 +616,9 @@ for name, space in spaces.items():
 
 # %% [markdown]
 # First look at the yardstick: real held-out pictures are not at 0, and that is the bias. What is above it, is the
-# model's; and how much of that is the decoder's, the second line tells. With so few pictures, much of the order is
-# within the errors: this is what the sample can say, and no more.
+# model's; and how much of that is the decoder's, the second line tells. With so few pictures, the order is within the
+# errors: by CLIP, the drawings even come out nearer than the decoded pictures. This is what the sample can say, and no
+# more.
 #
 # ## Guidance: what it buys, and what it costs
 #
@@ -641,8 +643,9 @@ viz.with_errors(panels, [f"{s:g}" for s in scales], "guidance scale", marks=(0,)
 # falls and rises again, the drawings are looser than the pictures at the left end, and harder at the right. The judges
 # need not agree on which scale is best, and CLIP's opinion has been dealt with.
 #
-# **Predict, then run.** The bars of scale 1 and scale 4 overlap, or nearly. May one say that guidance 4 draws concepts
-# better? Think of where the bars come from: other captions. But at both scales, the captions were *the same*.
+# **Predict, then run.** By the patches, the bars of scale 1 and scale 4 overlap, for concept and for style. May one say
+# that guidance 4 draws better? Think of where the bars come from: other captions. But at both scales, the captions were
+# *the same*.
 #
 # <details><summary>Answer</summary>
 #
@@ -676,8 +679,9 @@ for question in ("concept", "style"):
         print(f"{question:8} from s = {a:g} to {b:g}   {paired}            ± {naive:.1%}")
 
 # %% [markdown]
-# The error of the difference is smaller than the naive one. *Compare on the same captions and the same noise*, always:
-# it costs nothing.
+# The error of the difference is smaller than the naive one, for concepts by half and more. *Compare on the same
+# captions and the same noise*, always: it costs nothing. And still it is no magic. From 1 to 4 both differences point
+# upwards, by about one error and by nearly two: 156 captions can say "probably".
 #
 # What does guidance cost? Draw each of four prompts several times, and look at how different the drawings are: the
 # standard deviation of a pixel over the seeds, the mean over all pixels.
@@ -710,8 +714,8 @@ figure
 
 # %% [markdown]
 # This is the form of the figure in the model card, with a judge and features of our own. Follow a curve along $s$; to
-# the right means: draws more of what was asked for. Guidance buys that, up to a point, and pays with variety. There is
-# no best $s$ without saying what for: one picture for a prompt, or many that differ.
+# the right means: draws more of what was asked for. Guidance buys that, and pays with variety, and from some scale on
+# with distance. There is no best $s$ without saying what for: one picture for a prompt, or many that differ.
 #
 # (Nor is "variety" safe from being fooled. Draw with ten steps of DPM-Solver++(2M), and it *rises* at $s = 8$: the
 # steps are too long for so hard a push, and each drawing is damaged in its own way. A standard deviation takes damage

@@ -279,7 +279,7 @@ caught(test_an_orange_picture_survives, (load, save), wrong)
 # - **0.18215**: the number was copied from a tutorial, but the autoencoder is another.
 # - **clamped**: $\hat x_0$ is kept to $[-1, 1]$ at each step. DDPM's code does that, and it is right for pixels.
 #
-# **Predict, then run.** Which one is pale, which is glaring, which is nearly grey? And what has a clamp to do with
+# **Predict, then run.** Which one is pale, which is glaring, which is hardly there? And what has a clamp to do with
 # colours?
 
 
@@ -298,9 +298,9 @@ show({
 })  # fmt: skip
 
 # %% [markdown]
-# The latent's direction says *what* is there, its length *how much* (notebook 07). Too short is pale; much too short
-# is a grey ghost; too long is glaring, with black outlines. Clamped latents lose what is beyond ±1, and that is a
-# good part:
+# The latent's direction says *what* is there, its length *how much* (notebook 07). Too short is pale, with scratches;
+# much too short is a pink ghost; too long is glaring, with black outlines. Clamped latents lose what is beyond ±1, and
+# that is a good part:
 
 # %%
 print(f"share of the numbers of healthy latents beyond ±1: {(latents.abs() > 1).float().mean():.0%}")
@@ -655,9 +655,9 @@ drawn = {name: draw(combined(f)) for name, f in formulas.items()}
 show(drawn | {"negative = zeros": draw(guided(empty=torch.zeros_like(empty)))})
 
 # %% [markdown]
-# Swapped guidance draws what is *least* like a fox: where the fox is orange on white, there is blue. (It is guidance of
-# the scale $1 - s = -3$.) The symptom to remember: **the higher the scale, the less of the prompt**. Too high is
-# glaring and torn. At 1 the model is timid; at 0 it is fluent, and draws anything.
+# Swapped guidance draws what is *least* like a fox: where the fox is orange, there is blue and green. (It is guidance
+# of the scale $1 - s = -3$.) The symptom to remember: **the higher the scale, the less of the prompt**. Much too high
+# is torn, in harsh colours. At 1 the model is timid; at 0 it is fluent, and draws anything.
 #
 # **The test** needs no network: let a "model" answer with its context.
 
@@ -724,7 +724,7 @@ readers = {
 show({name: draw(guided(context=read(ids), empty=read(nothing))) for name, read in readers.items()})
 
 # %% [markdown]
-# All prompts are still drawn. They are drawn *worse*: other colours, torn ears. No single picture shows it, and so
+# All prompts are still drawn. They are drawn *worse*: other colours, ears lost. No single picture shows it, and so
 # these mistakes live for years. (Stability-AI/stablediffusion#28, InvokeAI#2378, diffusers#2201: two versions of
 # Stable Diffusion pad differently, and each is right for itself. With a prompt of 5 tokens, 19 of our 24 are padding,
 # and the UNet looks at them like at any other.)
@@ -802,7 +802,9 @@ show(drawn)
 
 # %% [markdown]
 # Here it makes no difference at all, since the dropout is 0 (as in Stable Diffusion v1): the mistake is there, and
-# waits. With 0.1, it leaves grain in each picture. And the eps of the norms is beyond what an eye can see.
+# waits. With 0.1, edges are torn, and details are lost. (It would be worse if the decoder did not help to hide it: ours
+# was trained on [latents with noise](../docs/training.md#a-better-decoder-for-a-finished-model), to overlook small
+# mistakes.) And the eps of the norms is beyond what an eye can see.
 #
 # **The tests.** Same question, same answer, for the first. For the second, nothing but equality with another
 # implementation (notebook 09), or a look at the settings: mlx-examples#1434 found such a difference of 6e-4 at the
@@ -1217,16 +1219,17 @@ viz.strip(rows, [*"ABCDEF", "should be"], names, size=0.64)
 # %% [markdown]
 # <details><summary>Answers</summary>
 #
-# - **A**: the latent is too long. 0.18215 was taken for an autoencoder whose factor is 0.628. Guidance that is too high
-#   is glaring, too; but it tears shapes, and these are whole. First test: the std of the latent that is decoded.
+# - **A**: the latent is too long. 0.18215 was taken for an autoencoder whose factor is 0.628. $v$ taken for $\epsilon$,
+#   or a schedule that ends at $\bar\alpha = 0$, is glaring, too; but then shapes are coarse, and these are whole. First
+#   test: the std of the latent that is decoded.
 # - **B**: red and blue are swapped; shapes are perfect. First test: an orange picture, loaded and saved.
 # - **C**: is well.
-# - **D**: torn, with spots: too much noise in each step. Guidance that is far too high looks alike, dropout is a milder
-#   case. First tests: print the scale; ask the same question twice (dropout); three numbers and the exact denoiser.
+# - **D**: torn, with spots: too much noise in each step. Guidance that is far too high and dropout are milder cases.
+#   First tests: print the scale; ask the same question twice (dropout); three numbers and the exact denoiser.
 # - **E**: the opposite of what was asked for: the halves of guidance are swapped. First test: does a higher scale give
 #   more of the prompt?
-# - **F**: pale. The factor was forgotten at the decoder; $[0, 1]$ looks alike. First test: the std of the latent, then
-#   the range of the pictures.
+# - **F**: pale, with scratches. The factor was forgotten at the decoder. $[0, 1]$ is as pale, but smooth; a clamp at
+#   ±1 is as dirty, but in other colours. First test: the std of the latent, then the range of the pictures.
 #
 # </details>
 #
@@ -1364,7 +1367,7 @@ for name, change in list(cases.items())[: None if full else 2]:
 # | | noise reused in training: a loss too good to be true | `test_noise_is_new`; `ExactDenoiser`'s loss |
 # | | EMA too slow for the run | draw with the last weights |
 # | | learning rate too high; not trained yet | `test_it_learns`: overfit one batch |
-# | **spots, grain** | too much noise in a step | `test_three_numbers` |
+# | **spots, torn edges** | too much noise in a step | `test_three_numbers` |
 # | | dropout left on | `test_same_question_same_answer` |
 # | | guidance far too high | print the scale |
 # | **pale, grey** | scale factor forgotten | std of the latents, `test_unit_variance` |
