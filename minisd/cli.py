@@ -125,7 +125,7 @@ def _sized(sd: LatentDiffusion, options: dict) -> dict:
 
 @dataclass(frozen=True)
 class DataEmoji:
-    """Bring the emoji corpus: about 9,600 captioned pictures of 1,640 concepts in seven styles."""
+    """Bring the emoji corpus: about 9,600 captioned pictures of 1,641 concepts in seven styles."""
 
     out: Path = Path("data/emoji")
     size: int = 64  # pixels along each side

@@ -53,8 +53,8 @@ viz.strip([drawn.pictures], [p.replace(", ", ",\n") for p in prompts], size=1.0)
 
 # %% [markdown]
 # The last one went wrong, and that is worth a look. No caption of the training set says "red fox". The captions know
-# "red" from "red apple", "red heart" and "red circle", and a red thing came out, shaped more like a heart than like a
-# fox. This is a small model that learned from about 8,000 pictures. Stable Diffusion saw some hundred thousand times
+# "red" from "red apple", "red heart" and "red circle", and what came out has the colour of a fox and the shape of a
+# heart. This is a small model that learned from about 8,000 pictures. Stable Diffusion saw some hundred thousand times
 # as many. The *mechanism* is the same, and here you can watch all of it.
 #
 # ## The naive idea, and why noise is needed
@@ -95,9 +95,9 @@ viz.trajectory(drawing.trajectory, sd.decode_first_stage, every=7)
 # left", and the hat for "a guess". At first it is rough, too dark and too strong in colour. But a fox is there long
 # before the noise is gone.
 #
-# You may have expected fine grain, as on an old television. These are blots, because the noise is not in the pixels.
-# It is in a smaller picture, the latent, and what you see is that latent decoded. The section after the next one says
-# why.
+# You may have expected fine grain, as on an old television. These are blots and strokes, because the noise is not in
+# the pixels. It is in a smaller picture, the latent, and what you see is that latent decoded. The section after the
+# next one says why.
 #
 # **Predict, then run.** Two things go into a drawing: the prompt, and the noise at the start, which the seed decides
 # on. Draw three prompts, the last of them empty,
@@ -231,7 +231,8 @@ viz.strip([torch.cat([trace["x"].value, plain["x"].value])], ["guidance 4", "gui
 #
 # Training is shorter than drawing: there is no loop in it. Take a picture and its caption, a random timestep $t$ and
 # random noise $\epsilon$. Add the noise, and let the UNet find it. The loss is the squared error. The autoencoder and
-# the text encoder have been trained before, and are **frozen**.
+# the text encoder have been trained before, and are **frozen**. (The decoder has no part in this step. So it can be
+# trained further when all is done, and that of this model was: [notebook 04](04_vae.ipynb).)
 
 # %%
 viz.training_diagram()

@@ -179,8 +179,9 @@ viz.strip(rows, [f"seed {k}" for k in range(6)], labels, size=0.64)
 #
 # "All at once" gives blurs. "Subtract a bit" is worse: it does not take out what is in $x_t$, and the dimmed picture is
 # never brought back to its strength, so at each next step the model sees an $x$ that no training showed it. "The mean
-# step" is the interesting one. It gives a smooth, empty disc for every seed, and of a face one and the same. The rows
-# called DDPM are what we want. DDPM differs from the mean step in one line of code: it adds noise after each step.
+# step" is the interesting one. It gives a smooth, empty disc for every seed, and of a face one and the same. (The fine
+# lines in the blurs and on the discs are the decoder's: it was never shown a mean.) The rows called DDPM are what we
+# want. DDPM differs from the mean step in one line of code: it adds noise after each step.
 #
 # Why does noise make a *better* picture? On the line we can see it.
 
@@ -772,8 +773,8 @@ shown = torch.stack(rows, dim=1)[:3]  # [3 scales 3 32 32]
 viz.strip(shown, [f"s = {s}" for s in scales], [p.split(",")[0] for p in prompts[:3]], size=0.64)
 
 # %% [markdown]
-# $s = 0$ draws something else. From 1 on the same picture gets firmer, then harsher: colours saturate, edges turn
-# dark. The share of pixel values that have to be cut off grows from 20% at $s = 1$ to 32% at 12.
+# $s = 0$ draws something else. From 1 on the same picture gets firmer, then harsher: colours saturate, and what is dark
+# gets darker. The share of pixel values that have to be cut off grows from 19% at $s = 1$ to 32% at 12.
 #
 # ## Which timesteps?
 #

@@ -3,7 +3,7 @@
 - `CaptionedPictures(folder)`: any folder of captioned pictures, as tensors
 - `sample()`: real pictures that come with the package; `photograph()`: and a photograph
 - `draw_shapes(folder)`: coloured shapes with exact captions, drawn in seconds
-- `build_emoji(folder)`: 1,640 concepts in seven styles, fetched and rendered in minutes
+- `build_emoji(folder)`: 1,641 concepts in seven styles, fetched and rendered in minutes
 - `fetch_dataset(source, folder)`: any data set of the Hugging Face hub, or of parquet files
 """
 

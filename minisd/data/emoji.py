@@ -1,4 +1,4 @@
-"""The emoji corpus: 1,640 concepts, drawn in up to seven styles, each with a name that a person wrote.
+"""The emoji corpus: 1,641 concepts, drawn in up to seven styles, each with a name that a person wrote.
 
 A caption is "CONCEPT, STYLE style". That makes it the ideal first text-to-image corpus: small, clean, free to use, and
 a grid of concepts and styles, in which a cell that was held out tells whether a model composes or only remembers.
