@@ -888,9 +888,9 @@ viz.strip(shown, [f"t = {t}" for t in columns.tolist()], list(guesses), size=0.6
 # At $t = 999$ both answer with a blur: the mean of what is possible, as at the start of this notebook. Training has
 # not made that answer any sharper, and it can't. Sampling does, by asking again and again while the noise falls.
 #
-# Two differences are worth a look. At $t = 999$ the network's blur has specks, and the exact one's has none: this
-# is a small error of $\epsilon$, multiplied by 14.6. And at $t = 700$ the exact denoiser shows the fox, where the
-# network still shows a blur. It does not know the 1,081 pictures by heart, and that is why it can draw others.
+# Two differences are worth a look. At $t = 999$ the network's blur has dark strokes, and the exact one's has hardly
+# any: this is a small error of $\epsilon$, multiplied by 14.6. And at $t = 700$ the exact denoiser shows the fox, where
+# the network still shows a blur. It does not know the 1,081 pictures by heart, and that is why it can draw others.
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")

@@ -24,7 +24,7 @@
 # - how CLIP learns what words *look like*, from nothing but pictures and their captions;
 # - what such an encoder does not see. Word order is on the list.
 #
-# About 50 minutes to read; it runs in about two minutes on a laptop. Nothing is trained here. The module of this
+# About 50 minutes to read; it runs in a minute or two on a laptop. Nothing is trained here. The module of this
 # stage is [`minisd/clip.py`](../minisd/clip.py). [Notebook 04](04_vae.ipynb) was about the pictures' side;
 # [notebook 03](03_unet.ipynb) showed where the context enters the UNet. Next: [notebook 06](06_sampling.ipynb).
 
@@ -457,8 +457,8 @@ titles = [concepts[i] for i in asked[:6]]
 viz.strip([pictures[:6] for pictures in drawn.values()], titles, list(drawn), size=0.64)
 
 # %% [markdown]
-# With all rows, 29 of 32 drawings show the right thing. Without the words: 26. With the words alone: 20. (32 are few: a
-# difference of 3 may be chance, one of 9 hardly is.) This UNet reads the **padding** at least as much as the words. It
+# With all rows, 29 of 32 drawings show the right thing. Without the words: 25. With the words alone: 21. (32 are few: a
+# difference of 4 may be chance, one of 8 hardly is.) This UNet reads the **padding** at least as much as the words. It
 # looks like waste, and is not. Whoever zeroes it, or leaves it out, as is right in other transformers, gives this UNet
 # a context that it was never trained on.
 #
@@ -819,11 +819,11 @@ viz.matrices({"mean difference of contexts": panel}, labels, places, ".1f", (0.4
 
 # %% [markdown]
 # Upper row: the two orders of the same prompt. Lower row: two different prompts. At the words, the contexts of the two
-# orders are no nearer than those of strangers. So the order **is** in the context. But from the end token on, where the
-# tower sums up, they are nearly the same (0.2 to 0.3, against 0.7 to 0.8). Contrastive training had little need of the
-# order: only 80 of 1,052 captions have a partner with the same words in another order, and hardly ever are both in one
-# batch of 64. Whoever knows the bag of words finds the right picture. And the UNet has not learned to use what the rows
-# of the words still say.
+# orders are about as far apart as those of strangers. So the order **is** in the context. But from the end token on,
+# where the tower sums up, they are nearly the same (0.2 to 0.3, against 0.7 to 0.8). Contrastive training had little
+# need of the order: only 80 of 1,052 captions have a partner with the same words in another order, and hardly ever are
+# both in one batch of 64. Whoever knows the bag of words finds the right picture. And the UNet has not learned to use
+# what the rows of the words still say.
 #
 # This is not only a weakness of small models. OpenAI's CLIP and others have been shown to treat captions much like bags
 # of words, for the same reason (Yuksekgonul et al. 2023, "When and why vision-language models behave like

@@ -21,7 +21,7 @@
 # - img2img, inpainting, interpolation and negative prompts: all are small changes to what goes into the sampler;
 # - what a saved model consists of, and what changes when it is a thousand times larger.
 #
-# About an hour to read; it runs in about five minutes on two cores: some two and a half for the three networks, one for
+# About an hour to read; it runs in about five minutes on one or two cores: some two for the three networks, one for
 # two mistakes that we make on purpose, the rest for drawing. (The last cell tells each part.) The modules of this
 # stage are [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py),
 # [`minisd/training/`](../minisd/training/unet.py) and [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py). Before
@@ -167,9 +167,10 @@ viz.strip([by_hand, alone, drawing.pictures], titles, ["by hand", "LatentDiffusi
 # <details><summary>Answer</summary>
 #
 # The latent that arrives at the decoder is too small. The decoder still understands it, because the latent points in
-# the right *direction*. But everything is said too softly: colours are paler, contrasts are lower. The smaller the
-# latent, the more it looks like what the decoder makes of $z = 0$. No error is raised. With Stable Diffusion's factor,
-# 0.18215, much less would be left (notebook 04 shows it). So: **if pictures are pale, look for the scale factor.**
+# the right *direction*. But everything is said too softly: colours are paler, contrasts are lower, fine parts crumble.
+# The smaller the latent, the more it looks like what the decoder makes of $z = 0$. No error is raised. With Stable
+# Diffusion's factor, 0.18215, much less would be left (notebook 04 shows it). So: **if pictures are pale, look for the
+# scale factor.**
 #
 # </details>
 
@@ -489,11 +490,11 @@ panels = {
 viz.curves(panels, xlabel="step", log=list(panels)[:2], width=2.9)
 
 # %% [markdown]
-# With $p = 1$, after as many steps, green has become black, and pink and yellow have become orange: 21.2 dB, against
-# 27.0 with $p = 2$.
-# The reconstruction falls fast and then slowly; the KL **rises** at first, and should: it counts how much the latents
-# say about the picture, and at the start they say nothing. What blurs here will be blurred in every drawing, and a
-# colour that is lost here is lost for good: **what a latent does not hold, no UNet can draw.** We go on with $p = 2$.
+# With $p = 1$, after as many steps, green has become blue or violet, black has become violet, and pink orange: 21.3 dB,
+# against 27.0 with $p = 2$. The reconstruction falls fast and then slowly; the KL **rises** at first, and should: it
+# counts how much the latents say about the picture, and at the start they say nothing. What blurs here will be blurred
+# in every drawing, and a colour that is lost here is lost for good: **what a latent does not hold, no UNet can draw.**
+# We go on with $p = 2$.
 #
 # (The models of CompVis have $p = 1$, together with a perceptual loss, and are trained for hundreds of thousands of
 # steps on photographs. What is right for a few hundred steps on flat shapes need not be right there.)
@@ -652,7 +653,8 @@ short = ["large\nred circle", "large\nblue square", "small\npink star", "two gre
 viz.strip([model.txt2img(eight, **few).pictures for model in snapshots.values()], short, list(snapshots))
 
 # %% [markdown]
-# After 500 steps: blots of about the right size and colour, or nothing. After 5,000: sizes, counts, places and colours.
+# After 500 steps: blots, often of the right size and colour, or nothing. After 5,000: sizes, counts, places and
+# colours.
 # (But there is a star where a diamond should be. And see the last column: there are two shapes, one above the other,
 # and both are hearts. Which of two things has which colour and shape, this model does not read from the prompt:
 # notebook 05.)
@@ -716,9 +718,9 @@ for caption, prompt in wishes.items():
 viz.strip(rows, ["picture", *(f"strength {s}" for s in strengths)], ["to a panda", "to blue"])
 
 # %% [markdown]
-# The stronger, the less of the picture is kept: first its details go, then its colours, then its outline. (At 0.08, 2
-# steps are made, and the picture has already become coarser: that is for the most part the autoencoder, and it happens
-# at every strength.)
+# The stronger, the less of the picture is kept. Eyes and ears go first, then the orange, and at 0.6 nothing is left of
+# the fox. The heart keeps its outline all along: the new prompt wants the same one. (At 0.08, 2 steps are made, and the
+# fox has lost a good deal. The autoencoder alone would have kept more: compare "z, decoded", above.)
 #
 # **Predict, then run.** The same seed is used in every column. Is the last column, at strength 1, what `txt2img`
 # draws from that seed?
