@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from accelerate.utils import DistributedType
 
 from minisd import PRESETS, cli
 from minisd.data import CaptionedPictures
-from minisd.training import Recipe, Trainer, UNetRecipe, make_engine, train_unet
+from minisd.training import Recipe, Trainer, make_engine, recipes, train_unet
 from minisd.training.unet import assemble, encode_captions
 from minisd.training.vae import encode_all
 
@@ -114,7 +115,7 @@ def save_and_look(trainer):
 
 
 Trainer.save = save_and_look
-recipe = UNetRecipe(steps=int(steps), batch_size=8, lr=1e-3, warmup=2, log_every=1, save_every=1)
+recipe = replace(recipes.UNET["tiny"], steps=int(steps), batch_size=8, warmup=2, log_every=1, save_every=1)
 train_unet(
     PRESETS["tiny"], recipe, CaptionedPictures(shapes, 32, "train"), folder / "fsdp", engine,
     folder / "one" / "clip", folder / "one" / "vae", keep_at=(int(steps),),

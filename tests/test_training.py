@@ -428,8 +428,8 @@ def test_what_can_not_be_shared_out_is_refused(tmp_path, monkeypatch):
 
 
 # Relative; all other figures must be equal.
-EXACT = dict.fromkeys(["loss", "loss_t000", "loss_t250", "loss_t500", "loss_t750", "rec", "kl"], 1e-6)
-EXACT["grad_norm"] = 2e-5
+EXACT = dict.fromkeys(["loss", "loss_t000", "loss_t250", "loss_t500", "loss_t750", "rec"], 1e-6)
+EXACT |= {"kl": 1e-5, "grad_norm": 2e-5}  # of a young autoencoder, the KL is a small difference of large numbers
 
 
 def same(ours, theirs):
@@ -480,7 +480,7 @@ def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine)
     one, two = log(several / "one" / "unet"), log(several / "fsdp")
     assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
     (several / "fsdp" / "checkpoint_000004.pt").unlink()
-    recipe = UNetRecipe(steps=4, batch_size=8, warmup=2, log_every=1)
+    recipe = replace(recipes.UNET["tiny"], steps=4, batch_size=8, warmup=2, log_every=1)
     data, parts = CaptionedPictures(several / "shapes", 32, "train"), [several / "one" / p for p in ("clip", "vae")]
     train_unet(PRESETS["tiny"], recipe, data, several / "fsdp", engine, *parts)
     assert same(two, log(several / "fsdp"))  # … and one process goes on from a checkpoint of FSDP
