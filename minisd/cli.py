@@ -12,6 +12,7 @@ minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 
 import itertools
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
@@ -279,19 +280,19 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def run(self) -> None:
-        engine = self.finetune() if self.init else self.train()
+        engine, data = self.finetune() if self.init else self.train()
         model = self.out / "unet" / "model"
-        _say(engine, f'wrote {model}: try `minisd txt2img "a fox" --model {model}`')
+        _say(engine, f"wrote {model}: try `minisd txt2img {shlex.quote(data.captions[0])} --model {model}`")
 
-    def finetune(self) -> Engine:
+    def finetune(self) -> tuple[Engine, CaptionedPictures]:
         engine = make_engine(self.device, self.precision)
         sd = load(self.init, engine.device)
         data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
         clip = self.init if has_clip(self.init) else None
         finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
-        return engine
+        return engine, data
 
-    def train(self) -> Engine:
+    def train(self) -> tuple[Engine, CaptionedPictures]:
         for part in ("clip", "vae"):
             if not (self.out / part / f"{part}.json").exists():
                 raise FileNotFoundError(
@@ -302,12 +303,12 @@ class TrainUNet(Training):
         train_unet(
             config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
         )
-        return engine
+        return engine, data
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model from scratch: first clip and vae, then unet."""
+    """Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."""
 
     network: (
         Annotated[TrainCLIP, tyro.conf.subcommand("clip")]

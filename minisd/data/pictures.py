@@ -239,7 +239,7 @@ class CaptionedPictures(Dataset):
         """One sentence on what was left out, or the error that nothing is left."""
         named = [f"{name} ({reason})" for name, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
-            named.append(f"and {len(self.skipped) - 5} more (see .skipped)")
+            named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
         if not self.rows:
             why = f"; left out: {', '.join(named)}" if named else ""
             raise ValueError(

@@ -62,7 +62,8 @@ UNET = {
 # A decoder that can draw already, taught to draw better: by the squared error, whose pull grows with the mistake, by
 # the eyes of CLIP, and on latents that are not quite right.
 FINETUNE_DECODER = VAERecipe(
-    steps=1000, lr=5e-4, rec_power=2, perceptual_weight=0.1, decoder_only=True, latent_noise=0.6, sample_every=200
+    steps=1000, lr=5e-4, rec_power=2, perceptual_weight=0.1, decoder_only=True, latent_noise=0.6, sample_every=200,
+    save_every=200,
 )
 
 # A model that can draw already, taught some pictures more: some hundred steps, at a fifth of the rate.
