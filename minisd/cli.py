@@ -198,6 +198,14 @@ class Training:
         data = CaptionedPictures(folder, size or config.image_size, "train")
         return config, data, make_engine(self.device, self.precision)
 
+    def parts_of(self, model: str):
+        """The same where a finished model is gone on with: the model, the pictures, the engine, and where its CLIP is,
+        if it has one."""
+        engine = make_engine(self.device, self.precision)
+        sd = load(model, engine.device)
+        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
+        return sd, data, engine, model if has_clip(model) else None
+
 
 def _say(engine: Engine, what: str) -> None:
     """Once, however many processes there are."""
@@ -246,11 +254,8 @@ class TrainVAE(Training):
         return engine, self.out / "vae"
 
     def finetune(self, perceptual: CLIPPerceptual | LPIPS | None) -> tuple[Engine, Path]:
-        engine = make_engine(self.device, self.precision)
-        sd = load(self.init, engine.device)
-        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
+        sd, data, engine, clip = self.parts_of(self.init)
         perceptual = perceptual and perceptual.to(engine.device)
-        clip = self.init if has_clip(self.init) else None
         finetune_decoder(sd, self.recipe, data, self.out / "vae", engine, perceptual, clip)
         return engine, self.out / "vae" / "model"
 
@@ -258,6 +263,11 @@ class TrainVAE(Training):
         if self.lpips:
             return LPIPS.from_files(*self.lpips)
         if self.init and not self.clip:
+            if not has_clip(self.init):
+                raise FileNotFoundError(
+                    f"{self.init} has no clip.json, the rest of its CLIP, whose eyes perceptual_weight needs: give "
+                    "another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth, or do without: --perceptual-weight 0"
+                )
             return CLIPPerceptual(load_clip(self.init)[0])
         folder = self.clip or self.out / "clip"
         if not (folder / "clip.json").exists():
@@ -285,10 +295,7 @@ class TrainUNet(Training):
         _say(engine, f"wrote {model}: try `minisd txt2img {shlex.quote(data.captions[0])} --model {model}`")
 
     def finetune(self) -> tuple[Engine, CaptionedPictures]:
-        engine = make_engine(self.device, self.precision)
-        sd = load(self.init, engine.device)
-        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
-        clip = self.init if has_clip(self.init) else None
+        sd, data, engine, clip = self.parts_of(self.init)
         finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
         return engine, data
 

@@ -166,6 +166,10 @@ def test_a_model_is_trained_from_a_folder_of_pictures_to_a_drawing(tmp_path, cap
     run("train", "vae", *own, "--perceptual-weight", 0.1)  # by its own CLIP's eyes
     assert (tmp_path / "own/vae/model/clip.json").exists()
     run("txt2img", "a red circle", "--model", tmp_path / "own/vae/model", "--steps", 2, "--out", tmp_path / "c.png")
+    run("convert", model, tmp_path / "theirs", "--layout", "diffusers")  # where there is no image tower
+    theirs = ("--init", tmp_path / "theirs", *own[2:4], "--out", tmp_path / "more", "--steps", 1, "--device", "cpu")
+    assert "--perceptual-weight 0" in fails(capsys, "train", "vae", *theirs)
+    run("train", "vae", *theirs, "--perceptual-weight", 0)
 
 
 @pytest.mark.parametrize("model", ["emoji", "their/model"], ids=["a folder", "on the hub"])
