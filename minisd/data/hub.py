@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .folder import already_there, write_corpus
+from .folder import corpus_folder, write_corpus
 from .pictures import decode
 
 
@@ -36,26 +36,30 @@ def fetch_dataset(
     Returns the folder. Rows without a caption, or whose picture can't be read, are left out and counted.
 
     Raises:
-        ValueError: there is no such data set, split or column, or nothing in it can be used.
+        ValueError: there is no such data set, split or column, nothing in it can be used, or the folder holds
+            something that this function has not made.
     """
     folder = Path(folder)
     recipe = {"source": str(source), "split": split, "image": image, "text": text, "size": size, "count": count}
-    if already_there(folder, recipe):
-        print(f"{folder} holds these pictures already.")
-        return folder
-    rows, pictures, read = [], [], 0
-    for data, caption in tqdm(islice(_stream(source, split, image, text), count), str(source), total=count):
-        read += 1
-        try:
-            if not caption:
-                raise ValueError("no caption")
-            pictures.append(decode(data, size))
-        except ValueError:
-            continue
-        rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
-    if not rows:
-        raise ValueError(f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".')
-    write_corpus(folder, rows, np.stack(pictures), recipe)
+    with corpus_folder(folder, recipe) as complete:
+        if complete:
+            print(f"{folder} holds these pictures already.")
+            return folder
+        rows, pictures, read = [], [], 0
+        for data, caption in tqdm(islice(_stream(source, split, image, text), count), str(source), total=count):
+            read += 1
+            try:
+                if not caption:
+                    raise ValueError("no caption")
+                pictures.append(decode(data, size))
+            except ValueError:
+                continue
+            rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
+        if not rows:
+            raise ValueError(
+                f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".'
+            )
+        write_corpus(folder, rows, np.stack(pictures), recipe)
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {read - len(rows):,} rows left out.")
     return folder
 

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .folder import already_there, write_corpus
+from .folder import corpus_folder, write_corpus
 from .split import unit_hash
 
 COLOURS = {
@@ -192,24 +192,25 @@ def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: i
     """
     folder = Path(folder).expanduser()
     recipe = {"made_by": "draw_shapes", "count": count, "size": size, "seed": seed}
-    if already_there(folder, recipe):
-        print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
-        return folder
-    pictures, captions = shape_corpus(count, size, seed)
-    rows = []
-    for k, caption in enumerate(captions):
-        drawn = scene(seed, k)
-        rows.append(
-            {
-                "file_name": f"images/{k // 1000:03}/{k:06}.png",  # a thousand to a folder
-                "text": caption,
-                "concept": drawn.items[0].name,
-                "kind": drawn.kind,
-                "split": drawn.split,
-                "items": [asdict(item) for item in drawn.items],
-            }
-        )
-    write_corpus(folder, rows, pictures, recipe)
+    with corpus_folder(folder, recipe) as complete:
+        if complete:
+            print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
+            return folder
+        pictures, captions = shape_corpus(count, size, seed)
+        rows = []
+        for k, caption in enumerate(captions):
+            drawn = scene(seed, k)
+            rows.append(
+                {
+                    "file_name": f"images/{k // 1000:03}/{k:06}.png",  # a thousand to a folder
+                    "text": caption,
+                    "concept": drawn.items[0].name,
+                    "kind": drawn.kind,
+                    "split": drawn.split,
+                    "items": [asdict(item) for item in drawn.items],
+                }
+            )
+        write_corpus(folder, rows, pictures, recipe)
     held_out = sum(row["split"] == "test_pair" for row in rows)
     print(f"{folder}: {count:,} shapes at {size}x{size}, {held_out:,} of them with a held-out pair (test_pair).")
     return folder

@@ -19,15 +19,11 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import load_clip, on_disk, save, save_clip, written_whole
+from ..data.folder import lock
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-_locks: dict[Path, int] = {}  # the runs that this process holds
+_locks: dict[Path, int | None] = {}  # the runs that this process holds
 
 
 class RunFolder:
@@ -46,16 +42,11 @@ class RunFolder:
         Raises ValueError where another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl and self.path.resolve() not in _locks:
-            handle = os.open(self.path, os.O_RDONLY)
+        if self.path.resolve() not in _locks:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _locks[self.path.resolve()] = lock(self.path)
             except BlockingIOError:
-                os.close(handle)
                 raise ValueError(f"another process trains in {self.path}: end it, or choose another folder") from None
-            except OSError:
-                pass  # a file system without locks
-            _locks[self.path.resolve()] = handle
         for left_over in self.path.glob("*.unfinished"):  # by a process that was killed
             left_over.unlink()
 
