@@ -124,9 +124,31 @@ class Inert:
         return OrderedDict()
 
 
+class InertNumber:
+    """What stands in for a number of numpy's and for its dtype: it accepts everything and keeps nothing.
+
+    CompVis's learning rate follows `np.cumsum` (`ldm/lr_scheduler.py`), so the official v1 checkpoints hold numpy's
+    numbers in `lr_schedulers`, beside the weights. Nobody reads them here, so numpy itself is not let in:
+    `numpy.dtype` makes every type there is, and its `__setstate__` trusts the sizes and flags that a file gives it.
+    """
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+# The names in a pickled number, as numpy 1 and numpy 2 write it. (`_codecs.encode`, for its bytes, PyTorch allows.)
+NUMPY_NUMBER = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+
+
 def _unpickle(path: Path, device: str = "cpu"):
-    """torch.load, of tensors and plain containers alone; names from Lightning are read as `Inert`, others refused."""
-    stand_ins = []
+    """torch.load, of tensors and plain containers alone.
+
+    Names from Lightning are read as `Inert`, and numpy's numbers as `InertNumber`. All others are refused.
+    """
+    stand_ins = [(InertNumber, name) for name in NUMPY_NUMBER]
     while True:
         try:
             with torch.serialization.safe_globals(stand_ins):
