@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -266,6 +267,25 @@ def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
             read_weights(tmp_path / name)
         read_weights(tmp_path / name, check=False)
         state[bad][place] = 0
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_ckpt_that_another_program_packed_anew_is_read_and_checked_all_the_same(tmp_path, compression):
+    """Its tensors lie elsewhere than PyTorch would have put them."""
+
+    def packed_anew(state):
+        torch.save(state, tmp_path / "a.ckpt")
+        with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w", compression) as new:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+        return read_weights(tmp_path / "b.ckpt")
+
+    state = {f"{i}": torch.randn(1000 + i, generator=torch.Generator().manual_seed(i)) for i in range(20)}
+    again = packed_anew(state)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    state["7"][-1] = float("nan")
+    with pytest.raises(CheckpointError, match="7 in .*b.ckpt holds NaN"):
+        packed_anew(state)
 
 
 def test_numbers_whose_sum_is_too_large_are_numbers_all_the_same(tmp_path):
