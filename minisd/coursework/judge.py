@@ -74,7 +74,7 @@ def judge(exercise: Exercise, function: Any) -> Verdict:
     for label, args in cases_of(exercise).items():
         outcomes.append(run(exercise, function, args))
         if isinstance(outcomes[-1].error, TimeoutError):  # on the other cases one would wait as long again
-            sentence = f'{raised(outcomes[-1].error, args)} This was the case "{label}", and the check stops there.'
+            sentence = f"{raised(outcomes[-1].error, args)} The check stopped there, on this case: {label}."
             return replace(_wrong(exercise, sentence), printed=outcomes[0].printed)
     return replace(_of_the_outcomes(exercise, function, outcomes), printed=outcomes[0].printed)
 
