@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import load_clip, on_disk, save, save_clip, written_whole
+from ..checkpoint import load_clip, on_disk, remove_unfinished, save, save_clip, written_whole
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
 
@@ -56,8 +56,9 @@ class RunFolder:
             except OSError:
                 pass  # a file system without locks
             _locks[self.path.resolve()] = handle
-        for left_over in self.path.glob("*.unfinished"):  # by a process that was killed
-            left_over.unlink()
+        # A process that was killed leaves the file that it was writing, or the folder of the finished model.
+        for left_over in self.path.glob("*.unfinished"):
+            remove_unfinished(left_over)
 
     def close(self) -> None:
         """Let other processes have the folder."""
