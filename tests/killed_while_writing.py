@@ -12,7 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-import torch.distributed.checkpoint.state_dict  # noqa: F401  what the first checkpoint would import, in every life
+# What the optimiser and the first checkpoint would import, in every life.
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict  # noqa: F401
 
 from minisd import PRESETS
 from minisd.data import CaptionedPictures
@@ -20,7 +22,7 @@ from minisd.training import CLIPRecipe, SingleDevice, UNetRecipe, VAERecipe, rec
 
 network, shapes, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 data, config, engine = CaptionedPictures(shapes, 32), PRESETS["tiny"], SingleDevice("cpu")
-SHORT = {"steps": 3, "batch_size": 4, "warmup": 2, "log_every": 1, "save_every": 1, "sample_every": 100}
+SHORT = {"steps": 2, "batch_size": 4, "warmup": 2, "log_every": 1, "save_every": 1, "sample_every": 100}
 
 
 def train(run: Path) -> None:
@@ -29,7 +31,7 @@ def train(run: Path) -> None:
     elif network == "vae":
         train_vae(config.first_stage, VAERecipe(**SHORT), data, run, engine)
     else:
-        train_unet(config, UNetRecipe(**SHORT), data, run, engine, folder / "clip", folder / "vae", keep_at=(2,))
+        train_unet(config, UNetRecipe(**SHORT), data, run, engine, folder / "clip", folder / "vae", keep_at=(1,))
 
 
 def live(run: Path, killed_at: list[str] | None = None) -> str | None:
