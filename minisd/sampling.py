@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from math import expm1, inf, isfinite, log, sqrt
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -131,10 +131,10 @@ def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
 
 # -- the loop, which all samplers share -----------------------------------------------------------------------
 
-# A rule is called as rule(x_t, eps, a_t, a_prev), with what it names of these besides: `sampler`, below, explains them.
+# The loop calls rule(x_t, eps, a_t, a_prev), and adds what the rule names of these. (`sampler`, below, explains them.)
 OFFERED = ("eta", "noise", "past", "ask", "i", "steps")
-# It returns x_prev, the x̂_0 that the step heads for, and the ε that it follows. If it returns x_prev alone, the other
-# two are those of the model's answer.
+# A rule returns x_prev, the x̂_0 that the step heads for, and the ε that it follows. It may also return x_prev alone;
+# then the other two are those of the model's answer.
 Rule = Callable[..., X | tuple[X, X, X]]
 
 
@@ -165,11 +165,11 @@ def _walk(
         # Inpainting puts the known part of the picture into x here, as noisy as x is at this timestep.
         x_t = before_step(x, t) if before_step else x
 
-        # The one question: which noise is in x_t? Nearly all of the time is spent in this line.
+        # The only question that the model answers: which noise is in x_t? This line takes nearly all of the time.
         eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
 
-        # What else the rule may want. Noise is drawn only for a step that has a use for it: not for the step to the
-        # clean picture, ᾱ_prev = 1, and not for one that stays where it is, from t = 0 to ᾱ_0.
+        # What else the rule may need. Noise is drawn only if the step has a use for it. A step to the clean picture,
+        # ᾱ_prev = 1, has none, and neither has one that stays where it is, from t = 0 to ᾱ_0.
         offered["i"] = i
         if "noise" in takes:
             is_drawn = a_t < a_prev < 1 and (eta > 0 or "eta" not in takes)
@@ -178,7 +178,7 @@ def _walk(
             t_prev = path[min(i + 1, len(path) - 1)][1]
             offered["ask"] = partial(_predict, eps_model, i=i, t=t_prev)
 
-        # The rule makes the step.
+        # The rule makes the step. (A rule that returns x_prev alone is often new, so its answer is checked.)
         made = rule(x_t, eps, a_t, a_prev, **{name: offered[name] for name in takes}, **options)
         if not isinstance(made, tuple):
             if getattr(made, "shape", None) != x_t.shape:
@@ -194,8 +194,8 @@ def _path(
 ) -> list[tuple[int, int, float, float]]:
     """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads. The last step leads to a_end.
 
-    All of them are Python numbers, and ᾱ is one of float64. If they stood in a tensor on a GPU, the CPU would have to
-    wait at each step until the GPU has finished its work, only to read them.
+    All of them are Python numbers, ᾱ with the precision of float64. If they were in a tensor on a GPU, the CPU could
+    only read them after the GPU had finished all work before them, so it would wait at each step.
     """
     if timesteps is None:
         T = schedule.timesteps
@@ -207,7 +207,9 @@ def _path(
     return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
 
 
-@torch.no_grad()  # here and not around the loop: after a yield, gradients would be off in the caller's code, too
+# No gradients. This is not around the loop, since after a yield they would be off in the caller's code, too. (no_grad()
+# does the same, and takes longer to enter.)
+@torch.set_grad_enabled(False)
 def _predict(eps_model: EpsModel, x_t: X, i: int, t: int) -> Guided:
     """Ask the model for the noise in x_t, and make sure that the answer can be used."""
     answer = eps_model(x_t, torch.full((x_t.shape[0],), t, device=x_t.device))
@@ -215,8 +217,8 @@ def _predict(eps_model: EpsModel, x_t: X, i: int, t: int) -> Guided:
     if guided.eps.shape != x_t.shape:
         shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
         raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
-    # If any ε is NaN, so is the largest |ε|, and this is much faster on a CPU than .isfinite().all().
-    # To see the number, the CPU waits for the GPU. It does so once for each call of the model, and nowhere else.
+    # If any ε is NaN, so is the largest |ε|. (On a CPU, this is several times faster than .isfinite().all().)
+    # Here the CPU has to wait for the GPU: once for each call of the model, and nowhere else.
     if not isfinite(guided.eps.abs().max()):
         raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
     return guided
@@ -241,7 +243,7 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> X:
 
 
 def _noise_for(x_t: X, eps: X, generator: Generators | None) -> X:
-    """Noise that is added to a sum of x_t and ε: where they are, in the dtype of the sum."""
+    """Fresh noise on the device of x_t, in the dtype that a sum of x_t and ε has, since it is added to one."""
     z = randn(x_t.shape, generator)
     return z.to(x_t.device, torch.result_type(x_t, eps), non_blocking=True)
 
@@ -249,58 +251,52 @@ def _noise_for(x_t: X, eps: X, generator: Generators | None) -> X:
 # -- how a rule becomes a sampler -----------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """A rule with the loop around it: what `@sampler` makes, and what stands in `SAMPLERS`."""
-
-    rule: Rule  # put another rule here, and the sampler takes its steps
-    steps: int | None  # the defaults of the arguments that bear these names
-    eta: float | None
-    spacing: str
-    set_alpha_to_one: bool | None
-
-    def __call__(self, eps_model: EpsModel, x_T: X, schedule: NoiseSchedule, *args, **options) -> Iterator[Step]: ...
-
-
+# What `@sampler` makes of a rule: a function, with the defaults of its arguments as attributes, .steps, .eta, .spacing
+# and .set_alpha_to_one, and the rule as .rule. Put another rule there, and the sampler makes the steps of that one.
+Sampler = Callable[..., Iterator[Step]]
 SAMPLERS: dict[str, Sampler] = {}  # by name, in the order of this file
 
 
 def sampler(
     *, steps: int | None, spacing: str, eta: float | None = 0.0, set_alpha_to_one: bool | None = None
 ) -> Callable[[Rule], Sampler]:
-    """Make a sampler of the rule below it, and enter it into `SAMPLERS`. This is a whole one:
+    """Make a sampler of the rule below this line, and enter it into `SAMPLERS`. This is a complete sampler:
 
         @sampler(steps=50, spacing="leading")
         def my_ddim(x_t, eps, a_t, a_prev):
             return sqrt(a_prev) * predict_x0(x_t, eps, a_t) + sqrt(1 - a_prev) * eps
 
-    steps, spacing, eta, set_alpha_to_one: the defaults. A rule that does not take eta allows only 0 for it. None for
-    eta or set_alpha_to_one means that there is no such argument; the last step then leads to ᾱ = 1.
+    steps, spacing, eta, set_alpha_to_one: the defaults. Without eta or set_alpha_to_one (None), the sampler has no
+    such argument, and the last step leads to ᾱ = 1. If the rule does not name eta, the only eta allowed is 0.
 
-    The rule takes what it needs from the loop, in any order, by naming it before a `*`:
+    A rule always takes these four, in this order:
 
         x_t, eps      the noisy x, and the noise ε that the model sees in it, [b *d]
-        a_t, a_prev   ᾱ_t, and ᾱ_prev of where the step leads. As all numbers here, they are Python's
-        eta, noise    how much noise is to be drawn afresh, and z ~ N(0, I), [b *d]. noise is drawn only for a step
-                      that has a use for it, and is 0 for the others
+        a_t, a_prev   ᾱ_t, and the ᾱ_prev to which the step leads. They are Python numbers, as all numbers here
+
+    After them it names what else it needs:
+
+        eta           how much of the noise is to be drawn afresh
+        noise         z ~ N(0, I), [b *d]. If the step has no use for noise, none is drawn, and this is 0
         past          a list, empty at first. What the rule puts into it is still there at the next step
-        ask           x -> Guided: asks the model once more, about an x at the timestep where the step leads
+        ask           x -> Guided. It asks the model once more, about an x at the timestep to which the step leads
         i, steps      the number of the step, 0, 1, ... steps-1, and how many there are
 
-    What it names after the `*` are options of the sampler, with their defaults. It returns x_prev; or x_prev, x̂_0 and
-    ε, if they are not those of the model's answer. Its docstring becomes that of the sampler.
+    After a `*` it names options of its own, which become arguments of the sampler. It returns x_prev, the x̂_0 that
+    the step heads for, and the ε that it follows; or x_prev alone. Its docstring becomes that of the sampler.
     """
     defaults = {"steps": steps, "eta": eta, "spacing": spacing, "set_alpha_to_one": set_alpha_to_one}
-    absent = {"name", "rule", "options", *(name for name in ("eta", "set_alpha_to_one") if defaults[name] is None)}
+    absent = {name for name in ("eta", "set_alpha_to_one") if defaults[name] is None}
+    used = {name: value for name, value in defaults.items() if name not in absent}
 
     def enter(rule: Rule) -> Sampler:
-        # The sampler's arguments are those of the loop, with these defaults, and the rule's own options.
+        # The arguments of the sampler are those of the loop, with these defaults, and the rule's own options.
         _taken_from_the_loop(rule)
-        shared = [p for p in inspect.signature(_walk).parameters.values() if p.name not in absent]
-        own = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        arguments = [*(p.replace(default=defaults.get(p.name, p.default)) for p in shared), *own]
+        arguments = inspect.signature(_walk).parameters.values()
+        arguments = [p for p in arguments if p.name not in {"name", "rule", "options", *absent}]
+        arguments = [p.replace(default=used.get(p.name, p.default)) for p in arguments]
+        arguments += [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
         signature = inspect.Signature(arguments, return_annotation=Iterator[Step])
-        given_always = {p.name: p.default for p in arguments[3:] if p.name in defaults}
 
         @wraps(rule, assigned=["__module__", "__name__", "__qualname__", "__doc__"])
         def sample(*args, **named):
@@ -308,7 +304,7 @@ def sampler(
                 given = signature.bind(*args, **named).arguments
             except TypeError as error:
                 raise TypeError(f"{rule.__name__}: {error}. It takes {', '.join(signature.parameters)}.") from None
-            return _walk(rule.__name__, sample.rule, **{**given_always, **given})
+            return _walk(rule.__name__, sample.rule, **(used | given))
 
         sample.__signature__ = signature
         sample.__annotations__ = {p.name: p.annotation for p in arguments}
@@ -325,7 +321,10 @@ def _taken_from_the_loop(rule: Rule) -> list[str]:
     parameters = inspect.signature(rule).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][4:]
     if unknown := [name for name in names if name not in OFFERED]:
-        raise ValueError(f"A rule may take {', '.join(OFFERED)} from the loop, but not {', '.join(unknown)}.")
+        raise ValueError(
+            f"After x_t, eps, a_t and a_prev, a rule may name {', '.join(OFFERED)}, but not {', '.join(unknown)}."
+            " An option of its own has to stand after a *, with a default."
+        )
     return names
 
 
@@ -348,21 +347,23 @@ def ddpm(x_t: X, eps: X, a_t: float, a_prev: float, noise: X, *, clip_denoised: 
     clip_denoised: clamp the guess to [-1, 1]. This suits pixels, but not latents, which have no such bound.
     (CompVis: ldm/models/diffusion/ddpm.py, DDPM.p_sample_loop)
     """
-    # The picture that the model sees in x_t: at first a blur, the mean of all that it may become.
+    # The picture that the model sees in x_t. At first it is a blur, the mean of all pictures that x_t may come from.
     x0 = predict_x0(x_t, eps, a_t)
     if clip_denoised:
         x0 = x0.clamp(-1, 1)
-    # How much noise this step takes back. It is the schedule's own β_t if no timestep is left out.
+    # How much noise the forward process adds in this step. It is the schedule's own β_t if no timestep is left out.
     # β_t = 1 - ᾱ_t / ᾱ_prev                                                             (Improved DDPM, eq. 19)
     beta = 1 - a_t / a_prev
-    # If x_0 were known, x_prev would be a Gaussian between x_0 and x_t. Its mean is a weighted sum of the two:
+    # If x_0 is known, the step back is Gaussian, q(x_prev | x_t, x_0). We put x̂_0 in its place. The mean:
     # μ̃_t = √ᾱ_prev β_t / (1-ᾱ_t) x̂_0  +  √(1-β_t) (1-ᾱ_prev) / (1-ᾱ_t) x_t                        (DDPM, eq. 7)
     mean = sqrt(a_prev) * beta / (1 - a_t) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a_t) * x_t
-    # Its variance is 0 in the last step, which leads to ᾱ = 1:
+    # The variance. It is 0 in the last step, which leads to ᾱ = 1, so no noise is left in the picture:
     # β̃_t = (1-ᾱ_prev) / (1-ᾱ_t) β_t                                                               (DDPM, eq. 7)
     variance = (1 - a_prev) / (1 - a_t) * beta
     # x_prev = μ̃_t + √β̃_t z, with z ~ N(0, I)                                                (DDPM, Algorithm 2)
-    x_prev = mean + sqrt(variance) * noise if variance > 0 else mean
+    x_prev = mean
+    if variance > 0:
+        x_prev = mean + sqrt(variance) * noise
     return x_prev, x0, eps
 
 
@@ -397,7 +398,7 @@ ADAMS_BASHFORTH = {
 
 
 def plms_combine(old_eps: list[X]) -> X:
-    """The ε of the coming step from the last 2, 3 or 4 of them, the newest first."""
+    """The ε for the coming step, combined from the last 2, 3 or 4 of them, the newest first."""
     # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form                 (PNDM, eq. 12)
     w_t, *weights = ADAMS_BASHFORTH[len(old_eps)]
     eps = w_t * old_eps[0]
@@ -417,7 +418,7 @@ def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: EpsModel
     """
     past[:] = [eps, *past[:3]]
     if len(past) == 1:
-        # Improved Euler: make the step, ask which noise is seen from there, go back, and make it along the mean.
+        # Improved Euler: make the step, ask for the noise there, go back, and make the step along the mean of both.
         x_next, _ = _transfer(x_t, eps, a_t, a_prev)
         eps = (eps + ask(x_next).eps) / 2
     else:
