@@ -157,6 +157,7 @@ def _walk(
     """Walk down the timesteps from x_T to the picture, and let the rule make each step."""
     takes = _taken_from_the_loop(rule)
     _check_eta(name, eta, takes)
+    # The last step leads to the clean picture, ᾱ = 1, or to the least noise that the model was trained with, ᾱ_0.
     path = _path(schedule, steps, spacing, timesteps, 1.0 if set_alpha_to_one else schedule.alpha_bar(0))
     x, no_noise = x_T, torch.zeros_like(x_T)
     offered = {"eta": eta, "past": [], "steps": len(path)}
