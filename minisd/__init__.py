@@ -4,21 +4,23 @@
     sd = minisd.load()                                     # the model that ships
     sd.txt2img("a red fox, noto style").images[0].show()
 
-Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae (and vq), clip, sampling,
-latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz, cli.
+Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae (and vq), clip (with
+tokenizer), sampling, latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz,
+cli.
 """
 
 from . import data, sampling, viz
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
 from .attention_maps import AttentionMaps, record_attention
 from .checkpoint import CheckpointError, load, load_clip, save
-from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
+from .clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
 from .compare import Comparison, compare
 from .drawing import Drawing, Trajectory
 from .latent_diffusion import PRESETS, ClassConfig, ClassEmbedder, LatentDiffusion, LatentDiffusionConfig
 from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
 from .sampling import Guided, Step, classifier_free_guidance
+from .tokenizer import BPETokenizer
 from .trace import Trace, trace
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
