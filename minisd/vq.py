@@ -69,8 +69,8 @@ class VectorQuantizer(nn.Module):
         self.beta = beta
         self.legacy = legacy
         self.embedding = nn.Embedding(n_embed, embed_dim)
-        # All codes start close to zero, and so to each other, because a code that starts far from every vector would
-        # never be chosen, and so never trained.
+        # All codes start close to zero, because a code that starts far from every vector would never be chosen, and
+        # so never be trained.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
 
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
@@ -89,8 +89,8 @@ class VectorQuantizer(nn.Module):
         """
         # The first term moves each code towards the vectors that chose it, as k-means moves its centres.
         to_vectors = (codes - z.detach()).square().mean()
-        # The second, the commitment, keeps the encoder close to the codes that it chose; else the vectors could run
-        # away from them. With β < 1, as in the paper, the codes follow the encoder more than it follows them.
+        # The second, the commitment, keeps the encoder close to the codes that it chose, so that its vectors do not
+        # grow away from them. With β < 1, as in the paper, the codes follow the encoder more than it follows them.
         commitment = (z - codes.detach()).square().mean()
         return self.beta * to_vectors + commitment if self.legacy else to_vectors + self.beta * commitment
 
