@@ -10,7 +10,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-STAGES = "noising loss unet attention vae vq clip sampling latent_diffusion".split()
+STAGES = "noising loss unet attention vae vq tokenizer clip sampling latent_diffusion".split()
 LINK = re.compile(r"\]\((?:\.\./)+((?:minisd|tests|benchmarks)/[\w/]+)\.py\)")
 
 

@@ -24,9 +24,10 @@
 # - how CLIP learns what words *look like*, from nothing but pictures and their captions;
 # - what such an encoder does not see. Word order is on the list.
 #
-# About 50 minutes to read; it runs in a minute or two on a laptop. Nothing is trained here. The module of this
-# stage is [`minisd/clip.py`](../minisd/clip.py). [Notebook 04](04_vae.ipynb) was about the pictures' side;
-# [notebook 03](03_unet.ipynb) showed where the context enters the UNet. Next: [notebook 06](06_sampling.ipynb).
+# About 50 minutes to read; it runs in a minute or two on a laptop. Nothing is trained here. The modules of
+# this stage are [`minisd/tokenizer.py`](../minisd/tokenizer.py) and [`minisd/clip.py`](../minisd/clip.py).
+# [Notebook 04](04_vae.ipynb) was about the pictures' side; [notebook 03](03_unet.ipynb) showed where the context enters
+# the UNet. Next: [notebook 06](06_sampling.ipynb).
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -730,8 +730,9 @@ show({name: draw(guided(context=read(ids), empty=read(nothing))) for name, read 
 # and the UNet looks at them like at any other.)
 #
 # **The test.** Equality with transformers would find all four (`tests/test_clip.py`:
-# `test_the_last_hidden_state_equals_transformers`, `test_ids_equal_transformers_token_for_token`). Without it,
-# properties help: the length, the size of the numbers, and that a later token changes nothing before it.
+# `test_the_last_hidden_state_equals_transformers`; `tests/test_tokenizer.py`:
+# `test_ids_equal_transformers_token_for_token`). Without it, properties help: the length, the size of the numbers, and
+# that a later token changes nothing before it.
 
 
 # %%

@@ -83,7 +83,7 @@ def captions():
 @pytest.fixture(scope="session")
 def tokenizer():
     """A tokenizer of 625 pieces, trained on six captions."""
-    from minisd.clip import BPETokenizer
+    from minisd.tokenizer import BPETokenizer
 
     return BPETokenizer.train(CAPTIONS, vocab_size=640)
 

@@ -18,7 +18,7 @@ STAGES = {
     "loss": ["loss"],
     "unet": ["unet", "attention"],
     "vae": ["vae", "vq"],
-    "clip": ["clip"],
+    "clip": ["clip", "tokenizer"],
     "sampling": ["sampling"],
     "latent_diffusion": ["latent_diffusion"],
 }

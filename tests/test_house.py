@@ -24,7 +24,8 @@ STANDS_ON = {
     "unet": ["attention"],
     "vae": ["attention"],
     "vq": ["vae"],
-    "clip": ["attention"],
+    "tokenizer": [],
+    "clip": ["attention", "tokenizer"],
     "sampling": ["noising"],
     "loss": ["noising"],
     "conditions": [],
@@ -41,7 +42,7 @@ STANDS_ON = {
     "__main__": ["cli"],
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
-STAGES = ["attention", "noising", "unet", "vae", "vq", "clip", "sampling", "loss", "latent_diffusion"]
+STAGES = ["attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion"]
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
 STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
 

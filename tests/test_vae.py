@@ -382,6 +382,16 @@ def test_a_sample_is_mean_plus_std_times_noise_of_the_seed():
     assert not torch.equal(posterior.sample(), posterior.sample())
 
 
+def test_a_list_of_generators_gives_each_picture_its_own_noise():
+    posterior = DiagonalGaussianDistribution(draw(0, 2, 8, 3, 3))
+    alone = DiagonalGaussianDistribution(draw(0, 2, 8, 3, 3)[1:])
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    expected = alone.sample(torch.Generator().manual_seed(6))
+    assert torch.equal(posterior.sample(generators)[1:], expected)
+    with pytest.raises(ValueError, match="1 generators cannot draw noise for 2 pictures"):
+        posterior.sample(generators[:1])
+
+
 def test_a_sample_passes_gradients_to_mean_and_variance():
     moments = draw(0, 1, 4, 2, 2).requires_grad_()
     DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(1)).sum().backward()

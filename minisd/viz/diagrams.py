@@ -129,7 +129,7 @@ def class_diagram() -> "Figure":
           ("ResnetBlock, AttnBlock", "vae.py", "model.py"),
           ("DiagonalGaussianDistribution", "vae.py", "distributions.py")]),
         ("cond_stage_model", "text",
-         [("FrozenCLIPEmbedder", "clip.py", "encoders/modules.py"), ("BPETokenizer", "clip.py", "transformers"),
+         [("FrozenCLIPEmbedder", "clip.py", "encoders/modules.py"), ("BPETokenizer", "tokenizer.py", "transformers"),
           ("CLIPTextModel", "clip.py", "transformers"), ("CLIPAttention, CLIPMLP", "clip.py", "transformers")]),
     ]  # fmt: skip
     for i, (attribute, fill, classes) in enumerate(columns):
