@@ -225,7 +225,7 @@ def _batch_of(t: int, x: X) -> Int[Tensor, "b"]:
     return torch.full((x.shape[0],), t, device=x.device)
 
 
-def _checked(answer: X | Guided, x_t: X, i: int, t: int) -> Guided:
+def _checked(answer: Tensor | Guided, x_t: X, i: int, t: int) -> Guided:
     """The model's answer, if it can be used: of the right shape, and without NaN and infinity."""
     guided = answer if isinstance(answer, Guided) else Guided(answer)
     if guided.eps.shape != x_t.shape:
