@@ -21,8 +21,6 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .sampling import Step
-
 Picture = Image.Image | str | Path | Tensor  # a PIL image, the path of a file, or numbers
 
 
@@ -137,13 +135,13 @@ def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scal
 class Trajectory:
     """All steps of a drawing. They hold latents; pictures are decoded from them when somebody asks."""
 
-    steps: list[Step]
+    steps: list  # a `sampling.Step` for each; a list, so that this module stands on no other
     decode: Callable[[Tensor], Tensor]  # latents → pictures in [-1, 1]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, i: int) -> Step:
+    def __getitem__(self, i: int):
         return self.steps[i]
 
     def x0_images(self) -> list[list[Image.Image]]:

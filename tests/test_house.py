@@ -1,9 +1,11 @@
 """The rules of the house: what `import minisd` may cost, who may import whom, and how large the tree may grow."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd"
+COURSEWORK = ROOT / "coursework" / "minisd_coursework"
+# Lines of code that one person can hold in the head: blank lines, comments and docstrings do not count.
+MOST_LINES = {PACKAGE: 8_100, COURSEWORK: 3_000}
+# Comment lines for each line in the body of a function. A stage is read by students, line by line.
+LEAST_COMMENTS = 0.12
 
 # Who stands on whom. A module imports what is named here and what stands under that in turn: downwards only, so
 # that each can be read, copied or taught without what is above it.
@@ -19,7 +26,7 @@ STANDS_ON = {
     "compare": [],  # takes any two networks
     "noising": [],
     "data": ["pictures"],
-    "pictures": ["sampling"],
+    "pictures": [],
     "viz": ["pictures"],  # takes tensors and trajectories, never a model
     "unet": ["attention"],
     "vae": ["attention"],
@@ -101,6 +108,80 @@ def test_imports_go_downwards(file):
         outside = {name.split(".")[0] for name in imports(file, inside_functions=False)} - {"minisd"}
         others = outside - STAGE_NEEDS - STAGE_NEEDS_TOO.get(module, set())
         assert not others, f"the stage {module} imports {sorted(others)} before anybody asks for it"
+
+
+def files_of_both_packages() -> dict[str, Path]:
+    """By the names under which they are imported."""
+    files = [*PACKAGE.rglob("*.py"), *COURSEWORK.rglob("*.py")]
+    roots = {PACKAGE: ROOT, COURSEWORK: ROOT / "coursework"}
+    root_of = {file: next(roots[package] for package in roots if package in file.parents) for file in files}
+    return {".".join(file.relative_to(root_of[file]).with_suffix("").parts): file for file in sorted(files)}
+
+
+def imported_files(name: str, files: dict[str, Path]) -> set[str]:
+    """The files of ours that a file imports, inside functions too; the `__init__` of a package is left out."""
+    package, found = name.split(".")[:-1], set()
+    for node in ast.walk(ast.parse(files[name].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found & files.keys() - {name}
+
+
+def test_no_file_imports_itself_by_a_detour():
+    files = files_of_both_packages()
+    below = {name: imported_files(name, files) for name in files}
+
+    def reached(name: str) -> set[str]:
+        seen, waiting = set(), list(below[name])
+        while waiting:
+            if (one := waiting.pop()) not in seen:
+                seen.add(one)
+                waiting += below[one]
+        return seen
+
+    assert not [name for name in files if name in reached(name)]
+
+
+def lines_of(file: Path) -> tuple[set[int], set[int], int]:
+    """Lines of code, those of them in the body of a function, and how many comments stand in such bodies."""
+    text = file.read_text("utf-8")
+    docstrings, bodies = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                docstrings |= set(range(first.lineno, first.end_lineno + 1))
+            if isinstance(node, ast.FunctionDef):
+                bodies |= set(range(first.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    code = {i for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in docstrings}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [t for t in tokens if t.type == tokenize.COMMENT and t.start[0] in bodies and "fmt:" not in t.string]
+    return code, code & bodies, len(comments)
+
+
+@pytest.mark.parametrize("package", MOST_LINES, ids=lambda package: package.name)
+def test_the_code_fits_in_the_head(package):
+    assert sum(len(lines_of(file)[0]) for file in package.rglob("*.py")) <= MOST_LINES[package]
+
+
+@pytest.mark.parametrize("part", [*STAGES, "training"])
+def test_a_reader_is_told_why(part):
+    files = [PACKAGE / f"{part}.py"] if part in STAGES else sorted((PACKAGE / part).glob("*.py"))
+    counted = [lines_of(file) for file in files]
+    bodies, comments = sum(len(body) for _, body, _ in counted), sum(count for *_, count in counted)
+    assert comments >= LEAST_COMMENTS * bodies
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    import minisd
+
+    functions = {name for name in minisd.__all__ if not isinstance(getattr(minisd, name), type(minisd) | type)}
+    assert not functions & {file.stem for file in PACKAGE.rglob("*.py")}
 
 
 def test_import_is_about_as_quick_as_torch():
