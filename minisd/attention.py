@@ -14,8 +14,8 @@ From the inside out: `attention` is the equation, CrossAttention makes its queri
 BasicTransformerBlock joins both kinds with a FeedForward, and SpatialTransformer turns a feature map into tokens and
 back. The comments cite:
 
-    Transformer   Vaswani et al., "Attention Is All You Need", 2017
-    LDM           Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
+    Transformer   Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762)
+    LDM           Rombach et al., "High-Resolution Image Synthesis with Latent …", 2022 (arXiv:2112.10752)
 
 Classes and parameters have the names of CompVis, `ldm/modules/attention.py`.
 """
@@ -62,8 +62,8 @@ def attention(
         # was computed in float32, which the values are not.
         return weights.to(v.dtype) @ v
     # The same in one kernel, which works through the keys in pieces and never holds all n × m weights. At 64×64 pixels
-    # they would be 16.8 million for each head (Rabe & Staats, "Self-attention Does Not Need O(n²) Memory", 2021;
-    # Dao et al., "FlashAttention", 2022).
+    # they would be 16.8 million for each head (Rabe & Staats 2021, arXiv:2112.05682; FlashAttention: Dao et al. 2022,
+    # arXiv:2205.14135).
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -114,7 +114,7 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     """A linear layer with a gate: value · GELU(gate), where one product makes both.
 
-    (Shazeer, "GLU Variants Improve Transformer", 2020, section 2; CompVis: attention.py, GEGLU)
+    (Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, section 2; CompVis: attention.py, GEGLU)
     """
 
     def __init__(self, dim_in: int, dim_out: int):

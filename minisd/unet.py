@@ -28,11 +28,11 @@ Three kinds of layers do the work, and they are read in this order:
 
 The comments write shapes as [batch channels height width], and cite these papers:
 
-    U-Net         Ronneberger, Fischer & Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015
-    Transformer   Vaswani et al., "Attention Is All You Need", 2017
-    DDPM          Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
-    ADM           Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021
-    LDM           Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022
+    U-Net         Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image …", 2015 (arXiv:1505.04597)
+    Transformer   Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762)
+    DDPM          Ho et al., "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239)
+    ADM           Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021 (arXiv:2105.05233)
+    LDM           Rombach et al., "High-Resolution Image Synthesis with Latent …", 2022 (arXiv:2112.10752)
 
 Classes and parameters have the names of CompVis, `ldm/modules/diffusionmodules/openaimodel.py`.
 """
@@ -169,8 +169,7 @@ class TimestepEmbedSequential(nn.Sequential):
                 inputs = (x,)
             # Training keeps everything that is computed inside a layer, because the backward pass needs it. Gradient
             # checkpointing keeps only what enters the layer, and computes the inside again once the gradients reach
-            # it: a quarter more computation for a small part of the memory (Chen et al., "Training Deep Nets with
-            # Sublinear Memory Cost", 2016).
+            # it: a quarter more computation for a small part of the memory (Chen et al. 2016, arXiv:1604.06174).
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
