@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -75,17 +75,18 @@ def encoded(count: int, size: int, device: str, batch: int = 16) -> tuple[Tensor
     return torch.cat(latents), F.pad(contexts, (0, 768 - d, 0, 77 - n))
 
 
-def build(peer: str, config: UNetConfig, device: str) -> tuple[nn.Module, Callable]:
+def build(peer: str, config: UNetConfig, device: str, recompute: bool) -> tuple[nn.Module, Callable]:
     """A fresh UNet, and how to ask it: predict(x, t, context)."""
     torch.manual_seed(0)
     if peer == "minisd":
         model = UNetModel(config)
+        model.use_checkpoint(recompute)
         predict = model
     else:
         from diffusers import UNet2DConditionModel
 
         model = UNet2DConditionModel.from_config(unet_config_json(config))
-        if config.use_checkpoint:
+        if recompute:
             model.enable_gradient_checkpointing()
 
         def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def build(peer: str, config: UNetConfig, device: str) -> tuple[nn.Module, Callab
 def flops_per_image(config: UNetConfig, z: Tensor, context: Tensor) -> int:
     """Of a step: forward, and twice as many backward (a gradient for the inputs, and one for the weights)."""
     with torch.device("meta"):
-        model = UNetModel(replace(config, use_checkpoint=False))
+        model = UNetModel(config)
         x, c = torch.empty(1, *z.shape[1:]), torch.empty(1, *context.shape[1:])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(x, torch.zeros(1, dtype=torch.long), c)
@@ -124,8 +125,8 @@ def clock(device: str) -> float:
 def train(peer: str, compiled: bool, options: argparse.Namespace, z: Tensor, context: Tensor, peak: float) -> Run:
     """One run from random weights: the same pictures, noise and times for each peer."""
     device = options.device
-    config = replace(SMALL if options.small else UNetConfig(), use_checkpoint=options.recompute)
-    model, predict = build(peer, config, device)
+    config = SMALL if options.small else UNetConfig()
+    model, predict = build(peer, config, device, options.recompute)
     if compiled:
         model.compile()
     schedule = minisd.NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)

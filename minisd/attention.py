@@ -1,11 +1,23 @@
-"""Attention: where pixels look at each other, and where the text comes in.
+"""Stage 3, continued: attention, by which each pixel reads the other pixels and the prompt.
 
-A feature map of h x w pixels is read as a sequence of h*w tokens. Each transformer block lets every
-pixel look at every other pixel (self-attention, `attn1`), then at every word of the prompt
-(cross-attention, `attn2`), then thinks about what it saw (`ff`).
+    attention(Q, K, V) = softmax(Q Kᵀ / √d) V                                             (Transformer, eq. 1)
 
-Source: Vaswani et al. 2017 (arXiv:1706.03762); Rombach et al. 2022 (arXiv:2112.10752), section 3.3;
-CompVis `ldm/modules/attention.py`.
+A convolution reaches only the neighbours of a pixel, and it has no place for a text. Attention has both. It works
+on tokens, which are vectors in a sequence: here the h·w pixels of a feature map, or the words of the prompt. Each
+token that reads sends out a query; each token that is read has a key, which says what it can be found by, and a
+value, which is what it gives. Where query and key match, much of the value is taken over.
+
+    self-attention     queries, keys and values from the pixels: distant parts of the picture can agree
+    cross-attention    queries from the pixels, keys and values from the prompt: this is where the text comes in
+
+From the inside out: `attention` is the equation, CrossAttention makes its queries, keys and values,
+BasicTransformerBlock joins both kinds with a FeedForward, and SpatialTransformer turns a feature map into tokens and
+back. The comments cite:
+
+    Transformer   Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762)
+    LDM           Rombach et al., "High-Resolution Image Synthesis with Latent …", 2022 (arXiv:2112.10752)
+
+Classes and parameters have the names of CompVis, `ldm/modules/attention.py`.
 """
 
 from collections.abc import Callable
@@ -15,7 +27,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def attention(
@@ -25,49 +36,64 @@ def attention(
     causal: bool = False,
     record: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
-    """softmax(q kᵀ / √d) v: every query takes a weighted mean of the values (Vaswani et al., eq. 1).
+    """softmax(q kᵀ / √d) v: each of n queries takes a weighted mean of m values (Transformer, eq. 1).
 
-    The one attention of the package: UNet, VAE and CLIP all call it, and it picks the kernel.
-    `causal` lets token i look at tokens 0..i only, as a language model must (CLIP's text tower).
-    `record` is called with the weights [b heads n m], which the fused kernel never holds (minisd.record_attention).
+    This is the only attention in the package: UNet, VAE and CLIP all call it.
+
+    Args:
+        q, k, v: queries [b heads n d], keys and values [b heads m d].
+        causal: let token i read tokens 0 … i only, as a language model must (CLIP's text encoder).
+        record: a function that receives the weights [b heads n m], as `minisd.record_attention` needs them.
     """
     if record or _plain_is_faster(q):
+        # How well does each query match each key? [b heads n d] @ [b heads d m] -> [b heads n m]. A dot product sums
+        # d terms, so its standard deviation grows as √d. Without the division the largest score would soon take all
+        # the weight, and the gradient of the softmax would vanish (Transformer, section 3.2.1).
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
+            # Above the diagonal stand the tokens that come later. exp(-∞) = 0, so they get no weight.
             n, m = scores.shape[-2:]
             scores = scores.masked_fill(torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        # Each row becomes positive weights that sum to 1: how much of each value this query takes.
         weights = scores.softmax(dim=-1)
         if record:
             record(weights)
+        # The weighted mean of the values: [b heads n m] @ [b heads m d] -> [b heads n d]. Under autocast the softmax
+        # was computed in float32, which the values are not.
         return weights.to(v.dtype) @ v
-    # The same sum without ever holding the n x m table in memory: at 64x64 pixels that table has 16.8 million
-    # entries a head. Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
+    # The same in one kernel, which works through the keys in pieces and never holds all n × m weights. At 64×64 pixels
+    # they would be 16.8 million for each head (Rabe & Staats 2021, arXiv:2112.05682; FlashAttention: Dao et al. 2022,
+    # arXiv:2205.14135).
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 def _plain_is_faster(q: Tensor) -> bool:
-    """In bf16 on a CPU the fused kernel's backward pass is several times slower than the three lines above."""
+    """In bf16 on a CPU, the backward pass of the fused kernel is several times slower than the plain equation."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
 
 
 class CrossAttention(nn.Module):
-    """Queries from the picture, keys and values from the context: each pixel asks, each word answers.
+    """Attention from the tokens x to the tokens of a context, or, without a context, to x itself.
 
-    Without a context it is self-attention. No biases on the way in, one on the way out, as the checkpoint has it.
+        Q = W_Q x,  K = W_K context,  V = W_V context;  W_O attention(Q, K, V) + b_O             (LDM, section 3.3)
 
     Args:
-        query_dim: channels of x.
+        query_dim: channels of x, and of the output.
         context_dim: channels of the context; None for self-attention.
-        heads, dim_head: the inner width is heads * dim_head.
+        heads, dim_head: number of heads, and channels in each.
+
+    (CompVis: attention.py, CrossAttention. The first three projections have no bias, as in the checkpoint.)
     """
 
-    record: Callable[[Tensor], None] | None = None  # is called with the weights, while somebody looks at them
+    record: Callable[[Tensor], None] | None = None  # set by minisd.record_attention, to receive the weights
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__()
         context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
+        # Pixels and words have different widths (320 and 768 at the first level of SD v1). These two bring the words
+        # to the width of the queries, so that the two can be compared.
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
@@ -77,15 +103,18 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, "b n c"]:
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        # The channels are cut into heads. Each head attends with weights of its own, so one pixel can read the word
+        # for its colour in one head and the opposite edge of the object in another (Transformer, section 3.2.2).
         q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
         out = attention(q, k, v, record=self.record)
+        # The heads are put side by side again, and the last layer mixes them: [b heads n d] -> [b n c].
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class GEGLU(nn.Module):
-    """x · GELU(gate): half of the channels decide how much of the other half passes (Shazeer 2020, arXiv:2002.05202).
+    """A linear layer with a gate: value · GELU(gate), where one product makes both.
 
-    The value comes first and the gate second; the GELU is the exact one (erf), not the tanh approximation.
+    (Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, section 2; CompVis: attention.py, GEGLU)
     """
 
     def __init__(self, dim_in: int, dim_out: int):
@@ -93,12 +122,21 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, 2 * dim_out)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c_out"]:
+        # [b n 2·c_out] -> two of [b n c_out]. The value comes first, as in the checkpoint. If the two are swapped, all
+        # shapes still fit and the output is wrong.
         x, gate = self.proj(x).chunk(2, dim=-1)
+        # The gate says for each channel how much of its value passes. This is the exact GELU, x Φ(x); CLIP in SD v1
+        # uses an approximation, x · sigmoid(1.702 x).
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """What a token does on its own: widen by `mult`, gate, and come back."""
+    """Two layers that process each token by itself, [b n c] -> [b n c].
+
+    Attention only takes means of what is there already. This network computes something new from what a token has
+    gathered: it widens the token to `mult` times its channels, gates them, and brings it back.
+    (Transformer, section 3.3; CompVis: attention.py, FeedForward)
+    """
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -109,50 +147,39 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each normalised before and added after (pre-norm).
+    """Self-attention, cross-attention and a feed-forward network, each normalised before and added after.
 
-    CompVis `attention.py: BasicTransformerBlock`.
+    Without a context, the second attention is self-attention too. (LDM, appendix E.2.1; CompVis: attention.py,
+    BasicTransformerBlock)
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        context_dim: int | None = None,
-        dropout: float = 0.0,
-        use_checkpoint: bool = False,
-    ):
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
-        self.attn1 = CrossAttention(dim, None, heads, dim_head)  # pixels look at pixels
+        # The names attn1 and attn2, and this order, are those of the checkpoint.
+        self.attn1 = CrossAttention(dim, None, heads, dim_head)
         self.ff = FeedForward(dim, dropout=dropout)
-        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)  # pixels look at words
+        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.use_checkpoint = use_checkpoint
 
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        # Gradient checkpointing: forget what happened inside and compute it again on the way back, which
-        # trades a third more time for most of the memory (Chen et al. 2016, arXiv:1604.06174).
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, context, use_reentrant=False)
-        return self._forward(x, context)
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        x = x + self.ff(self.norm3(x))
+        # Each line computes a correction and adds it to x [b n c]. The norm stands inside the branch, so the sum runs
+        # from the input to the output untouched, which keeps deep transformers trainable ("pre-norm": Xiong et al.,
+        # "On Layer Normalization in the Transformer Architecture", 2020).
+        x = x + self.attn1(self.norm1(x))  # pixels read pixels
+        x = x + self.attn2(self.norm2(x), context)  # pixels read words
+        x = x + self.ff(self.norm3(x))  # each pixel by itself
         return x
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the pixels of a feature map: flatten, attend, fold back, add.
+    """Transformer blocks over the pixels of a feature map, [b c h w] -> [b c h w].
 
-    `proj_out` starts at zero, so that a new block changes nothing until it has learned something. The
-    projections are 1x1 convolutions in SD 1 (SD 2 has Linear layers there). CompVis `attention.py: SpatialTransformer`.
+    The projections around the blocks are 1×1 convolutions in SD 1, and Linear layers in SD 2.
+    (LDM, appendix E.2.1; CompVis: attention.py, SpatialTransformer)
     """
 
     def __init__(
@@ -163,15 +190,14 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         context_dim: int | None = None,
         dropout: float = 0.0,
-        use_checkpoint: bool = False,
     ):
         super().__init__()
         inner_dim = heads * dim_head
-        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)  # 1e-6 here, 1e-5 in the UNet's ResBlocks
+        # The checkpoint was trained with eps 1e-6 here and with 1e-5 in the ResBlocks, which its weights do not show.
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout, use_checkpoint)
-            for _ in range(depth)
+            BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout) for _ in range(depth)
         )
         self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, 1))
 
@@ -179,35 +205,44 @@ class SpatialTransformer(nn.Module):
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b c h w"]:
         h, w = x.shape[-2:]
-        # contiguous: the numbers of a token side by side, once, or each LayerNorm below would have to copy them so
+        # The map becomes a sequence of h·w tokens, row by row. Attention does not know where in the map a token was,
+        # and no position is added: the convolutions around this layer, which pad the edges with zeros, tell it.
+        # contiguous() puts the numbers of a token side by side in memory, once, or each LayerNorm would have to.
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
+        # Folded back to a map, and added to the input: a new layer, whose proj_out is zero, changes nothing.
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels alone, in the UNets that read no text. CompVis `openaimodel.py: AttentionBlock`.
+    """Self-attention alone, [b c h w] -> [b c h w], for a UNet that reads no text.
 
-    One 1-D convolution makes queries, keys and values; its channels are sorted by head first, and by q, k, v within.
+    (CompVis: openaimodel.py, AttentionBlock with QKVAttentionLegacy; not used in SD v1)
     """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(32, channels)  # eps 1e-5 here, not SpatialTransformer's 1e-6
+        self.norm = nn.GroupNorm(32, channels)  # eps 1e-5 here, not the 1e-6 of SpatialTransformer
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        # [b c h w] -> [b c n], then one 1×1 convolution makes queries, keys and values: [b 3c n].
         tokens = self.qkv(self.norm(x).flatten(2))
+        # Its channels are sorted by head first, and by q, k, v within a head.
         q, k, v = rearrange(tokens, "b (h three d) n -> three b h n d", h=self.heads, three=3)
         out = rearrange(attention(q, k, v), "b h n d -> b (h d) n")
         return x + self.proj_out(out).reshape(x.shape)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set all parameters to zero: a residual branch that ends in it starts as the identity."""
+    """Set all parameters of a module to zero, and return it. (CompVis: util.py, zero_module)
+
+    A residual branch that ends in it adds nothing at first, so that the network starts as the identity and each branch
+    comes in as it learns. The zeros do not stay: the gradient of a layer's weights depends on its input, not on them.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -1,10 +1,14 @@
-"""Stage 1: the forward process. A picture dissolves into noise, and every quantity of it has a closed form.
+"""Stage 1: the forward process. A picture dissolves into noise in T small steps.
 
     q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)         one small step                      (DDPM, eq. 2)
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I)             any number of steps at once         (DDPM, eq. 4)
 
-where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t. Nothing here is learned: a schedule is T numbers β_t, chosen
-once, and what follows from them. The papers that the comments cite:
+where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t. Each step scales the picture down a little and adds a little noise.
+A sum of independent Gaussians is a Gaussian again, so t steps can be taken at once, and training never has to walk
+through them. Nothing here is learned: a schedule is T numbers β_t, chosen once, and all else follows from them.
+
+The small steps are there for the way back. A network can learn to undo one, because q(x_{t-1} | x_t) is nearly a
+Gaussian if the step is small, and can have any shape if it is large. The comments cite these papers:
 
     DDPM            Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
     Improved DDPM   Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021
@@ -12,8 +16,8 @@ once, and what follows from them. The papers that the comments cite:
     v-prediction    Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", 2022
     EDM             Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022
 
-The papers count t = 1 ... T; the code, like all that was published with them, counts t = 0 ... T-1. So t = 0
-is not the clean picture but the picture after the first small step, and the clean one, ᾱ = 1, has no index.
+The papers count t = 1 ... T. The code counts t = 0 ... T-1, as the code published with the papers does. So t = 0
+is not the clean picture but the picture after the first small step. The clean picture, ᾱ = 1, has no index.
 """
 
 import math
@@ -27,17 +31,18 @@ def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -
     """Look up one coefficient for each picture of a batch, shaped to multiply that batch.
 
     Returns a[t] on t's device, with `ndim` dimensions: [b 1 ... 1]. Raises TypeError if t does not hold
-    integers, ValueError if it is not one-dimensional or leaves [0, T).
+    integers, ValueError if it is not one-dimensional or not all of it lies in [0, T).
     (CompVis: ldm/modules/diffusionmodules/util.py, extract_into_tensor)
     """
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"t must hold integers (torch.int64), one for each picture, not {t.dtype}.")
     if t.ndim != 1:
         raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
-    # A negative t would quietly count from the end. On a GPU, the check would make the CPU wait at each step,
-    # and is left to CUDA's own assertion.
+    # A negative t would count from the end, without any error. On a GPU this check would make the CPU wait in
+    # every step, so there it is left to CUDA's own assertion.
     if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
         raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
+    # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
     return a.to(t.device, non_blocking=True)[t.long()].reshape(-1, *[1] * (ndim - 1))
 
 
@@ -46,16 +51,19 @@ class NoiseSchedule:
 
     betas: [T], each in (0, 1), or `.scaled_linear()` (Stable Diffusion), `.linear()` (DDPM), `.cosine()`.
 
-    Every buffer is [T], float32, on the CPU, and was computed in float64. The methods bring what they need to
-    the device and the dtype of the data, which may have any rank: latents [b c h w], points of a toy [b 2],
-    plain numbers [b]. (CompVis: ldm/models/diffusion/ddpm.py, DDPM.register_schedule)
+    Every buffer is [T], float32, on the CPU. The methods move what they need to the device and the dtype of the
+    data, which may have any rank: latents [b c h w], points of a toy example [b 2], plain numbers [b].
+    (CompVis: ldm/models/diffusion/ddpm.py, DDPM.register_schedule)
     """
 
     def __init__(self, betas: Float[Tensor, "T"]):
+        # Everything is computed in float64 and rounded to float32 once: a product of a thousand factors close to 1
+        # would gather a thousand rounding errors.
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f"betas must be [T] numbers strictly between 0 and 1, not {betas}.")
-        # ᾱ_t = Π_{s≤t} (1 - β_s): how much of the picture's variance is left. Before the first step, all is.
+        # ᾱ_t = Π_{s≤t} (1 - β_s): how much of the picture's variance is left after step t. Before the first step
+        # all of it is there, so ᾱ_{t-1} is 1 for t = 0.
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
@@ -69,18 +77,19 @@ class NoiseSchedule:
         self.sqrt_alphas_cumprod = alphas_cumprod.sqrt().float()
         self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt().float()
 
-        # ... solved for the picture: x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε                       (DDPM, eq. 15)
+        # The same, solved for the picture: x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε                 (DDPM, eq. 15)
         self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt().float()
         self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt().float()
 
-        # One step back for somebody who knows the picture: q(x_{t-1} | x_t, x_0) = N(μ̃, β̃ I), with
+        # One step back, if the picture is known, is a Gaussian by Bayes' rule: q(x_{t-1} | x_t, x_0) = N(μ̃, β̃ I).
+        # Its mean is a weighted sum of x_0 and x_t, and its variance is smaller than β_t, as x_0 is known too:
         #   β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t
         #   μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t             (DDPM, eq. 6, 7)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
         coef1 = alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod)
         coef2 = (1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_variance = posterior_variance.float()
-        # β̃_0 = 0, since the step back from t = 0 leads to x_0 itself; the clip keeps its logarithm finite.
+        # β̃_0 = 0, because the step back from t = 0 leads to x_0 itself. The clip keeps its logarithm finite.
         self.posterior_log_variance_clipped = posterior_variance.clamp(min=1e-20).log().float()
         self.posterior_mean_coef1 = coef1.float()
         self.posterior_mean_coef2 = coef2.float()
@@ -93,10 +102,11 @@ class NoiseSchedule:
     ) -> "NoiseSchedule":
         """Stable Diffusion's schedule: √β grows linearly.
 
-        A trap of names: CompVis calls this one "linear", and "sqrt_linear" the one that is linear in β.
-        diffusers and minisd say "scaled_linear" and "linear".
+        The names differ: what diffusers and minisd call "scaled_linear" is "linear" in CompVis, and what they
+        call "linear" is "sqrt_linear" there.
         (CompVis: ldm/modules/diffusionmodules/util.py, make_beta_schedule)
         """
+        # The squares start flatter than a line between the same ends, so the early steps add less noise.
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu")
         return cls(roots**2)
 
@@ -109,11 +119,16 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
-        """Improved DDPM's schedule: ᾱ falls as a squared cosine, gently at both ends (section 3.2)."""
+        """Improved DDPM's schedule: ᾱ falls as a squared cosine, slowly at both ends (section 3.2).
+
+        DDPM's own schedule destroys small pictures too early, so that its last steps teach the network nothing.
+        s keeps the first steps from being too small, max_beta the last ones from being too large.
+        """
         # ᾱ_t = f(t) / f(0),   f(t) = cos²( (t/T + s) / (1 + s) · π/2 )                (Improved DDPM, eq. 17)
         t = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
         f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        # β_t = 1 - ᾱ_t / ᾱ_{t-1}, clipped: the cosine ends at 0, and a β of 1 would leave 0 to divide by
+        # β_t = 1 - ᾱ_t / ᾱ_{t-1}. The cosine ends at ᾱ = 0, where β would be 1, and ᾱ is divided by elsewhere.
+        # Therefore β is clipped.
         return cls((1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
     def __repr__(self) -> str:
@@ -123,19 +138,23 @@ class NoiseSchedule:
     # -- reading it ----------------------------------------------------------------------------------------
 
     def alpha_bar(self, t: int) -> float:
-        """ᾱ_t in float64, as the Python number that a sampler computes with: no device is waited for."""
+        """ᾱ_t as a Python number, with float64's precision. Samplers use it, since it needs no copy from a GPU.
+
+        Raises ValueError unless 0 <= t < T.
+        """
         if not 0 <= t < self.timesteps:
             raise ValueError(f"t must lie in [0, {self.timesteps}), but it is {t}.")
         return self._alphas_cumprod[t]
 
     def snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), [b], float32 (VDM, eq. 2). SD v1: 1175 down to 0.0047."""
-        # The square of a quotient: in float32, 1 - ᾱ would lose three digits where ᾱ is close to 1.
+        # Taken as (√ᾱ / √(1-ᾱ))², from buffers that were rounded last. Computing 1 - ᾱ here, in float32, would
+        # lose three digits where ᾱ is close to 1.
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, ndim=1)
         return (signal / extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, ndim=1)) ** 2
 
     def log_snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
-        """log(ᾱ_t / (1-ᾱ_t)), [b], float32: twice the λ_t along which DPM-Solver takes its steps."""
+        """log(ᾱ_t / (1-ᾱ_t)), [b], float32. It is twice the λ_t by which DPM-Solver measures its steps."""
         return self.snr(t).log()
 
     def _at(
@@ -154,15 +173,16 @@ class NoiseSchedule:
     def q_sample(
         self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """Draw x_t from q(x_t | x_0): noise each picture to its own timestep, in one go.
+        """Draw x_t from q(x_t | x_0): add noise to each picture, as much as its own timestep says, in one go.
 
-        noise: ε ~ N(0, I), shaped like x_0. If x_0 has variance 1, so has x_t: variance is preserved.
+        noise: ε ~ N(0, I), shaped like x_0.
         (DDPM, eq. 4; CompVis: DDPM.q_sample)
         """
         _same_shape(x_0=x_0, noise=noise)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
         sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
-        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
+        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε. The squares of the two factors sum to 1, so if x_0 has variance 1, x_t has
+        # it too, at every t: the network always sees inputs of one scale ("variance preserving").
         return signal * x_0 + sigma * noise
 
     def q_mean_variance(
@@ -181,14 +201,12 @@ class NoiseSchedule:
     def predict_start_from_noise(
         self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """The picture that x_t was made from, if this is the noise in it (DDPM, eq. 15; CompVis: same name).
-
-        Towards t = T the noise is multiplied by a large number (14.6 in SD v1), and so is every error in it.
-        """
+        """The picture that x_t was made from, if this is the noise in it (DDPM, eq. 15; CompVis: same name)."""
         _same_shape(x_t=x_t, noise=noise)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
         recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
-        # x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε
+        # x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε. Towards t = T both factors become large (14.6 in SD v1), and an error
+        # in the noise grows with them. So the first guesses at the picture that a sampler makes are poor.
         return recip * x_t - recipm1 * noise
 
     def predict_noise_from_start(
@@ -198,7 +216,7 @@ class NoiseSchedule:
         _same_shape(x_t=x_t, x_0=x_0)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
         recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
-        # ε = (√(1/ᾱ_t) x_t - x_0) / √(1/ᾱ_t - 1)
+        # ε = (√(1/ᾱ_t) x_t - x_0) / √(1/ᾱ_t - 1). Here errors grow at small t, where there is little noise to see.
         return (recip * x_t - x_0) / recipm1
 
     # -- v-prediction: if √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ, then (x_t, v) is (x_0, ε) turned by φ ---------
@@ -206,7 +224,7 @@ class NoiseSchedule:
     def get_v(
         self, x_0: Float[Tensor, "b *d"], noise: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
     ) -> Float[Tensor, "b *d"]:
-        """The velocity v: nearly ε where there is little noise, nearly -x_0 where there is little else.
+        """The velocity v: nearly ε where x_t is nearly clean, nearly -x_0 where x_t is nearly all noise.
 
         (v-prediction, section 4 and appendix D; it is what the 768-pixel Stable Diffusion 2 predicts)
         """
@@ -219,31 +237,33 @@ class NoiseSchedule:
     def predict_start_from_v(
         self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """The picture in x_t, from v. No factor exceeds 1, so that no error grows, as it does with ε."""
+        """The picture in x_t, from v (v-prediction, appendix D)."""
         _same_shape(x_t=x_t, v=v)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
         sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-        # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+        # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v. Turning (x_t, v) back by φ. No factor exceeds 1, so an error in v does not
+        # grow, at any t.
         return signal * x_t - sigma * v
 
     def predict_noise_from_v(
         self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """The noise in x_t, from v: it turns a model of v into the eps_model that a sampler asks for."""
+        """The noise in x_t, from v. With it, a model that predicts v can be used as a sampler's eps_model."""
         _same_shape(x_t=x_t, v=v)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
         sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
         # ε = √(1-ᾱ_t) x_t + √ᾱ_t v
         return sigma * x_t + signal * v
 
-    # -- one step back, for somebody who knows x_0 ---------------------------------------------------------
+    # -- one step back, if x_0 is known --------------------------------------------------------------------
 
     def q_posterior(
         self, x_0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
         """Mean [b *d], variance [b 1 ... 1] and clipped log variance of q(x_{t-1} | x_t, x_0).
 
-        This is what a model of the reverse process learns to imitate, without being shown x_0.
+        The reverse process that is learned, p(x_{t-1} | x_t), has to come as close to this as it can without
+        seeing x_0. In DDPM's sampler, the network's estimate takes the place of x_0.
         (DDPM, eq. 6 and 7; CompVis: DDPM.q_posterior)
         """
         _same_shape(x_0=x_0, x_t=x_t)
@@ -267,15 +287,15 @@ class ExactDenoiser:
 
     x_0_all: [n *d], the whole data set; a few thousand pictures, since it is kept in float64.
 
-    If the data are n pictures, each as likely as the next, Bayes' rule says which of them a noisy x may have
-    come from, and the best guess at x_0 in the mean square is their average with these weights:
+    If the data are n equally likely pictures, Bayes' rule gives the probability w_i that a noisy x was made from
+    picture i. The guess at x_0 with the smallest mean squared error is the average with these weights:
 
         w_i = softmax_i( -|x - √ᾱ_t x_i|² / (2 (1-ᾱ_t)) )       x̂_0 = Σ_i w_i x_i       (EDM, appendix B.3)
         ε   = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t)
 
-    A network that reached the smallest possible loss on the data would compute just this, and would then draw
-    nothing but the pictures it has seen: that a real one draws others, it owes to falling short. Here it lets
-    every sampler run before there is a network, and tells a test what the right answer is.
+    A network with the smallest possible training loss would compute exactly this, and would only reproduce the
+    training pictures. Real networks draw new pictures because they differ from it. With it, every sampler can be
+    tried before there is a network, and a test knows the right answer.
     """
 
     def __init__(self, x_0_all: Float[Tensor, "n *d"], schedule: NoiseSchedule):
@@ -283,7 +303,7 @@ class ExactDenoiser:
             raise ValueError(f"x_0_all must hold one picture or more, [n *d], not {list(x_0_all.shape)}.")
         self.schedule = schedule
         self.shape = x_0_all.shape[1:]
-        # Apple's GPUs have no float64; there the data stays on the CPU, and x comes to it and goes back.
+        # Apple's GPUs have no float64. In that case the data stays on the CPU, and x is moved there and back.
         device = "cpu" if x_0_all.device.type == "mps" else x_0_all.device
         self.data = x_0_all.detach().to(device).double().reshape(len(x_0_all), -1)  # [n d]
         self.squared_norms = self.data.square().sum(dim=1)  # |x_i|², [n]
@@ -291,13 +311,18 @@ class ExactDenoiser:
     def __call__(
         self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"], context: Tensor | None = None
     ) -> Float[Tensor, "b *d"]:
-        """The best guess at the noise in x, E[ε | x_t = x]. The arguments are a UNet's; context is unused."""
+        """The best guess at the noise in x, E[ε | x_t = x], [b *d].
+
+        The arguments are those of a UNet, so it can stand in for one; the context is not used.
+        Raises ValueError if x does not hold pictures of the data's shape.
+        """
         x_0, (flat, signal, sigma) = self._x0(x, t)
+        # ε = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t): the noise that leads from the guessed picture to x.
         eps = (flat - signal * x_0) / sigma
         return eps.reshape(x.shape).to(x.dtype).to(x.device)
 
     def x0(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"]:
-        """The best guess at the picture in x, E[x_0 | x_t = x]: a blur while many are possible."""
+        """The best guess at the picture in x, E[x_0 | x_t = x], [b *d]: a blur as long as many are possible."""
         return self._x0(x, t)[0].reshape(x.shape).to(x.dtype).to(x.device)
 
     def posterior(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
@@ -311,7 +336,7 @@ class ExactDenoiser:
     def _flatten(
         self, x: Tensor, t: Tensor
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
-        """x where the data is, in float64, one row for each picture; √ᾱ_t; √(1-ᾱ_t)."""
+        """x as one row for each picture, in float64 and on the data's device; √ᾱ_t; √(1-ᾱ_t)."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")
         t = t.to(self.data.device)
@@ -321,7 +346,8 @@ class ExactDenoiser:
         return flat, signal, sigma
 
     def _weights(self, flat: Tensor, signal: Tensor, sigma: Tensor) -> Float[Tensor, "b n"]:
-        # |x - √ᾱ x_i|² = |x|² - 2 √ᾱ x·x_i + ᾱ |x_i|². The first term is the same for every i, so softmax
-        # does not see it; the second is a matrix product, and the b × n × d differences are never stored.
+        # |x - √ᾱ x_i|² = |x|² - 2 √ᾱ x·x_i + ᾱ |x_i|². The first term is the same for every i, and the softmax
+        # does not change when all its inputs are shifted alike, so it is left out. The second is a matrix product,
+        # which never stores the b × n × d differences. float64 is needed because large numbers nearly cancel.
         squared_distances = signal**2 * self.squared_norms - 2 * signal * (flat @ self.data.T)  # [b n]
         return torch.softmax(-squared_distances / (2 * sigma**2), dim=1)

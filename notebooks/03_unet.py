@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 import minisd
 from minisd import viz
-from minisd.unet import UNetConfig, UNetModel, outline, timestep_embedding
+from minisd.instruments.unet_outline import outline
+from minisd.unet import UNetConfig, UNetModel, timestep_embedding
 
 full = MODE == "full"
 start = time.time()

@@ -939,7 +939,8 @@ print(f"{'':6} {'parameters':>12} " + "".join(f"{c:>10}" for c in columns) + "  
 kept = {}
 for name, size in sizes.items():
     for recompute in (False, True):
-        unet, *inputs = on_meta(replace(minisd.PRESETS[name].unet, use_checkpoint=recompute), size)
+        unet, *inputs = on_meta(minisd.PRESETS[name].unet, size)
+        unet.use_checkpoint(recompute)
         with LiveBytes(unet) as memory:
             loss = unet(*inputs).square().mean()
             kept[name, recompute] = memory.now
@@ -960,8 +961,8 @@ print(f"of sd-v1's activations, the attention weights [4096 4096] at 64x64: {rea
 # written out. A fused kernel (Dao et al. 2022), which PyTorch takes on a GPU, never holds them: without them we counted
 # 1.9 GB.) A card with 40 GB, as in the model card, would hold four pictures, and no more.
 #
-# **Gradient checkpointing** (Chen et al. 2016) keeps only what goes into each block, and computes its inside again on
-# the way back: 0.31 GB, plus one block at a time. The next section says what it costs: a quarter more operations.
+# **Gradient checkpointing** (Chen et al. 2016) keeps only what goes into each layer, and computes its inside again on
+# the way back: 0.16 GB, plus one layer at a time. The next section says what it costs: a quarter more operations.
 # CompVis's configuration has it on (`use_checkpoint: True`).
 #
 # How does the table know, without 20 GB? The network is built on the device `meta`, where tensors have a shape and no
@@ -985,7 +986,8 @@ for name, size in sizes.items():
     config = minisd.PRESETS[name]
     row = {}
     for recompute in (False, True):
-        unet, *inputs = on_meta(replace(config.unet, use_checkpoint=recompute), size)
+        unet, *inputs = on_meta(config.unet, size)
+        unet.use_checkpoint(recompute)
         row["forward"] = flops(unet, *inputs)
         row["step, recomputed" if recompute else "step"] = flops(unet, *inputs, backward=True)
     with torch.device("meta"):

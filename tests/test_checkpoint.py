@@ -42,6 +42,15 @@ def test_what_was_saved_is_loaded(model, folder):
     assert torch.equal(loaded.cond_stage_model.tokenize(prompt), model.cond_stage_model.tokenize(prompt))
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_config_that_still_names_gradient_checkpointing_loads(model, folder, on):
+    """minisd 0.1 wrote it among the UNet's fields. It never changed what the model is."""
+    config = json.loads((folder / "config.json").read_text())
+    config["unet"]["use_checkpoint"] = on
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder, "cpu").config == model.config
+
+
 @pytest.mark.parametrize("content", [[], {}, {"state_dict": 3}, {1: torch.zeros(1)}, {"a": "b"}, torch.zeros(3)])
 def test_a_file_without_named_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")

@@ -78,7 +78,7 @@ class Tanh(GEGLU):
 
 
 class NoResidual(BasicTransformerBlock):
-    def _forward(self, x, context):
+    def forward(self, x, context=None):
         x = x + self.attn1(self.norm1(x))
         x = self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -105,7 +105,7 @@ class Refolded(SpatialTransformer):
 
 
 class NoTime(ResBlock):
-    def _forward(self, x, emb):
+    def forward(self, x, emb):
         self.emb_layers(emb)
         return self.skip_connection(x) + self.out_layers(self.in_layers(x))
 

@@ -38,12 +38,13 @@ STANDS_ON = {
     "conditions": [],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
+    "instruments": ["latent_diffusion"],
     "attention_maps": ["latent_diffusion"],
     "trace": ["latent_diffusion"],
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "trace", "attention_maps", "compare"],  # `import minisd` as a whole
+    "__init__": ["training", "evaluation", "instruments", "trace", "attention_maps", "compare"],  # `import minisd`
     "coursework": ["__init__"],
     "cli": ["__init__"],
     "__main__": ["cli"],

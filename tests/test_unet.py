@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from minisd.attention import CrossAttention, SpatialTransformer
-from minisd.unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample, outline, timestep_embedding
+from minisd.instruments.unet_outline import outline
+from minisd.unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample, timestep_embedding
 
 COMPVIS = UNetConfig(
     model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2, 1), num_heads=4, context_dim=32
@@ -187,20 +188,41 @@ def test_in_half_precision_the_prediction_is_nearly_the_same(compvis):
 
 def test_gradient_checkpointing_changes_neither_output_nor_gradients(compvis):
     unet, tensors, _ = compvis
-    frugal = UNetModel(replace(COMPVIS, use_checkpoint=True))
+    frugal = UNetModel(COMPVIS)
+    frugal.use_checkpoint()
     frugal.load_state_dict(unet.state_dict())
     found = []
     for model in (unet, frugal):
         out, loss = compvis_loss(model, tensors)
         found.append([out, loss, *torch.autograd.grad(loss, model.parameters())])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(theirs, ours, atol=1e-7, rtol=1e-6)
+        assert torch.equal(theirs, ours)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(randomise):
+    """Counted: what autograd saves, without the parameters and without what enters a layer that is computed again."""
+    unet = randomise(UNetModel(COMPVIS))
+    parameters = {p.data_ptr() for p in unet.parameters()}
+    kept = []
+    for on in (False, True):
+        unet.use_checkpoint(on)
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            unet(draw(0, 2, 4, 16, 16), torch.tensor([10, 500]), draw(1, 2, 3, 32))
+        kept.append(sum(size for pointer, size in saved.items() if pointer not in parameters))
+    assert kept[1] < kept[0] / 4
 
 
 @pytest.mark.parametrize(("use_checkpoint", "times"), [(False, 1), (True, 2)], ids=["kept", "computed again"])
 def test_gradient_checkpointing_computes_the_blocks_again(randomise, use_checkpoint, times):
     """And only where there will be gradients."""
-    unet = randomise(UNetModel(replace(COMPVIS, use_checkpoint=use_checkpoint)))
+    unet = randomise(UNetModel(COMPVIS))
+    unet.use_checkpoint(use_checkpoint)
     calls = {"ResBlock": 0, "transformer": 0}
 
     def count(name):

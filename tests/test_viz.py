@@ -342,7 +342,7 @@ def test_matrices_put_a_picture_beside_each_row(viz, pictures):
 
 
 def test_unet_diagram_says_what_every_block_is_and_hands_on(minisd, viz):
-    from minisd.unet import outline
+    from minisd.instruments.unet_outline import outline
 
     blocks = outline(minisd.PRESETS["emoji"].unet, size=8)
     figure = viz.unet_diagram(blocks, "small")

@@ -136,7 +136,7 @@ def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
     # What is left out has the default of CompVis's class, which is not that of SD v1.
     given = {"num_heads": -1, "num_head_channels": -1, "context_dim": None, "transformer_depth": 1, "dropout": 0.0,
              "channel_mult": (1, 2, 4, 8), "use_spatial_transformer": False}  # fmt: skip
-    given |= {key: value for key, value in params.items() if key in own and key != "use_checkpoint"}
+    given |= {key: value for key, value in params.items() if key in own}
     if isinstance(given["context_dim"], list):  # OmegaConf makes lists of some
         (given["context_dim"],) = given["context_dim"]
     for key in ("num_heads", "num_head_channels"):  # -1 is CompVis's "take the other"

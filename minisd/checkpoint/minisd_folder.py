@@ -38,6 +38,9 @@ KINDS = {
     "cond_stage": (CLIPTextConfig, ClassConfig),
 }
 
+# What config.json may name although minisd has it no longer, since it never changed a number: how a UNet saves memory.
+NO_LONGER = {"unet": {"use_checkpoint"}}
+
 
 def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
@@ -81,7 +84,7 @@ def part_from_json(part: str, values: dict | None):
         return None
     named = {kind.__name__: kind for kind in KINDS[part]}
     kind = named[values.get("kind", next(iter(named)))]
-    given = {name: value for name, value in values.items() if name != "kind"}
+    given = {name: value for name, value in values.items() if name not in {"kind"} | NO_LONGER.get(part, set())}
     unknown = set(given) - {field.name for field in fields(kind)}
     if unknown:
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")

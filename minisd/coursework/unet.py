@@ -505,10 +505,10 @@ def _block_case(b: int, n: int, d: int, m: int, e: int) -> dict:
 
 
 def _put_block(f):
-    def _forward(self, x, context):
+    def forward(self, x, context=None):
         return f(x, context, self.attn1, self.attn2, self.ff, self.norm1, self.norm2, self.norm3)
 
-    return [(attention_module.BasicTransformerBlock, "_forward", _forward)]
+    return [(attention_module.BasicTransformerBlock, "forward", forward)]
 
 
 @exercise(
@@ -723,10 +723,10 @@ def _res_case(b: int, c: int, c_out: int, h: int, w: int, e: int = 6) -> dict:
 
 
 def _put_res_block(f):
-    def _forward(self, x, emb):
+    def forward(self, x, emb):
         return f(x, emb, self.in_layers, self.emb_layers, self.out_layers, self.skip_connection)
 
-    return [(unet_module.ResBlock, "_forward", _forward)]
+    return [(unet_module.ResBlock, "forward", forward)]
 
 
 @exercise(

@@ -128,9 +128,7 @@ def _fit(
             f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
             f"{data.size}: open them with size={sd.config.image_size}"
         )
-    for module in sd.model.diffusion_model.modules():
-        if hasattr(module, "use_checkpoint"):
-            module.use_checkpoint = recipe.gradient_checkpointing
+    sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
     given = {"data": data.fingerprint, "text tower": fingerprint(sd.cond_stage_model)}
     given |= {"autoencoder": fingerprint(sd.first_stage_model), **_settings(sd)}
     trainer = Trainer(sd.model.diffusion_model, recipe, folder, engine, given=given, describe=data.describe)

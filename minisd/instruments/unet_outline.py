@@ -1,0 +1,62 @@
+"""A UNet as a table: what each block is made of, which shapes enter and leave it, and where its skip comes from.
+
+    for block in outline(UNetConfig(), size=64):
+        print(block.name, block.layers, block.shape_in, block.shape_out)
+
+`viz.unet_diagram` draws the table as a U.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..unet import UNetConfig, UNetModel
+
+
+class BlockOutline(NamedTuple):
+    """One block of a UNet. Shapes are (channels, height, width)."""
+
+    name: str  # as in the checkpoint: "input_blocks.1"
+    layers: tuple[str, ...]  # the class of each layer in it
+    shape_in: tuple[int, int, int]  # of an output block: including the channels of its skip
+    shape_out: tuple[int, int, int]
+    skip: str  # the input block whose output is concatenated to this block's input, or ""
+    parameters: int
+
+
+@torch.no_grad()
+def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutline]:  # noqa: B008, it is frozen
+    """The blocks of a UNet in the order of its forward pass, for latents of `size` by `size` pixels.
+
+    The UNet is really built and run, on torch's "meta" device, where tensors have shapes but no numbers. So this works
+    for a UNet that would not fit into the memory of this computer.
+    """
+    with torch.device("meta"):
+        unet = UNetModel(config)
+        x, t = torch.empty(1, config.in_channels, size, size), torch.empty(1, dtype=torch.int64)
+        context = None if config.context_dim is None else torch.empty(1, 1, config.context_dim)
+    named = {f"input_blocks.{i}": block for i, block in enumerate(unet.input_blocks)}
+    named["middle_block"] = unet.middle_block
+    named |= {f"output_blocks.{i}": block for i, block in enumerate(unet.output_blocks)}
+    named["out"] = unet.out
+
+    shapes = {}
+
+    def watch(name: str):
+        return lambda _, args, out: shapes.update({name: (tuple(args[0].shape[1:]), tuple(out.shape[1:]))})
+
+    for name, block in named.items():
+        block.register_forward_hook(watch(name))
+    unet(x, t, context)
+
+    skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # the last one is used first
+    return [
+        BlockOutline(
+            name,
+            tuple(type(layer).__name__ for layer in block),
+            *shapes[name],
+            skips.pop() if name.startswith("output_blocks") else "",
+            sum(p.numel() for p in block.parameters()),
+        )
+        for name, block in named.items()
+    ]
