@@ -17,20 +17,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import load, load_clip
-from ..data import CaptionedPictures, sample, shape_corpus
-from ..data.sample_pictures import SAMPLE
-from ..latent_diffusion import Cond, LatentDiffusion
-from ..loss import LOSSES
-from ..noising import ExactDenoiser
-from ..sampling import SAMPLERS, make_timesteps, randn
-from ..training import clip as training_clip
-from ..training import trainer
-from ..training import unet as training_unet
-from ..training import vae as training_vae
-from ..training.engine import SingleDevice
-from ..viz import curves, matrices, sheet, to_pil
-from ..vq import VectorQuantizer
+from minisd.checkpoint import load, load_clip
+from minisd.data import CaptionedPictures, sample, shape_corpus
+from minisd.data.sample_pictures import SAMPLE
+from minisd.latent_diffusion import Cond, LatentDiffusion
+from minisd.loss import LOSSES
+from minisd.noising import ExactDenoiser
+from minisd.sampling import SAMPLERS, make_timesteps, randn
+from minisd.training import clip as training_clip
+from minisd.training import trainer
+from minisd.training import unet as training_unet
+from minisd.training import vae as training_vae
+from minisd.training.engine import SingleDevice
+from minisd.viz import curves, matrices, sheet, to_pil
+from minisd.vq import VectorQuantizer
+
 from .exercise import find, swap
 
 

@@ -1,0 +1,251 @@
+"""Exercises of stage 4: the autoencoder, its distribution, and its cousin with a codebook."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minisd import vq
+from minisd.training import vae as training_vae
+from minisd.vae import DiagonalGaussianDistribution, Downsample
+from minisd.vq import VectorQuantizer
+
+from .exercise import exercise
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def _moments(b: int, c: int = 4, h: int = 3, w: int = 5) -> dict[str, Tensor]:
+    return {"mean": torch.randn(b, c, h, w), "logvar": 1.5 * torch.randn(b, c, h, w) - 0.5}
+
+
+def _put_sample(f):
+    def sample(self, generator=None):
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.mean)
+        return f(torch.cat([self.mean, self.logvar], dim=1), noise).to(self.mean)
+
+    return [(DiagonalGaussianDistribution, "sample", sample)]
+
+
+def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
+    return {"moments": torch.cat([torch.randn(b, c, h, w), spread * torch.randn(b, c, h, w)], dim=1),
+            "noise": torch.randn(b, c, h, w)}
+
+
+def _far_below() -> dict:
+    """So little variance that only a large noise shows where it is clamped; and means beyond these bounds."""
+    mean, logvar = 40 * torch.randn(2, 4, 3, 5), -60 * torch.rand(2, 4, 3, 5)
+    return {"moments": torch.cat([mean, logvar - 30], dim=1), "noise": 1e8 * torch.randn(2, 4, 3, 5)}
+
+
+@exercise(
+    cases=lambda: {
+        "two pictures": _sample_case(2, 4, 3, 5),
+        "one picture": _sample_case(1, 2, 4, 3),
+        "square latents": _sample_case(2, 4, 4, 4),
+        "log variances beyond the bounds": _sample_case(2, 4, 3, 5, spread=30.0),
+        "log variances far below": _far_below(),
+    },
+    gradients=("moments",),
+    swap=_put_sample,
+)  # fmt: skip
+def sample_posterior(
+    moments: Float[Tensor, "b two_c h w"], noise: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """A sample of q(z | x) = N(mean, diag(exp(logvar))), by the reparametrisation trick: z = mean + std · ε.
+
+    `moments` is what the encoder returns: along the channels first the mean, then the log variance, which is clamped to
+    [-30, 20]. `noise` is ε ~ N(0, I). Gradients flow to both. (Kingma & Welling 2013, section 2.4; CompVis:
+    distributions.py)
+    """
+    # BEGIN SOLUTION
+    mean, logvar = moments.chunk(2, dim=1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    return mean + torch.exp(0.5 * logvar) * noise
+    # END SOLUTION
+
+
+@exercise(
+    cases=lambda: {
+        "two pictures": _moments(2),
+        "one picture": _moments(1, 2, 4, 3),
+        "three square latents": _moments(3, 4, 4, 4),
+    },
+    gradients=("mean", "logvar"),
+    swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
+)  # fmt: skip
+def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
+
+    One number for each picture: of all its c·h·w numbers together. (Kingma & Welling 2013, appendix B)
+    """
+    # BEGIN SOLUTION
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+    # END SOLUTION
+
+
+def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
+    return {"x": torch.rand(b, 3, h, w) * 2 - 1, "reconstruction": torch.randn(b, 3, h, w), **_moments(b, 4, 2, 3),
+            "kl_weight": weight}
+
+
+@exercise(
+    cases=lambda: {
+        "two pictures": _vae_case(2, 4, 6, 0.1),
+        "one picture": _vae_case(1, 8, 4, 0.5),
+        "three square pictures": _vae_case(3, 6, 6, 1e-2),
+    },
+    gradients=("reconstruction", "mean", "logvar"),
+    swap="minisd has no place for it: `minisd.training.vae` adds these terms up in the midst of its own loop.",
+)  # fmt: skip
+def vae_loss(
+    x: Float[Tensor, "b 3 H W"],
+    reconstruction: Float[Tensor, "b 3 H W"],
+    mean: Float[Tensor, "b c h w"],
+    logvar: Float[Tensor, "b c h w"],
+    kl_weight: float,
+) -> Float[Tensor, ""]:
+    """What the autoencoder is trained on: mean |x - reconstruction| + kl_weight · KL / (values in a picture).
+
+    KL is that of `kl`, averaged over the batch; the values in a picture are 3·H·W.
+    """
+    # BEGIN SOLUTION
+    rec = (x - reconstruction).abs().mean()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean() / x[0].numel()
+    return rec + kl_weight * kl
+    # END SOLUTION
+
+
+# --- a codebook in the place of the distribution ---------------------------------------------------------------------
+
+
+def _put_nearest(f):
+    @torch.no_grad()
+    def nearest(self, z):
+        b, _, h, w = z.shape
+        return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
+
+    return [(VectorQuantizer, "nearest", nearest)]
+
+
+def _put_vq_loss(f):
+    """In quantisers with legacy=False: the others weigh the terms the other way round."""
+    real = VectorQuantizer.loss
+    return [(VectorQuantizer, "loss",
+             lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
+
+
+def _code_case(n: int, k: int, d: int) -> dict:
+    codes = torch.randn(k, d) * torch.linspace(0.3, 3.0, k)[:, None]
+    return {"z": torch.randn(n, d) * 2, "codebook": codes}
+
+
+@exercise(
+    cases=lambda: {
+        "20 vectors, 6 codes": _code_case(20, 6, 3),
+        "one vector": _code_case(1, 5, 4),
+        "as many vectors as codes": _code_case(8, 8, 8),
+        "many codes": _code_case(30, 40, 2),
+    },
+    swap=_put_nearest,
+)  # fmt: skip
+def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
+    """For each vector of z the index of the code that is nearest to it, by Euclidean distance.
+
+    (van den Oord et al. 2017, "Neural discrete representation learning", eq. 1)
+    """
+    # BEGIN SOLUTION
+    return (z[:, None] - codebook).square().sum(dim=-1).argmin(dim=1)
+    # END SOLUTION
+
+
+@exercise(
+    cases=lambda: {
+        "5 vectors": {"z": torch.randn(5, 3), "z_q": torch.randn(5, 3)},
+        "one vector": {"z": torch.randn(1, 4), "z_q": torch.randn(1, 4)},
+        "latents": {"z": torch.randn(2, 4, 3, 5), "z_q": torch.randn(2, 4, 3, 5)},
+    },
+    gradients=("z", "z_q"),
+    swap=lambda f: [(vq, "straight_through", f)],
+)  # fmt: skip
+def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
+    """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
+    z_q gets none.
+
+    (van den Oord et al. 2017, section 3.2)
+    """
+    # BEGIN SOLUTION
+    return z + (z_q - z).detach()
+    # END SOLUTION
+
+
+@exercise(
+    cases=lambda: {
+        "beta 0.25": {"z": torch.randn(5, 3), "z_q": torch.randn(5, 3), "beta": 0.25},
+        "beta 2": {"z": torch.randn(4, 4), "z_q": torch.randn(4, 4), "beta": 2.0},
+        "latents": {"z": torch.randn(2, 4, 3, 5), "z_q": torch.randn(2, 4, 3, 5), "beta": 0.5},
+    },
+    gradients=("z", "z_q"),
+    swap=_put_vq_loss,
+)  # fmt: skip
+def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
+    """What makes codes and encoder meet: mean (sg(z) - z_q)² + β mean (z - sg(z_q))², means over all numbers.
+
+    sg stops the gradient. The first term moves the codes, the second, the commitment, the encoder.
+    (van den Oord et al. 2017, eq. 3; CompVis: taming's VectorQuantizer, with legacy=False)
+    """
+    # BEGIN SOLUTION
+    codes = (z.detach() - z_q).square().mean()
+    commit = (z - z_q.detach()).square().mean()
+    return codes + beta * commit
+    # END SOLUTION
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    cases=lambda: {
+        "four latents": {
+            "latents": torch.tensor([1.0, 3, 6, 9]).view(4, 1, 1, 1) * torch.randn(4, 4, 3, 5)
+            + torch.tensor([-3.0, 0, 1, 3]).view(1, 4, 1, 1)
+        },
+        "one latent, a mean far from 0": {"latents": 0.3 * torch.randn(1, 4, 8, 8) + 2},
+        "square latents": {"latents": 2.0 * torch.randn(4, 4, 4, 4)},
+    },
+    tolerance=8e-3,
+    swap=lambda f: [(training_vae, "measure_scale_factor", lambda vae, data,
+                     engine: float(f(training_vae.encode_all(vae, data, engine).chunk(2, dim=1)[0])))],
+)  # fmt: skip
+def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
+
+    One number for all, measured over pictures, channels and pixels together.
+    (Rombach et al. 2022, appendix G; CompVis: LatentDiffusion.on_train_batch_start)
+    """
+    # BEGIN SOLUTION
+    return 1 / latents.std()
+    # END SOLUTION
+
+
+@exercise(
+    cases=lambda: {
+        "4 x 6 pixels": {"x": torch.randn(2, 3, 4, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
+        "one picture": {"x": torch.randn(1, 2, 8, 4), "conv": nn.Conv2d(2, 2, 3, stride=2)},
+        "a square": {"x": torch.randn(2, 3, 6, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
+        "odd sizes": {"x": torch.randn(1, 3, 5, 7), "conv": nn.Conv2d(3, 3, 3, stride=2)},
+    },
+    swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
+)  # fmt: skip
+def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
+    """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
+
+    conv is 3x3, with a stride of 2 and without a padding of its own.
+    (CompVis: ldm/modules/diffusionmodules/model.py, Downsample)
+    """
+    # BEGIN SOLUTION
+    return conv(F.pad(x, (0, 1, 0, 1)))
+    # END SOLUTION

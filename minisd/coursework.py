@@ -1,0 +1,10 @@
+"""`minisd.coursework` is the package `minisd_coursework`, by another name; it waits until somebody imports it."""
+
+import sys
+
+from minisd_coursework.__main__ import main
+
+if __name__ == "__main__":
+    main()
+for _name in [name for name in sys.modules if name.partition(".")[0] == "minisd_coursework"]:
+    sys.modules[_name.replace("minisd_coursework", "minisd.coursework")] = sys.modules[_name]
