@@ -33,8 +33,10 @@ from minisd.viz import curves, matrices, sheet, to_pil
 from minisd.vq import VectorQuantizer
 
 from .exercise import find, swap
+from .running import default_torch_state
 
 
+@default_torch_state()
 def draw(
     name: str,
     function: Callable | None = None,
