@@ -1,9 +1,13 @@
 """What is said to students, read from the TOML files of this folder, so that it can be edited and translated there.
 
-A file for each stage holds what belongs to its exercises (minutes, difficulty, hints, mistakes), and shared.toml the
-mistakes that several of them have. A file that is wrong is refused when it is read, in a sentence that says where.
+A file for each stage holds what belongs to its exercises (minutes, difficulty, hints, mistakes), shared.toml the
+mistakes that several of them have, and sentences.toml what is said whatever the exercise. A file that is wrong is
+refused when it is read, in a sentence that says where.
 """
 
+import ast
+import fnmatch
+import string
 import textwrap
 import tomllib
 from collections.abc import Iterator
@@ -98,3 +102,52 @@ def _expect(where: str, table: dict[str, Any], fields: dict[str, type]) -> None:
 def folded(text: str) -> str:
     """A text in one line: a break of a line in the file is a space."""
     return " ".join(text.split())
+
+
+# --- what is said whatever the exercise -------------------------------------------------------------------------------
+
+
+def say(key: str, **values: Any) -> str:
+    """A sentence of sentences.toml, "section.name", with these values in its placeholders."""
+    return sentences()[key].format(**values)
+
+
+@cache
+def sentences() -> dict[str, str]:
+    tables = read("sentences.toml").items()
+    return {f"{section}.{name}": folded(text) for section, table in tables for name, text in table.items()}
+
+
+def placeholders(where: str, text: str, known: set[str]) -> None:
+    """Hold a text to the placeholders that are filled in.
+
+    Raises:
+        ValueError: it has another, or a brace that is none.
+    """
+    try:
+        names = {name for _, name, *_ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}. Write a brace twice where it is no placeholder: {{{{ or }}}}") from None
+    if unknown := sorted(names - known):
+        listed = ", ".join(f"{{{name}}}" for name in sorted(known)) or "none"
+        raise ValueError(f"{where}: there is no placeholder {{{unknown[0]}}} here; there are {listed}")
+
+
+def check_sentences() -> None:
+    """Hold sentences.toml to the calls of `say` in this package: each finds its sentence, and fills all of it in.
+
+    Raises:
+        ValueError: a sentence is missing, or has a placeholder that is not filled in.
+    """
+    for file in sorted(FOLDER.glob("*.py")):
+        text = file.read_text("utf-8")
+        for node in ast.walk(ast.parse(text)) if "say(" in text else ():
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say":
+                key = node.args[0]  # "shape.axes", or f"order.{name}", which is several sentences
+                parts = key.values if isinstance(key, ast.JoinedStr) else [key]
+                pattern = "".join(part.value if isinstance(part, ast.Constant) else "*" for part in parts)
+                found = fnmatch.filter(sentences(), pattern)
+                if not found:
+                    raise ValueError(f"sentences.toml has no sentence {pattern}, which {file.name} needs")
+                for name in found:
+                    placeholders(f"sentences.toml, {name}", sentences()[name], {k.arg for k in node.keywords})
