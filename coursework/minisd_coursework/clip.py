@@ -43,14 +43,14 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
 
 @exercise(
     cases=lambda: {
-        '"lower"': {"pieces": ["l", "o", "w", "e", "r</w>"], "ranks": _RANKS},
-        "a word that cannot be merged": {"pieces": ["x", "y", "z</w>"], "ranks": _RANKS},
-        "the same pair twice": {"pieces": ["l", "o", "x", "l", "o", "w</w>"], "ranks": _RANKS},
-        "three of a kind": {"pieces": ["a", "a", "a", "b</w>"], "ranks": _RANKS},
-        "the better pair comes later": {"pieces": ["n", "e", "l", "o", "w</w>"], "ranks": _RANKS},
-        "one piece": {"pieces": ["a</w>"], "ranks": _RANKS},
-        "half way": {"pieces": ["lo", "w", "er</w>"], "ranks": _RANKS},
-        "at the end": {"pieces": ["x", "e", "r</w>"], "ranks": _RANKS},
+        '"lower"': (["l", "o", "w", "e", "r</w>"], _RANKS),
+        "a word that cannot be merged": (["x", "y", "z</w>"], _RANKS),
+        "the same pair twice": (["l", "o", "x", "l", "o", "w</w>"], _RANKS),
+        "three of a kind": (["a", "a", "a", "b</w>"], _RANKS),
+        "the better pair comes later": (["n", "e", "l", "o", "w</w>"], _RANKS),
+        "one piece": (["a</w>"], _RANKS),
+        "half way": (["lo", "w", "er</w>"], _RANKS),
+        "at the end": (["x", "e", "r</w>"], _RANKS),
     },
     swap=_put_merge_step,
 )  # fmt: skip
@@ -102,11 +102,11 @@ def _put_pad(f):
 
 @exercise(
     cases=lambda: {
-        "three words of eight": {"ids": [5, 9, 7], "start": 100, "end": 101, "max_length": 8},
-        "too long": {"ids": [1, 2, 3, 4, 5, 6, 7, 8, 9], "start": 100, "end": 101, "max_length": 6},
-        "it just fits": {"ids": [1, 2, 3, 4], "start": 100, "end": 101, "max_length": 6},
-        "the empty prompt": {"ids": [], "start": 100, "end": 101, "max_length": 5},
-        "one too many": {"ids": [1, 2, 3, 4, 5], "start": 50, "end": 51, "max_length": 6},
+        "three words of eight": ([5, 9, 7], 100, 101, 8),
+        "too long": ([1, 2, 3, 4, 5, 6, 7, 8, 9], 100, 101, 6),
+        "it just fits": ([1, 2, 3, 4], 100, 101, 6),
+        "the empty prompt": ([], 100, 101, 5),
+        "one too many": ([1, 2, 3, 4, 5], 50, 51, 6),
     },
     swap=_put_pad,
 )  # fmt: skip
@@ -131,14 +131,11 @@ def _put_embeddings(f):
 
 @exercise(
     cases=lambda: {
-        "two sentences": {"input_ids": torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]),
-                          "token_table": torch.randn(10, 4), "position_table": torch.randn(8, 4)},
-        "one sentence": {"input_ids": torch.tensor([[7, 7, 0]]), "token_table": torch.randn(8, 6),
-                         "position_table": torch.randn(5, 6)},
-        "as many sentences as tokens, as wide as long": {
-            "input_ids": torch.tensor([[0, 1, 2], [3, 4, 5], [5, 4, 3]]),
-            "token_table": torch.randn(6, 3), "position_table": torch.randn(3, 3),
-        },
+        "two sentences": (torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), torch.randn(10, 4), torch.randn(8, 4)),
+        "one sentence": (torch.tensor([[7, 7, 0]]), torch.randn(8, 6), torch.randn(5, 6)),
+        "as many sentences as tokens, as wide as long": (
+            torch.tensor([[0, 1, 2], [3, 4, 5], [5, 4, 3]]), torch.randn(6, 3), torch.randn(3, 3),
+        ),
     },
     swap=_put_embeddings,
 )  # fmt: skip
@@ -170,9 +167,10 @@ def _put_mask(f):
 
 
 @exercise(
-    cases=lambda: {"five tokens": {"n": 5}, "three tokens": {"n": 3}, "one token": {"n": 1}, "CLIP's 77": {"n": 77}},
-    read=lambda mask: mask.masked_fill(mask < -1e4,
-                                       -math.inf) if mask.is_floating_point() else mask,  # -1e9 does as well
+    cases=lambda: {
+        "five tokens": (5,), "three tokens": (3,), "one token": (1,), "CLIP's 77": (77,),
+    },
+    read=lambda mask: mask.masked_fill(mask < -1e4, -math.inf) if mask.is_floating_point() else mask,  # -1e9 will do
     swap=_put_mask,
 )  # fmt: skip
 def causal_mask(n: int) -> Float[Tensor, "n n"]:
@@ -186,8 +184,8 @@ def causal_mask(n: int) -> Float[Tensor, "n n"]:
 
 @exercise(
     cases=lambda: {
-        "a few numbers": {"x": torch.linspace(-4, 4, 9)},
-        "tokens": {"x": torch.randn(2, 3, 8)},
+        "a few numbers": (torch.linspace(-4, 4, 9),),
+        "tokens": (torch.randn(2, 3, 8),),
     },
     tolerance=1e-5,
     swap=lambda f: [(clip_module.CLIPMLP, "forward", lambda self, x: self.fc2(f(self.fc1(x))))],
@@ -208,18 +206,14 @@ def _put_pooled(f):
 
 @exercise(
     cases=lambda: {
-        "two sentences": {"hidden": torch.randn(2, 6, 4),
-                          "input_ids": torch.tensor([[50, 3, 7, 51, 51, 51], [50, 9, 2, 8, 4, 51]]), "end_token": 51},
-        "the empty sentence": {"hidden": torch.randn(1, 4, 5), "input_ids": torch.tensor([[50, 51, 51, 51]]),
-                               "end_token": 51},
-        "an end token that is not the largest id": {
-            "hidden": torch.randn(3, 5, 5), "end_token": 1,
-            "input_ids": torch.tensor([[0, 7, 1, 1, 1], [0, 9, 3, 1, 1], [0, 1, 1, 1, 1]]),
-        },
-        "as many sentences as tokens": {
-            "hidden": torch.randn(4, 4, 4), "end_token": 1,
-            "input_ids": torch.tensor([[0, 2, 1, 1], [0, 3, 9, 1], [0, 1, 1, 1], [0, 4, 1, 1]]),
-        },
+        "two sentences": (torch.randn(2, 6, 4), torch.tensor([[50, 3, 7, 51, 51, 51], [50, 9, 2, 8, 4, 51]]), 51),
+        "the empty sentence": (torch.randn(1, 4, 5), torch.tensor([[50, 51, 51, 51]]), 51),
+        "an end token that is not the largest id": (
+            torch.randn(3, 5, 5), torch.tensor([[0, 7, 1, 1, 1], [0, 9, 3, 1, 1], [0, 1, 1, 1, 1]]), 1,
+        ),
+        "as many sentences as tokens": (
+            torch.randn(4, 4, 4), torch.tensor([[0, 2, 1, 1], [0, 3, 9, 1], [0, 1, 1, 1], [0, 4, 1, 1]]), 1,
+        ),
     },
     swap=_put_pooled,
 )  # fmt: skip
@@ -258,9 +252,8 @@ def _put_contrastive(f):
             (training_clip, "contrastive_loss", contrastive_loss)]  # fmt: skip
 
 
-def _pairs_case(b: int, d: int, scale: float) -> dict:
-    return {"image_features": 2 * torch.randn(b, d), "text_features": 0.5 * torch.randn(b, d),
-            "logit_scale": torch.tensor(scale)}
+def _pairs_case(b: int, d: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return 2 * torch.randn(b, d), 0.5 * torch.randn(b, d), torch.tensor(scale)
 
 
 @exercise(
@@ -303,10 +296,10 @@ def _put_patches(f):
 
 @exercise(
     cases=lambda: {
-        "4 x 6 pixels in patches of 2": {"image": torch.randn(2, 3, 4, 6), "size": 2},
-        "one picture in patches of 3": {"image": torch.randn(1, 3, 6, 3), "size": 3},
-        "a square": {"image": torch.randn(2, 3, 4, 4), "size": 2},
-        "three by three patches of 3": {"image": torch.randn(1, 3, 9, 9), "size": 3},
+        "4 x 6 pixels in patches of 2": (torch.randn(2, 3, 4, 6), 2),
+        "one picture in patches of 3": (torch.randn(1, 3, 6, 3), 3),
+        "a square": (torch.randn(2, 3, 4, 4), 2),
+        "three by three patches of 3": (torch.randn(1, 3, 9, 9), 3),
     },
     swap=_put_patches,
 )  # fmt: skip

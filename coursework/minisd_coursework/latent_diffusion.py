@@ -14,7 +14,7 @@ from minisd.training import trainer
 
 from .exercise import exercise
 from .loss import ToyUNet, _put_epsilon_loss
-from .noising import alphas_cumprod_of
+from .noising import alphas_cumprod_of, pictures
 from .sampling import SAMPLERS, latents
 
 # --- the running mean of the weights ---------------------------------------------------------------------------------
@@ -45,10 +45,10 @@ def _put_ema_decay(f):
 
 @exercise(
     cases=lambda: {
-        "decay 0.99": {"ema": torch.randn(3, 4), "weight": torch.randn(3, 4), "decay": 0.99},
-        "decay 0.5": {"ema": torch.randn(5, 2), "weight": torch.randn(5, 2), "decay": 0.5},
-        "decay 0": {"ema": torch.randn(4, 3), "weight": torch.randn(4, 3), "decay": 0.0},
-        "decay 0.9": {"ema": torch.randn(2, 6), "weight": torch.randn(2, 6), "decay": 0.9},
+        "decay 0.99": (torch.randn(3, 4), torch.randn(3, 4), 0.99),
+        "decay 0.5": (torch.randn(5, 2), torch.randn(5, 2), 0.5),
+        "decay 0": (torch.randn(4, 3), torch.randn(4, 3), 0.0),
+        "decay 0.9": (torch.randn(2, 6), torch.randn(2, 6), 0.9),
     },
     linear=("ema", "weight"),
     quantities=lambda decay, **_: {"decay": decay},
@@ -66,9 +66,10 @@ def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: flo
 
 
 @exercise(
-    cases=lambda: {f"after {n} updates": {"num_updates": n, "decay": d} for n,
-                   d in ((1, 0.9999), (10, 0.9999), (100, 0.99), (100_000, 0.9999), (7, 0.5), (20, 0.5),
-                         (1000, 0.999))},
+    cases=lambda: {
+        f"after {n} updates": (n, decay) for n, decay in
+        ((1, 0.9999), (10, 0.9999), (100, 0.99), (100_000, 0.9999), (7, 0.5), (20, 0.5), (1000, 0.999))
+    },
     tolerance=2e-6,
     swap=_put_ema_decay,
 )  # fmt: skip
@@ -84,9 +85,8 @@ def ema_decay(num_updates: int, decay: float) -> float:
 # --- in and out of the latent space ----------------------------------------------------------------------------------
 
 
-def _encoding_case(b: int, h: int, w: int, scale: float) -> dict:
-    return {"mean": torch.randn(b, 4, h, w), "logvar": torch.randn(b, 4, h, w), "noise": torch.randn(b, 4, h, w),
-            "scale_factor": scale}
+def _encoding_case(b: int, h: int, w: int, scale: float) -> tuple:
+    return latents(b, h, w), latents(b, h, w), latents(b, h, w), scale
 
 
 def _put_encoding(f):
@@ -138,9 +138,9 @@ def _put_decoding(f):
 
 @exercise(
     cases=lambda: {
-        "Stable Diffusion's factor": {"z": 0.3 * latents(), "scale_factor": 0.18215, "decode": ToyDecoder()},
-        "one latent, a factor above 1": {"z": latents(1), "scale_factor": 1.7, "decode": ToyDecoder()},
-        "square latents": {"z": latents(3, 4, 4), "scale_factor": 0.5, "decode": ToyDecoder()},
+        "Stable Diffusion's factor": (0.3 * latents(), 0.18215, ToyDecoder()),
+        "one latent, a factor above 1": (latents(1), 1.7, ToyDecoder()),
+        "square latents": (latents(3, 4, 4), 0.5, ToyDecoder()),
     },
     swap=_put_decoding,
 )  # fmt: skip
@@ -167,9 +167,9 @@ def _put_uint8(f):
 
 @exercise(
     cases=lambda: {
-        "from -1.5 to 1.5": {"x": torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5)},
-        "a square picture": {"x": torch.rand(1, 3, 4, 4) * 2 - 1},
-        "black, grey, white": {"x": torch.tensor([-1.0, 0.25, 1.0]).view(1, 3, 1, 1)},
+        "from -1.5 to 1.5": (torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5),),
+        "a square picture": (torch.rand(1, 3, 4, 4) * 2 - 1,),
+        "black, grey, white": (torch.tensor([-1.0, 0.25, 1.0]).view(1, 3, 1, 1),),
     },
     tolerance=1e-6,
     swap=_put_uint8,
@@ -200,9 +200,9 @@ def _put_noise(f):
 
 @exercise(
     cases=lambda: {
-        "seeds 0 and 1": {"seeds": [0, 1], "shape": [4, 3, 5]},
-        "one seed": {"seeds": [7], "shape": [4, 2, 2]},
-        "a seed twice": {"seeds": [3, 3, 9], "shape": [2, 4, 4]},
+        "seeds 0 and 1": ([0, 1], [4, 3, 5]),
+        "one seed": ([7], [4, 2, 2]),
+        "a seed twice": ([3, 3, 9], [2, 4, 4]),
     },
     tolerance=1e-6,
     swap=_put_noise,
@@ -249,12 +249,9 @@ def _put_loop(f):
 
 @exercise(
     cases=lambda: {
-        "four steps": {"eps_model": ToyEps(), "x_T": latents(), "timesteps": [9, 7, 4, 1],
-                       "alphas_cumprod": alphas_cumprod_of(12)},
-        "one step": {"eps_model": ToyEps(), "x_T": latents(1), "timesteps": [5],
-                     "alphas_cumprod": alphas_cumprod_of(10)},
-        "all timesteps of square latents": {"eps_model": ToyEps(), "x_T": latents(3, 4, 4),
-                                            "timesteps": [5, 4, 3, 2, 1], "alphas_cumprod": alphas_cumprod_of(6)},
+        "four steps": (ToyEps(), latents(), [9, 7, 4, 1], alphas_cumprod_of(12)),
+        "one step": (ToyEps(), latents(1), [5], alphas_cumprod_of(10)),
+        "all timesteps of square latents": (ToyEps(), latents(3, 4, 4), [5, 4, 3, 2, 1], alphas_cumprod_of(6)),
     },
     swap=_put_loop,
 )  # fmt: skip
@@ -285,14 +282,11 @@ def sampling_loop(
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _training_case(t: list[int], T: int, drop: list[bool], scale: float, h: int = 4, w: int = 5) -> dict:
+def _training_case(t: list[int], T: int, drop: list[bool], scale: float, h: int = 4, w: int = 5) -> tuple:
     b = len(t)
-    return {
-        "model": ToyUNet(), "mean": torch.randn(b, 3, h, w), "std": torch.rand(b, 3, h, w),
-        "encoder_noise": torch.randn(b, 3, h, w), "scale_factor": scale, "context": torch.randn(b, 3, 6),
-        "empty_context": torch.randn(1, 3, 6), "drop": torch.tensor(drop), "t": torch.tensor(t),
-        "noise": torch.randn(b, 3, h, w), "alphas_cumprod": alphas_cumprod_of(T),
-    }  # fmt: skip
+    latent = ToyUNet(), pictures(b, h, w), torch.rand(b, 3, h, w), pictures(b, h, w), scale
+    contexts = torch.randn(b, 3, 6), torch.randn(1, 3, 6), torch.tensor(drop)
+    return *latent, *contexts, torch.tensor(t), pictures(b, h, w), alphas_cumprod_of(T)
 
 
 def _put_training_step(f):

@@ -27,12 +27,10 @@ class ToyUNet(nn.Module):
         return torch.tanh(self.conv(x)) + 0.1 * t.view(-1, 1, 1, 1) + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
 
-def _loss_case(t: list[int], T: int, h: int = 4, w: int = 5) -> dict:
+def _loss_case(t: list[int], T: int, h: int = 4, w: int = 5) -> tuple:
     b = len(t)
-    return {
-        "model": ToyUNet(), "x_0": pictures(b, h, w), "context": torch.randn(b, 3, 6), "t": torch.tensor(t),
-        "noise": pictures(b, h, w), "alphas_cumprod": alphas_cumprod_of(T),
-    }  # fmt: skip
+    given = ToyUNet(), pictures(b, h, w), torch.randn(b, 3, 6)
+    return *given, torch.tensor(t), pictures(b, h, w), alphas_cumprod_of(T)
 
 
 def _put_epsilon_loss(f):
@@ -82,8 +80,8 @@ def epsilon_loss(
     # END SOLUTION
 
 
-def _dropout_case(drop: list[bool], n: int, d: int) -> dict:
-    return {"context": torch.randn(len(drop), n, d), "empty_context": torch.randn(1, n, d), "drop": torch.tensor(drop)}
+def _dropout_case(drop: list[bool], n: int, d: int) -> tuple:
+    return torch.randn(len(drop), n, d), torch.randn(1, n, d), torch.tensor(drop)
 
 
 @exercise(
@@ -115,9 +113,9 @@ def _put_min_snr(f):
 
 @exercise(
     cases=lambda: {
-        "gamma 5": {"snr": torch.tensor([1000.0, 20.0, 5.0, 1.0, 0.01]), "gamma": 5.0},
-        "gamma 1": {"snr": torch.tensor([3.0, 0.5, 7.0, 0.2]), "gamma": 1.0},
-        "one time": {"snr": torch.tensor([40.0]), "gamma": 2.0},
+        "gamma 5": (torch.tensor([1000.0, 20.0, 5.0, 1.0, 0.01]), 5.0),
+        "gamma 1": (torch.tensor([3.0, 0.5, 7.0, 0.2]), 1.0),
+        "one time": (torch.tensor([40.0]), 2.0),
     },
     swap=_put_min_snr,
 )  # fmt: skip
@@ -133,12 +131,11 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
 
 @exercise(
     cases=lambda: {
-        "three points": {"x_t": torch.randn(3, 6), "t": torch.tensor([3, 8, 5]), "v": torch.randn(3, 6),
-                         "alphas_cumprod": alphas_cumprod_of(12)},
-        "one point": {"x_t": torch.randn(1, 4), "t": torch.tensor([6]), "v": torch.randn(1, 4),
-                      "alphas_cumprod": alphas_cumprod_of(12)},
-        "as many points as coordinates": {"x_t": torch.randn(4, 4), "t": torch.tensor([1, 9, 4, 6]),
-                                          "v": torch.randn(4, 4), "alphas_cumprod": alphas_cumprod_of(11)},
+        "three points": (torch.randn(3, 6), torch.tensor([3, 8, 5]), torch.randn(3, 6), alphas_cumprod_of(12)),
+        "one point": (torch.randn(1, 4), torch.tensor([6]), torch.randn(1, 4), alphas_cumprod_of(12)),
+        "as many points as coordinates": (
+            torch.randn(4, 4), torch.tensor([1, 9, 4, 6]), torch.randn(4, 4), alphas_cumprod_of(11),
+        ),
     },
     linear=("x_t", "v"),
     quantities=of_t,
@@ -163,15 +160,11 @@ def predict_noise_from_v(
 
 @exercise(
     cases=lambda: {
-        "eight losses of four bins": {"losses": torch.rand(8), "t": torch.tensor([0, 3, 5, 11, 7, 8, 2, 10]), "T": 12,
-                                      "bins": 4},
-        "all bins hit": {"losses": torch.rand(6), "t": torch.tensor([0, 9, 4, 5, 1, 6]), "T": 10, "bins": 2},
-        "one bin": {"losses": torch.rand(5), "t": torch.tensor([0, 3, 7, 1, 2]), "T": 8, "bins": 1},
-        "nearly all are early, none at the ends": {
-            "losses": torch.rand(9), "t": torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), "T": 12, "bins": 3,
-        },
-        "bins that T does not divide": {"losses": torch.rand(7), "t": torch.tensor([6, 0, 3, 4, 5, 2, 1]), "T": 7,
-                                        "bins": 2},
+        "eight losses of four bins": (torch.rand(8), torch.tensor([0, 3, 5, 11, 7, 8, 2, 10]), 12, 4),
+        "all bins hit": (torch.rand(6), torch.tensor([0, 9, 4, 5, 1, 6]), 10, 2),
+        "one bin": (torch.rand(5), torch.tensor([0, 3, 7, 1, 2]), 8, 1),
+        "nearly all are early, none at the ends": (torch.rand(9), torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), 12, 3),
+        "bins that T does not divide": (torch.rand(7), torch.tensor([6, 0, 3, 4, 5, 2, 1]), 7, 2),
     },
     swap="minisd has no place for it: a training needs the mean over all times, and this is to look at a model with.",
 )  # fmt: skip

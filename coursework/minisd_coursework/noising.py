@@ -35,7 +35,7 @@ def timed(*names: str, schedule: str = "alphas_cumprod", ends: bool = True):
         def case(t, values, h=4, w=5):
             t = torch.tensor(t)
             given = {"t": t, schedule: values}
-            return {name: given[name] if name in given else pictures(len(t), h, w) for name in names}
+            return tuple(given[name] if name in given else pictures(len(t), h, w) for name in names)
 
         found = {
             "three pictures, 12 timesteps": case([3, 8, 5], make(12)),
@@ -73,9 +73,9 @@ def of_t_and_betas(t: Tensor, betas: Tensor, **_) -> dict[str, Tensor]:
 
 @exercise(
     cases=lambda: {
-        "Stable Diffusion's 1000 steps": {"beta_start": 0.00085, "beta_end": 0.012, "timesteps": 1000},
-        "10 steps of other numbers": {"beta_start": 0.01, "beta_end": 0.3, "timesteps": 10},
-        "7 steps": {"beta_start": 0.02, "beta_end": 0.5, "timesteps": 7},
+        "Stable Diffusion's 1000 steps": (0.00085, 0.012, 1000),
+        "10 steps of other numbers": (0.01, 0.3, 10),
+        "7 steps": (0.02, 0.5, 7),
     },
     swap=lambda f: [
         (NoiseSchedule, "scaled_linear",
@@ -107,9 +107,9 @@ def _put_alphas_cumprod(f):
 
 @exercise(
     cases=lambda: {
-        "12 betas": {"betas": betas_of(12)},
-        "5 betas in no order": {"betas": torch.tensor([0.3, 0.1, 0.4, 0.2, 0.5])},
-        "one beta": {"betas": torch.tensor([0.3])},
+        "12 betas": (betas_of(12),),
+        "5 betas in no order": (torch.tensor([0.3, 0.1, 0.4, 0.2, 0.5]),),
+        "one beta": (torch.tensor([0.3]),),
     },
     swap=_put_alphas_cumprod,
 )  # fmt: skip
@@ -273,10 +273,9 @@ def predict_start_from_v(
 
 @exercise(
     cases=lambda: {
-        "three times": {"t": torch.tensor([3, 8, 5]), "alphas_cumprod": alphas_cumprod_of(12)},
-        "all times": {"t": torch.arange(10), "alphas_cumprod": alphas_cumprod_of(10)},
-        "Stable Diffusion's schedule": {"t": torch.tensor([120, 900]),
-                                        "alphas_cumprod": NoiseSchedule.scaled_linear().alphas_cumprod},
+        "three times": (torch.tensor([3, 8, 5]), alphas_cumprod_of(12)),
+        "all times": (torch.arange(10), alphas_cumprod_of(10)),
+        "Stable Diffusion's schedule": (torch.tensor([120, 900]), NoiseSchedule.scaled_linear().alphas_cumprod),
     },
     swap=lambda f: [(NoiseSchedule, "snr", lambda self, t: f(t, self.alphas_cumprod.to(t.device)).float())],
 )  # fmt: skip
@@ -318,10 +317,10 @@ def q_posterior_mean(
 
 @exercise(
     cases=lambda: {
-        "three times": {"t": torch.tensor([3, 8, 5]), "betas": betas_of(12)},
-        "the first and the last timestep": {"t": torch.tensor([0, 9]), "betas": betas_of(10)},
-        "all times": {"t": torch.arange(7), "betas": betas_of(7)},
-        "Stable Diffusion's schedule": {"t": torch.tensor([120, 900]), "betas": NoiseSchedule.scaled_linear().betas},
+        "three times": (torch.tensor([3, 8, 5]), betas_of(12)),
+        "the first and the last timestep": (torch.tensor([0, 9]), betas_of(10)),
+        "all times": (torch.arange(7), betas_of(7)),
+        "Stable Diffusion's schedule": (torch.tensor([120, 900]), NoiseSchedule.scaled_linear().betas),
     },
     swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(None, f)), *_put_posterior_variance(f)],
 )  # fmt: skip
@@ -387,14 +386,13 @@ def _put_posterior_variance(f):
 
 @exercise(
     cases=lambda: {
-        "five pictures, three noisy ones": {"x": torch.randn(3, 2), "t": torch.tensor([3, 8, 5]),
-                                            "data": torch.randn(5, 2),
-                                            "alphas_cumprod": alphas_cumprod_of(12)},
-        "two points, one noisy": {"x": torch.randn(1, 2), "t": torch.tensor([4]), "data": torch.randn(2, 2),
-                                  "alphas_cumprod": alphas_cumprod_of(12)},
-        "as many points as noisy ones": {"x": torch.randn(4, 3), "t": torch.tensor([2, 6, 9, 4]),
-                                         "data": torch.randn(4, 3),
-                                         "alphas_cumprod": alphas_cumprod_of(11)},
+        "five pictures, three noisy ones": (
+            torch.randn(3, 2), torch.tensor([3, 8, 5]), torch.randn(5, 2), alphas_cumprod_of(12),
+        ),
+        "two points, one noisy": (torch.randn(1, 2), torch.tensor([4]), torch.randn(2, 2), alphas_cumprod_of(12)),
+        "as many points as noisy ones": (
+            torch.randn(4, 3), torch.tensor([2, 6, 9, 4]), torch.randn(4, 3), alphas_cumprod_of(11),
+        ),
     },
     swap=lambda f: [(ExactDenoiser, "x0", _exact_x0(f)), (ExactDenoiser, "_x0", _exact_pair(f))],
 )  # fmt: skip

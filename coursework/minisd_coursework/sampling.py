@@ -56,7 +56,7 @@ def steps_of(*names: str, **values):
     def cases():
         def case(a_t, a_prev, shape, **more):
             known = {"a_t": a_t, "a_prev": a_prev, **values, **more}
-            return {name: known[name] if name in known else latents(*shape) for name in names}
+            return tuple(known[name] if name in known else latents(*shape) for name in names)
 
         etas = [0.7, 0.0, 1.0, 0.3] if "eta" in names else [None] * 4
         return {
@@ -149,10 +149,10 @@ def _put_timesteps(f):
 
 @exercise(
     cases=lambda: {
-        "50 of 1000": {"steps": 50, "T": 1000},
-        "4 of 20": {"steps": 4, "T": 20},
-        "10 of 20": {"steps": 10, "T": 20},
-        "one step": {"steps": 1, "T": 100},
+        "50 of 1000": (50, 1000),
+        "4 of 20": (4, 20),
+        "10 of 20": (10, 20),
+        "one step": (1, 100),
     },
     swap=_put_timesteps,
 )  # fmt: skip
@@ -183,7 +183,7 @@ def _put_plms(f):
 
 @exercise(
     cases=lambda: {
-        f"{n} of them": {"old_eps": [latents() for _ in range(n)]} for n in (4, 3, 2, 1)
+        f"{n} of them": ([latents() for _ in range(n)],) for n in (4, 3, 2, 1)
     },
     linear=("old_eps",),
     swap=_put_plms,
@@ -223,10 +223,10 @@ def _everywhere(guidance):
 
 @exercise(
     cases=lambda: {
-        "scale 7.5": {"eps_uncond": latents(), "eps_cond": latents(), "scale": 7.5},
-        "scale 3, one picture": {"eps_uncond": latents(1), "eps_cond": latents(1), "scale": 3.0},
-        "scale 1": {"eps_uncond": latents(3), "eps_cond": latents(3), "scale": 1.0},
-        "scale 0": {"eps_uncond": latents(), "eps_cond": latents(), "scale": 0.0},
+        "scale 7.5": (latents(), latents(), 7.5),
+        "scale 3, one picture": (latents(1), latents(1), 3.0),
+        "scale 1": (latents(3), latents(3), 1.0),
+        "scale 0": (latents(), latents(), 0.0),
     },
     linear=("eps_uncond", "eps_cond"),
     quantities=lambda scale, **_: {"scale": scale},
@@ -269,14 +269,11 @@ def _put_guided_eps(f):
 
 @exercise(
     cases=lambda: {
-        "two pictures": {"model": ToyModel(), "x": latents(2), "t": torch.tensor([3, 7]),
-                         "context": torch.randn(2, 5, 6),
-                         "uncond_context": torch.randn(2, 5, 6), "scale": 4.0},
-        "one picture": {"model": ToyModel(), "x": latents(1), "t": torch.tensor([5]), "context": torch.randn(1, 5, 6),
-                        "uncond_context": torch.randn(1, 5, 6), "scale": 7.5},
-        "three pictures, a small scale": {"model": ToyModel(), "x": latents(3), "t": torch.tensor([1, 9, 4]),
-                                          "context": torch.randn(3, 4, 6),
-                                          "uncond_context": torch.randn(3, 4, 6), "scale": 0.5},
+        "two pictures": (ToyModel(), latents(2), torch.tensor([3, 7]), torch.randn(2, 5, 6), torch.randn(2, 5, 6), 4.0),
+        "one picture": (ToyModel(), latents(1), torch.tensor([5]), torch.randn(1, 5, 6), torch.randn(1, 5, 6), 7.5),
+        "three pictures, a small scale": (
+            ToyModel(), latents(3), torch.tensor([1, 9, 4]), torch.randn(3, 4, 6), torch.randn(3, 4, 6), 0.5,
+        ),
     },
     swap=_put_guided_eps,
 )  # fmt: skip
@@ -316,12 +313,9 @@ def _put_dpmpp(f):
 
 @exercise(
     cases=lambda: {
-        "a step in the middle": {"x_t": latents(), "x0": latents(), "x0_old": latents(), "a_old": 0.1, "a_t": 0.3,
-                                 "a_prev": 0.6},
-        "a small step after a large one": {"x_t": latents(1), "x0": latents(1), "x0_old": latents(1), "a_old": 0.2,
-                                           "a_t": 0.8, "a_prev": 0.85},
-        "a large step after a small one": {"x_t": latents(3, 4, 4), "x0": latents(3, 4, 4), "x0_old": latents(3, 4, 4),
-                                           "a_old": 0.28, "a_t": 0.3, "a_prev": 0.9},
+        "a step in the middle": (latents(), latents(), latents(), 0.1, 0.3, 0.6),
+        "a small step after a large one": (latents(1), latents(1), latents(1), 0.2, 0.8, 0.85),
+        "a large step after a small one": (latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), 0.28, 0.3, 0.9),
     },
     linear=("x_t", "x0", "x0_old"),
     swap=_put_dpmpp,
@@ -365,9 +359,9 @@ def _put_euler(f):
 
 @exercise(
     cases=lambda: {
-        "from 3 to 2": {"x": latents(), "denoised": latents(), "sigma": 3.0, "sigma_next": 2.0},
-        "one picture, a large step": {"x": latents(1), "denoised": latents(1), "sigma": 14.6, "sigma_next": 7.0},
-        "the last step, to 0": {"x": latents(3, 4, 4), "denoised": latents(3, 4, 4), "sigma": 0.3, "sigma_next": 0.0},
+        "from 3 to 2": (latents(), latents(), 3.0, 2.0),
+        "one picture, a large step": (latents(1), latents(1), 14.6, 7.0),
+        "the last step, to 0": (latents(3, 4, 4), latents(3, 4, 4), 0.3, 0.0),
     },
     linear=("x", "denoised"),
     quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "(σ_next/σ)": sigma_next / sigma},
@@ -389,12 +383,12 @@ def euler_step(
 
 @exercise(
     cases=lambda: {
-        "ten steps, strength 0.7": {"timesteps": list(range(91, 0, -10)), "strength": 0.7},
-        "strength 1": {"timesteps": [80, 60, 40, 20, 0], "strength": 1.0},
-        "twenty steps, strength 0.25": {"timesteps": list(range(951, 0, -50)), "strength": 0.25},
-        "a strength that leaves a fraction": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.5},
-        "timesteps that are not evenly spread": {"timesteps": [900, 500, 400, 300, 20, 10], "strength": 0.5},
-        "a strength that leaves less": {"timesteps": [70, 60, 50, 40, 30, 20, 10], "strength": 0.6},
+        "ten steps, strength 0.7": (list(range(91, 0, -10)), 0.7),
+        "strength 1": ([80, 60, 40, 20, 0], 1.0),
+        "twenty steps, strength 0.25": (list(range(951, 0, -50)), 0.25),
+        "a strength that leaves a fraction": ([70, 60, 50, 40, 30, 20, 10], 0.5),
+        "timesteps that are not evenly spread": ([900, 500, 400, 300, 20, 10], 0.5),
+        "a strength that leaves less": ([70, 60, 50, 40, 30, 20, 10], 0.6),
     },
     swap=lambda f: [(latent_diffusion, "remaining_timesteps", f)],
 )  # fmt: skip
@@ -419,12 +413,11 @@ def _put_blend(f):
 
 @exercise(
     cases=lambda: {
-        "two pictures": {"x_t": latents(), "z_0": latents(), "noise": latents(), "mask": torch.rand(2, 1, 3, 5) > 0.5,
-                         "a_t": 0.4},
-        "one picture, little noise": {"x_t": latents(1), "z_0": latents(1), "noise": latents(1),
-                                      "mask": torch.rand(1, 1, 3, 5) > 0.5, "a_t": 0.9},
-        "square latents, much noise": {"x_t": latents(3, 4, 4), "z_0": latents(3, 4, 4), "noise": latents(3, 4, 4),
-                                       "mask": torch.rand(3, 1, 4, 4) > 0.3, "a_t": 0.05},
+        "two pictures": (latents(), latents(), latents(), torch.rand(2, 1, 3, 5) > 0.5, 0.4),
+        "one picture, little noise": (latents(1), latents(1), latents(1), torch.rand(1, 1, 3, 5) > 0.5, 0.9),
+        "square latents, much noise": (
+            latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), torch.rand(3, 1, 4, 4) > 0.3, 0.05,
+        ),
     },
     swap=_put_blend,
 )  # fmt: skip
@@ -448,8 +441,8 @@ def inpaint_blend(
 
 @exercise(
     cases=lambda: {
-        "twelve timesteps": {"alphas_cumprod": alphas_cumprod_of(12)},
-        "five timesteps": {"alphas_cumprod": alphas_cumprod_of(5)},
+        "twelve timesteps": (alphas_cumprod_of(12),),
+        "five timesteps": (alphas_cumprod_of(5),),
     },
     # The samplers ask for one σ at a time: the table is of one entry.
     swap=lambda f: [(sampling, "_sigma", lambda a: float(f(torch.tensor([a], dtype=torch.float64))[0]))],

@@ -37,10 +37,10 @@ def _put_embedding(f):
 
 @exercise(
     cases=lambda: {
-        "three times, 8 numbers each": {"timesteps": torch.tensor([0, 7, 40]), "dim": 8, "max_period": 10_000},
-        "one time": {"timesteps": torch.tensor([13]), "dim": 6, "max_period": 10_000},
-        "another period": {"timesteps": torch.tensor([2, 5]), "dim": 8, "max_period": 100},
-        "as many times as numbers": {"timesteps": torch.tensor([1, 3, 9, 27]), "dim": 4, "max_period": 10_000},
+        "three times, 8 numbers each": (torch.tensor([0, 7, 40]), 8, 10_000),
+        "one time": (torch.tensor([13]), 6, 10_000),
+        "another period": (torch.tensor([2, 5]), 8, 100),
+        "as many times as numbers": (torch.tensor([1, 3, 9, 27]), 4, 10_000),
     },
     tolerance=2e-3,
     swap=_put_embedding,
@@ -74,12 +74,10 @@ def _put_attention(f):
 
 @exercise(
     cases=lambda: {
-        "5 queries, 7 keys": {"q": torch.randn(2, 3, 5, 4), "k": torch.randn(2, 3, 7, 4), "v": torch.randn(2, 3, 7, 4)},
-        "as many queries as keys": {"q": torch.randn(2, 2, 4, 6), "k": torch.randn(2, 2, 4, 6),
-                                    "v": torch.randn(2, 2, 4, 6)},
-        "all sizes equal": {"q": torch.randn(4, 4, 4, 4), "k": torch.randn(4, 4, 4, 4), "v": torch.randn(4, 4, 4, 4)},
-        "one head of one text": {"q": torch.randn(1, 1, 3, 16), "k": torch.randn(1, 1, 5, 16),
-                                 "v": torch.randn(1, 1, 5, 16)},
+        "5 queries, 7 keys": (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)),
+        "as many queries as keys": (torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6)),
+        "all sizes equal": (torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4)),
+        "one head of one text": (torch.randn(1, 1, 3, 16), torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)),
     },
     swap=_put_attention,
 )  # fmt: skip
@@ -117,10 +115,10 @@ def _put_merge(f):
 
 @exercise(
     cases=lambda: {
-        "2 heads of 3": {"x": tokens(2, 5, 6), "heads": 2},
-        "4 heads of 2": {"x": tokens(1, 3, 8), "heads": 4},
-        "2 heads of 2, as many tokens": {"x": tokens(2, 2, 4), "heads": 2},
-        "3 heads of 4": {"x": tokens(2, 12, 12), "heads": 3},
+        "2 heads of 3": (tokens(2, 5, 6), 2),
+        "4 heads of 2": (tokens(1, 3, 8), 4),
+        "2 heads of 2, as many tokens": (tokens(2, 2, 4), 2),
+        "3 heads of 4": (tokens(2, 12, 12), 3),
     },
     swap=_put_split,
 )  # fmt: skip
@@ -135,9 +133,9 @@ def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads
 
 @exercise(
     cases=lambda: {
-        "2 heads of 3": {"x": torch.randn(2, 2, 5, 3)},
-        "as many heads as tokens": {"x": torch.randn(1, 4, 4, 2)},
-        "3 heads of 4": {"x": torch.randn(2, 3, 7, 4)},
+        "2 heads of 3": (torch.randn(2, 2, 5, 3),),
+        "as many heads as tokens": (torch.randn(1, 4, 4, 2),),
+        "3 heads of 4": (torch.randn(2, 3, 7, 4),),
     },
     swap=_put_merge,
 )  # fmt: skip
@@ -148,14 +146,10 @@ def merge_heads(x: Float[Tensor, "b heads n d"]) -> Float[Tensor, "b n c"]:
     # END SOLUTION
 
 
-def _cross_case(b: int, n: int, m: int, c: int, e: int, heads: int, d: int) -> dict:
-    def linear(a, b, bias=False):
-        return nn.Linear(a, b, bias=bias)
-
-    return {
-        "x": tokens(b, n, c), "context": tokens(b, m, e), "to_q": linear(c, heads * d), "to_k": linear(e, heads * d),
-        "to_v": linear(e, heads * d), "to_out": linear(heads * d, c, True), "heads": heads,
-    }  # fmt: skip
+def _cross_case(b: int, n: int, m: int, c: int, e: int, heads: int, d: int) -> tuple:
+    given = tokens(b, n, c), tokens(b, m, e)
+    to_qkv = [nn.Linear(width, heads * d, bias=False) for width in (c, e, e)]
+    return *given, *to_qkv, nn.Linear(heads * d, c), heads
 
 
 def _put_cross(f):
@@ -203,9 +197,9 @@ def cross_attention(
 
 @exercise(
     cases=lambda: {
-        "tokens of 4 channels, to 6": {"x": tokens(2, 5, 4), "proj": nn.Linear(4, 12)},
-        "one token": {"x": tokens(1, 1, 3), "proj": nn.Linear(3, 4)},
-        "as many tokens as channels": {"x": tokens(4, 4, 4), "proj": nn.Linear(4, 8)},
+        "tokens of 4 channels, to 6": (tokens(2, 5, 4), nn.Linear(4, 12)),
+        "one token": (tokens(1, 1, 3), nn.Linear(3, 4)),
+        "as many tokens as channels": (tokens(4, 4, 4), nn.Linear(4, 8)),
     },
     swap=lambda f: [(attention_module.GEGLU, "forward", lambda self, x: f(x, self.proj))],
 )  # fmt: skip
@@ -237,11 +231,9 @@ def _norm(d: int) -> nn.Module:
     return norm
 
 
-def _block_case(b: int, n: int, d: int, m: int, e: int) -> dict:
-    return {
-        "x": tokens(b, n, d), "context": tokens(b, m, e), "attn1": _Tells(d), "attn2": _Tells(d, e),
-        "ff": nn.Sequential(nn.Linear(d, d), nn.Tanh()), "norm1": _norm(d), "norm2": _norm(d), "norm3": _norm(d),
-    }  # fmt: skip
+def _block_case(b: int, n: int, d: int, m: int, e: int) -> tuple:
+    attentions = tokens(b, n, d), tokens(b, m, e), _Tells(d), _Tells(d, e)
+    return *attentions, nn.Sequential(nn.Linear(d, d), nn.Tanh()), _norm(d), _norm(d), _norm(d)
 
 
 def _put_block(f):
@@ -293,13 +285,11 @@ class _Mixes(nn.Module):
         return torch.tanh(self.own(x).cumsum(1) / place + self.told(context).mean(dim=1, keepdim=True))
 
 
-def _spatial_case(b: int, c: int, d: int, h: int, w: int) -> dict:
+def _spatial_case(b: int, c: int, d: int, h: int, w: int) -> tuple:
     norm = nn.GroupNorm(2, c)
     nn.init.normal_(norm.weight)
-    return {
-        "x": maps(b, c, h, w), "context": tokens(b, 3, 6), "norm": norm, "proj_in": nn.Conv2d(c, d, 1),
-        "blocks": [_Mixes(d, 6), _Mixes(d, 6)], "proj_out": nn.Conv2d(d, c, 1),
-    }  # fmt: skip
+    given = maps(b, c, h, w), tokens(b, 3, 6), norm
+    return *given, nn.Conv2d(c, d, 1), [_Mixes(d, 6), _Mixes(d, 6)], nn.Conv2d(d, c, 1)
 
 
 def _put_spatial(f):
@@ -343,14 +333,13 @@ def spatial_transformer(
 # --- the convolutions ------------------------------------------------------------------------------------------------
 
 
-def _res_case(b: int, c: int, c_out: int, h: int, w: int, e: int = 6) -> dict:
-    return {
-        "x": maps(b, c, h, w), "emb": torch.randn(b, e),
-        "in_layers": nn.Sequential(nn.GroupNorm(2, c), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)),
-        "emb_layers": nn.Sequential(nn.SiLU(), nn.Linear(e, c_out)),
-        "out_layers": nn.Sequential(nn.GroupNorm(2, c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1)),
-        "skip_connection": nn.Identity() if c == c_out else nn.Conv2d(c, c_out, 1),
-    }  # fmt: skip
+def _res_case(b: int, c: int, c_out: int, h: int, w: int, e: int = 6) -> tuple:
+    x, emb = maps(b, c, h, w), torch.randn(b, e)
+    in_layers = nn.Sequential(nn.GroupNorm(2, c), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1))
+    emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(e, c_out))
+    out_layers = nn.Sequential(nn.GroupNorm(2, c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
+    skip_connection = nn.Identity() if c == c_out else nn.Conv2d(c, c_out, 1)
+    return x, emb, in_layers, emb_layers, out_layers, skip_connection
 
 
 def _put_res_block(f):
@@ -392,12 +381,9 @@ def res_block(
 
 @exercise(
     cases=lambda: {
-        "2 groups of 2": {"x": maps(2, 4, 3, 5), "groups": 2, "weight": torch.randn(4), "bias": torch.randn(4),
-                          "eps": 1e-5},
-        "one picture, 3 groups": {"x": maps(1, 6, 4, 3), "groups": 3, "weight": torch.randn(6), "bias": torch.randn(6),
-                                  "eps": 1e-5},
-        "a square with few numbers": {"x": 0.05 * maps(4, 4, 4, 4), "groups": 2, "weight": torch.randn(4),
-                                      "bias": torch.randn(4), "eps": 1e-3},
+        "2 groups of 2": (maps(2, 4, 3, 5), 2, torch.randn(4), torch.randn(4), 1e-5),
+        "one picture, 3 groups": (maps(1, 6, 4, 3), 3, torch.randn(6), torch.randn(6), 1e-5),
+        "a square with few numbers": (0.05 * maps(4, 4, 4, 4), 2, torch.randn(4), torch.randn(4), 1e-3),
     },
     swap=lambda f: [(nn.GroupNorm, "forward",
                      lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
@@ -422,9 +408,9 @@ def group_norm(
 
 @exercise(
     cases=lambda: {
-        "3 x 5 pixels": {"x": maps(), "conv": nn.Conv2d(4, 4, 3, padding=1)},
-        "one picture": {"x": maps(1, 2, 4, 3), "conv": nn.Conv2d(2, 2, 3, padding=1)},
-        "a square": {"x": maps(2, 4, 4, 4), "conv": nn.Conv2d(4, 4, 3, padding=1)},
+        "3 x 5 pixels": (maps(), nn.Conv2d(4, 4, 3, padding=1)),
+        "one picture": (maps(1, 2, 4, 3), nn.Conv2d(2, 2, 3, padding=1)),
+        "a square": (maps(2, 4, 4, 4), nn.Conv2d(4, 4, 3, padding=1)),
     },
     swap=lambda f: [(unet_module.Upsample, "forward", lambda self, x, size=None: f(x, self.conv)),
                     (vae_module.Upsample, "forward", lambda self, x: f(x, self.conv))],
@@ -447,11 +433,9 @@ class _Plus(nn.Module):
         return torch.tanh(self.conv(x))
 
 
-def _unet_case(b: int, h: int, w: int, c: int = 3) -> dict:
-    return {
-        "x": maps(b, 2, h, w), "input_blocks": [_Plus(2, c), _Plus(c, c), _Plus(c, c)], "middle_block": _Plus(c, c),
-        "output_blocks": [_Plus(2 * c, c), _Plus(2 * c, c), _Plus(2 * c, c)],
-    }  # fmt: skip
+def _unet_case(b: int, h: int, w: int, c: int = 3) -> tuple:
+    x, down, middle = maps(b, 2, h, w), [_Plus(2, c), _Plus(c, c), _Plus(c, c)], _Plus(c, c)
+    return x, down, middle, [_Plus(2 * c, c) for _ in down]
 
 
 def _put_unet(f):

@@ -18,8 +18,8 @@ from .exercise import exercise
 Layer = Callable[[Tensor], Tensor]
 
 
-def _moments(b: int, c: int = 4, h: int = 3, w: int = 5) -> dict[str, Tensor]:
-    return {"mean": torch.randn(b, c, h, w), "logvar": 1.5 * torch.randn(b, c, h, w) - 0.5}
+def _moments(b: int, c: int = 4, h: int = 3, w: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(b, c, h, w), 1.5 * torch.randn(b, c, h, w) - 0.5
 
 
 def _put_sample(f):
@@ -30,15 +30,15 @@ def _put_sample(f):
     return [(DiagonalGaussianDistribution, "sample", sample)]
 
 
-def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> dict:
-    return {"moments": torch.cat([torch.randn(b, c, h, w), spread * torch.randn(b, c, h, w)], dim=1),
-            "noise": torch.randn(b, c, h, w)}
+def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
+    moments = torch.cat([torch.randn(b, c, h, w), spread * torch.randn(b, c, h, w)], dim=1)
+    return moments, torch.randn(b, c, h, w)
 
 
-def _far_below() -> dict:
+def _far_below() -> tuple[Tensor, Tensor]:
     """So little variance that only a large noise shows where it is clamped; and means beyond these bounds."""
     mean, logvar = 40 * torch.randn(2, 4, 3, 5), -60 * torch.rand(2, 4, 3, 5)
-    return {"moments": torch.cat([mean, logvar - 30], dim=1), "noise": 1e8 * torch.randn(2, 4, 3, 5)}
+    return torch.cat([mean, logvar - 30], dim=1), 1e8 * torch.randn(2, 4, 3, 5)
 
 
 @exercise(
@@ -87,9 +87,8 @@ def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Floa
     # END SOLUTION
 
 
-def _vae_case(b: int, h: int, w: int, weight: float) -> dict:
-    return {"x": torch.rand(b, 3, h, w) * 2 - 1, "reconstruction": torch.randn(b, 3, h, w), **_moments(b, 4, 2, 3),
-            "kl_weight": weight}
+def _vae_case(b: int, h: int, w: int, weight: float) -> tuple:
+    return torch.rand(b, 3, h, w) * 2 - 1, torch.randn(b, 3, h, w), *_moments(b, 4, 2, 3), weight
 
 
 @exercise(
@@ -138,9 +137,9 @@ def _put_vq_loss(f):
              lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
 
 
-def _code_case(n: int, k: int, d: int) -> dict:
+def _code_case(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     codes = torch.randn(k, d) * torch.linspace(0.3, 3.0, k)[:, None]
-    return {"z": torch.randn(n, d) * 2, "codebook": codes}
+    return torch.randn(n, d) * 2, codes
 
 
 @exercise(
@@ -164,9 +163,9 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
 
 @exercise(
     cases=lambda: {
-        "5 vectors": {"z": torch.randn(5, 3), "z_q": torch.randn(5, 3)},
-        "one vector": {"z": torch.randn(1, 4), "z_q": torch.randn(1, 4)},
-        "latents": {"z": torch.randn(2, 4, 3, 5), "z_q": torch.randn(2, 4, 3, 5)},
+        "5 vectors": (torch.randn(5, 3), torch.randn(5, 3)),
+        "one vector": (torch.randn(1, 4), torch.randn(1, 4)),
+        "latents": (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)),
     },
     gradients=("z", "z_q"),
     swap=lambda f: [(vq, "straight_through", f)],
@@ -184,9 +183,9 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
 
 @exercise(
     cases=lambda: {
-        "beta 0.25": {"z": torch.randn(5, 3), "z_q": torch.randn(5, 3), "beta": 0.25},
-        "beta 2": {"z": torch.randn(4, 4), "z_q": torch.randn(4, 4), "beta": 2.0},
-        "latents": {"z": torch.randn(2, 4, 3, 5), "z_q": torch.randn(2, 4, 3, 5), "beta": 0.5},
+        "beta 0.25": (torch.randn(5, 3), torch.randn(5, 3), 0.25),
+        "beta 2": (torch.randn(4, 4), torch.randn(4, 4), 2.0),
+        "latents": (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), 0.5),
     },
     gradients=("z", "z_q"),
     swap=_put_vq_loss,
@@ -209,12 +208,12 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
 
 @exercise(
     cases=lambda: {
-        "four latents": {
-            "latents": torch.tensor([1.0, 3, 6, 9]).view(4, 1, 1, 1) * torch.randn(4, 4, 3, 5)
-            + torch.tensor([-3.0, 0, 1, 3]).view(1, 4, 1, 1)
-        },
-        "one latent, a mean far from 0": {"latents": 0.3 * torch.randn(1, 4, 8, 8) + 2},
-        "square latents": {"latents": 2.0 * torch.randn(4, 4, 4, 4)},
+        "four latents": (
+            torch.tensor([1.0, 3, 6, 9]).view(4, 1, 1, 1) * torch.randn(4, 4, 3, 5)
+            + torch.tensor([-3.0, 0, 1, 3]).view(1, 4, 1, 1),
+        ),
+        "one latent, a mean far from 0": (0.3 * torch.randn(1, 4, 8, 8) + 2,),
+        "square latents": (2.0 * torch.randn(4, 4, 4, 4),),
     },
     tolerance=8e-3,
     swap=lambda f: [(training_vae, "measure_scale_factor", lambda vae, data,
@@ -233,10 +232,10 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 
 @exercise(
     cases=lambda: {
-        "4 x 6 pixels": {"x": torch.randn(2, 3, 4, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
-        "one picture": {"x": torch.randn(1, 2, 8, 4), "conv": nn.Conv2d(2, 2, 3, stride=2)},
-        "a square": {"x": torch.randn(2, 3, 6, 6), "conv": nn.Conv2d(3, 3, 3, stride=2)},
-        "odd sizes": {"x": torch.randn(1, 3, 5, 7), "conv": nn.Conv2d(3, 3, 3, stride=2)},
+        "4 x 6 pixels": (torch.randn(2, 3, 4, 6), nn.Conv2d(3, 3, 3, stride=2)),
+        "one picture": (torch.randn(1, 2, 8, 4), nn.Conv2d(2, 2, 3, stride=2)),
+        "a square": (torch.randn(2, 3, 6, 6), nn.Conv2d(3, 3, 3, stride=2)),
+        "odd sizes": (torch.randn(1, 3, 5, 7), nn.Conv2d(3, 3, 3, stride=2)),
     },
     swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
