@@ -1,31 +1,35 @@
-"""Stage 6: from noise back to a picture. Each sampler is a generator of steps.
+"""Stage 6: from noise back to a picture, step by step.
 
     for step in ddim(eps_model, x_T, schedule, steps=50):
-        step.x_t, step.eps, step.x0, step.x  # what went in, its noise, the picture behind it, what came out
+        step.x_t, step.eps, step.x0, step.x  # what went in, the noise in it, the picture behind it, what came out
     picture = step.x
 
-The trained model answers one question only: which noise is in x_t? The samplers differ in what they do next.
+The trained model answers only one question: which noise is in x_t? A sampler is a rule that turns the answer into a
+slightly less noisy x. Everything else is the same for all samplers and stands in one loop, `_walk`. The rules:
 
-    ddpm              one small random step for each timestep of the training: the forward process, reversed
-    ddim              the same without the randomness, which makes long steps possible
+    ddpm              a small random step at each timestep of the training: the forward process, reversed
+    ddim              the same step without the randomness, so that the steps can be long
     plms              ddim's step in a better direction: a polynomial through the last four ε
-    dpmpp_2m          a line through the last two x_0, in the variable in which the equation is nearly linear
-    euler             a straight line along ε, in the variable in which ε is the slope: ddim, seen from there
-    euler_ancestral   the same line, drawn too far, and fresh noise on top: ddpm, seen from there
-    heun              the same line, along the mean of the slopes at both of its ends: two calls a step
+    dpmpp_2m          a straight line through the last two x̂_0, in a variable in which the equation is nearly linear
+    euler             a straight line along ε, in a variable in which ε is the slope. It equals ddim
+    euler_ancestral   euler's line, but longer, and fresh noise afterwards. It equals ddpm
+    heun              euler's line along the mean of the slopes at its two ends: two calls of the model a step
 
-The contract. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or `Guided`. x_T is drawn
-from N(0, I), and each x has the variance of the forward process (none is divided by √ᾱ), so that all
-trajectories share their axes. Exactly `steps` steps come out; the last `.x` is the result. All samplers take:
+What every sampler takes and returns. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or
+`Guided`. x_T is drawn from N(0, I). Each x has the variance of the forward process (none is divided by √ᾱ), so that
+the trajectories of all samplers can be compared. Exactly `steps` steps come out, and the last `.x` is the result.
 
-    spacing       which timesteps are visited: see `make_timesteps`
-    timesteps     the timesteps themselves, falling, instead of `steps`; they may start further down (img2img)
-    before_step   (x, t) -> x, with t an int, before each step and not after the last: what is known of the
-                  picture can be blended into x (inpainting)
-    generator     a torch.Generator of the CPU, or one for each picture, for the samplers that draw noise
+    steps             how many steps; None means one for each timestep of the schedule
+    eta               how much of the noise is drawn afresh in each step, for the samplers that can
+    spacing           which timesteps are visited: see `make_timesteps`
+    set_alpha_to_one  whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915 in SD v1)
+    timesteps         the timesteps themselves, falling, instead of `steps`; they may start further down (img2img)
+    before_step       (x, t) -> x, with t an int. It is called before each step and not after the last, and can put
+                      into x what is already known of the picture (inpainting)
+    generator         a torch.Generator of the CPU, or one for each picture, for the samplers that draw noise
 
-A bad argument raises ValueError; NaN or infinity from the model raises FloatingPointError. As always with
-generators, nothing happens before the first step is asked for. The papers that the comments cite:
+A bad argument raises ValueError, and NaN or infinity from the model raises FloatingPointError. A sampler is a Python
+generator, so nothing happens before the first step is asked for. The papers that the comments cite:
 
     DDPM            Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
     Improved DDPM   Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021
@@ -38,8 +42,10 @@ generators, nothing happens before the first step is asked for. The papers that 
     SDEdit          Meng et al., "Guided Image Synthesis and Editing with Stochastic Differential Equations", 2022
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial, wraps
 from math import expm1, inf, isfinite, log, sqrt
 from typing import NamedTuple
 
@@ -49,17 +55,19 @@ from torch import Tensor
 
 from minisd.noising import NoiseSchedule
 
+X = Float[Tensor, "b *d"]  # a batch of pictures, of latents, or of points on a line
+
 
 class Guided(NamedTuple):
     """What a guided eps_model returns: the ε to go by, and the two that it was made from. Each [b *d]."""
 
-    eps: Float[Tensor, "b *d"]
-    cond: Float[Tensor, "b *d"] | None = None
-    uncond: Float[Tensor, "b *d"] | None = None
+    eps: X
+    cond: X | None = None
+    uncond: X | None = None
 
 
-EpsModel = Callable[[Float[Tensor, "b *d"], Int[Tensor, "b"]], Float[Tensor, "b *d"] | Guided]
-BeforeStep = Callable[[Float[Tensor, "b *d"], int], Float[Tensor, "b *d"]]
+EpsModel = Callable[[X, Int[Tensor, "b"]], X | Guided]
+BeforeStep = Callable[[X, int], X]
 Timesteps = Sequence[int] | Int[Tensor, "steps"]
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -70,55 +78,33 @@ class Step:
 
     i: int  # 0, 1, ... steps-1
     t: int  # the timestep of x_t
-    x_t: Float[Tensor, "b *d"]  # what went in, after before_step
-    eps: Float[Tensor, "b *d"]  # the noise that was taken out of it (plms, heun: combined from several calls)
-    x0: Float[Tensor, "b *d"]  # the picture that remains without that noise: at first a blur
-    x: Float[Tensor, "b *d"]  # what came out: x_t of the next step, or the result
-    eps_cond: Float[Tensor, "b *d"] | None = None  # under guidance, the noise as seen with the prompt ...
-    eps_uncond: Float[Tensor, "b *d"] | None = None  # ... and without it
+    x_t: X  # what went in, after before_step
+    eps: X  # the noise that was taken out of it (plms and heun combine several answers of the model)
+    x0: X  # the picture that remains without that noise: at first a blur
+    x: X  # what came out: x_t of the next step, or the result
+    eps_cond: X | None = None  # under guidance, the noise as seen with the prompt ...
+    eps_uncond: X | None = None  # ... and without it
 
 
-def classifier_free_guidance(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    context: Float[Tensor, "#b *c"],
-    uncond_context: Float[Tensor, "#b *c"],
-    scale: float,
-) -> EpsModel:
-    """Make an eps_model(x, t) of model(x, t, context), exaggerating what the context changes (CFG, eq. 6).
-
-    context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d].
-    scale: 7.5 is Stable Diffusion's default. 1.0 is the plain conditional model: then the other half is not
-    computed, and ε is returned alone. The paper's weight w counts from 0, scale = 1 + w.
-    (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler.p_sample_ddim, unconditional_guidance_scale)
-    """
-
-    def eps_model(x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"] | Guided:
-        if scale == 1.0:
-            return model(x, t, context.expand(len(x), *context.shape[1:]))
-        # One call for both, in this order: [unconditional, conditional].
-        contexts = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (uncond_context, context)])  # [2b n d]
-        eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
-        # ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))
-        return Guided(eps_uncond + scale * (eps_cond - eps_uncond), eps_cond, eps_uncond)
-
-    return eps_model
+# -- which timesteps are visited ------------------------------------------------------------------------------
 
 
 def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
     """Choose `steps` of the T timesteps, evenly spread and falling. For 50 of 1000:
 
-        "leading"    981 961 ... 21 1     CompVis; leaves out 999, although x_T is what one would find there
-        "linspace"   999 979 ... 20 0     Improved DDPM; both ends
-        "trailing"   999 979 ... 39 19    from the very end, and with a last step as long as the others
+        "leading"    981 961 ... 21 1     CompVis. It leaves out 999, although x_T is what one would find there
+        "linspace"   999 979 ... 20 0     Improved DDPM. Both ends are visited
+        "trailing"   999 979 ... 39 19    from the very end, and the last step is as long as the others
 
-    Two libraries that draw different pictures from one x_T often differ here, or in where the last step leads
+    If two libraries draw different pictures from one x_T, they often differ here, or in where the last step leads
     (`set_alpha_to_one`). Raises ValueError if steps is not in [1, T] or the spacing is none of these.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must lie between 1 and {T}, the schedule's timesteps, but it is {steps}.")
     if spacing == "leading":
-        # CompVis takes every (T // steps)-th and adds 1: asked for 30 steps it makes 31, for 1000 it goes up
-        # to t = 1000. Here one gets what one asked for; it is the same wherever steps divides T.
+        # CompVis takes every (T // steps)-th timestep and adds 1. Asked for 30 steps it makes 31, and for 1000 it
+        # goes up to t = 1000, which does not exist. Here you get the number that you asked for, and the same
+        # timesteps as CompVis wherever steps divides T.
         rising = [i * T // steps + (1 if steps < T else 0) for i in range(steps)]
     elif spacing == "linspace":
         rising = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
@@ -130,7 +116,7 @@ def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
 
 
 def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
-    """Those that are left if one starts from a picture: the last int(strength · steps) of them (SDEdit).
+    """The timesteps that are left if you start from a picture: the last int(strength · steps) of them (SDEdit).
 
     Raises ValueError if strength is not in (0, 1], or so small that no step is left. (CompVis: scripts/img2img.py)
     """
@@ -143,10 +129,111 @@ def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
     return timesteps[-left:]
 
 
-def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
-    """Draw N(0, I) in float32 on the CPU, so that one seed means one noise, whatever the device.
+# -- the loop, which all samplers share -----------------------------------------------------------------------
 
-    With a generator for each picture, picture k of a batch gets the very noise that it would get alone.
+# The loop calls rule(x_t, eps, a_t, a_prev), and adds what the rule names of these. (`sampler`, below, explains them.)
+OFFERED = ("eta", "noise", "past", "ask", "i", "steps")
+# A rule returns x_prev, the x̂_0 that the step heads for, and the ε that it follows. It may also return x_prev alone;
+# then the other two are those of the model's answer.
+Rule = Callable[..., X | tuple[X, X, X]]
+
+
+def _walk(
+    name: str,
+    rule: Rule,
+    eps_model: EpsModel,
+    x_T: X,
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    eta: float = 0.0,
+    *,
+    spacing: str = "leading",
+    set_alpha_to_one: bool = True,
+    timesteps: Timesteps | None = None,
+    before_step: BeforeStep | None = None,
+    generator: Generators | None = None,
+    **options: object,
+) -> Iterator[Step]:
+    """Walk down the timesteps from x_T to the picture, and let the rule make each step."""
+    takes = _taken_from_the_loop(rule)
+    _check_eta(name, eta, takes)
+    path = _path(schedule, steps, spacing, timesteps, 1.0 if set_alpha_to_one else schedule.alpha_bar(0))
+    x, no_noise = x_T, torch.zeros_like(x_T)
+    offered = {"eta": eta, "past": [], "steps": len(path)}
+
+    for i, t, a_t, a_prev in path:
+        # Inpainting puts the known part of the picture into x here, as noisy as x is at this timestep.
+        x_t = before_step(x, t) if before_step else x
+
+        # The only question that the model answers: which noise is in x_t? This line takes nearly all of the time.
+        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
+
+        # What else the rule may need. Noise is drawn only if the step has a use for it. A step to the clean picture,
+        # ᾱ_prev = 1, has none, and neither has one that stays where it is, from t = 0 to ᾱ_0.
+        offered["i"] = i
+        if "noise" in takes:
+            is_drawn = a_t < a_prev < 1 and (eta > 0 or "eta" not in takes)
+            offered["noise"] = _noise_for(x_t, eps, generator) if is_drawn else no_noise
+        if "ask" in takes:
+            t_prev = path[min(i + 1, len(path) - 1)][1]
+            offered["ask"] = partial(_predict, eps_model, i=i, t=t_prev)
+
+        # The rule makes the step. (A rule that returns x_prev alone is often new, so its answer is checked.)
+        made = rule(x_t, eps, a_t, a_prev, **{name: offered[name] for name in takes}, **options)
+        if not isinstance(made, tuple):
+            if getattr(made, "shape", None) != x_t.shape:
+                got = list(made.shape) if isinstance(made, Tensor) else made
+                raise ValueError(f"The rule of {name} must return x_prev, {list(x_t.shape)} as x_t, but it is {got}.")
+            made = made, predict_x0(x_t, eps, a_t), eps
+        x, x0, eps = made
+        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+
+
+def _path(
+    schedule: NoiseSchedule, steps: int | None, spacing: str, timesteps: Timesteps | None, a_end: float
+) -> list[tuple[int, int, float, float]]:
+    """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads. The last step leads to a_end.
+
+    All of them are Python numbers, ᾱ with the precision of float64. If they were in a tensor on a GPU, the CPU could
+    only read them after the GPU had finished all work before them, so it would wait at each step.
+    """
+    if timesteps is None:
+        T = schedule.timesteps
+        timesteps = make_timesteps(T if steps is None else steps, T, spacing)
+    timesteps = [int(t) for t in timesteps]
+    if not timesteps or any(t <= t_next for t, t_next in zip(timesteps, timesteps[1:], strict=False)):
+        raise ValueError(f"timesteps must be one or more falling numbers, but they are {timesteps}.")
+    alphas = [schedule.alpha_bar(t) for t in timesteps]
+    return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
+
+
+# No gradients. This is not around the loop, since after a yield they would be off in the caller's code, too. (no_grad()
+# does the same, and takes longer to enter.)
+@torch.set_grad_enabled(False)
+def _predict(eps_model: EpsModel, x_t: X, i: int, t: int) -> Guided:
+    """Ask the model for the noise in x_t, and make sure that the answer can be used."""
+    answer = eps_model(x_t, torch.full((x_t.shape[0],), t, device=x_t.device))
+    guided = answer if isinstance(answer, Guided) else Guided(answer)
+    if guided.eps.shape != x_t.shape:
+        shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
+        raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
+    # If any ε is NaN, so is the largest |ε|. (On a CPU, this is several times faster than .isfinite().all().)
+    # Here the CPU has to wait for the GPU: once for each call of the model, and nowhere else.
+    if not isfinite(guided.eps.abs().max()):
+        raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
+    return guided
+
+
+def predict_x0(x_t: X, eps: X, a_t: float) -> X:
+    """The picture in x_t, if ε is the noise in it: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, solved for x_0."""
+    # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                               (DDPM, eq. 15; DDIM, eq. 9)
+    return (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+
+
+def randn(shape: Sequence[int], generator: Generators | None = None) -> X:
+    """Draw N(0, I) in float32 on the CPU, so that one seed means one noise on every device.
+
+    With a generator for each picture, picture k of a batch gets the same noise as it would get alone.
     """
     if not isinstance(generator, Sequence):
         return torch.randn(tuple(shape), generator=generator, device="cpu")
@@ -155,134 +242,154 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
 
 
-# -- what the samplers have in common -----------------------------------------------------------------------
+def _noise_for(x_t: X, eps: X, generator: Generators | None) -> X:
+    """Fresh noise on the device of x_t, in the dtype that a sum of x_t and ε has, since it is added to one."""
+    z = randn(x_t.shape, generator)
+    return z.to(x_t.device, torch.result_type(x_t, eps), non_blocking=True)
 
 
-def _path(
-    schedule: NoiseSchedule, steps: int, spacing: str, timesteps: Timesteps | None, a_end: float
-) -> list[tuple[int, int, float, float]]:
-    """For each step: its number i, its t, ᾱ_t, and ᾱ_prev, where it leads to (the last one: to a_end).
+# -- how a rule becomes a sampler -----------------------------------------------------------------------------
 
-    All of them are Python numbers, ᾱ in float64: to read them off a GPU, the CPU would have to wait for it.
+
+# What `@sampler` makes of a rule: a function, with the defaults of its arguments as attributes, .steps, .eta, .spacing
+# and .set_alpha_to_one, and the rule as .rule. Put another rule there, and the sampler makes the steps of that one.
+Sampler = Callable[..., Iterator[Step]]
+SAMPLERS: dict[str, Sampler] = {}  # by name, in the order of this file
+
+
+def sampler(
+    *, steps: int | None, spacing: str, eta: float | None = 0.0, set_alpha_to_one: bool | None = None
+) -> Callable[[Rule], Sampler]:
+    """Make a sampler of the rule below this line, and enter it into `SAMPLERS`. This is a complete sampler:
+
+        @sampler(steps=50, spacing="leading")
+        def my_ddim(x_t, eps, a_t, a_prev):
+            return sqrt(a_prev) * predict_x0(x_t, eps, a_t) + sqrt(1 - a_prev) * eps
+
+    steps, spacing, eta, set_alpha_to_one: the defaults. Without eta or set_alpha_to_one (None), the sampler has no
+    such argument, and the last step leads to ᾱ = 1. If the rule does not name eta, the only eta allowed is 0.
+
+    A rule always takes these four, in this order:
+
+        x_t, eps      the noisy x, and the noise ε that the model sees in it, [b *d]
+        a_t, a_prev   ᾱ_t, and the ᾱ_prev to which the step leads. They are Python numbers, as all numbers here
+
+    After them it names what else it needs:
+
+        eta           how much of the noise is to be drawn afresh
+        noise         z ~ N(0, I), [b *d]. If the step has no use for noise, none is drawn, and this is 0
+        past          a list, empty at first. What the rule puts into it is still there at the next step
+        ask           x -> Guided. It asks the model once more, about an x at the timestep to which the step leads
+        i, steps      the number of the step, 0, 1, ... steps-1, and how many there are
+
+    After a `*` it names options of its own, which become arguments of the sampler. It returns x_prev, the x̂_0 that
+    the step heads for, and the ε that it follows; or x_prev alone. Its docstring becomes that of the sampler.
     """
-    if timesteps is None:
-        timesteps = make_timesteps(steps, schedule.timesteps, spacing)
-    timesteps = [int(t) for t in timesteps]
-    if not timesteps or any(t <= t_next for t, t_next in zip(timesteps, timesteps[1:], strict=False)):
-        raise ValueError(f"timesteps must be one or more falling numbers, but they are {timesteps}.")
-    alphas = [schedule.alpha_bar(t) for t in timesteps]
-    return list(zip(range(len(timesteps)), timesteps, alphas, [*alphas[1:], a_end], strict=True))
+    defaults = {"steps": steps, "eta": eta, "spacing": spacing, "set_alpha_to_one": set_alpha_to_one}
+    absent = {name for name in ("eta", "set_alpha_to_one") if defaults[name] is None}
+    used = {name: value for name, value in defaults.items() if name not in absent}
+
+    def enter(rule: Rule) -> Sampler:
+        # The arguments of the sampler are those of the loop, with these defaults, and the rule's own options.
+        _taken_from_the_loop(rule)
+        arguments = inspect.signature(_walk).parameters.values()
+        arguments = [p for p in arguments if p.name not in {"name", "rule", "options", *absent}]
+        arguments = [p.replace(default=used.get(p.name, p.default)) for p in arguments]
+        arguments += [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        signature = inspect.Signature(arguments, return_annotation=Iterator[Step])
+
+        @wraps(rule, assigned=["__module__", "__name__", "__qualname__", "__doc__"])
+        def sample(*args, **named):
+            try:
+                given = signature.bind(*args, **named).arguments
+            except TypeError as error:
+                raise TypeError(f"{rule.__name__}: {error}. It takes {', '.join(signature.parameters)}.") from None
+            return _walk(rule.__name__, sample.rule, **(used | given))
+
+        sample.__signature__ = signature
+        sample.__annotations__ = {p.name: p.annotation for p in arguments}
+        vars(sample).update(defaults, rule=rule)
+        SAMPLERS[rule.__name__] = sample
+        return sample
+
+    return enter
 
 
-@torch.no_grad()  # here, since a `with` around a yield would switch gradients off in the caller's loop, too
-def _predict(eps_model: EpsModel, x_t: Float[Tensor, "b *d"], i: int, t: int) -> Guided:
-    """Ask the model for the noise in x_t, and make sure that the answer can be used."""
-    answer = eps_model(x_t, torch.full((len(x_t),), t, device=x_t.device))
-    guided = answer if isinstance(answer, Guided) else Guided(answer)
-    if guided.eps.shape != x_t.shape:
-        shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
-        raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
-    # The largest |ε| is NaN if any ε is. (On a CPU, this takes a seventh of the time of .isfinite().all().)
-    # Here, once a call, and nowhere else, the CPU waits for a GPU.
-    if not isfinite(guided.eps.abs().amax()):
-        raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
-    return guided
-
-
-def _check_eta(eta: float) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
-
-
-def _refuse_eta(sampler: str, eta: float) -> None:
-    if eta != 0:
+@cache
+def _taken_from_the_loop(rule: Rule) -> list[str]:
+    """What the rule names after its first four parameters, x_t, eps, a_t and a_prev, and before a `*`."""
+    parameters = inspect.signature(rule).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][4:]
+    if unknown := [name for name in names if name not in OFFERED]:
         raise ValueError(
-            f"{sampler} draws no noise, so eta must be 0, but it is {eta}; ddim and euler_ancestral take an eta."
+            f"After x_t, eps, a_t and a_prev, a rule may name {', '.join(OFFERED)}, but not {', '.join(unknown)}."
+            " An option of its own has to stand after a *, with a default."
         )
+    return names
 
 
-# -- the samplers -------------------------------------------------------------------------------------------
+def _check_eta(name: str, eta: float, takes: list[str]) -> None:
+    if "eta" in takes and not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
+    if "eta" not in takes and eta != 0:
+        others = "ddim and euler_ancestral take an eta"
+        raise ValueError(f"{name} draws no noise, so eta must be 0, but it is {eta}; {others}.")
 
 
-def ddpm(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int | None = None,
-    *,
-    clip_denoised: bool = False,
-    spacing: str = "linspace",
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+# -- the rules ------------------------------------------------------------------------------------------------
+
+
+@sampler(steps=None, eta=None, spacing="linspace")
+def ddpm(x_t: X, eps: X, a_t: float, a_prev: float, noise: X, *, clip_denoised: bool = False) -> tuple[X, X, X]:
     """Ancestral sampling (DDPM, Algorithm 2): guess x_0, then draw the step back that q would make from it.
 
-    steps: all T if left out. Fewer are DDPM on a schedule of fewer, longer steps (Improved DDPM, section 4).
-    clip_denoised: clamp the guess to [-1, 1]; True suits pixels, False latents, which know no such bound.
+    steps: all T by default. Fewer steps are DDPM on a schedule of fewer, longer steps (Improved DDPM, section 4).
+    clip_denoised: clamp the guess to [-1, 1]. This suits pixels, but not latents, which have no such bound.
     (CompVis: ldm/models/diffusion/ddpm.py, DDPM.p_sample_loop)
     """
-    x = x_T
-    steps = schedule.timesteps if steps is None else steps
-    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                                     (DDPM, eq. 15)
-        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
-        if clip_denoised:
-            x0 = x0.clamp(-1, 1)
-        # β_t = 1 - ᾱ_t / ᾱ_prev: the schedule's own, if no timestep is left out     (Improved DDPM, eq. 19)
-        beta = 1 - a_t / a_prev
-        # μ̃_t = √ᾱ_prev β_t / (1-ᾱ_t) x̂_0  +  √α_t (1-ᾱ_prev) / (1-ᾱ_t) x_t                   (DDPM, eq. 7)
-        mean = sqrt(a_prev) * beta / (1 - a_t) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a_t) * x_t
-        # β̃_t = (1-ᾱ_prev) / (1-ᾱ_t) β_t
-        variance = (1 - a_prev) / (1 - a_t) * beta
-        # x_prev = μ̃_t + √β̃_t z, with z ~ N(0, I); the last step leads to ᾱ = 1, where β̃ is 0
-        x = mean
-        if variance > 0:
-            x = mean + sqrt(variance) * randn(x.shape, generator).to(x, non_blocking=True)
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    # The picture that the model sees in x_t. At first it is a blur, the mean of all pictures that x_t may come from.
+    x0 = predict_x0(x_t, eps, a_t)
+    if clip_denoised:
+        x0 = x0.clamp(-1, 1)
+    # How much noise the forward process adds in this step. It is the schedule's own β_t if no timestep is left out.
+    # β_t = 1 - ᾱ_t / ᾱ_prev                                                             (Improved DDPM, eq. 19)
+    beta = 1 - a_t / a_prev
+    # If x_0 is known, the step back is Gaussian, q(x_prev | x_t, x_0). We put x̂_0 in its place. The mean:
+    # μ̃_t = √ᾱ_prev β_t / (1-ᾱ_t) x̂_0  +  √(1-β_t) (1-ᾱ_prev) / (1-ᾱ_t) x_t                        (DDPM, eq. 7)
+    mean = sqrt(a_prev) * beta / (1 - a_t) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a_t) * x_t
+    # The variance. It is 0 in the last step, which leads to ᾱ = 1, so no noise is left in the picture:
+    # β̃_t = (1-ᾱ_prev) / (1-ᾱ_t) β_t                                                               (DDPM, eq. 7)
+    variance = (1 - a_prev) / (1 - a_t) * beta
+    # x_prev = μ̃_t + √β̃_t z, with z ~ N(0, I)                                                (DDPM, Algorithm 2)
+    x_prev = mean
+    if variance > 0:
+        x_prev = mean + sqrt(variance) * noise
+    return x_prev, x0, eps
 
 
-def ddim(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    eta: float = 0.0,
-    *,
-    spacing: str = "leading",
-    set_alpha_to_one: bool = False,
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+@sampler(steps=50, eta=0.0, spacing="leading", set_alpha_to_one=False)
+def ddim(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise: X) -> tuple[X, X, X]:
     """The implicit model (DDIM, eq. 12): guess x_0, then put the same noise back, only less of it.
 
-    eta: how much of the noise is drawn afresh. 0: none, x_T decides on the picture; 1: as much as in ddpm.
+    eta: how much of the noise is drawn afresh. With 0, x_T alone decides on the picture; 1 is as much as in ddpm.
     set_alpha_to_one: whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915), which
     leaves a trace of the noise, as CompVis does. (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler)
     """
-    _check_eta(eta)
-    x = x_T
-    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
-    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end):
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        # (The paper's α is what everybody else writes as ᾱ.)
-        # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                                      (DDIM, eq. 9)
-        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
-        # σ_t = η √((1-ᾱ_prev) / (1-ᾱ_t)) √(1 - ᾱ_t / ᾱ_prev)                                 (DDIM, eq. 16)
-        sigma_t = eta * sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
-        # x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ_t²) ε + σ_t z                               (DDIM, eq. 12)
-        x = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma_t**2) * eps
-        if sigma_t > 0:
-            x = x + sigma_t * randn(x.shape, generator).to(x, non_blocking=True)
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    # The paper writes α for what all other papers call ᾱ.
+    x0 = predict_x0(x_t, eps, a_t)
+    # The standard deviation of the fresh noise: η = 1 makes it that of ddpm, √β̃_t.
+    # σ_t = η √((1-ᾱ_prev) / (1-ᾱ_t)) √(1 - ᾱ_t / ᾱ_prev)                                         (DDIM, eq. 16)
+    sigma_t = eta * sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+    # All noise in x_prev together must have the variance 1 - ᾱ_prev. σ_t² of it is fresh, the rest is the old ε.
+    # x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ_t²) ε + σ_t z                                       (DDIM, eq. 12)
+    x_prev = sqrt(a_prev) * x0 + sqrt(1 - a_prev - sigma_t**2) * eps
+    if sigma_t > 0:
+        x_prev = x_prev + sigma_t * noise
+    return x_prev, x0, eps
 
 
-# What the last 2, 3 or 4 values of ε weigh, the newest first, in their mean over the coming step: that of the
-# polynomial through them, if all steps are equally long.
+# The weights of the last 2, 3 or 4 values of ε, the newest first. The polynomial through these values has this mean
+# over the coming step, if all steps are equally long.
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -290,248 +397,192 @@ ADAMS_BASHFORTH = {
 }
 
 
-def plms(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    eta: float = 0.0,
-    *,
-    spacing: str = "leading",
-    set_alpha_to_one: bool = False,
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
-    """Pseudo linear multi-step (PNDM, Algorithm 2): ddim's step along an ε combined from the last four.
+def plms_combine(old_eps: list[X]) -> X:
+    """The ε for the coming step, combined from the last 2, 3 or 4 of them, the newest first."""
+    # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form                 (PNDM, eq. 12)
+    w_t, *weights = ADAMS_BASHFORTH[len(old_eps)]
+    eps = w_t * old_eps[0]
+    for w, e in zip(weights, old_eps[1:], strict=True):
+        eps = eps.add(e, alpha=w)  # eps + w e, in one pass over memory
+    return eps
 
-    "Pseudo", as they are combined as in a linear multi-step method (Adams-Bashforth), but followed along the
-    curve of ddim instead of a straight line. The first step has no past yet and asks the model twice, which
-    makes steps + 1 calls. (The paper starts with three Runge-Kutta steps, of four calls each.)
+
+@sampler(steps=50, spacing="leading", set_alpha_to_one=False)
+def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: EpsModel) -> tuple[X, X, X]:
+    """Pseudo linear multi-step (PNDM, Algorithm 2): ddim's step along an ε that is combined from the last four.
+
+    A linear multi-step method (Adams-Bashforth) combines slopes in this way and follows a straight line. "Pseudo"
+    means that the combined ε is followed along ddim's curve instead. The first step has no past yet and asks the
+    model twice, which makes steps + 1 calls. (The paper starts with three Runge-Kutta steps of four calls each.)
     eta must be 0; set_alpha_to_one: see `ddim`. (CompVis: ldm/models/diffusion/plms.py, PLMSSampler)
     """
-    _refuse_eta("plms", eta)
-    x = x_T
-    old_eps: list[Tensor] = []  # at most four, newest first
-    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
-    path = _path(schedule, steps, spacing, timesteps, a_end)
-    for i, t, a_t, a_prev in path:
-        x_t = before_step(x, t) if before_step else x
-        e_t, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        old_eps = [e_t, *old_eps[:3]]
-        if i == 0:
-            # improved Euler: make the step, look which noise is seen from there, go back, and use the mean
-            x_next, _ = _transfer(x_t, e_t, a_t, a_prev)
-            t_next = path[min(1, len(path) - 1)][1]
-            eps = (e_t + _predict(eps_model, x_next, i, t_next).eps) / 2
-        else:
-            # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form       (PNDM, eq. 12)
-            w_t, *weights = ADAMS_BASHFORTH[len(old_eps)]
-            eps = w_t * e_t
-            for w, e in zip(weights, old_eps[1:], strict=True):
-                eps = eps.add(e, alpha=w)  # eps + w e, in one pass over memory
-        x, x0 = _transfer(x_t, eps, a_t, a_prev)
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    past[:] = [eps, *past[:3]]
+    if len(past) == 1:
+        # Improved Euler: make the step, ask for the noise there, go back, and make the step along the mean of both.
+        x_next, _ = _transfer(x_t, eps, a_t, a_prev)
+        eps = (eps + ask(x_next).eps) / 2
+    else:
+        eps = plms_combine(past)
+    x_prev, x0 = _transfer(x_t, eps, a_t, a_prev)
+    return x_prev, x0, eps
 
 
-def _transfer(
-    x_t: Float[Tensor, "b *d"], eps: Float[Tensor, "b *d"], a_t: float, a_prev: float
-) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
-    """ddim's step without fresh noise, along any ε, and the x_0 it heads for (PNDM, eq. 9)."""
-    x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
+def _transfer(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X]:
+    """ddim's step without fresh noise along any ε, and the x̂_0 that it heads for (PNDM, eq. 9)."""
+    x0 = predict_x0(x_t, eps, a_t)
     return sqrt(a_prev) * x0 + sqrt(1 - a_prev) * eps, x0
 
 
+@sampler(steps=25, spacing="trailing", set_alpha_to_one=True)
 def dpmpp_2m(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 25,
-    eta: float = 0.0,
-    *,
-    spacing: str = "trailing",
-    set_alpha_to_one: bool = True,
-    lower_order_final: bool = True,
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+    x_t: X, eps: X, a_t: float, a_prev: float, past: list, i: int, steps: int, *, lower_order_final: bool = True
+) -> tuple[X, X, X]:
     """DPM-Solver++(2M), of second order with one call a step (DPM-Solver++, Algorithm 2).
 
-    With α = √ᾱ, σ = √(1-ᾱ) and λ = log(α/σ), the step to the next timestep is known exactly up to an integral
-    of x_0 over λ. To take x_0 as constant in it is ddim; to take it as the line through the last two is this.
+    With α = √ᾱ, σ = √(1-ᾱ) and λ = log(α/σ), the step to the next timestep is known exactly, except for an integral
+    of x̂_0 over λ. ddim takes x̂_0 as constant in it. This sampler takes it as the line through its last two values.
     set_alpha_to_one: whether the last step leads to the clean picture, λ = ∞, or to ᾱ_0 as in `ddim`.
-    lower_order_final: whether the last of fewer than 15 steps, long as it is, goes without the line.
+    lower_order_final: whether the last of fewer than 15 steps, which is long, goes without the line.
     On small data, in 10 to 25 steps, no other defaults came clearly closer to the exact solution.
     eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, with fractional timesteps)
     """
-    _refuse_eta("dpmpp_2m", eta)
-    x = x_T
-    x0_old = h_old = None  # of the step before
-    a_end = 1.0 if set_alpha_to_one else schedule.alpha_bar(0)
-    path = _path(schedule, steps, spacing, timesteps, a_end)
-    for i, t, a_t, a_prev in path:
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        x0 = (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
-        # h = λ_prev - λ_t
-        h = _lambda(a_prev) - _lambda(a_t)
-        is_last = i == len(path) - 1
-        if i == 0 or a_prev == 1 or (is_last and lower_order_final and len(path) < 15):
-            D = x0  # first order: the line does not exist yet, or would have to reach to λ = ∞, or too far
-        else:
-            # D = (1 + 1/2r) x_0 - 1/2r x_0^old, where r = h_old / h: the line, half a step further on
-            D = x0 + h / (2 * h_old) * (x0 - x0_old)
-        # x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D
-        x = sqrt((1 - a_prev) / (1 - a_t)) * x_t - sqrt(a_prev) * expm1(-h) * D
-        x0_old, h_old = x0, h
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    x0 = predict_x0(x_t, eps, a_t)
+    # h = λ_prev - λ_t, the length of the step
+    h = _lambda(a_prev) - _lambda(a_t)
+    # First order, D = x̂_0, where the line would not help: in the first step there is none yet, a step to the clean
+    # picture would follow it to λ = ∞, and the last of a few long steps would follow it too far.
+    D = x0
+    is_long = lower_order_final and i == steps - 1 and steps < 15
+    if past and a_prev < 1 and not is_long:
+        # D = (1 + 1/2r) x̂_0 - 1/2r x̂_0^old, where r = h_old / h: the line, half a step further on
+        x0_old, a_old = past
+        h_old = _lambda(a_t) - _lambda(a_old)
+        D = x0 + h / (2 * h_old) * (x0 - x0_old)
+    past[:] = [x0, a_t]
+    # x_prev = σ_prev / σ_t x_t - α_prev (e^(-h) - 1) D                               (DPM-Solver++, Algorithm 2)
+    x_prev = sqrt((1 - a_prev) / (1 - a_t)) * x_t - sqrt(a_prev) * expm1(-h) * D
+    return x_prev, x0, eps
 
 
 def _lambda(a: float) -> float:
-    """λ = log(√ᾱ / √(1-ᾱ)), half the log of the signal-to-noise ratio."""
+    """λ = log(√ᾱ / √(1-ᾱ)), half the logarithm of the signal-to-noise ratio."""
     return log(a / (1 - a)) / 2 if a < 1 else inf
 
 
-# -- the same process without its dimming: the samplers of k-diffusion ----------------------------------------
+# -- the same process without the shrinking: the samplers of k-diffusion ---------------------------------------
 #
-# The forward process dims the picture while it adds the noise. Undo the dimming, x̄ = x / √ᾱ, and what is left
-# is the picture under a growing heap of noise. σ is its height, from 0 up to 14.6 in SD v1:
+# The forward process shrinks the picture while it adds noise. Undo the shrinking, x̄ = x / √ᾱ, and what is left is
+# the picture plus more and more noise. σ is the noise's standard deviation, and grows from 0 to 14.6 in SD v1:
 #
-#     x̄ = x_0 + σ ε,   σ = √(1-ᾱ) / √ᾱ,   x = √ᾱ x̄ = x̄ / √(1+σ²)           (EDM, eq. 4, where s(t) = √ᾱ_t)
+#     x̄ = x_0 + σ ε,   σ = √(1-ᾱ) / √ᾱ,   x = √ᾱ x̄ = x̄ / √(1+σ²)                (EDM, eq. 4, where s(t) = √ᾱ_t)
 #
-# From noise to picture one follows the probability flow (SDE, eq. 13), which is nowhere simpler than here:
+# The way from noise to a picture is an ordinary differential equation, the probability flow (SDE, eq. 13). It has its
+# simplest form in x̄:
 #
-#     dx̄/dσ = -σ ∇log p(x̄; σ) = (x̄ - x̂_0) / σ = ε      (EDM, eq. 1 and 3, where σ(t) = t; DDIM, eq. 14)
+#     dx̄/dσ = -σ ∇log p(x̄; σ) = (x̄ - x̂_0) / σ = ε           (EDM, eq. 1 and 3, where σ(t) = t; DDIM, eq. 14)
 #
-# The model is asked for the slope, and to draw is to follow it down to σ = 0. (x.add(y, alpha=w), below, is
-# x + w y in one pass over memory.)
+# So ε is the slope of the curve. We ask the model for the slope, and follow the curve down to σ = 0. In the code,
+# x.add(y, alpha=w) is x + w y, computed in one pass over memory.
 #
-# By the contract, x_T ~ N(0, I) is x: it has the variance that x_t would have, and x̄ starts as √(1+σ²) x_T.
-# k-diffusion and, except with "leading", diffusers start from σ x_T, as if no picture were in it: to draw what
-# they draw, hand in √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ for timesteps
-# that are no whole numbers; here t is always one that the model was trained with.
+# x_T ~ N(0, I) stands for x, which has the variance of x_t, so x̄ starts as √(1+σ²) x_T. k-diffusion starts from
+# σ x_T, as if there were no picture in it, and so does diffusers, except with "leading". To draw what they draw, pass
+# √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ for timesteps between the whole numbers.
+# Here t is always one that the model was trained with.
 
 
-def euler(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    eta: float = 0.0,
-    *,
-    spacing: str = "linspace",
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+@sampler(steps=50, spacing="linspace")
+def euler(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X, X]:
     """Euler's method: a straight line along ε, down to the next σ (DDIM, eq. 13; EDM, Algorithm 1).
 
-    The same as ddim with set_alpha_to_one, on other timesteps: ddim's curve is this line, dimmed. The last
-    step leads to σ = 0. eta must be 0. (k-diffusion: sample_euler; diffusers: EulerDiscreteScheduler)
+    The same as ddim with set_alpha_to_one, on other timesteps: ddim's curve is this line, with the shrinking. The
+    last step leads to σ = 0. eta must be 0. (k-diffusion: sample_euler; diffusers: EulerDiscreteScheduler)
     """
-    _refuse_eta("euler", eta)
-    x = x_T
-    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
-        x_bar = x_t / sqrt(a_t)
-        # x̂_0 = x̄ - σ ε: where the line would end, followed down to σ = 0
-        x0 = x_bar.add(eps, alpha=-sigma)
-        # x̄_prev = x̄ + (σ_prev - σ) ε                                                        (DDIM, eq. 13)
-        x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+    x_bar = x_t / sqrt(a_t)
+    # x̂_0 = x̄ - σ ε: where the line ends if it is followed down to σ = 0
+    x0 = x_bar.add(eps, alpha=-sigma)
+    # x̄_prev = x̄ + (σ_prev - σ) ε                                                                 (DDIM, eq. 13)
+    x_prev = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+    return x_prev, x0, eps
 
 
-def euler_ancestral(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 50,
-    eta: float = 1.0,
-    *,
-    spacing: str = "linspace",
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+@sampler(steps=50, eta=1.0, spacing="linspace")
+def euler_ancestral(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise: X) -> tuple[X, X, X]:
     """euler's line down to less noise than asked for, then fresh noise for the rest (SDE, appendix F).
 
-    eta: how much of the noise is drawn afresh. 0 is euler; 1 is k-diffusion's default, and the same as ddpm on
-    the same timesteps. Between them lies what ddim does with that eta and set_alpha_to_one. (EDM's stochastic
-    sampler, Algorithm 2, is another: there, noise is added before the step, beyond what is in x.)
+    eta: how much of the noise is drawn afresh. 0 is euler. 1 is k-diffusion's default, and equals ddpm on the same
+    timesteps. In between, it equals ddim with that eta and set_alpha_to_one. (EDM's stochastic sampler, Algorithm 2,
+    is another one: it adds noise before the step, more than x had.)
     (k-diffusion: sample_euler_ancestral; diffusers: EulerAncestralDiscreteScheduler)
     """
-    _check_eta(eta)
-    x = x_T
-    for i, t, a_t, a_prev in _path(schedule, steps, spacing, timesteps, a_end=1.0):
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
-        # σ_prev² = σ_down² + σ_up²: variances of independent noise add up.
-        # σ_up = η √(σ_prev² (σ² - σ_prev²) / σ²), for η = 1 the width of q(x̄_prev | x̄, x_0)
-        sigma_up = eta * sigma_prev * sqrt(1 - (sigma_prev / sigma) ** 2)
-        sigma_down = sqrt(sigma_prev**2 - sigma_up**2)
-        x_bar = x_t / sqrt(a_t)
-        x0 = x_bar.add(eps, alpha=-sigma)
-        # x̄_prev = x̄ + (σ_down - σ) ε + σ_up z, with z ~ N(0, I)
-        x_bar = x_bar.add(eps, alpha=sigma_down - sigma)
-        if sigma_up > 0:
-            x_bar = x_bar.add(randn(x.shape, generator).to(x, non_blocking=True), alpha=sigma_up)
-        x = sqrt(a_prev) * x_bar
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+    # The variances of independent noises add up: σ_prev² = σ_down² + σ_up². The part that is drawn afresh is, for
+    # η = 1, as wide as q(x̄_prev | x̄, x_0):
+    # σ_up = η √(σ_prev² (σ² - σ_prev²) / σ²)
+    sigma_up = eta * sigma_prev * sqrt(1 - (sigma_prev / sigma) ** 2)
+    sigma_down = sqrt(sigma_prev**2 - sigma_up**2)
+    x_bar = x_t / sqrt(a_t)
+    x0 = x_bar.add(eps, alpha=-sigma)
+    # x̄_prev = x̄ + (σ_down - σ) ε + σ_up z, with z ~ N(0, I)
+    x_bar = x_bar.add(eps, alpha=sigma_down - sigma)
+    if sigma_up > 0:
+        x_bar = x_bar.add(noise, alpha=sigma_up)
+    return sqrt(a_prev) * x_bar, x0, eps
 
 
-def heun(
-    eps_model: EpsModel,
-    x_T: Float[Tensor, "b *d"],
-    schedule: NoiseSchedule,
-    steps: int = 25,
-    eta: float = 0.0,
-    *,
-    spacing: str = "linspace",
-    timesteps: Timesteps | None = None,
-    before_step: BeforeStep | None = None,
-    generator: Generators | None = None,
-) -> Iterator[Step]:
+@sampler(steps=25, spacing="linspace")
+def heun(x_t: X, eps: X, a_t: float, a_prev: float, ask: EpsModel) -> tuple[X, X, X]:
     """Heun's method, of second order (EDM, Algorithm 1): euler's step, made again along a better slope.
 
-    Each step asks the model twice: where it starts, and where euler's step led, at the timestep of the next
-    step. The last step leads to σ = 0, where no noise is left to ask for, and stays euler's: this makes
-    2 · steps - 1 calls. before_step comes before the first of the two. (plms begins with one such step.)
-    With "trailing", the last step, euler's, is as long as the others: its error stays, however good these are.
+    Each step asks the model twice: where it starts, and where euler's step led, at the timestep of the next step. The
+    last step leads to σ = 0, where there is no noise left to ask for, and stays euler's. This makes 2 · steps - 1
+    calls. before_step comes before the first of the two. (plms begins with one such step.)
+    With "trailing", the last step, euler's, is as long as the others, and its error remains, however good those are.
     eta must be 0. (k-diffusion: sample_heun; diffusers: HeunDiscreteScheduler, where each call is a step)
     """
-    _refuse_eta("heun", eta)
-    x = x_T
-    path = _path(schedule, steps, spacing, timesteps, a_end=1.0)
-    for i, t, a_t, a_prev in path:
-        x_t = before_step(x, t) if before_step else x
-        eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
-        sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
-        x_bar = x_t / sqrt(a_t)
-        x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
-        if sigma_prev > 0:
-            # x̄_prev = x̄ + (σ_prev - σ) (ε + ε') / 2, with ε' as seen from the end of the line
-            eps = (eps + _predict(eps_model, x, i, t=path[i + 1][1]).eps) / 2
-            x = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
-        x0 = x_bar.add(eps, alpha=-sigma)
-        yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
+    sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
+    x_bar = x_t / sqrt(a_t)
+    # euler's step: x̄_prev = x̄ + (σ_prev - σ) ε
+    x_prev = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+    if sigma_prev > 0:
+        # ε' is the slope at the end of that line. Go back, and follow the mean of the two:
+        # x̄_prev = x̄ + (σ_prev - σ) (ε + ε') / 2
+        eps = (eps + ask(x_prev).eps) / 2
+        x_prev = sqrt(a_prev) * x_bar.add(eps, alpha=sigma_prev - sigma)
+    x0 = x_bar.add(eps, alpha=-sigma)
+    return x_prev, x0, eps
 
 
 def _sigma(a: float) -> float:
-    """σ = √(1-ᾱ) / √ᾱ, the noise in x̄ for one unit of the picture: e^(-λ)."""
+    """σ = √(1-ᾱ) / √ᾱ = e^(-λ), the noise in x̄ for one unit of the picture."""
     return sqrt((1 - a) / a)
 
 
-# Look a sampler up by its name.
-SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "plms": plms,
-    "dpmpp_2m": dpmpp_2m,
-    "euler": euler,
-    "euler_ancestral": euler_ancestral,
-    "heun": heun,
-}
+# -- guidance -------------------------------------------------------------------------------------------------
+
+
+def classifier_free_guidance(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    context: Float[Tensor, "#b *c"],
+    uncond_context: Float[Tensor, "#b *c"],
+    scale: float,
+) -> EpsModel:
+    """Make an eps_model(x, t) of model(x, t, context), exaggerating what the context changes (CFG, eq. 6).
+
+    context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d].
+    scale: 7.5 is Stable Diffusion's default. 1.0 is the plain conditional model: then the other half is not
+    computed, and ε is returned alone. The paper's weight w counts from 0, so scale = 1 + w.
+    (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler.p_sample_ddim, unconditional_guidance_scale)
+    """
+
+    def eps_model(x: X, t: Int[Tensor, "b"]) -> X | Guided:
+        if scale == 1.0:
+            return model(x, t, context.expand(len(x), *context.shape[1:]))
+        # One call of twice the batch is faster than two calls. The order is [unconditional, conditional].
+        contexts = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (uncond_context, context)])  # [2b n d]
+        eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
+        # The difference is what the prompt changes in the noise. Take s times as much of it:
+        # ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))                                                          (CFG, eq. 6)
+        return Guided(eps_uncond + scale * (eps_cond - eps_uncond), eps_cond, eps_uncond)
+
+    return eps_model

@@ -1,7 +1,10 @@
 """The samplers: against CompVis's chains, against diffusers' schedulers, and against exact solutions."""
 
+import inspect
 import json
 import math
+import pickle
+import pydoc
 import re
 from pathlib import Path
 
@@ -619,7 +622,189 @@ def test_steps_tell_the_guided_halves(sampler):
         torch.testing.assert_close(step.eps_uncond, model(step.x_t, t, uncond))
 
 
+# -- a rule and what is made of it -------------------------------------------------------------------------
+
+# The arguments of each sampler after eps_model, x_T and schedule, and their defaults.
+FURTHER = {"timesteps": None, "before_step": None, "generator": None}
+ARGUMENTS = {
+    "ddpm": {"steps": None, "spacing": "linspace", "clip_denoised": False},
+    "ddim": {"steps": 50, "eta": 0.0, "spacing": "leading", "set_alpha_to_one": False},
+    "plms": {"steps": 50, "eta": 0.0, "spacing": "leading", "set_alpha_to_one": False},
+    "dpmpp_2m": {
+        "steps": 25, "eta": 0.0, "spacing": "trailing", "set_alpha_to_one": True, "lower_order_final": True,
+    },
+    "euler": {"steps": 50, "eta": 0.0, "spacing": "linspace"},
+    "euler_ancestral": {"steps": 50, "eta": 1.0, "spacing": "linspace"},
+    "heun": {"steps": 25, "eta": 0.0, "spacing": "linspace"},
+}  # fmt: skip
+
+
+def test_samplers_stand_in_the_order_in_which_they_are_taught():
+    assert list(SAMPLERS) == list(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_signature_and_help_of_a_sampler_show_all_its_arguments(name):
+    sampler, parameters = SAMPLERS[name], inspect.signature(SAMPLERS[name]).parameters
+    assert sampler is getattr(sampling, name) and pickle.loads(pickle.dumps(sampler)) is sampler
+    assert {p: parameters[p].default for p in list(parameters)[3:]} == ARGUMENTS[name] | FURTHER
+    in_order = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert in_order == ["eps_model", "x_T", "schedule", "steps", "eta"][: 4 if name == "ddpm" else 5]
+
+    page = pydoc.render_doc(sampler, renderer=pydoc.plaintext)
+    assert f"function {name} in module minisd.sampling" in page
+    assert all(re.search(rf"[(,*] ?{p}: ", page) for p in parameters)
+    assert sampler.__doc__.splitlines()[0] in page
+    assert re.search(rf"def {name}\(\s*x_t: ", inspect.getsource(sampler)), "the source that is shown is the rule's"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_defaults_of_a_sampler_are_its_attributes(name):
+    shared = {p: getattr(SAMPLERS[name], p) for p in ("steps", "eta", "spacing", "set_alpha_to_one")}
+    assert shared == {p: ARGUMENTS[name].get(p) for p in shared}
+
+
+def exact_step(x_t, eps, a_t, a_prev):
+    """ddim's step with η = 0, as a beginner would write it."""
+    x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+    return a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * eps
+
+
+def test_a_new_sampler_is_one_function(monkeypatch):
+    monkeypatch.setattr(sampling, "SAMPLERS", {})
+
+    @sampling.sampler(steps=20, spacing="trailing", set_alpha_to_one=True)
+    def my_ddim(x_t, eps, a_t, a_prev, past, i, steps, *, stop_at: float = 1.0):
+        """My own."""
+        past.append(i)
+        assert past == list(range(i + 1)) and steps == 20
+        return exact_step(x_t, eps, a_t, min(a_prev, stop_at))
+
+    assert sampling.SAMPLERS == {"my_ddim": my_ddim}
+    assert (my_ddim.steps, my_ddim.eta, my_ddim.spacing, my_ddim.__doc__) == (20, 0.0, "trailing", "My own.")
+    ours = list(my_ddim(Recorder("nl"), noise(0, 2, 4), SCHEDULE))
+    theirs = list(ddim(Recorder("nl"), noise(0, 2, 4), SCHEDULE, 20, spacing="trailing", set_alpha_to_one=True))
+    for step, other in zip(ours, theirs, strict=True):
+        assert (step.i, step.t) == (other.i, other.t)
+        for field in ("x_t", "eps", "x0", "x"):
+            assert_equal(getattr(step, field), getattr(other, field))
+    assert (my_ddim.rule(torch.ones(1), torch.ones(1), 0.5, 0.5, [], 0, 20) == 1).all(), "a rule can be called alone"
+    stopped = last(my_ddim(Recorder("nl"), noise(0, 2, 4), SCHEDULE, stop_at=0.5))
+    assert (stopped - ours[-1].x).abs().max() > 0.1
+    with pytest.raises(ValueError, match="my_ddim draws no noise, so eta must be 0"):
+        next(my_ddim(Recorder("nl"), noise(0, 2, 4), SCHEDULE, eta=0.5))
+
+
+def ddpm_step(x_t, eps, a_t, a_prev, noise):
+    x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+    beta = 1 - a_t / a_prev
+    mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t
+    return mean + ((1 - a_prev) / (1 - a_t) * beta) ** 0.5 * noise
+
+
+def ddim_step(x_t, eps, a_t, a_prev, eta, noise):
+    x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
+    return a_prev**0.5 * x0 + (1 - a_prev - sigma**2) ** 0.5 * eps + sigma * noise
+
+
+@pytest.mark.parametrize(
+    ("sampler", "step", "options"),
+    [(ddpm, ddpm_step, {}), (ddim, ddim_step, {}), (ddim, ddim_step, {"eta": 0.5}), (ddim, exact_step, {})],
+    ids=["ddpm", "ddim", "ddim eta 0.5", "ddim without eta"],
+)
+def test_a_students_step_takes_the_place_of_the_rule(monkeypatch, sampler, step, options):
+    """Also where the step always adds noise: if the sampler draws none, it is 0."""
+
+    def draw():
+        return list(sampler(Recorder("nl"), noise(0, 2, 4, 8, 8), SCHEDULE, 12, generator=gen(1), **options))
+
+    ours = draw()
+    monkeypatch.setattr(sampler, "rule", step)
+    for mine, theirs in zip(ours, draw(), strict=True):
+        assert_equal(theirs.x, mine.x)
+        assert_equal(theirs.x0, mine.x0)
+    monkeypatch.setattr(sampler, "rule", lambda x_t, eps, a_t, a_prev, eta, noise: torch.full_like(x_t, 7))
+    assert (draw()[-1].x == 7).all()
+
+
+@pytest.mark.parametrize("answer", [None, torch.zeros(3)], ids=["None", "[3]"])
+def test_a_rule_without_a_usable_x_is_named(monkeypatch, answer):
+    monkeypatch.setattr(ddim, "rule", lambda x_t, eps, a_t, a_prev: answer)
+    with pytest.raises(ValueError, match=r"rule of ddim must return x_prev, \[2, 4\] as x_t, but it is (None|\[3\])\."):
+        next(ddim(Recorder("lin"), noise(0, 2, 4), SCHEDULE, 5))
+
+
+def test_a_rule_that_names_what_there_is_not_is_told_what_there_is():
+    with pytest.raises(ValueError, match="may name eta, noise, past, ask, i, steps, but not sigma, clip.* after a [*]"):
+        sampling.sampler(steps=5, spacing="leading")(lambda x_t, eps, a_t, a_prev, sigma, noise, clip: x_t)
+
+
+@pytest.mark.parametrize(
+    ("options", "draws"),
+    [
+        ({"sampler": ddpm}, 9),  # none in the step to the clean picture
+        ({"sampler": ddim, "eta": 0.5}, 10),  # from t = 1 to ᾱ_0 there is room for noise,
+        ({"sampler": ddim, "eta": 0.5, "spacing": "linspace"}, 9),  # from t = 0 to ᾱ_0 there is none,
+        ({"sampler": ddim, "eta": 0.5, "set_alpha_to_one": True}, 9),  # nor at ᾱ = 1
+        ({"sampler": ddim}, 0),
+        ({"sampler": euler_ancestral}, 9),
+        ({"sampler": euler_ancestral, "eta": 0.0}, 0),
+    ],
+    ids=lambda options: " ".join(str(getattr(o, "__name__", o)) for o in options.values())
+    if isinstance(options, dict)
+    else str(options),
+)
+def test_noise_is_drawn_for_the_steps_that_use_it(monkeypatch, options, draws):
+    shapes = []
+    monkeypatch.setattr(sampling, "randn", lambda shape, generator=None: shapes.append(shape) or torch.ones(shape))
+    options = dict(options)
+    list(options.pop("sampler")(Recorder("nl"), noise(0, 2, 3), SCHEDULE, 10, **options))
+    assert shapes == [(2, 3)] * draws
+
+
+@BY_NAME
+def test_nothing_happens_before_the_first_step_is_asked_for(sampler):
+    model, seen = Recorder("lin"), []
+    steps = sampler(model, noise(0, 1, 2), SCHEDULE, 5, before_step=lambda x, t: seen.append(t) or x)
+    assert not model.calls and not seen
+    sampler(model, noise(0, 1, 2), SCHEDULE, -5, spacing="even")  # not asked for a step, it does not complain
+    next(steps)
+    assert len(seen) == 1
+
+
+@BY_NAME
+def test_steps_are_differentiable_in_x_but_not_through_the_model(sampler):
+    """As a caller needs it who steers the picture by a gradient (and gradients are off inside the model)."""
+    grad = []
+
+    def model(x, t):
+        grad.append(torch.is_grad_enabled())
+        return 0.5 * x
+
+    x_T = noise(0, 1, 2).requires_grad_()
+    x = last(sampler(model, x_T, SCHEDULE, 3, generator=gen(0)))
+    assert x.requires_grad and torch.autograd.grad(x.sum(), x_T)[0].abs().min() > 0
+    assert not any(grad)
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------
+
+
+@BY_NAME
+def test_an_unknown_argument_is_named_at_once(sampler):
+    with pytest.raises(TypeError, match=rf"^{sampler.__name__}: .*'etta'. It takes eps_model, x_T, schedule, steps, "):
+        sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, etta=0.5)
+    with pytest.raises(TypeError, match=rf"^{sampler.__name__}: missing .*'schedule'"):
+        sampler(Recorder("lin"), noise(0, 1, 2))
+    with pytest.raises(TypeError, match=rf"^{sampler.__name__}: too many positional arguments"):
+        sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, 0.0, "leading")
+
+
+def test_a_sampler_takes_no_argument_that_it_has_no_use_for():
+    for sampler, option in [(ddpm, "eta"), (euler, "set_alpha_to_one"), (ddim, "clip_denoised")]:
+        with pytest.raises(TypeError, match=f"'{option}'"):
+            sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, **{option: 0})
 
 
 @BY_NAME
