@@ -13,6 +13,7 @@ from minisd.clip import END, START, BPETokenizer, CLIPModel, Tokens
 from minisd.training import clip as training_clip
 
 from .exercise import exercise
+from .places import method
 
 # --- words to tokens -------------------------------------------------------------------------------------------------
 
@@ -122,13 +123,6 @@ def pad_tokens(ids: list[int], start: int, end: int, max_length: int) -> list[in
     # END SOLUTION
 
 
-def _put_embeddings(f):
-    def forward(self, input_ids):
-        return f(input_ids, self.token_embedding.weight, self.position_embedding.weight)
-
-    return [(clip_module.CLIPTextEmbeddings, "forward", forward)]
-
-
 @exercise(
     cases=lambda: {
         "two sentences": (torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), torch.randn(10, 4), torch.randn(8, 4)),
@@ -137,7 +131,7 @@ def _put_embeddings(f):
             torch.tensor([[0, 1, 2], [3, 4, 5], [5, 4, 3]]), torch.randn(6, 3), torch.randn(3, 3),
         ),
     },
-    swap=_put_embeddings,
+    swap=method(clip_module.CLIPTextEmbeddings, "forward", "token_embedding.weight", "position_embedding.weight"),
 )  # fmt: skip
 def embed_tokens(
     input_ids: Int[Tensor, "b n"], token_table: Float[Tensor, "vocab d"], position_table: Float[Tensor, "max_length d"]

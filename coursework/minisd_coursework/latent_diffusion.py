@@ -1,6 +1,7 @@
 """Exercises of stage 7: the three networks as one, and what keeps the training of it together."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import numpy as np
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from minisd import drawing, sampling
 from minisd import latent_diffusion as latent_diffusion_module
 from minisd.latent_diffusion import LatentDiffusion
+from minisd.sampling import SAMPLERS
 from minisd.training import trainer
 
 from .exercise import exercise
 from .loss import ToyUNet, _put_epsilon_loss
 from .noising import alphas_cumprod_of, pictures
-from .sampling import SAMPLERS, latents
+from .sampling import latents
 
 # --- the running mean of the weights ---------------------------------------------------------------------------------
 
@@ -228,6 +230,7 @@ class ToyEps(torch.nn.Module):
 
 
 def _put_loop(f):
+    @wraps(SAMPLERS["ddim"])
     def sampler(eps_model, x_T, schedule, steps=50, eta=0.0, *, spacing="leading", timesteps=None, **_):
         seen = []
 

@@ -14,6 +14,7 @@ from minisd.training import unet as training_unet
 
 from .exercise import exercise
 from .noising import alphas_cumprod_of, of_t, pictures
+from .places import function
 
 
 class ToyUNet(nn.Module):
@@ -91,7 +92,7 @@ def _dropout_case(drop: list[bool], n: int, d: int) -> tuple:
         "as many captions as tokens": _dropout_case([True, False, False, True], 4, 4),
         "all dropped": _dropout_case([True, True], 3, 5),
     },
-    swap=lambda f: [(module, "text_dropout", f) for module in (loss, training_unet)],
+    swap=function("text_dropout", loss, training_unet),
 )  # fmt: skip
 def text_dropout(
     context: Float[Tensor, "b n d"], empty_context: Float[Tensor, "1 n d"], drop: Bool[Tensor, "b"]
@@ -107,8 +108,11 @@ def text_dropout(
 
 def _put_min_snr(f):
     real = loss.min_snr_weight
-    return [(loss, "min_snr_weight", lambda snr, gamma=5.0,
-             kind="eps": f(snr, gamma) if kind == "eps" else real(snr, gamma, kind))]
+
+    def min_snr_weight(snr, gamma=5.0, parameterization="eps"):
+        return f(snr, gamma) if parameterization == "eps" else real(snr, gamma, parameterization)
+
+    return [(loss, "min_snr_weight", min_snr_weight)]
 
 
 @exercise(

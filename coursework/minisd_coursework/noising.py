@@ -6,9 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minisd import sampling
 from minisd.noising import ExactDenoiser, NoiseSchedule
+from minisd.sampling import SAMPLERS, predict_x0
 
 from .exercise import exercise
+from .places import of_the_schedule, rule_of
 
 # --- what they are tried on: betas that differ much, so that no index and no root goes unnoticed ---------------------
 
@@ -167,11 +170,8 @@ def q_step(
     cases=timed("x_0", "t", "noise", "alphas_cumprod"),
     linear=("x_0", "noise"),
     quantities=of_t,
-    swap=lambda f: [
-        (NoiseSchedule, "q_sample", lambda self, x_0, t,
-         noise: f(x_0, t, noise, self.alphas_cumprod.to(x_0.device)).to(x_0)),
-    ],
-)  # fmt: skip
+    swap=of_the_schedule("q_sample"),
+)
 def q_sample(
     x_0: Float[Tensor, "b c h w"],
     t: Int[Tensor, "b"],
@@ -191,16 +191,24 @@ def q_sample(
     # END SOLUTION
 
 
+def _x0_in_samplers(f):
+    """They know ᾱ_t, but not t: it is looked up in the schedule of Stable Diffusion, which is that of our models."""
+
+    def predict_x0(x_t, eps, a_t):
+        table = NoiseSchedule.scaled_linear().alphas_cumprod
+        t = (table - a_t).abs().argmin()
+        table[t] = a_t  # of a schedule that is another, at least this entry is right
+        return f(x_t, t.to(x_t.device).expand(len(x_t)), eps, table.to(x_t.device)).to(x_t)
+
+    return predict_x0
+
+
 @exercise(
     cases=timed("x_t", "t", "noise", "alphas_cumprod"),
     linear=("x_t", "noise"),
     quantities=of_t,
-    swap=lambda f: [
-        (NoiseSchedule, "predict_start_from_noise",
-         lambda self, x_t, t, noise: f(x_t, t, noise, self.alphas_cumprod.to(x_t.device)).to(x_t)),
-        *_everywhere_x0(f),
-    ],
-)  # fmt: skip
+    swap=lambda f: [*of_the_schedule("predict_start_from_noise")(f), (sampling, "predict_x0", _x0_in_samplers(f))],
+)
 def predict_start_from_noise(
     x_t: Float[Tensor, "b c h w"],
     t: Int[Tensor, "b"],
@@ -215,27 +223,12 @@ def predict_start_from_noise(
     # END SOLUTION
 
 
-def _everywhere_x0(f):
-    """ddim with the student's guess at x_0."""
-    from .sampling import put_sampler
-
-    def step(x_t, eps, a_t, a_prev, t, schedule, **_):
-        times = torch.full((len(x_t),), t, device=x_t.device)
-        x0 = f(x_t, times, eps, schedule.alphas_cumprod.to(x_t.device)).to(x_t)
-        return a_prev**0.5 * x0 + (1 - a_prev) ** 0.5 * eps
-
-    return put_sampler("ddim", step)
-
-
 @exercise(
     cases=timed("x_0", "noise", "t", "alphas_cumprod"),
     linear=("x_0", "noise"),
     quantities=of_t,
-    swap=lambda f: [
-        (NoiseSchedule, "get_v", lambda self, x_0, noise,
-         t: f(x_0, noise, t, self.alphas_cumprod.to(x_0.device)).to(x_0)),
-    ],
-)  # fmt: skip
+    swap=of_the_schedule("get_v"),
+)
 def get_v(
     x_0: Float[Tensor, "b c h w"],
     noise: Float[Tensor, "b c h w"],
@@ -256,11 +249,8 @@ def get_v(
     cases=timed("x_t", "t", "v", "alphas_cumprod"),
     linear=("x_t", "v"),
     quantities=of_t,
-    swap=lambda f: [
-        (NoiseSchedule, "predict_start_from_v",
-         lambda self, x_t, t, v: f(x_t, t, v, self.alphas_cumprod.to(x_t.device)).to(x_t)),
-    ],
-)  # fmt: skip
+    swap=of_the_schedule("predict_start_from_v"),
+)
 def predict_start_from_v(
     x_t: Float[Tensor, "b c h w"], t: Int[Tensor, "b"], v: Float[Tensor, "b c h w"], alphas_cumprod: Float[Tensor, "T"]
 ) -> Float[Tensor, "b c h w"]:
@@ -294,7 +284,7 @@ def snr(t: Int[Tensor, "b"], alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor
     cases=timed("x_0", "x_t", "t", "betas", schedule="betas"),
     linear=("x_0", "x_t"),
     quantities=of_t_and_betas,
-    swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(f, None)), *_put_posterior_mean(f)],
+    swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(mean=f)), *_put_posterior_mean(f)],
 )  # fmt: skip
 def q_posterior_mean(
     x_0: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], t: Int[Tensor, "b"], betas: Float[Tensor, "T"]
@@ -322,7 +312,7 @@ def q_posterior_mean(
         "all times": (torch.arange(7), betas_of(7)),
         "Stable Diffusion's schedule": (torch.tensor([120, 900]), NoiseSchedule.scaled_linear().betas),
     },
-    swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(None, f)), *_put_posterior_variance(f)],
+    swap=lambda f: [(NoiseSchedule, "q_posterior", _posterior(variance=f)), *_put_posterior_variance(f)],
 )  # fmt: skip
 def q_posterior_variance(t: Int[Tensor, "b"], betas: Float[Tensor, "T"]) -> Float[Tensor, "b"]:
     """The variance of q(x_{t-1} | x_t, x_0), for each t.
@@ -338,7 +328,7 @@ def q_posterior_variance(t: Int[Tensor, "b"], betas: Float[Tensor, "T"]) -> Floa
     # END SOLUTION
 
 
-def _posterior(mean, variance):
+def _posterior(mean=None, variance=None):
     """NoiseSchedule.q_posterior with one of its two quantities a student's."""
     real = NoiseSchedule.q_posterior
 
@@ -359,29 +349,21 @@ def _longer(a_t: float, a_prev: float) -> Tensor:
     return torch.tensor([1 - a_prev, 1 - a_t / a_prev], dtype=torch.float64)
 
 
-def _put_posterior_mean(f):
-    from .sampling import put_sampler
-
-    def step(x_t, eps, a_t, a_prev, noise, **_):
-        x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
-        t = torch.ones(len(x_t), dtype=torch.int64, device=x_t.device)
-        mean = f(x0, x_t, t, _longer(a_t, a_prev).to(x_t))
-        return mean + ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5 * noise
-
-    return put_sampler("ddpm", step)
+@rule_of("ddpm")
+def _put_posterior_mean(f, x_t, eps, a_t, a_prev, noise):
+    t = torch.ones(len(x_t), dtype=torch.int64, device=x_t.device)
+    mean = f(predict_x0(x_t, eps, a_t), x_t, t, _longer(a_t, a_prev).to(x_t))
+    return mean + ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5 * noise
 
 
-def _put_posterior_variance(f):
-    from .sampling import put_sampler
+DDPM = SAMPLERS["ddpm"].rule  # minisd's own
 
-    def step(x_t, eps, a_t, a_prev, noise, **_):
-        x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
-        beta = 1 - a_t / a_prev
-        mean = a_prev**0.5 * beta / (1 - a_t) * x0 + (1 - beta) ** 0.5 * (1 - a_prev) / (1 - a_t) * x_t
-        t = torch.ones(len(x_t), dtype=torch.int64, device=x_t.device)
-        return mean + f(t, _longer(a_t, a_prev).to(x_t)).to(x_t).reshape(-1, 1, 1, 1).sqrt() * noise
 
-    return put_sampler("ddpm", step)
+@rule_of("ddpm")
+def _put_posterior_variance(f, x_t, eps, a_t, a_prev, noise):
+    mean, _, _ = DDPM(x_t, eps, a_t, a_prev, torch.zeros_like(x_t))
+    t = torch.ones(len(x_t), dtype=torch.int64, device=x_t.device)
+    return mean + f(t, _longer(a_t, a_prev).to(x_t)).to(x_t).reshape(-1, 1, 1, 1).sqrt() * noise
 
 
 @exercise(

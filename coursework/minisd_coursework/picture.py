@@ -62,11 +62,9 @@ def draw(
     exercise = find(name)
     solution = exercise.compile()
     has_a_place = callable(exercise.swap)
-    places = exercise.swap(function or solution) if has_a_place else []
-    sampler = next((key for target, key, _ in places if target is SAMPLERS), "ddim")
     try:
         with swap(name, function) if function and has_a_place else nullcontext():
-            order = Order(load(model, "cpu"), function or solution, prompt, sampler, steps, seed)
+            order = Order(load(model, "cpu"), function or solution, prompt, SAMPLER_OF.get(name, "ddim"), steps, seed)
             return ROUTES.get(name, _drawn)(order)
     except NotImplementedError:
         print(say("picture.unwritten", name=name))
@@ -80,6 +78,8 @@ def draw(
 
 def caption(name: str) -> str:
     """What the picture of `draw(name)` shows, in a sentence."""
+    if name in SAMPLER_OF:
+        return say("picture.drawn_by", sampler=SAMPLER_OF[name])
     return say(f"caption.{ROUTES.get(name, _drawn).__name__[1:]}")
 
 
@@ -145,10 +145,6 @@ def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
     options = {"steps": len(left), "timesteps": left, "generator": generator}
     *_, last = SAMPLERS[order.sampler](eps_model, z_t, sd.schedule, **options)
     return sd.decode_first_stage(last.x)
-
-
-def _by_euler(order: Order) -> Image.Image:
-    return _drawn(replace(order, sampler="euler"))
 
 
 def _of_v(order: Order) -> Image.Image:
@@ -348,12 +344,16 @@ def _picture(figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+# Which sampler a function takes part in, if it is not ddim.
+SAMPLER_OF = {
+    "q_posterior_mean": "ddpm", "q_posterior_variance": "ddpm", "ddpm_step": "ddpm", "plms_combine": "plms",
+    "dpmpp_2m_step": "dpmpp_2m", "euler_step": "euler", "sigmas": "euler",
+}  # fmt: skip
 # Which way to a picture leads through a function; _drawn for those that are not named.
 ROUTES = {
     "exact_x0": _exact,
     "predict_noise_from_v": _of_v,
     "predict_start_from_v": _guessed_from_v,
-    "sigmas": _by_euler,
     "img2img_timesteps": _drawn_over,
     "inpaint_blend": _inpainted,
     "scale_factor": _rescaled,

@@ -9,39 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minisd import latent_diffusion, sampling
-from minisd.sampling import SAMPLERS, Guided, Step, randn
+from minisd.sampling import SAMPLERS, Guided, predict_x0
 
 from .exercise import exercise
 from .noising import alphas_cumprod_of
-
-# --- a student's step in the place of minisd's -----------------------------------------------------------------------
-
-
-def put_sampler(name: str, step: Callable, spacing: str = "leading", ends_at_one: bool = False) -> list:
-    """The sampler of that name, with `step` in the middle of its loop: where it goes, for `swap`."""
-    if name == "ddpm":
-        spacing, ends_at_one = "linspace", True
-
-    def sampler(
-        eps_model, x_T, schedule, steps=50, eta=0.0, *, spacing=spacing, set_alpha_to_one=ends_at_one, timesteps=None,
-        before_step=None, generator=None,
-    ):  # fmt: skip
-        x, past = x_T, []
-        path = sampling._path(schedule, steps, spacing, timesteps, 1.0 if set_alpha_to_one else schedule.alpha_bar(0))
-        for i, t, a_t, a_prev in path:
-            x_t = before_step(x, t) if before_step else x
-            eps, cond, uncond = sampling._predict(eps_model, x_t, i, t)
-            x0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
-            draws = (name == "ddpm" and a_prev < 1) or eta > 0
-            noise = randn(x_t.shape, generator).to(x_t) if draws else torch.zeros_like(x_t)
-            x = step(
-                x_t=x_t, eps=eps, x0=x0, a_t=a_t, a_prev=a_prev, eta=eta, noise=noise, t=t, i=i, path=path, past=past,
-                schedule=schedule, eps_model=eps_model,
-            ).to(x_t)  # fmt: skip
-            yield Step(i, t, x_t, eps, x0, x, cond, uncond)
-
-    return [(SAMPLERS, name, sampler), (sampling, name, sampler)]
-
+from .places import function, rule_of
 
 # --- what they are tried on ------------------------------------------------------------------------------------------
 
@@ -80,7 +52,7 @@ def alphas(a_t: float, a_prev: float, **_) -> dict[str, float]:
     cases=steps_of("x_t", "eps", "a_t", "a_prev", "noise"),
     linear=("x_t", "eps", "noise"),
     quantities=alphas,
-    swap=lambda f: put_sampler("ddpm", lambda x_t, eps, a_t, a_prev, noise, **_: f(x_t, eps, a_t, a_prev, noise)),
+    swap=rule_of("ddpm")(lambda f, x_t, eps, a_t, a_prev, noise: f(x_t, eps, a_t, a_prev, noise)),
 )  # fmt: skip
 def ddpm_step(
     x_t: Float[Tensor, "b c h w"],
@@ -110,8 +82,7 @@ def ddpm_step(
     cases=steps_of("x_t", "eps", "a_t", "a_prev", "eta", "noise"),
     linear=("x_t", "eps", "noise"),
     quantities=lambda eta, **k: alphas(**k) | {"η": eta},
-    swap=lambda f: put_sampler("ddim", lambda x_t, eps, a_t, a_prev, eta, noise,
-                               **_: f(x_t, eps, a_t, a_prev, eta, noise)),
+    swap=rule_of("ddim")(lambda f, x_t, eps, a_t, a_prev, eta, noise: f(x_t, eps, a_t, a_prev, eta, noise)),
 )  # fmt: skip
 def ddim_step(
     x_t: Float[Tensor, "b c h w"],
@@ -167,26 +138,12 @@ def leading_timesteps(steps: int, T: int) -> list[int]:
     # END SOLUTION
 
 
-def _put_plms(f):
-    def step(x_t, eps, a_t, a_prev, past, i, path, eps_model, **_):
-        past.insert(0, eps)
-        del past[4:]
-        if i == 0:  # no past yet: the mean of two looks, as in minisd's own
-            x_next, _ = sampling._transfer(x_t, eps, a_t, a_prev)
-            combined = (eps + sampling._predict(eps_model, x_next, i, path[min(1, len(path) - 1)][1]).eps) / 2
-        else:
-            combined = f(list(past))
-        return sampling._transfer(x_t, combined, a_t, a_prev)[0]
-
-    return put_sampler("plms", step)
-
-
 @exercise(
     cases=lambda: {
         f"{n} of them": ([latents() for _ in range(n)],) for n in (4, 3, 2, 1)
     },
     linear=("old_eps",),
-    swap=_put_plms,
+    swap=lambda f: [(sampling, "plms_combine", lambda old_eps: f(list(old_eps)).to(old_eps[0]))],
 )  # fmt: skip
 def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c h w"]:
     """The direction of a PLMS step, from the last one to four ε, the newest first.
@@ -202,6 +159,9 @@ def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c 
     # END SOLUTION
 
 
+EVERYWHERE = function("classifier_free_guidance", sampling, latent_diffusion)
+
+
 def _put_guidance(f):
     real = sampling.classifier_free_guidance
 
@@ -214,11 +174,7 @@ def _put_guidance(f):
 
         return eps_model
 
-    return _everywhere(classifier_free_guidance)
-
-
-def _everywhere(guidance):
-    return [(module, "classifier_free_guidance", guidance) for module in (sampling, latent_diffusion)]
+    return EVERYWHERE(classifier_free_guidance)
 
 
 @exercise(
@@ -264,7 +220,7 @@ def _put_guided_eps(f):
 
         return eps_model
 
-    return _everywhere(classifier_free_guidance)
+    return EVERYWHERE(classifier_free_guidance)
 
 
 @exercise(
@@ -297,18 +253,15 @@ def guided_eps(
     # END SOLUTION
 
 
-def _put_dpmpp(f):
-    def step(x_t, x0, a_t, a_prev, past, i, path, **_):
-        if i == 0 or a_prev == 1 or (i == len(path) - 1 and len(path) < 15):  # first order: minisd's own
-            h = sampling._lambda(a_prev) - sampling._lambda(a_t)
-            x = math.sqrt((1 - a_prev) / (1 - a_t)) * x_t - math.sqrt(a_prev) * math.expm1(-h) * x0
-        else:
-            x0_old, a_old = past[0]
-            x = f(x_t, x0, x0_old, a_old, a_t, a_prev)
-        past[:] = [(x0, a_t)]
-        return x
+DPMPP_2M = SAMPLERS["dpmpp_2m"].rule  # minisd's own
 
-    return put_sampler("dpmpp_2m", step, spacing="trailing", ends_at_one=True)
+
+@rule_of("dpmpp_2m")
+def _put_dpmpp(f, x_t, eps, a_t, a_prev, past, i, steps):
+    before = list(past)
+    x_prev, x0, _ = DPMPP_2M(x_t, eps, a_t, a_prev, past, i, steps)
+    first_order = not before or a_prev == 1 or (i == steps - 1 and steps < 15)
+    return x_prev if first_order else f(x_t, x0, *before, a_t, a_prev)
 
 
 @exercise(
@@ -347,14 +300,11 @@ def dpmpp_2m_step(
     # END SOLUTION
 
 
-def _put_euler(f):
-    """ddim's way is Euler's method in x / √ᾱ over σ = √((1-ᾱ)/ᾱ): with the right step, the same picture."""
-
-    def step(x_t, x0, a_t, a_prev, **_):
-        sigma, sigma_next = (((1 - a) / a) ** 0.5 for a in (a_t, a_prev))
-        return a_prev**0.5 * f(x_t / a_t**0.5, x0, sigma, sigma_next)
-
-    return put_sampler("ddim", step)
+@rule_of("euler")
+def _put_euler(f, x_t, eps, a_t, a_prev):
+    """In x / √ᾱ, over σ = √((1-ᾱ)/ᾱ)."""
+    sigma, sigma_next = (((1 - a) / a) ** 0.5 for a in (a_t, a_prev))
+    return a_prev**0.5 * f(x_t / a_t**0.5, predict_x0(x_t, eps, a_t), sigma, sigma_next)
 
 
 @exercise(
@@ -390,7 +340,7 @@ def euler_step(
         "timesteps that are not evenly spread": ([900, 500, 400, 300, 20, 10], 0.5),
         "a strength that leaves less": ([70, 60, 50, 40, 30, 20, 10], 0.6),
     },
-    swap=lambda f: [(latent_diffusion, "remaining_timesteps", f)],
+    swap=function("remaining_timesteps", latent_diffusion),
 )  # fmt: skip
 def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     """The timesteps that are left if one starts from a picture: a part `strength` of them, in (0, 1], the last ones.

@@ -15,6 +15,7 @@ from minisd import unet as unet_module
 from minisd import vae as vae_module
 
 from .exercise import exercise
+from .places import method
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -31,8 +32,10 @@ def tokens(b: int, n: int, d: int) -> Float[Tensor, "b n d"]:
 
 
 def _put_embedding(f):
-    return [(unet_module, "timestep_embedding", lambda timesteps, dim,
-             max_period=10_000: f(timesteps, dim, max_period).float())]
+    def embed(timesteps, dim, max_period=10_000):
+        return f(timesteps, dim, max_period).float()
+
+    return [(unet_module, "timestep_embedding", embed)]
 
 
 @exercise(
@@ -201,7 +204,7 @@ def cross_attention(
         "one token": (tokens(1, 1, 3), nn.Linear(3, 4)),
         "as many tokens as channels": (tokens(4, 4, 4), nn.Linear(4, 8)),
     },
-    swap=lambda f: [(attention_module.GEGLU, "forward", lambda self, x: f(x, self.proj))],
+    swap=method(attention_module.GEGLU, "forward", "proj"),
 )  # fmt: skip
 def geglu(x: Float[Tensor, "b n c"], proj: Layer) -> Float[Tensor, "b n c_out"]:
     """value · GELU(gate): half of the channels decide how much of the other half passes. (Shazeer 2020, "GLU variants")
@@ -236,21 +239,16 @@ def _block_case(b: int, n: int, d: int, m: int, e: int) -> tuple:
     return *attentions, nn.Sequential(nn.Linear(d, d), nn.Tanh()), _norm(d), _norm(d), _norm(d)
 
 
-def _put_block(f):
-    def _forward(self, x, context):
-        return f(x, context, self.attn1, self.attn2, self.ff, self.norm1, self.norm2, self.norm3)
-
-    return [(attention_module.BasicTransformerBlock, "_forward", _forward)]
-
-
 @exercise(
     cases=lambda: {
         "5 pixels, 3 words": _block_case(2, 5, 4, 3, 6),
         "one picture": _block_case(1, 3, 6, 4, 5),
         "widths that are equal": _block_case(3, 4, 4, 4, 4),
     },
-    swap=_put_block,
-)  # fmt: skip
+    swap=method(
+        attention_module.BasicTransformerBlock, "_forward", "attn1", "attn2", "ff", "norm1", "norm2", "norm3"
+    ),
+)
 def transformer_block(
     x: Float[Tensor, "b n d"],
     context: Float[Tensor, "b m e"],
@@ -342,13 +340,6 @@ def _res_case(b: int, c: int, c_out: int, h: int, w: int, e: int = 6) -> tuple:
     return x, emb, in_layers, emb_layers, out_layers, skip_connection
 
 
-def _put_res_block(f):
-    def _forward(self, x, emb):
-        return f(x, emb, self.in_layers, self.emb_layers, self.out_layers, self.skip_connection)
-
-    return [(unet_module.ResBlock, "_forward", _forward)]
-
-
 @exercise(
     cases=lambda: {
         "from 4 channels to 6": _res_case(2, 4, 6, 3, 5),
@@ -356,7 +347,7 @@ def _put_res_block(f):
         "as many channels as before, a square": _res_case(2, 4, 4, 4, 4),
         "as many pictures as rows": _res_case(4, 2, 4, 4, 4, 4),
     },
-    swap=_put_res_block,
+    swap=method(unet_module.ResBlock, "_forward", "in_layers", "emb_layers", "out_layers", "skip_connection"),
 )  # fmt: skip
 def res_block(
     x: Float[Tensor, "b c h w"],
@@ -385,8 +376,7 @@ def res_block(
         "one picture, 3 groups": (maps(1, 6, 4, 3), 3, torch.randn(6), torch.randn(6), 1e-5),
         "a square with few numbers": (0.05 * maps(4, 4, 4, 4), 2, torch.randn(4), torch.randn(4), 1e-3),
     },
-    swap=lambda f: [(nn.GroupNorm, "forward",
-                     lambda self, x: f(x, self.num_groups, self.weight, self.bias, self.eps))],
+    swap=method(nn.GroupNorm, "forward", "num_groups", "weight", "bias", "eps"),
 )  # fmt: skip
 def group_norm(
     x: Float[Tensor, "b c h w"], groups: int, weight: Float[Tensor, "c"], bias: Float[Tensor, "c"], eps: float

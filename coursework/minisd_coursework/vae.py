@@ -14,6 +14,7 @@ from minisd.vae import DiagonalGaussianDistribution, Downsample
 from minisd.vq import VectorQuantizer
 
 from .exercise import exercise
+from .places import function, method
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -75,7 +76,7 @@ def sample_posterior(
         "three square latents": _moments(3, 4, 4, 4),
     },
     gradients=("mean", "logvar"),
-    swap=lambda f: [(DiagonalGaussianDistribution, "kl", lambda self: f(self.mean, self.logvar))],
+    swap=method(DiagonalGaussianDistribution, "kl", "mean", "logvar"),
 )  # fmt: skip
 def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
@@ -133,8 +134,11 @@ def _put_nearest(f):
 def _put_vq_loss(f):
     """In quantisers with legacy=False: the others weigh the terms the other way round."""
     real = VectorQuantizer.loss
-    return [(VectorQuantizer, "loss",
-             lambda self, z, codes: real(self, z, codes) if self.legacy else f(z, codes, self.beta))]  # fmt: skip
+
+    def loss(self, z, codes):
+        return real(self, z, codes) if self.legacy else f(z, codes, self.beta)
+
+    return [(VectorQuantizer, "loss", loss)]
 
 
 def _code_case(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +172,7 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
         "latents": (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)),
     },
     gradients=("z", "z_q"),
-    swap=lambda f: [(vq, "straight_through", f)],
+    swap=function("straight_through", vq),
 )  # fmt: skip
 def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
@@ -237,7 +241,7 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         "a square": (torch.randn(2, 3, 6, 6), nn.Conv2d(3, 3, 3, stride=2)),
         "odd sizes": (torch.randn(1, 3, 5, 7), nn.Conv2d(3, 3, 3, stride=2)),
     },
-    swap=lambda f: [(Downsample, "forward", lambda self, x: f(x, self.conv))],
+    swap=method(Downsample, "forward", "conv"),
 )  # fmt: skip
 def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
     """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
