@@ -1,8 +1,8 @@
 """What an exercise is: one function with its task, its solution, and the mistakes that are made in it.
 
 The stage modules beside this file are the one source of everything. There, an exercise is a function under the
-decorator `@exercise(...)`: its signature and docstring are the task, and what stands between the two fences is the
-solution.
+decorator `@exercise(...)`, and under an `@case(...)` for each set of arguments that it is tried on. Its signature and
+docstring are the task, and what stands between the two fences is the solution.
 
     # BEGIN SOLUTION
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -39,7 +39,7 @@ class Exercise:
     """A function to be written.
 
     reference: the function, with its task and its solution.
-    cases: called without arguments; what the function is tried on: a name for each case -> its arguments by name.
+    cases: what the function is tried on: see `cases`.
     swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there). Or, where
         minisd has no place for it, a sentence that says why.
     gradients: arguments through which gradients must flow (tensors, or modules: then their parameters).
@@ -58,7 +58,7 @@ class Exercise:
     """
 
     reference: Callable
-    cases: Callable[[], dict[str, dict[str, Any]]]
+    cases: list[Callable[[], dict[str, tuple]]]
     swap: Callable[[Callable], list[tuple[Any, str, Any]]] | str
     gradients: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
@@ -147,10 +147,28 @@ def exercise(**options: Any) -> Callable[[Callable], Callable]:
     """Make an exercise of a function, which stays what it is. The options are the fields of `Exercise`."""
 
     def register(function: Callable) -> Callable:
-        EXERCISES[function.__name__] = Exercise(function, **options)
+        EXERCISES[function.__name__] = Exercise(function, vars(function)["cases"], **options)
         return function
 
     return register
+
+
+def cases(several: Callable[[], dict[str, tuple]]) -> Callable[[Callable], Callable]:
+    """What an exercise is tried on: the name of each case -> its arguments, in the order of the signature.
+
+    They are made by a call, so that they can be random: the same random numbers each time.
+    """
+
+    def add(function: Callable) -> Callable:
+        function.cases = [several, *getattr(function, "cases", [])]  # decorators are called from the last to the first
+        return function
+
+    return add
+
+
+def case(label: str, arguments: Callable[[], tuple]) -> Callable[[Callable], Callable]:
+    """One case. See `cases`."""
+    return cases(lambda: {label: arguments()})
 
 
 @contextmanager

@@ -15,20 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from . import symptoms
 from .exercise import Exercise
 from .relations import more_or_less, related
 from .running import as_list, cases_of, default_torch_state, right_outcomes, run, same, same_outcome
-from .symptoms import (
-    at_the_ends,
-    changes_in_place,
-    gradient_only,
-    is_random,
-    nothing_to_compare,
-    raised,
-    same_as_an_argument,
-    without_time,
-    wrong_kind,
-)
 from .texts import say
 from .trial import Trial, arguments, changes, known, listed, pairs, short
 from .weights import solve, weights
@@ -74,7 +64,7 @@ def judge(exercise: Exercise, function: Any) -> Verdict:
     for label, args in cases_of(exercise).items():
         outcomes.append(run(exercise, function, args))
         if isinstance(outcomes[-1].error, TimeoutError):  # on the other cases one would wait as long again
-            sentence = f"{raised(outcomes[-1].error, args)} {say('verdict.timed_out', label=label)}"
+            sentence = f"{symptoms.raised(outcomes[-1].error, args)} {say('verdict.timed_out', label=label)}"
             return replace(_wrong(exercise, sentence), printed=outcomes[0].printed)
     return replace(_of_the_outcomes(exercise, function, outcomes), printed=outcomes[0].printed)
 
@@ -87,9 +77,9 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
         again = run(exercise, function, first, seed=1)
         changed = [name for name in outcomes[0].changed if name not in exercise.may_change]
         if not same_outcome(again, rights[0], exercise.tolerance):
-            return _wrong(exercise, is_random(first))
+            return _wrong(exercise, symptoms.is_random(first))
         if changed:
-            return _wrong(exercise, changes_in_place(changed))
+            return _wrong(exercise, symptoms.changes_in_place(changed))
         remarks = [say("verdict.right", name=exercise.name), *_remarks(outcomes[0].value, rights[0].value)]
         return Verdict(True, " ".join(remarks))
 
@@ -99,7 +89,7 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
         return replace(_wrong(exercise, in_numbers(trial)), mistake=None)
     changed = sorted({name for o in outcomes for name in o.changed} - set(exercise.may_change))
     if changed and "in place" not in sentence:
-        sentence = say("verdict.besides", sentence=sentence, changes=changes_in_place(changed))
+        sentence = say("verdict.besides", sentence=sentence, changes=symptoms.changes_in_place(changed))
     return _wrong(exercise, sentence)
 
 
@@ -137,28 +127,28 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
 
 def suspects(trial: Trial, function: Callable) -> Iterator[str]:
     """Sentences that fit, the best first."""
-    yield from nothing_to_compare(trial)
+    yield from symptoms.nothing_to_compare(trial)
     yield from trial.convict(known(trial.exercise))
     broken = [o for o in trial.outcomes if o.error is not None]
     if len(broken) == len(trial.outcomes):
-        yield raised(broken[0].error, trial.cases[0])
+        yield symptoms.raised(broken[0].error, trial.cases[0])
     if not broken:
         again = run(trial.exercise, function, trial.cases[0], seed=1)
         if not same_outcome(again, trial.outcomes[0], trial.exercise.tolerance):
-            yield is_random(trial.cases[0])
-        yield from wrong_kind(trial)
-        yield from gradient_only(trial)
-        yield from same_as_an_argument(trial)
+            yield symptoms.is_random(trial.cases[0])
+        yield from symptoms.wrong_kind(trial)
+        yield from symptoms.gradient_only(trial)
+        yield from symptoms.same_as_an_argument(trial)
     yield from trial.convict(arguments(trial.exercise))
     if not broken:
-        yield from at_the_ends(trial)
-        yield from without_time(trial, function)
+        yield from symptoms.at_the_ends(trial)
+        yield from symptoms.without_time(trial, function)
         yield from weights(trial, named=True)
     yield from trial.convict(changes(trial.exercise))
     if broken:
         both = say("verdict.right_and_wrong", right=trial.labels_of(True), wrong=trial.labels_of(False))
         where = both if any(trial.hits) else ""
-        yield f"{raised(broken[0].error, trial.cases[0])} {where}".strip()
+        yield f"{symptoms.raised(broken[0].error, trial.cases[0])} {where}".strip()
     yield from related(trial)
     yield from more_or_less(trial)
     yield from trial.convict(itertools.islice(pairs(trial.exercise), PAIRS))

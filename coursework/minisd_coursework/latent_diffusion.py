@@ -6,6 +6,7 @@ from functools import wraps
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
 from minisd import drawing, sampling
@@ -14,49 +15,39 @@ from minisd.latent_diffusion import LatentDiffusion
 from minisd.sampling import SAMPLERS
 from minisd.training import trainer
 
-from .exercise import exercise
+from .exercise import case, exercise
 from .loss import ToyUNet, _put_epsilon_loss
 from .noising import alphas_cumprod_of, pictures
+from .places import instead_of
 from .sampling import latents
 
 # --- the running mean of the weights ---------------------------------------------------------------------------------
 
 
-def _put_ema(f):
-    @torch.no_grad()
-    def update(self, model):
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        parameters = dict(model.named_parameters())
-        for name, mean in self.weights.items():
-            mean.copy_(f(mean.clone(), parameters[name].detach(), decay))
-
-    return [(trainer.EMA, "update", update)]
+@instead_of("update", trainer.EMA)
+@torch.no_grad()
+def _put_ema(f, real, self, model):
+    self.num_updates += 1
+    decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+    parameters = dict(model.named_parameters())
+    for name, mean in self.weights.items():
+        mean.copy_(f(mean.clone(), parameters[name].detach(), decay))
 
 
-def _put_ema_decay(f):
-    @torch.no_grad()
-    def update(self, model):
-        self.num_updates += 1
-        parameters = dict(model.named_parameters())
-        weights = [parameters[name].detach() for name in self.weights]
-        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - float(f(self.num_updates, self.decay)))
-
-    return [(trainer.EMA, "update", update)]
+@instead_of("update", trainer.EMA)
+@torch.no_grad()
+def _put_ema_decay(f, real, self, model):
+    self.num_updates += 1
+    parameters = dict(model.named_parameters())
+    weights = [parameters[name].detach() for name in self.weights]
+    torch._foreach_lerp_(list(self.weights.values()), weights, 1 - float(f(self.num_updates, self.decay)))
 
 
-@exercise(
-    cases=lambda: {
-        "decay 0.99": (torch.randn(3, 4), torch.randn(3, 4), 0.99),
-        "decay 0.5": (torch.randn(5, 2), torch.randn(5, 2), 0.5),
-        "decay 0": (torch.randn(4, 3), torch.randn(4, 3), 0.0),
-        "decay 0.9": (torch.randn(2, 6), torch.randn(2, 6), 0.9),
-    },
-    linear=("ema", "weight"),
-    quantities=lambda decay, **_: {"decay": decay},
-    may_change=("ema",),
-    swap=_put_ema,
-)  # fmt: skip
+@exercise(linear=("ema", "weight"), quantities=lambda decay, **_: {"decay": decay}, may_change=("ema",), swap=_put_ema)
+@case("decay 0.99", lambda: (torch.randn(3, 4), torch.randn(3, 4), 0.99))
+@case("decay 0.5", lambda: (torch.randn(5, 2), torch.randn(5, 2), 0.5))
+@case("decay 0", lambda: (torch.randn(4, 3), torch.randn(4, 3), 0.0))
+@case("decay 0.9", lambda: (torch.randn(2, 6), torch.randn(2, 6), 0.9))
 def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: float) -> Float[Tensor, "*d"]:
     """The running mean of a weight, after a step of the optimiser: `decay` of the old mean, and the rest of the weight.
 
@@ -67,14 +58,14 @@ def ema_update(ema: Float[Tensor, "*d"], weight: Float[Tensor, "*d"], decay: flo
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        f"after {n} updates": (n, decay) for n, decay in
-        ((1, 0.9999), (10, 0.9999), (100, 0.99), (100_000, 0.9999), (7, 0.5), (20, 0.5), (1000, 0.999))
-    },
-    tolerance=2e-6,
-    swap=_put_ema_decay,
-)  # fmt: skip
+@exercise(tolerance=2e-6, swap=_put_ema_decay)
+@case("after 1 updates", lambda: (1, 0.9999))
+@case("after 10 updates", lambda: (10, 0.9999))
+@case("after 100 updates", lambda: (100, 0.99))
+@case("after 100000 updates", lambda: (100_000, 0.9999))
+@case("after 7 updates", lambda: (7, 0.5))
+@case("after 20 updates", lambda: (20, 0.5))
+@case("after 1000 updates", lambda: (1000, 0.999))
 def ema_decay(num_updates: int, decay: float) -> float:
     """The decay of the running mean after n updates: min(decay, (1 + n) / (10 + n)), so that the random start is soon
     forgotten.
@@ -91,22 +82,16 @@ def _encoding_case(b: int, h: int, w: int, scale: float) -> tuple:
     return latents(b, h, w), latents(b, h, w), latents(b, h, w), scale
 
 
-def _put_encoding(f):
-    def get_first_stage_encoding(self, encoder_posterior, generator=None):
-        noise = torch.randn(encoder_posterior.mean.shape, generator=generator, device="cpu").to(encoder_posterior.mean)
-        return f(encoder_posterior.mean, encoder_posterior.logvar, noise, self.scale_factor).to(noise)
-
-    return [(LatentDiffusion, "get_first_stage_encoding", get_first_stage_encoding)]
+@instead_of("get_first_stage_encoding", LatentDiffusion)
+def _put_encoding(f, real, self, encoder_posterior, generator=None):
+    noise = torch.randn(encoder_posterior.mean.shape, generator=generator, device="cpu").to(encoder_posterior.mean)
+    return f(encoder_posterior.mean, encoder_posterior.logvar, noise, self.scale_factor).to(noise)
 
 
-@exercise(
-    cases=lambda: {
-        "Stable Diffusion's factor": _encoding_case(2, 3, 5, 0.18215),
-        "one picture, a factor above 1": _encoding_case(1, 4, 3, 1.7),
-        "square latents": _encoding_case(3, 4, 4, 0.5),
-    },
-    swap=_put_encoding,
-)  # fmt: skip
+@exercise(swap=_put_encoding)
+@case("Stable Diffusion's factor", lambda: _encoding_case(2, 3, 5, 0.18215))
+@case("one picture, a factor above 1", lambda: _encoding_case(1, 4, 3, 1.7))
+@case("square latents", lambda: _encoding_case(3, 4, 4, 0.5))
 def first_stage_encoding(
     mean: Float[Tensor, "b c h w"],
     logvar: Float[Tensor, "b c h w"],
@@ -130,22 +115,16 @@ class ToyDecoder(torch.nn.Module):
         return 1.5 * torch.tanh(z[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2) + 0.3 * z[:, 3:].mean())
 
 
-def _put_decoding(f):
-    @torch.no_grad()
-    def decode_first_stage(self, z):
-        return f(z, self.scale_factor, self.first_stage_model.decode)
-
-    return [(LatentDiffusion, "decode_first_stage", decode_first_stage)]
+@instead_of("decode_first_stage", LatentDiffusion)
+@torch.no_grad()
+def _put_decoding(f, real, self, z):
+    return f(z, self.scale_factor, self.first_stage_model.decode)
 
 
-@exercise(
-    cases=lambda: {
-        "Stable Diffusion's factor": (0.3 * latents(), 0.18215, ToyDecoder()),
-        "one latent, a factor above 1": (latents(1), 1.7, ToyDecoder()),
-        "square latents": (latents(3, 4, 4), 0.5, ToyDecoder()),
-    },
-    swap=_put_decoding,
-)  # fmt: skip
+@exercise(swap=_put_decoding)
+@case("Stable Diffusion's factor", lambda: (0.3 * latents(), 0.18215, ToyDecoder()))
+@case("one latent, a factor above 1", lambda: (latents(1), 1.7, ToyDecoder()))
+@case("square latents", lambda: (latents(3, 4, 4), 0.5, ToyDecoder()))
 def decode_first_stage(
     z: Float[Tensor, "b c h w"], scale_factor: float, decode: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "b 3 H W"]:
@@ -158,24 +137,15 @@ def decode_first_stage(
     # END SOLUTION
 
 
-def _put_uint8(f):
-    from PIL import Image
-
-    def to_pil(images):
-        return [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in f(images)]
-
-    return [(drawing, "to_pil", to_pil)]
+@instead_of("to_pil", drawing)
+def _put_uint8(f, real, images):
+    return [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in f(images)]
 
 
-@exercise(
-    cases=lambda: {
-        "from -1.5 to 1.5": (torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5),),
-        "a square picture": (torch.rand(1, 3, 4, 4) * 2 - 1,),
-        "black, grey, white": (torch.tensor([-1.0, 0.25, 1.0]).view(1, 3, 1, 1),),
-    },
-    tolerance=1e-6,
-    swap=_put_uint8,
-)  # fmt: skip
+@exercise(tolerance=1e-6, swap=_put_uint8)
+@case("from -1.5 to 1.5", lambda: (torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5),))
+@case("a square picture", lambda: (torch.rand(1, 3, 4, 4) * 2 - 1,))
+@case("black, grey, white", lambda: (torch.tensor([-1.0, 0.25, 1.0]).view(1, 3, 1, 1),))
 def to_uint8(x: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
     """Pictures in [-1, 1] to bytes: -1 becomes 0, 1 becomes 255, rounded to the nearest; what lies outside is clamped.
     """
@@ -187,28 +157,19 @@ def to_uint8(x: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _put_noise(f):
-    real = latent_diffusion_module.randn
-
-    def randn(shape, generator=None):
-        if isinstance(generator, list) and len({g.initial_seed() for g in generator}) == len(generator):
-            drawn = f([g.initial_seed() for g in generator], list(shape[1:]))
-            real(shape, generator)  # the generators move on, as if they had drawn
-            return drawn.float()
-        return real(shape, generator)
-
-    return [(latent_diffusion_module, "randn", randn)]
+@instead_of("randn", latent_diffusion_module)
+def _put_noise(f, real, shape, generator=None):
+    if isinstance(generator, list) and len({g.initial_seed() for g in generator}) == len(generator):
+        drawn = f([g.initial_seed() for g in generator], list(shape[1:]))
+        real(shape, generator)  # the generators move on, as if they had drawn
+        return drawn.float()
+    return real(shape, generator)
 
 
-@exercise(
-    cases=lambda: {
-        "seeds 0 and 1": ([0, 1], [4, 3, 5]),
-        "one seed": ([7], [4, 2, 2]),
-        "a seed twice": ([3, 3, 9], [2, 4, 4]),
-    },
-    tolerance=1e-6,
-    swap=_put_noise,
-)  # fmt: skip
+@exercise(tolerance=1e-6, swap=_put_noise)
+@case("seeds 0 and 1", lambda: ([0, 1], [4, 3, 5]))
+@case("one seed", lambda: ([7], [4, 2, 2]))
+@case("a seed twice", lambda: ([3, 3, 9], [2, 4, 4]))
 def initial_noise(seeds: list[int], shape: list[int]) -> Float[Tensor, "b c h w"]:
     """x_T for a batch: picture k is drawn from N(0, I) by a generator of its own, on the CPU, seeded with seeds[k].
 
@@ -250,14 +211,10 @@ def _put_loop(f):
     return [(SAMPLERS, "ddim", sampler)]
 
 
-@exercise(
-    cases=lambda: {
-        "four steps": (ToyEps(), latents(), [9, 7, 4, 1], alphas_cumprod_of(12)),
-        "one step": (ToyEps(), latents(1), [5], alphas_cumprod_of(10)),
-        "all timesteps of square latents": (ToyEps(), latents(3, 4, 4), [5, 4, 3, 2, 1], alphas_cumprod_of(6)),
-    },
-    swap=_put_loop,
-)  # fmt: skip
+@exercise(swap=_put_loop)
+@case("four steps", lambda: (ToyEps(), latents(), [9, 7, 4, 1], alphas_cumprod_of(12)))
+@case("one step", lambda: (ToyEps(), latents(1), [5], alphas_cumprod_of(10)))
+@case("all timesteps of square latents", lambda: (ToyEps(), latents(3, 4, 4), [5, 4, 3, 2, 1], alphas_cumprod_of(6)))
 def sampling_loop(
     eps_model: Callable[[Tensor, Tensor], Tensor],
     x_T: Float[Tensor, "b c h w"],
@@ -303,15 +260,10 @@ def _put_training_step(f):
     return _put_epsilon_loss(whole)
 
 
-@exercise(
-    cases=lambda: {
-        "three pictures, one caption dropped": _training_case([3, 8, 5], 12, [False, True, False], 0.4),
-        "one picture": _training_case([6], 12, [False], 2.0, 3, 4),
-        "as many pictures as columns": _training_case([1, 9, 4, 6], 12, [True, False, False, True], 0.7, 3, 4),
-    },
-    gradients=("model",),
-    swap=_put_training_step,
-)  # fmt: skip
+@exercise(gradients=("model",), swap=_put_training_step)
+@case("three pictures, one caption dropped", lambda: _training_case([3, 8, 5], 12, [False, True, False], 0.4))
+@case("one picture", lambda: _training_case([6], 12, [False], 2.0, 3, 4))
+@case("as many pictures as columns", lambda: _training_case([1, 9, 4, 6], 12, [True, False, False, True], 0.7, 3, 4))
 def training_loss(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     mean: Float[Tensor, "b c h w"],

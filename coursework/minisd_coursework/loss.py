@@ -12,9 +12,9 @@ from minisd.loss import LOSSES
 from minisd.noising import NoiseSchedule
 from minisd.training import unet as training_unet
 
-from .exercise import exercise
+from .exercise import case, exercise
 from .noising import alphas_cumprod_of, of_t, pictures
-from .places import function
+from .places import function, instead_of
 
 
 class ToyUNet(nn.Module):
@@ -48,16 +48,11 @@ def _put_epsilon_loss(f):
     return [(LOSSES, "eps", epsilon_loss), (loss, "epsilon_loss", epsilon_loss)]
 
 
-@exercise(
-    cases=lambda: {
-        "three pictures": _loss_case([3, 8, 5], 12),
-        "one picture": _loss_case([6], 12, 3, 4),
-        "square pictures": _loss_case([1, 9], 10, 3, 3),
-        "as many pictures as columns": _loss_case([2, 7, 9, 4], 12, 3, 4),
-    },
-    gradients=("model",),
-    swap=_put_epsilon_loss,
-)  # fmt: skip
+@exercise(gradients=("model",), swap=_put_epsilon_loss)
+@case("three pictures", lambda: _loss_case([3, 8, 5], 12))
+@case("one picture", lambda: _loss_case([6], 12, 3, 4))
+@case("square pictures", lambda: _loss_case([1, 9], 10, 3, 3))
+@case("as many pictures as columns", lambda: _loss_case([2, 7, 9, 4], 12, 3, 4))
 def epsilon_loss(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     x_0: Float[Tensor, "b c h w"],
@@ -85,15 +80,11 @@ def _dropout_case(drop: list[bool], n: int, d: int) -> tuple:
     return torch.randn(len(drop), n, d), torch.randn(1, n, d), torch.tensor(drop)
 
 
-@exercise(
-    cases=lambda: {
-        "three captions, one dropped": _dropout_case([False, True, False], 5, 6),
-        "one caption, kept": _dropout_case([False], 4, 6),
-        "as many captions as tokens": _dropout_case([True, False, False, True], 4, 4),
-        "all dropped": _dropout_case([True, True], 3, 5),
-    },
-    swap=function("text_dropout", loss, training_unet),
-)  # fmt: skip
+@exercise(swap=function("text_dropout", loss, training_unet))
+@case("three captions, one dropped", lambda: _dropout_case([False, True, False], 5, 6))
+@case("one caption, kept", lambda: _dropout_case([False], 4, 6))
+@case("as many captions as tokens", lambda: _dropout_case([True, False, False, True], 4, 4))
+@case("all dropped", lambda: _dropout_case([True, True], 3, 5))
 def text_dropout(
     context: Float[Tensor, "b n d"], empty_context: Float[Tensor, "1 n d"], drop: Bool[Tensor, "b"]
 ) -> Float[Tensor, "b n d"]:
@@ -106,23 +97,15 @@ def text_dropout(
     # END SOLUTION
 
 
-def _put_min_snr(f):
-    real = loss.min_snr_weight
-
-    def min_snr_weight(snr, gamma=5.0, parameterization="eps"):
-        return f(snr, gamma) if parameterization == "eps" else real(snr, gamma, parameterization)
-
-    return [(loss, "min_snr_weight", min_snr_weight)]
+@instead_of("min_snr_weight", loss)
+def _put_min_snr(f, real, snr, gamma=5.0, parameterization="eps"):
+    return f(snr, gamma) if parameterization == "eps" else real(snr, gamma, parameterization)
 
 
-@exercise(
-    cases=lambda: {
-        "gamma 5": (torch.tensor([1000.0, 20.0, 5.0, 1.0, 0.01]), 5.0),
-        "gamma 1": (torch.tensor([3.0, 0.5, 7.0, 0.2]), 1.0),
-        "one time": (torch.tensor([40.0]), 2.0),
-    },
-    swap=_put_min_snr,
-)  # fmt: skip
+@exercise(swap=_put_min_snr)
+@case("gamma 5", lambda: (torch.tensor([1000.0, 20.0, 5.0, 1.0, 0.01]), 5.0))
+@case("gamma 1", lambda: (torch.tensor([3.0, 0.5, 7.0, 0.2]), 1.0))
+@case("one time", lambda: (torch.tensor([40.0]), 2.0))
 def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
     """How much each sample's squared error of ε counts: min(SNR, γ) / SNR.
 
@@ -134,13 +117,6 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
 
 
 @exercise(
-    cases=lambda: {
-        "three points": (torch.randn(3, 6), torch.tensor([3, 8, 5]), torch.randn(3, 6), alphas_cumprod_of(12)),
-        "one point": (torch.randn(1, 4), torch.tensor([6]), torch.randn(1, 4), alphas_cumprod_of(12)),
-        "as many points as coordinates": (
-            torch.randn(4, 4), torch.tensor([1, 9, 4, 6]), torch.randn(4, 4), alphas_cumprod_of(11),
-        ),
-    },
     linear=("x_t", "v"),
     quantities=of_t,
     swap=lambda f: [
@@ -149,6 +125,12 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
                                    self.alphas_cumprod.to(x_t.device)).to(x_t).view_as(x_t)),
     ],
 )  # fmt: skip
+@case("three points", lambda: (torch.randn(3, 6), torch.tensor([3, 8, 5]), torch.randn(3, 6), alphas_cumprod_of(12)))
+@case("one point", lambda: (torch.randn(1, 4), torch.tensor([6]), torch.randn(1, 4), alphas_cumprod_of(12)))
+@case(
+    "as many points as coordinates",
+    lambda: (torch.randn(4, 4), torch.tensor([1, 9, 4, 6]), torch.randn(4, 4), alphas_cumprod_of(11)),
+)
 def predict_noise_from_v(
     x_t: Float[Tensor, "b d"], t: Int[Tensor, "b"], v: Float[Tensor, "b d"], alphas_cumprod: Float[Tensor, "T"]
 ) -> Float[Tensor, "b d"]:
@@ -163,15 +145,15 @@ def predict_noise_from_v(
 
 
 @exercise(
-    cases=lambda: {
-        "eight losses of four bins": (torch.rand(8), torch.tensor([0, 3, 5, 11, 7, 8, 2, 10]), 12, 4),
-        "all bins hit": (torch.rand(6), torch.tensor([0, 9, 4, 5, 1, 6]), 10, 2),
-        "one bin": (torch.rand(5), torch.tensor([0, 3, 7, 1, 2]), 8, 1),
-        "nearly all are early, none at the ends": (torch.rand(9), torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), 12, 3),
-        "bins that T does not divide": (torch.rand(7), torch.tensor([6, 0, 3, 4, 5, 2, 1]), 7, 2),
-    },
     swap="minisd has no place for it: a training needs the mean over all times, and this is to look at a model with.",
+)
+@case("eight losses of four bins", lambda: (torch.rand(8), torch.tensor([0, 3, 5, 11, 7, 8, 2, 10]), 12, 4))
+@case("all bins hit", lambda: (torch.rand(6), torch.tensor([0, 9, 4, 5, 1, 6]), 10, 2))
+@case("one bin", lambda: (torch.rand(5), torch.tensor([0, 3, 7, 1, 2]), 8, 1))
+@case(
+    "nearly all are early, none at the ends", lambda: (torch.rand(9), torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), 12, 3)
 )  # fmt: skip
+@case("bins that T does not divide", lambda: (torch.rand(7), torch.tensor([6, 0, 3, 4, 5, 2, 1]), 7, 2))
 def loss_by_time(losses: Float[Tensor, "n"], t: Int[Tensor, "n"], T: int, bins: int) -> Float[Tensor, "bins"]:
     """The mean loss in each of `bins` equally long stretches of time: where is the model good, and where not?
 

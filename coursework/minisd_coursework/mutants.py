@@ -17,15 +17,6 @@ from torch import Tensor
 
 from .texts import placeholders, read, say
 
-# what a call may be confused with
-CONFUSED = {
-    "mean": ["sum", "amax"], "sum": ["mean"], "sin": ["cos"], "cos": ["sin"], "exp": ["log", "expm1"], "expm1": ["exp"],
-    "log": ["exp", "log2", "log10"], "sqrt": ["square", "abs"], "square": ["abs", "sqrt"], "abs": ["square"],
-    "argmin": ["argmax"], "argmax": ["argmin"], "min": ["max"], "max": ["min"], "softmax": ["sigmoid", "log_softmax"],
-    "gelu": ["silu", "relu", "sigmoid"], "silu": ["gelu", "relu", "sigmoid"], "sigmoid": ["tanh", "relu"],
-    "std": ["var"], "var": ["std"], "cumprod": ["cumsum"], "triu": ["tril"], "tril": ["triu"],
-    "reversed": ["sorted"], "linspace": ["logspace"],
-}  # fmt: skip
 MODULES = {"torch", "F", "math", "nn", "einops"}
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Pow: "**",
              ast.MatMult: "@"}
@@ -115,7 +106,7 @@ def _changes_of_a_call(function, arguments, keywords, text) -> Iterator[tuple[st
     if inner and not (arguments and isinstance(arguments[0], ast.Starred)):
         missing = TABLES["calls"].get(name)
         yield inner, missing.format(inner=inner) if missing else say("mutant.call", name=name, inner=inner)
-    for confused in CONFUSED.get(name, []):
+    for confused in TABLES["confused"].get(name, []):
         called = f"{show(owner)}.{confused}" if owner is not None else confused
         rest = ", ".join(map(show, [*arguments, *keywords]))
         yield f"{called}({rest})", say("mutant.confused", name=name, other=confused, inner=inner)

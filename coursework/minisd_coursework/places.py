@@ -47,16 +47,38 @@ def of_the_schedule(name: str) -> Swap:
     return swap
 
 
+def instead_of(name: str, *owners: type | ModuleType) -> Callable[[Callable], Swap]:
+    """A swap made of a function, which is called in the place of minisd's own: in all modules, or in the class.
+
+    The function is given the student's function, minisd's own, and then what minisd's own is called with.
+    """
+
+    def decorate(call: Callable) -> Swap:
+        def swap(f: Callable) -> list:
+            real = getattr(owners[0], name)
+
+            def called(*args, **named):
+                return call(f, real, *args, **named)
+
+            return [(owner, name, called) for owner in owners]
+
+        return swap
+
+    return decorate
+
+
 def rule_of(sampler: str) -> Callable[[Callable], Swap]:
-    """The rule of a sampler, by a function that is given the student's function before the rule's own arguments."""
+    """The same for the rule of a sampler."""
 
     def decorate(call: Callable) -> Swap:
         takes = inspect.signature(call)
-        own = takes.replace(parameters=list(takes.parameters.values())[1:])  # what the loop reads off a rule
+        own = takes.replace(parameters=list(takes.parameters.values())[2:])  # what the sampler reads off its rule
 
         def swap(f: Callable) -> list:
+            real = SAMPLERS[sampler].rule
+
             def rule(x_t, *args, **named):
-                return call(f, x_t, *args, **named).to(x_t)
+                return call(f, real, x_t, *args, **named).to(x_t)
 
             rule.__signature__ = own
             return [(SAMPLERS[sampler], "rule", rule)]

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minisd import latent_diffusion, sampling
-from minisd.sampling import SAMPLERS, Guided, predict_x0
+from minisd.sampling import Guided, predict_x0
 
-from .exercise import exercise
+from .exercise import case, cases, exercise
 from .noising import alphas_cumprod_of
-from .places import function, rule_of
+from .places import function, instead_of, rule_of
 
 # --- what they are tried on ------------------------------------------------------------------------------------------
 
@@ -49,11 +49,11 @@ def alphas(a_t: float, a_prev: float, **_) -> dict[str, float]:
 
 
 @exercise(
-    cases=steps_of("x_t", "eps", "a_t", "a_prev", "noise"),
     linear=("x_t", "eps", "noise"),
     quantities=alphas,
-    swap=rule_of("ddpm")(lambda f, x_t, eps, a_t, a_prev, noise: f(x_t, eps, a_t, a_prev, noise)),
-)  # fmt: skip
+    swap=rule_of("ddpm")(lambda f, real, x_t, eps, a_t, a_prev, noise: f(x_t, eps, a_t, a_prev, noise)),
+)
+@cases(steps_of("x_t", "eps", "a_t", "a_prev", "noise"))
 def ddpm_step(
     x_t: Float[Tensor, "b c h w"],
     eps: Float[Tensor, "b c h w"],
@@ -79,11 +79,11 @@ def ddpm_step(
 
 
 @exercise(
-    cases=steps_of("x_t", "eps", "a_t", "a_prev", "eta", "noise"),
     linear=("x_t", "eps", "noise"),
     quantities=lambda eta, **k: alphas(**k) | {"η": eta},
-    swap=rule_of("ddim")(lambda f, x_t, eps, a_t, a_prev, eta, noise: f(x_t, eps, a_t, a_prev, eta, noise)),
-)  # fmt: skip
+    swap=rule_of("ddim")(lambda f, real, x_t, eps, a_t, a_prev, eta, noise: f(x_t, eps, a_t, a_prev, eta, noise)),
+)
+@cases(steps_of("x_t", "eps", "a_t", "a_prev", "eta", "noise"))
 def ddim_step(
     x_t: Float[Tensor, "b c h w"],
     eps: Float[Tensor, "b c h w"],
@@ -107,26 +107,18 @@ def ddim_step(
     # END SOLUTION
 
 
-def _put_timesteps(f):
-    real = sampling.make_timesteps
-
-    def make_timesteps(steps, T, spacing="leading"):
-        if spacing != "leading" or T % steps or steps == T:
-            return real(steps, T, spacing)
-        return [max(0, min(T - 1, int(t))) for t in f(steps, T)]
-
-    return [(sampling, "make_timesteps", make_timesteps)]
+@instead_of("make_timesteps", sampling)
+def _put_timesteps(f, real, steps, T, spacing="leading"):
+    if spacing != "leading" or T % steps or steps == T:
+        return real(steps, T, spacing)
+    return [max(0, min(T - 1, int(t))) for t in f(steps, T)]
 
 
-@exercise(
-    cases=lambda: {
-        "50 of 1000": (50, 1000),
-        "4 of 20": (4, 20),
-        "10 of 20": (10, 20),
-        "one step": (1, 100),
-    },
-    swap=_put_timesteps,
-)  # fmt: skip
+@exercise(swap=_put_timesteps)
+@case("50 of 1000", lambda: (50, 1000))
+@case("4 of 20", lambda: (4, 20))
+@case("10 of 20", lambda: (10, 20))
+@case("one step", lambda: (1, 100))
 def leading_timesteps(steps: int, T: int) -> list[int]:
     """Which of the T timesteps a sampler of fewer steps visits, as CompVis has it: falling, evenly spread, the last
     one 1.
@@ -139,12 +131,10 @@ def leading_timesteps(steps: int, T: int) -> list[int]:
 
 
 @exercise(
-    cases=lambda: {
-        f"{n} of them": ([latents() for _ in range(n)],) for n in (4, 3, 2, 1)
-    },
     linear=("old_eps",),
     swap=lambda f: [(sampling, "plms_combine", lambda old_eps: f(list(old_eps)).to(old_eps[0]))],
-)  # fmt: skip
+)
+@cases(lambda: { f"{n} of them": ([latents() for _ in range(n)],) for n in (4, 3, 2, 1) })
 def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c h w"]:
     """The direction of a PLMS step, from the last one to four ε, the newest first.
 
@@ -159,35 +149,22 @@ def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c 
     # END SOLUTION
 
 
-EVERYWHERE = function("classifier_free_guidance", sampling, latent_diffusion)
+@instead_of("classifier_free_guidance", sampling, latent_diffusion)
+def _put_guidance(f, real, model, context, uncond_context, scale):
+    def eps_model(x, t):
+        if scale == 1.0:
+            return model(x, t, context.expand(len(x), *context.shape[1:]))
+        _, cond, uncond = real(model, context, uncond_context, scale)(x, t)
+        return Guided(f(uncond, cond, scale).to(x), cond, uncond)
+
+    return eps_model
 
 
-def _put_guidance(f):
-    real = sampling.classifier_free_guidance
-
-    def classifier_free_guidance(model, context, uncond_context, scale):
-        def eps_model(x, t):
-            if scale == 1.0:
-                return model(x, t, context.expand(len(x), *context.shape[1:]))
-            _, cond, uncond = real(model, context, uncond_context, scale)(x, t)
-            return Guided(f(uncond, cond, scale).to(x), cond, uncond)
-
-        return eps_model
-
-    return EVERYWHERE(classifier_free_guidance)
-
-
-@exercise(
-    cases=lambda: {
-        "scale 7.5": (latents(), latents(), 7.5),
-        "scale 3, one picture": (latents(1), latents(1), 3.0),
-        "scale 1": (latents(3), latents(3), 1.0),
-        "scale 0": (latents(), latents(), 0.0),
-    },
-    linear=("eps_uncond", "eps_cond"),
-    quantities=lambda scale, **_: {"scale": scale},
-    swap=_put_guidance,
-)  # fmt: skip
+@exercise(linear=("eps_uncond", "eps_cond"), quantities=lambda scale, **_: {"scale": scale}, swap=_put_guidance)
+@case("scale 7.5", lambda: (latents(), latents(), 7.5))
+@case("scale 3, one picture", lambda: (latents(1), latents(1), 3.0))
+@case("scale 1", lambda: (latents(3), latents(3), 1.0))
+@case("scale 0", lambda: (latents(), latents(), 0.0))
 def guidance(
     eps_uncond: Float[Tensor, "b c h w"], eps_cond: Float[Tensor, "b c h w"], scale: float
 ) -> Float[Tensor, "b c h w"]:
@@ -212,27 +189,27 @@ class ToyModel(torch.nn.Module):
         return torch.tanh(x + 0.1 * t.view(-1, 1, 1, 1) + told.view(-1, 1, 1, 1))
 
 
-def _put_guided_eps(f):
-    def classifier_free_guidance(model, context, uncond_context, scale):
-        def eps_model(x, t):
-            both = [c.expand(len(x), *c.shape[1:]) for c in (context, uncond_context)]
-            return f(model, x, t, *both, scale).to(x)
+@instead_of("classifier_free_guidance", sampling, latent_diffusion)
+def _put_guided_eps(f, real, model, context, uncond_context, scale):
+    def eps_model(x, t):
+        both = [c.expand(len(x), *c.shape[1:]) for c in (context, uncond_context)]
+        return f(model, x, t, *both, scale).to(x)
 
-        return eps_model
-
-    return EVERYWHERE(classifier_free_guidance)
+    return eps_model
 
 
-@exercise(
-    cases=lambda: {
-        "two pictures": (ToyModel(), latents(2), torch.tensor([3, 7]), torch.randn(2, 5, 6), torch.randn(2, 5, 6), 4.0),
-        "one picture": (ToyModel(), latents(1), torch.tensor([5]), torch.randn(1, 5, 6), torch.randn(1, 5, 6), 7.5),
-        "three pictures, a small scale": (
-            ToyModel(), latents(3), torch.tensor([1, 9, 4]), torch.randn(3, 4, 6), torch.randn(3, 4, 6), 0.5,
-        ),
-    },
-    swap=_put_guided_eps,
+@exercise(swap=_put_guided_eps)
+@case(
+    "two pictures",
+    lambda: (ToyModel(), latents(2), torch.tensor([3, 7]), torch.randn(2, 5, 6), torch.randn(2, 5, 6), 4.0),
+)
+@case(
+    "one picture", lambda: (ToyModel(), latents(1), torch.tensor([5]), torch.randn(1, 5, 6), torch.randn(1, 5, 6), 7.5)
 )  # fmt: skip
+@case(
+    "three pictures, a small scale",
+    lambda: (ToyModel(), latents(3), torch.tensor([1, 9, 4]), torch.randn(3, 4, 6), torch.randn(3, 4, 6), 0.5),
+)
 def guided_eps(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Float[Tensor, "b c h w"],
@@ -253,26 +230,18 @@ def guided_eps(
     # END SOLUTION
 
 
-DPMPP_2M = SAMPLERS["dpmpp_2m"].rule  # minisd's own
-
-
 @rule_of("dpmpp_2m")
-def _put_dpmpp(f, x_t, eps, a_t, a_prev, past, i, steps):
+def _put_dpmpp(f, real, x_t, eps, a_t, a_prev, past, i, steps):
     before = list(past)
-    x_prev, x0, _ = DPMPP_2M(x_t, eps, a_t, a_prev, past, i, steps)
+    x_prev, x0, _ = real(x_t, eps, a_t, a_prev, past, i, steps)
     first_order = not before or a_prev == 1 or (i == steps - 1 and steps < 15)
     return x_prev if first_order else f(x_t, x0, *before, a_t, a_prev)
 
 
-@exercise(
-    cases=lambda: {
-        "a step in the middle": (latents(), latents(), latents(), 0.1, 0.3, 0.6),
-        "a small step after a large one": (latents(1), latents(1), latents(1), 0.2, 0.8, 0.85),
-        "a large step after a small one": (latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), 0.28, 0.3, 0.9),
-    },
-    linear=("x_t", "x0", "x0_old"),
-    swap=_put_dpmpp,
-)  # fmt: skip
+@exercise(linear=("x_t", "x0", "x0_old"), swap=_put_dpmpp)
+@case("a step in the middle", lambda: (latents(), latents(), latents(), 0.1, 0.3, 0.6))
+@case("a small step after a large one", lambda: (latents(1), latents(1), latents(1), 0.2, 0.8, 0.85))
+@case("a large step after a small one", lambda: (latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), 0.28, 0.3, 0.9))
 def dpmpp_2m_step(
     x_t: Float[Tensor, "b c h w"],
     x0: Float[Tensor, "b c h w"],
@@ -301,22 +270,20 @@ def dpmpp_2m_step(
 
 
 @rule_of("euler")
-def _put_euler(f, x_t, eps, a_t, a_prev):
+def _put_euler(f, real, x_t, eps, a_t, a_prev):
     """In x / √ᾱ, over σ = √((1-ᾱ)/ᾱ)."""
     sigma, sigma_next = (((1 - a) / a) ** 0.5 for a in (a_t, a_prev))
     return a_prev**0.5 * f(x_t / a_t**0.5, predict_x0(x_t, eps, a_t), sigma, sigma_next)
 
 
 @exercise(
-    cases=lambda: {
-        "from 3 to 2": (latents(), latents(), 3.0, 2.0),
-        "one picture, a large step": (latents(1), latents(1), 14.6, 7.0),
-        "the last step, to 0": (latents(3, 4, 4), latents(3, 4, 4), 0.3, 0.0),
-    },
     linear=("x", "denoised"),
     quantities=lambda sigma, sigma_next, **_: {"σ": sigma, "σ_next": sigma_next, "(σ_next/σ)": sigma_next / sigma},
     swap=_put_euler,
-)  # fmt: skip
+)
+@case("from 3 to 2", lambda: (latents(), latents(), 3.0, 2.0))
+@case("one picture, a large step", lambda: (latents(1), latents(1), 14.6, 7.0))
+@case("the last step, to 0", lambda: (latents(3, 4, 4), latents(3, 4, 4), 0.3, 0.0))
 def euler_step(
     x: Float[Tensor, "b c h w"], denoised: Float[Tensor, "b c h w"], sigma: float, sigma_next: float
 ) -> Float[Tensor, "b c h w"]:
@@ -331,17 +298,13 @@ def euler_step(
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "ten steps, strength 0.7": (list(range(91, 0, -10)), 0.7),
-        "strength 1": ([80, 60, 40, 20, 0], 1.0),
-        "twenty steps, strength 0.25": (list(range(951, 0, -50)), 0.25),
-        "a strength that leaves a fraction": ([70, 60, 50, 40, 30, 20, 10], 0.5),
-        "timesteps that are not evenly spread": ([900, 500, 400, 300, 20, 10], 0.5),
-        "a strength that leaves less": ([70, 60, 50, 40, 30, 20, 10], 0.6),
-    },
-    swap=function("remaining_timesteps", latent_diffusion),
-)  # fmt: skip
+@exercise(swap=function("remaining_timesteps", latent_diffusion))
+@case("ten steps, strength 0.7", lambda: (list(range(91, 0, -10)), 0.7))
+@case("strength 1", lambda: ([80, 60, 40, 20, 0], 1.0))
+@case("twenty steps, strength 0.25", lambda: (list(range(951, 0, -50)), 0.25))
+@case("a strength that leaves a fraction", lambda: ([70, 60, 50, 40, 30, 20, 10], 0.5))
+@case("timesteps that are not evenly spread", lambda: ([900, 500, 400, 300, 20, 10], 0.5))
+@case("a strength that leaves less", lambda: ([70, 60, 50, 40, 30, 20, 10], 0.6))
 def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     """The timesteps that are left if one starts from a picture: a part `strength` of them, in (0, 1], the last ones.
 
@@ -354,23 +317,18 @@ def img2img_timesteps(timesteps: list[int], strength: float) -> list[int]:
     # END SOLUTION
 
 
-def _put_blend(f):
-    def put_back(self, x_t, z, noise, mask, t):
-        return f(x_t, z, noise, mask.bool(), self.schedule.alpha_bar(int(t[0]))).to(x_t)
-
-    return [(latent_diffusion.LatentDiffusion, "_put_back", put_back)]
+@instead_of("_put_back", latent_diffusion.LatentDiffusion)
+def _put_blend(f, real, self, x_t, z, noise, mask, t):
+    return f(x_t, z, noise, mask.bool(), self.schedule.alpha_bar(int(t[0]))).to(x_t)
 
 
-@exercise(
-    cases=lambda: {
-        "two pictures": (latents(), latents(), latents(), torch.rand(2, 1, 3, 5) > 0.5, 0.4),
-        "one picture, little noise": (latents(1), latents(1), latents(1), torch.rand(1, 1, 3, 5) > 0.5, 0.9),
-        "square latents, much noise": (
-            latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), torch.rand(3, 1, 4, 4) > 0.3, 0.05,
-        ),
-    },
-    swap=_put_blend,
-)  # fmt: skip
+@exercise(swap=_put_blend)
+@case("two pictures", lambda: (latents(), latents(), latents(), torch.rand(2, 1, 3, 5) > 0.5, 0.4))
+@case("one picture, little noise", lambda: (latents(1), latents(1), latents(1), torch.rand(1, 1, 3, 5) > 0.5, 0.9))
+@case(
+    "square latents, much noise",
+    lambda: (latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), torch.rand(3, 1, 4, 4) > 0.3, 0.05),
+)
 def inpaint_blend(
     x_t: Float[Tensor, "b c h w"],
     z_0: Float[Tensor, "b c h w"],
@@ -389,14 +347,10 @@ def inpaint_blend(
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "twelve timesteps": (alphas_cumprod_of(12),),
-        "five timesteps": (alphas_cumprod_of(5),),
-    },
-    # The samplers ask for one σ at a time: the table is of one entry.
-    swap=lambda f: [(sampling, "_sigma", lambda a: float(f(torch.tensor([a], dtype=torch.float64))[0]))],
-)  # fmt: skip
+# The samplers ask for one σ at a time: the table is of one entry.
+@exercise(swap=lambda f: [(sampling, "_sigma", lambda a: float(f(torch.tensor([a], dtype=torch.float64))[0]))])
+@case("twelve timesteps", lambda: (alphas_cumprod_of(12),))
+@case("five timesteps", lambda: (alphas_cumprod_of(5),))
 def sigmas(alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     """The noise of each timestep as Karras et al. count it: x_t / √ᾱ_t = x_0 + σ_t ε. Returns σ_t for all t."""
     # BEGIN SOLUTION

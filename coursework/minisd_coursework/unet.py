@@ -14,8 +14,8 @@ from minisd import clip as clip_module
 from minisd import unet as unet_module
 from minisd import vae as vae_module
 
-from .exercise import exercise
-from .places import method
+from .exercise import case, exercise
+from .places import instead_of, method
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -31,23 +31,16 @@ def tokens(b: int, n: int, d: int) -> Float[Tensor, "b n d"]:
 # --- the time --------------------------------------------------------------------------------------------------------
 
 
-def _put_embedding(f):
-    def embed(timesteps, dim, max_period=10_000):
-        return f(timesteps, dim, max_period).float()
-
-    return [(unet_module, "timestep_embedding", embed)]
+@instead_of("timestep_embedding", unet_module)
+def _put_embedding(f, real, timesteps, dim, max_period=10_000):
+    return f(timesteps, dim, max_period).float()
 
 
-@exercise(
-    cases=lambda: {
-        "three times, 8 numbers each": (torch.tensor([0, 7, 40]), 8, 10_000),
-        "one time": (torch.tensor([13]), 6, 10_000),
-        "another period": (torch.tensor([2, 5]), 8, 100),
-        "as many times as numbers": (torch.tensor([1, 3, 9, 27]), 4, 10_000),
-    },
-    tolerance=2e-3,
-    swap=_put_embedding,
-)  # fmt: skip
+@exercise(tolerance=2e-3, swap=_put_embedding)
+@case("three times, 8 numbers each", lambda: (torch.tensor([0, 7, 40]), 8, 10_000))
+@case("one time", lambda: (torch.tensor([13]), 6, 10_000))
+@case("another period", lambda: (torch.tensor([2, 5]), 8, 100))
+@case("as many times as numbers", lambda: (torch.tensor([1, 3, 9, 27]), 4, 10_000))
 def timestep_embedding(timesteps: Int[Tensor, "b"], dim: int, max_period: float) -> Float[Tensor, "b dim"]:
     """The time as a point on dim/2 circles of ever slower rotation: first all cosines, then all sines.
 
@@ -66,24 +59,16 @@ def timestep_embedding(timesteps: Int[Tensor, "b"], dim: int, max_period: float)
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def _put_attention(f):
-    real = attention_module.attention
-
-    def plain(q, k, v, causal=False, record=None):
-        return real(q, k, v, causal, record) if causal or record else f(q, k, v).to(v)
-
-    return [(module, "attention", plain) for module in (attention_module, vae_module, clip_module)]
+@instead_of("attention", attention_module, vae_module, clip_module)
+def _put_attention(f, real, q, k, v, causal=False, record=None):
+    return real(q, k, v, causal, record) if causal or record else f(q, k, v).to(v)
 
 
-@exercise(
-    cases=lambda: {
-        "5 queries, 7 keys": (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)),
-        "as many queries as keys": (torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6)),
-        "all sizes equal": (torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4)),
-        "one head of one text": (torch.randn(1, 1, 3, 16), torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)),
-    },
-    swap=_put_attention,
-)  # fmt: skip
+@exercise(swap=_put_attention)
+@case("5 queries, 7 keys", lambda: (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)))
+@case("as many queries as keys", lambda: (torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6), torch.randn(2, 2, 4, 6)))
+@case("all sizes equal", lambda: (torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4)))
+@case("one head of one text", lambda: (torch.randn(1, 1, 3, 16), torch.randn(1, 1, 5, 16), torch.randn(1, 1, 5, 16)))
 def attention(
     q: Float[Tensor, "b heads n d"], k: Float[Tensor, "b heads m d"], v: Float[Tensor, "b heads m d"]
 ) -> Float[Tensor, "b heads n d"]:
@@ -97,34 +82,26 @@ def attention(
     # END SOLUTION
 
 
-def _put_split(f):
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (f(layer(a), self.heads) for layer, a in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        return self.to_out(rearrange(attention_module.attention(q, k, v), "b h n d -> b n (h d)"))
-
-    return [(attention_module.CrossAttention, "forward", forward)]
+@instead_of("forward", attention_module.CrossAttention)
+def _put_split(f, real, self, x, context=None):
+    context = x if context is None else context
+    q, k, v = (f(layer(a), self.heads) for layer, a in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+    return self.to_out(rearrange(attention_module.attention(q, k, v), "b h n d -> b n (h d)"))
 
 
-def _put_merge(f):
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (layer(a) for layer, a in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
-        return self.to_out(f(attention_module.attention(q, k, v)))
-
-    return [(attention_module.CrossAttention, "forward", forward)]
+@instead_of("forward", attention_module.CrossAttention)
+def _put_merge(f, real, self, x, context=None):
+    context = x if context is None else context
+    q, k, v = (layer(a) for layer, a in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+    q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
+    return self.to_out(f(attention_module.attention(q, k, v)))
 
 
-@exercise(
-    cases=lambda: {
-        "2 heads of 3": (tokens(2, 5, 6), 2),
-        "4 heads of 2": (tokens(1, 3, 8), 4),
-        "2 heads of 2, as many tokens": (tokens(2, 2, 4), 2),
-        "3 heads of 4": (tokens(2, 12, 12), 3),
-    },
-    swap=_put_split,
-)  # fmt: skip
+@exercise(swap=_put_split)
+@case("2 heads of 3", lambda: (tokens(2, 5, 6), 2))
+@case("4 heads of 2", lambda: (tokens(1, 3, 8), 4))
+@case("2 heads of 2, as many tokens", lambda: (tokens(2, 2, 4), 2))
+@case("3 heads of 4", lambda: (tokens(2, 12, 12), 3))
 def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads n d"]:
     """Deal the channels of each token out to the heads: c = heads · d, those of one head beside each other, (h d)."""
     # BEGIN SOLUTION
@@ -134,14 +111,10 @@ def split_heads(x: Float[Tensor, "b n c"], heads: int) -> Float[Tensor, "b heads
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "2 heads of 3": (torch.randn(2, 2, 5, 3),),
-        "as many heads as tokens": (torch.randn(1, 4, 4, 2),),
-        "3 heads of 4": (torch.randn(2, 3, 7, 4),),
-    },
-    swap=_put_merge,
-)  # fmt: skip
+@exercise(swap=_put_merge)
+@case("2 heads of 3", lambda: (torch.randn(2, 2, 5, 3),))
+@case("as many heads as tokens", lambda: (torch.randn(1, 4, 4, 2),))
+@case("3 heads of 4", lambda: (torch.randn(2, 3, 7, 4),))
 def merge_heads(x: Float[Tensor, "b heads n d"]) -> Float[Tensor, "b n c"]:
     """Put what the heads found side by side again: the inverse of split_heads, c = heads · d."""
     # BEGIN SOLUTION
@@ -155,22 +128,16 @@ def _cross_case(b: int, n: int, m: int, c: int, e: int, heads: int, d: int) -> t
     return *given, *to_qkv, nn.Linear(heads * d, c), heads
 
 
-def _put_cross(f):
-    def forward(self, x, context=None):
-        return f(x, x if context is None else context, self.to_q, self.to_k, self.to_v, self.to_out, self.heads)
-
-    return [(attention_module.CrossAttention, "forward", forward)]
+@instead_of("forward", attention_module.CrossAttention)
+def _put_cross(f, real, self, x, context=None):
+    return f(x, x if context is None else context, self.to_q, self.to_k, self.to_v, self.to_out, self.heads)
 
 
-@exercise(
-    cases=lambda: {
-        "5 pixels, 3 words": _cross_case(2, 5, 3, 8, 6, 2, 4),
-        "one picture": _cross_case(1, 4, 7, 6, 9, 3, 2),
-        "as many pixels as words": _cross_case(2, 4, 4, 8, 8, 2, 4),
-        "one head": _cross_case(2, 3, 5, 4, 6, 1, 4),
-    },
-    swap=_put_cross,
-)  # fmt: skip
+@exercise(swap=_put_cross)
+@case("5 pixels, 3 words", lambda: _cross_case(2, 5, 3, 8, 6, 2, 4))
+@case("one picture", lambda: _cross_case(1, 4, 7, 6, 9, 3, 2))
+@case("as many pixels as words", lambda: _cross_case(2, 4, 4, 8, 8, 2, 4))
+@case("one head", lambda: _cross_case(2, 3, 5, 4, 6, 1, 4))
 def cross_attention(
     x: Float[Tensor, "b n c"],
     context: Float[Tensor, "b m e"],
@@ -198,14 +165,10 @@ def cross_attention(
 # --- the transformer around it ---------------------------------------------------------------------------------------
 
 
-@exercise(
-    cases=lambda: {
-        "tokens of 4 channels, to 6": (tokens(2, 5, 4), nn.Linear(4, 12)),
-        "one token": (tokens(1, 1, 3), nn.Linear(3, 4)),
-        "as many tokens as channels": (tokens(4, 4, 4), nn.Linear(4, 8)),
-    },
-    swap=method(attention_module.GEGLU, "forward", "proj"),
-)  # fmt: skip
+@exercise(swap=method(attention_module.GEGLU, "forward", "proj"))
+@case("tokens of 4 channels, to 6", lambda: (tokens(2, 5, 4), nn.Linear(4, 12)))
+@case("one token", lambda: (tokens(1, 1, 3), nn.Linear(3, 4)))
+@case("as many tokens as channels", lambda: (tokens(4, 4, 4), nn.Linear(4, 8)))
 def geglu(x: Float[Tensor, "b n c"], proj: Layer) -> Float[Tensor, "b n c_out"]:
     """value · GELU(gate): half of the channels decide how much of the other half passes. (Shazeer 2020, "GLU variants")
 
@@ -240,15 +203,13 @@ def _block_case(b: int, n: int, d: int, m: int, e: int) -> tuple:
 
 
 @exercise(
-    cases=lambda: {
-        "5 pixels, 3 words": _block_case(2, 5, 4, 3, 6),
-        "one picture": _block_case(1, 3, 6, 4, 5),
-        "widths that are equal": _block_case(3, 4, 4, 4, 4),
-    },
     swap=method(
         attention_module.BasicTransformerBlock, "_forward", "attn1", "attn2", "ff", "norm1", "norm2", "norm3"
     ),
-)
+)  # fmt: skip
+@case("5 pixels, 3 words", lambda: _block_case(2, 5, 4, 3, 6))
+@case("one picture", lambda: _block_case(1, 3, 6, 4, 5))
+@case("widths that are equal", lambda: _block_case(3, 4, 4, 4, 4))
 def transformer_block(
     x: Float[Tensor, "b n d"],
     context: Float[Tensor, "b m e"],
@@ -290,21 +251,15 @@ def _spatial_case(b: int, c: int, d: int, h: int, w: int) -> tuple:
     return *given, nn.Conv2d(c, d, 1), [_Mixes(d, 6), _Mixes(d, 6)], nn.Conv2d(d, c, 1)
 
 
-def _put_spatial(f):
-    def forward(self, x, context=None):
-        return f(x, context, self.norm, self.proj_in, list(self.transformer_blocks), self.proj_out)
-
-    return [(attention_module.SpatialTransformer, "forward", forward)]
+@instead_of("forward", attention_module.SpatialTransformer)
+def _put_spatial(f, real, self, x, context=None):
+    return f(x, context, self.norm, self.proj_in, list(self.transformer_blocks), self.proj_out)
 
 
-@exercise(
-    cases=lambda: {
-        "a map of 3 x 5": _spatial_case(2, 4, 6, 3, 5),
-        "one picture": _spatial_case(1, 4, 8, 4, 2),
-        "a square map": _spatial_case(2, 4, 4, 4, 4),
-    },
-    swap=_put_spatial,
-)  # fmt: skip
+@exercise(swap=_put_spatial)
+@case("a map of 3 x 5", lambda: _spatial_case(2, 4, 6, 3, 5))
+@case("one picture", lambda: _spatial_case(1, 4, 8, 4, 2))
+@case("a square map", lambda: _spatial_case(2, 4, 4, 4, 4))
 def spatial_transformer(
     x: Float[Tensor, "b c h w"],
     context: Float[Tensor, "b m e"],
@@ -340,15 +295,11 @@ def _res_case(b: int, c: int, c_out: int, h: int, w: int, e: int = 6) -> tuple:
     return x, emb, in_layers, emb_layers, out_layers, skip_connection
 
 
-@exercise(
-    cases=lambda: {
-        "from 4 channels to 6": _res_case(2, 4, 6, 3, 5),
-        "one picture": _res_case(1, 4, 8, 4, 3),
-        "as many channels as before, a square": _res_case(2, 4, 4, 4, 4),
-        "as many pictures as rows": _res_case(4, 2, 4, 4, 4, 4),
-    },
-    swap=method(unet_module.ResBlock, "_forward", "in_layers", "emb_layers", "out_layers", "skip_connection"),
-)  # fmt: skip
+@exercise(swap=method(unet_module.ResBlock, "_forward", "in_layers", "emb_layers", "out_layers", "skip_connection"))
+@case("from 4 channels to 6", lambda: _res_case(2, 4, 6, 3, 5))
+@case("one picture", lambda: _res_case(1, 4, 8, 4, 3))
+@case("as many channels as before, a square", lambda: _res_case(2, 4, 4, 4, 4))
+@case("as many pictures as rows", lambda: _res_case(4, 2, 4, 4, 4, 4))
 def res_block(
     x: Float[Tensor, "b c h w"],
     emb: Float[Tensor, "b e"],
@@ -370,14 +321,10 @@ def res_block(
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "2 groups of 2": (maps(2, 4, 3, 5), 2, torch.randn(4), torch.randn(4), 1e-5),
-        "one picture, 3 groups": (maps(1, 6, 4, 3), 3, torch.randn(6), torch.randn(6), 1e-5),
-        "a square with few numbers": (0.05 * maps(4, 4, 4, 4), 2, torch.randn(4), torch.randn(4), 1e-3),
-    },
-    swap=method(nn.GroupNorm, "forward", "num_groups", "weight", "bias", "eps"),
-)  # fmt: skip
+@exercise(swap=method(nn.GroupNorm, "forward", "num_groups", "weight", "bias", "eps"))
+@case("2 groups of 2", lambda: (maps(2, 4, 3, 5), 2, torch.randn(4), torch.randn(4), 1e-5))
+@case("one picture, 3 groups", lambda: (maps(1, 6, 4, 3), 3, torch.randn(6), torch.randn(6), 1e-5))
+@case("a square with few numbers", lambda: (0.05 * maps(4, 4, 4, 4), 2, torch.randn(4), torch.randn(4), 1e-3))
 def group_norm(
     x: Float[Tensor, "b c h w"], groups: int, weight: Float[Tensor, "c"], bias: Float[Tensor, "c"], eps: float
 ) -> Float[Tensor, "b c h w"]:
@@ -397,14 +344,12 @@ def group_norm(
 
 
 @exercise(
-    cases=lambda: {
-        "3 x 5 pixels": (maps(), nn.Conv2d(4, 4, 3, padding=1)),
-        "one picture": (maps(1, 2, 4, 3), nn.Conv2d(2, 2, 3, padding=1)),
-        "a square": (maps(2, 4, 4, 4), nn.Conv2d(4, 4, 3, padding=1)),
-    },
     swap=lambda f: [(unet_module.Upsample, "forward", lambda self, x, size=None: f(x, self.conv)),
                     (vae_module.Upsample, "forward", lambda self, x: f(x, self.conv))],
 )  # fmt: skip
+@case("3 x 5 pixels", lambda: (maps(), nn.Conv2d(4, 4, 3, padding=1)))
+@case("one picture", lambda: (maps(1, 2, 4, 3), nn.Conv2d(2, 2, 3, padding=1)))
+@case("a square", lambda: (maps(2, 4, 4, 4), nn.Conv2d(4, 4, 3, padding=1)))
 def upsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
     """Twice the size: repeat each pixel to a square of 2 x 2, then smooth by `conv`, which keeps the size."""
     # BEGIN SOLUTION
@@ -428,29 +373,23 @@ def _unet_case(b: int, h: int, w: int, c: int = 3) -> tuple:
     return x, down, middle, [_Plus(2 * c, c) for _ in down]
 
 
-def _put_unet(f):
-    def forward(self, x, timesteps, context=None):
-        self._check(x, context)
-        emb = self.time_embed(unet_module.timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
+@instead_of("forward", unet_module.UNetModel)
+def _put_unet(f, real, self, x, timesteps, context=None):
+    self._check(x, context)
+    emb = self.time_embed(unet_module.timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
 
-        def told(block):
-            return lambda h: block(h, emb, context)
+    def told(block):
+        return lambda h: block(h, emb, context)
 
-        down, up = ([told(block) for block in blocks] for blocks in (self.input_blocks, self.output_blocks))
-        return self.out(f(x, down, told(self.middle_block), up))
-
-    return [(unet_module.UNetModel, "forward", forward)]
+    down, up = ([told(block) for block in blocks] for blocks in (self.input_blocks, self.output_blocks))
+    return self.out(f(x, down, told(self.middle_block), up))
 
 
-@exercise(
-    cases=lambda: {
-        "two pictures": _unet_case(2, 3, 5),
-        "one picture": _unet_case(1, 4, 3),
-        "square pictures": _unet_case(2, 4, 4, 4),
-        "as many channels everywhere": _unet_case(2, 3, 4, 2),
-    },
-    swap=_put_unet,
-)  # fmt: skip
+@exercise(swap=_put_unet)
+@case("two pictures", lambda: _unet_case(2, 3, 5))
+@case("one picture", lambda: _unet_case(1, 4, 3))
+@case("square pictures", lambda: _unet_case(2, 4, 4, 4))
+@case("as many channels everywhere", lambda: _unet_case(2, 3, 4, 2))
 def unet_forward(
     x: Float[Tensor, "b c h w"], input_blocks: list[Layer], middle_block: Layer, output_blocks: list[Layer]
 ) -> Float[Tensor, "b c_out h w"]:

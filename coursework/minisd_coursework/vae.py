@@ -13,8 +13,8 @@ from minisd.training import vae as training_vae
 from minisd.vae import DiagonalGaussianDistribution, Downsample
 from minisd.vq import VectorQuantizer
 
-from .exercise import exercise
-from .places import function, method
+from .exercise import case, exercise
+from .places import function, instead_of, method
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -23,12 +23,10 @@ def _moments(b: int, c: int = 4, h: int = 3, w: int = 5) -> tuple[Tensor, Tensor
     return torch.randn(b, c, h, w), 1.5 * torch.randn(b, c, h, w) - 0.5
 
 
-def _put_sample(f):
-    def sample(self, generator=None):
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.mean)
-        return f(torch.cat([self.mean, self.logvar], dim=1), noise).to(self.mean)
-
-    return [(DiagonalGaussianDistribution, "sample", sample)]
+@instead_of("sample", DiagonalGaussianDistribution)
+def _put_sample(f, real, self, generator=None):
+    noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.mean)
+    return f(torch.cat([self.mean, self.logvar], dim=1), noise).to(self.mean)
 
 
 def _sample_case(b: int, c: int, h: int, w: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -42,17 +40,12 @@ def _far_below() -> tuple[Tensor, Tensor]:
     return torch.cat([mean, logvar - 30], dim=1), 1e8 * torch.randn(2, 4, 3, 5)
 
 
-@exercise(
-    cases=lambda: {
-        "two pictures": _sample_case(2, 4, 3, 5),
-        "one picture": _sample_case(1, 2, 4, 3),
-        "square latents": _sample_case(2, 4, 4, 4),
-        "log variances beyond the bounds": _sample_case(2, 4, 3, 5, spread=30.0),
-        "log variances far below": _far_below(),
-    },
-    gradients=("moments",),
-    swap=_put_sample,
-)  # fmt: skip
+@exercise(gradients=("moments",), swap=_put_sample)
+@case("two pictures", lambda: _sample_case(2, 4, 3, 5))
+@case("one picture", lambda: _sample_case(1, 2, 4, 3))
+@case("square latents", lambda: _sample_case(2, 4, 4, 4))
+@case("log variances beyond the bounds", lambda: _sample_case(2, 4, 3, 5, spread=30.0))
+@case("log variances far below", lambda: _far_below())
 def sample_posterior(
     moments: Float[Tensor, "b two_c h w"], noise: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
@@ -69,15 +62,10 @@ def sample_posterior(
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "two pictures": _moments(2),
-        "one picture": _moments(1, 2, 4, 3),
-        "three square latents": _moments(3, 4, 4, 4),
-    },
-    gradients=("mean", "logvar"),
-    swap=method(DiagonalGaussianDistribution, "kl", "mean", "logvar"),
-)  # fmt: skip
+@exercise(gradients=("mean", "logvar"), swap=method(DiagonalGaussianDistribution, "kl", "mean", "logvar"))
+@case("two pictures", lambda: _moments(2))
+@case("one picture", lambda: _moments(1, 2, 4, 3))
+@case("three square latents", lambda: _moments(3, 4, 4, 4))
 def kl(mean: Float[Tensor, "b c h w"], logvar: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """KL(N(mean, diag(exp(logvar))) ‖ N(0, I)) in nats: how far the latents' distribution is from N(0, I).
 
@@ -93,14 +81,12 @@ def _vae_case(b: int, h: int, w: int, weight: float) -> tuple:
 
 
 @exercise(
-    cases=lambda: {
-        "two pictures": _vae_case(2, 4, 6, 0.1),
-        "one picture": _vae_case(1, 8, 4, 0.5),
-        "three square pictures": _vae_case(3, 6, 6, 1e-2),
-    },
     gradients=("reconstruction", "mean", "logvar"),
     swap="minisd has no place for it: `minisd.training.vae` adds these terms up in the midst of its own loop.",
-)  # fmt: skip
+)
+@case("two pictures", lambda: _vae_case(2, 4, 6, 0.1))
+@case("one picture", lambda: _vae_case(1, 8, 4, 0.5))
+@case("three square pictures", lambda: _vae_case(3, 6, 6, 1e-2))
 def vae_loss(
     x: Float[Tensor, "b 3 H W"],
     reconstruction: Float[Tensor, "b 3 H W"],
@@ -122,23 +108,17 @@ def vae_loss(
 # --- a codebook in the place of the distribution ---------------------------------------------------------------------
 
 
-def _put_nearest(f):
-    @torch.no_grad()
-    def nearest(self, z):
-        b, _, h, w = z.shape
-        return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
-
-    return [(VectorQuantizer, "nearest", nearest)]
+@instead_of("nearest", VectorQuantizer)
+@torch.no_grad()
+def _put_nearest(f, real, self, z):
+    b, _, h, w = z.shape
+    return f(rearrange(z, "b d h w -> (b h w) d"), self.embedding.weight).view(b, h, w)
 
 
-def _put_vq_loss(f):
+@instead_of("loss", VectorQuantizer)
+def _put_vq_loss(f, real, self, z, codes):
     """In quantisers with legacy=False: the others weigh the terms the other way round."""
-    real = VectorQuantizer.loss
-
-    def loss(self, z, codes):
-        return real(self, z, codes) if self.legacy else f(z, codes, self.beta)
-
-    return [(VectorQuantizer, "loss", loss)]
+    return real(self, z, codes) if self.legacy else f(z, codes, self.beta)
 
 
 def _code_case(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
@@ -146,15 +126,11 @@ def _code_case(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, d) * 2, codes
 
 
-@exercise(
-    cases=lambda: {
-        "20 vectors, 6 codes": _code_case(20, 6, 3),
-        "one vector": _code_case(1, 5, 4),
-        "as many vectors as codes": _code_case(8, 8, 8),
-        "many codes": _code_case(30, 40, 2),
-    },
-    swap=_put_nearest,
-)  # fmt: skip
+@exercise(swap=_put_nearest)
+@case("20 vectors, 6 codes", lambda: _code_case(20, 6, 3))
+@case("one vector", lambda: _code_case(1, 5, 4))
+@case("as many vectors as codes", lambda: _code_case(8, 8, 8))
+@case("many codes", lambda: _code_case(30, 40, 2))
 def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """For each vector of z the index of the code that is nearest to it, by Euclidean distance.
 
@@ -165,15 +141,10 @@ def nearest_code(z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"]) -> Int
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "5 vectors": (torch.randn(5, 3), torch.randn(5, 3)),
-        "one vector": (torch.randn(1, 4), torch.randn(1, 4)),
-        "latents": (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)),
-    },
-    gradients=("z", "z_q"),
-    swap=function("straight_through", vq),
-)  # fmt: skip
+@exercise(gradients=("z", "z_q"), swap=function("straight_through", vq))
+@case("5 vectors", lambda: (torch.randn(5, 3), torch.randn(5, 3)))
+@case("one vector", lambda: (torch.randn(1, 4), torch.randn(1, 4)))
+@case("latents", lambda: (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)))
 def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
     """Forwards the codes z_q, backwards the identity: the gradient is handed to z, the encoder's output, unchanged;
     z_q gets none.
@@ -185,15 +156,10 @@ def straight_through(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"]) -> Float[
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "beta 0.25": (torch.randn(5, 3), torch.randn(5, 3), 0.25),
-        "beta 2": (torch.randn(4, 4), torch.randn(4, 4), 2.0),
-        "latents": (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), 0.5),
-    },
-    gradients=("z", "z_q"),
-    swap=_put_vq_loss,
-)  # fmt: skip
+@exercise(gradients=("z", "z_q"), swap=_put_vq_loss)
+@case("beta 0.25", lambda: (torch.randn(5, 3), torch.randn(5, 3), 0.25))
+@case("beta 2", lambda: (torch.randn(4, 4), torch.randn(4, 4), 2.0))
+@case("latents", lambda: (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), 0.5))
 def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Float[Tensor, ""]:
     """What makes codes and encoder meet: mean (sg(z) - z_q)² + β mean (z - sg(z_q))², means over all numbers.
 
@@ -211,18 +177,19 @@ def vq_loss(z: Float[Tensor, "*d"], z_q: Float[Tensor, "*d"], beta: float) -> Fl
 
 
 @exercise(
-    cases=lambda: {
-        "four latents": (
-            torch.tensor([1.0, 3, 6, 9]).view(4, 1, 1, 1) * torch.randn(4, 4, 3, 5)
-            + torch.tensor([-3.0, 0, 1, 3]).view(1, 4, 1, 1),
-        ),
-        "one latent, a mean far from 0": (0.3 * torch.randn(1, 4, 8, 8) + 2,),
-        "square latents": (2.0 * torch.randn(4, 4, 4, 4),),
-    },
     tolerance=8e-3,
     swap=lambda f: [(training_vae, "measure_scale_factor", lambda vae, data,
                      engine: float(f(training_vae.encode_all(vae, data, engine).chunk(2, dim=1)[0])))],
 )  # fmt: skip
+@case(
+    "four latents",
+    lambda: (
+        torch.tensor([1.0, 3, 6, 9]).view(4, 1, 1, 1) * torch.randn(4, 4, 3, 5)
+        + torch.tensor([-3.0, 0, 1, 3]).view(1, 4, 1, 1),
+    ),
+)
+@case("one latent, a mean far from 0", lambda: (0.3 * torch.randn(1, 4, 8, 8) + 2,))
+@case("square latents", lambda: (2.0 * torch.randn(4, 4, 4, 4),))
 def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
 
@@ -234,15 +201,11 @@ def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     # END SOLUTION
 
 
-@exercise(
-    cases=lambda: {
-        "4 x 6 pixels": (torch.randn(2, 3, 4, 6), nn.Conv2d(3, 3, 3, stride=2)),
-        "one picture": (torch.randn(1, 2, 8, 4), nn.Conv2d(2, 2, 3, stride=2)),
-        "a square": (torch.randn(2, 3, 6, 6), nn.Conv2d(3, 3, 3, stride=2)),
-        "odd sizes": (torch.randn(1, 3, 5, 7), nn.Conv2d(3, 3, 3, stride=2)),
-    },
-    swap=method(Downsample, "forward", "conv"),
-)  # fmt: skip
+@exercise(swap=method(Downsample, "forward", "conv"))
+@case("4 x 6 pixels", lambda: (torch.randn(2, 3, 4, 6), nn.Conv2d(3, 3, 3, stride=2)))
+@case("one picture", lambda: (torch.randn(1, 2, 8, 4), nn.Conv2d(2, 2, 3, stride=2)))
+@case("a square", lambda: (torch.randn(2, 3, 6, 6), nn.Conv2d(3, 3, 3, stride=2)))
+@case("odd sizes", lambda: (torch.randn(1, 3, 5, 7), nn.Conv2d(3, 3, 3, stride=2)))
 def vae_downsample(x: Float[Tensor, "b c h w"], conv: Layer) -> Float[Tensor, "b c h2 w2"]:
     """Half the size, as in the VAE: one column of zeros on the right and one row of them below, then `conv`.
 
