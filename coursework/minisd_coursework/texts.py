@@ -107,7 +107,7 @@ def folded(text: str) -> str:
 # --- what is said whatever the exercise -------------------------------------------------------------------------------
 
 
-def say(key: str, **values: Any) -> str:
+def say(key: str, /, **values: Any) -> str:
     """A sentence of sentences.toml, "section.name", with these values in its placeholders."""
     return sentences()[key].format(**values)
 
