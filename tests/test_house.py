@@ -45,7 +45,7 @@ STANDS_ON = {
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
     "__init__": ["training", "evaluation", "instruments", "trace", "attention_maps", "compare"],  # `import minisd`
-    "coursework": ["__init__"],
+    "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__"],
     "__main__": ["cli"],
 }
@@ -111,40 +111,42 @@ def test_imports_go_downwards(file):
         assert not others, f"the stage {module} imports {sorted(others)} before anybody asks for it"
 
 
-def files_of_both_packages() -> dict[str, Path]:
-    """By the names under which they are imported."""
-    files = [*PACKAGE.rglob("*.py"), *COURSEWORK.rglob("*.py")]
-    roots = {PACKAGE: ROOT, COURSEWORK: ROOT / "coursework"}
-    root_of = {file: next(roots[package] for package in roots if package in file.parents) for file in files}
-    return {".".join(file.relative_to(root_of[file]).with_suffix("").parts): file for file in sorted(files)}
-
-
-def imported_files(name: str, files: dict[str, Path]) -> set[str]:
-    """The files of ours that a file imports, inside functions too; the `__init__` of a package is left out."""
-    package, found = name.split(".")[:-1], set()
-    for node in ast.walk(ast.parse(files[name].read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return found & files.keys() - {name}
-
-
-def test_no_file_imports_itself_by_a_detour():
-    files = files_of_both_packages()
-    below = {name: imported_files(name, files) for name in files}
+def test_no_file_imports_itself_by_way_of_others():
+    """Inside functions neither: what needs that is in the wrong file."""
+    roots = [(ROOT, PACKAGE), (ROOT / "coursework", ROOT / "coursework/minisd_coursework")]
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts): file
+        for root, package in roots
+        for file in sorted(package.rglob("*.py"))
+        if file.name != "__init__.py"
+    }
+    below = {name: {below for below in imported_files(name, file) if below in files} for name, file in files.items()}
+    knows_exercises = [name for name in below if name.startswith("minisd.") and "minisd_coursework" in str(below[name])]
+    assert knows_exercises == ["minisd.coursework"]
 
     def reached(name: str) -> set[str]:
-        seen, waiting = set(), list(below[name])
-        while waiting:
-            if (one := waiting.pop()) not in seen:
-                seen.add(one)
-                waiting += below[one]
-        return seen
+        found, left = set(), list(below[name])
+        while left:
+            other = left.pop()
+            if other not in found:
+                found.add(other)
+                left += below[other]
+        return found
 
     assert not [name for name in files if name in reached(name)]
+
+
+def imported_files(name: str, file: Path) -> set[str]:
+    """`minisd.unet` for `from minisd import unet`, for `from .unet import UNetModel` and for `import minisd.unet`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
 
 
 def lines_of(file: Path) -> tuple[set[int], set[int], int]:

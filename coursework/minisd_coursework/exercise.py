@@ -1,17 +1,17 @@
 """What an exercise is: one function with its task, its solution, and the mistakes that are made in it.
 
 The stage modules beside this file are the one source of everything. There, an exercise is a function under the
-decorator `@exercise(...)`: its signature and docstring are the task, and what stands between the two fences is the
-solution.
+decorator `@exercise(...)`, and under an `@case(...)` for each set of arguments that it is tried on. Its signature and
+docstring are the task, and what stands between the two fences is the solution.
 
     # BEGIN SOLUTION
     signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     ...
     # END SOLUTION
 
-A mistake is an edit of the solution, `("(1 - alpha_bar).sqrt()", "1 - alpha_bar", "You forgot the root ...")`. So it
-can be run: the checker compares what a student's function returns with what each edited solution returns, and two
-edits can be made at once.
+What is said about it, and the mistakes that are made in it, stand in the TOML file of the same name (see `texts`). A
+mistake is an edit of the solution. So it can be run: the checker compares what a student's function returns with what
+each edited solution returns, and two edits can be made at once.
 """
 
 import ast
@@ -19,11 +19,14 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from . import texts
+from .texts import Mistake
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 STAGES = ("noising", "loss", "unet", "vae", "clip", "sampling", "latent_diffusion")  # in their order: 1 to 7
@@ -31,41 +34,45 @@ STAGES = ("noising", "loss", "unet", "vae", "clip", "sampling", "latent_diffusio
 EXERCISES: dict[str, "Exercise"] = {}  # all of them, by name; filled when minisd.coursework is imported
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """An edit of a solution, and the sentence that teaches what is wrong with it.
-
-    old: a piece of the solution that occurs exactly once in it; "" if `new` takes the place of the whole solution.
-    """
-
-    old: str
-    new: str
-    sentence: str
-
-    def edit(self, solution: str) -> str | None:
-        """The solution with the mistake in it; None if `old` does not occur exactly once."""
-        if not self.old:
-            return textwrap.dedent(self.new).strip("\n")
-        return solution.replace(self.old, self.new) if solution.count(self.old) == 1 else None
-
-
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    """A function to be written. See `exercise` for the fields."""
+    """A function to be written.
+
+    reference: the function, with its task and its solution.
+    cases: what the function is tried on: see `cases`.
+    swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there). Or, where
+        minisd has no place for it, a sentence that says why.
+    gradients: arguments through which gradients must flow (tensors, or modules: then their parameters).
+    linear: arguments of which the result is a weighted sum. The checker finds the weights, and ...
+    quantities: ... (arguments) -> numbers or [b] tensors by their symbol, to name those that are wrong.
+    may_change: arguments that a right solution may change in place.
+    read: what counts of a result, if not every form of it is to be told apart: tensor -> tensor.
+    tolerance: relative.
+
+    From the stage's TOML file:
+
+    difficulty: from 1, one line to copy from an equation, to 5.
+    minutes: what a student needs who has read the stage's notebook.
+    hints: shown one at a time, from a nudge to nearly everything.
+    mistakes: in the order in which they are tried.
+    """
 
     reference: Callable
-    difficulty: int
-    minutes: int
-    cases: Callable[[], dict[str, dict[str, Any]]]
-    hints: tuple[str, ...]
-    mistakes: tuple[Mistake, ...]
+    cases: list[Callable[[], dict[str, tuple]]]
     swap: Callable[[Callable], list[tuple[Any, str, Any]]] | str
-    gradients: tuple[str, ...]
-    linear: tuple[str, ...]
-    quantities: Callable[..., dict[str, Any]] | None
-    may_change: tuple[str, ...]
-    read: Callable | None
-    tolerance: float
+    gradients: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    quantities: Callable[..., dict[str, Any]] | None = None
+    may_change: tuple[str, ...] = ()
+    read: Callable[[Any], Any] | None = None
+    tolerance: float = 1e-4
+    difficulty: int = field(init=False)
+    minutes: int = field(init=False)
+    hints: tuple[str, ...] = field(init=False)
+    mistakes: tuple[Mistake, ...] = field(init=False)
+
+    def __post_init__(self):
+        vars(self).update(texts.of_exercise(self.stage, self.name, self.solution))
 
     @property
     def name(self) -> str:
@@ -91,11 +98,7 @@ class Exercise:
     @cached_property
     def source(self) -> str:
         """The function as it stands in the stage's module, from `def` on, with its fences."""
-        text = Path(inspect.getsourcefile(inspect.unwrap(self.reference))).read_text("utf-8")
-        function = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == self.name)
-        lines = text.splitlines()
-        last = next(i for i in range(function.lineno, len(lines)) if lines[i].strip() == END)
-        return "\n".join(lines[function.lineno - 1 : last + 1]) + "\n"
+        return _functions(inspect.getsourcefile(inspect.unwrap(self.reference)))[self.name]
 
     @property
     def head(self) -> str:
@@ -127,47 +130,45 @@ class Exercise:
         return namespace[self.name]
 
 
-def exercise(
-    *,
-    difficulty: int,
-    minutes: int,
-    cases: Callable[[], dict[str, dict[str, Any]]],
-    hints: tuple[str, ...],
-    mistakes: list[tuple[str, str, str]],
-    swap: Callable[[Callable], list[tuple[Any, str, Any]]] | str,
-    gradients: tuple[str, ...] = (),
-    linear: tuple[str, ...] = (),
-    quantities: Callable[..., dict[str, Any]] | None = None,
-    may_change: tuple[str, ...] = (),
-    read: Callable[[Any], Any] | None = None,
-    tolerance: float = 1e-4,
-) -> Callable[[Callable], Callable]:
-    """Make an exercise of a function, which stays what it is.
+@cache
+def _functions(file: str) -> dict[str, str]:
+    """The functions of a module that have fences, up to the second one."""
+    text = Path(file).read_text("utf-8")
+    found, lines = {}, text.splitlines()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            body = lines[node.lineno - 1 : node.end_lineno + 1]  # the fence is a comment behind its last statement
+            ends = [i for i, line in enumerate(body) if line.strip() == END]
+            found[node.name] = "\n".join(body[: ends[0] + 1]) + "\n" if ends else ""
+    return found
 
-    Args:
-        difficulty: from 1, one line to copy from an equation, to 5.
-        minutes: what a student needs who has read the stage's notebook.
-        cases: called without arguments; what the function is tried on: a name for each case -> its arguments by name.
-        hints: shown one at a time, from a nudge to nearly everything.
-        mistakes: (old, new, sentence) of each `Mistake`.
-        swap: student's function -> where it goes: (object, attribute or key of a dict, what to put there). Or, where
-            minisd has no place for it, a sentence that says why.
-        gradients: arguments through which gradients must flow (tensors, or modules: then their parameters).
-        linear: arguments of which the result is a weighted sum. The checker finds the weights, and ...
-        quantities: ... (arguments) -> numbers or [b] tensors by their symbol, to name those that are wrong.
-        may_change: arguments that a right solution may change in place.
-        read: what counts of a result, if not every form of it is to be told apart: tensor -> tensor.
-        tolerance: relative.
-    """
+
+def exercise(**options: Any) -> Callable[[Callable], Callable]:
+    """Make an exercise of a function, which stays what it is. The options are the fields of `Exercise`."""
 
     def register(function: Callable) -> Callable:
-        EXERCISES[function.__name__] = Exercise(
-            function, difficulty, minutes, cases, hints, tuple(Mistake(*m) for m in mistakes), swap, gradients,
-            linear, quantities, may_change, read, tolerance,
-        )  # fmt: skip
+        EXERCISES[function.__name__] = Exercise(function, vars(function)["cases"], **options)
         return function
 
     return register
+
+
+def cases(several: Callable[[], dict[str, tuple]]) -> Callable[[Callable], Callable]:
+    """What an exercise is tried on: the name of each case -> its arguments, in the order of the signature.
+
+    They are made by a call, so that they can be random: the same random numbers each time.
+    """
+
+    def add(function: Callable) -> Callable:
+        function.cases = [several, *getattr(function, "cases", [])]  # decorators are called from the last to the first
+        return function
+
+    return add
+
+
+def case(label: str, arguments: Callable[[], tuple]) -> Callable[[Callable], Callable]:
+    """One case. See `cases`."""
+    return cases(lambda: {label: arguments()})
 
 
 @contextmanager

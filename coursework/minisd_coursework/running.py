@@ -64,8 +64,8 @@ def _set_default_device(device: torch.device) -> None:
 @cache
 @default_torch_state()
 def cases_of(exercise: Exercise) -> dict[str, dict[str, Any]]:
-    cases = exercise.cases()
-    return {label: {name: args[name] for name in exercise.arguments} for label, args in cases.items()}
+    found = [case for several in exercise.cases for case in several().items()]
+    return {label: dict(zip(exercise.arguments, args, strict=True)) for label, args in found}
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .running import close
+from .texts import say
 from .trial import Trial, as_a_whole
 
 
@@ -17,7 +18,7 @@ def weights(trial: Trial, named: bool) -> Iterator[str]:
     if names and isinstance(trial.cases[0][names[0]], list):
         yield from _of_a_list(trial, names[0])
         return
-    mine, rights, quantities = [], [], []
+    found, wanted, quantities = [], [], []
     for args, outcome, right in zip(trial.cases, trial.outcomes, trial.rights, strict=True):
         terms = [args[name] for name in names]
         if not names or any(t.shape != right.value.shape for t in [*terms, outcome.value]):
@@ -25,34 +26,34 @@ def weights(trial: Trial, named: bool) -> Iterator[str]:
         a, b = solve(terms, outcome.value), solve(terms, right.value)
         if a is None or b is None:
             return
-        mine.append(a), rights.append(b)
+        found.append(a), wanted.append(b)
         known = trial.exercise.quantities(**args) if trial.exercise.quantities else {}
         quantities.append({k: torch.as_tensor(v).double().expand(len(a)) for k, v in known.items()})
-    mine, rights = torch.cat(mine), torch.cat(rights)  # [samples of all cases, arguments]
+    weights, rights = torch.cat(found), torch.cat(wanted)  # [samples of all cases, arguments]
     known = {name: torch.cat([q[name] for q in quantities]) for name in (quantities[0] if quantities else ())}
     formulas = _formulas(known)
     sentences, all_named = [], True
     for i, name in enumerate(names):
-        a, b = mine[:, i], rights[:, i]
+        a, b = weights[:, i], rights[:, i]
         if close(a, b):
             continue
         at = int((a - b).abs().argmax())
-        is_, should = _formula(a, formulas), _formula(b, formulas)
-        numbers = f"{a[at]:.4g} where it should be {b[at]:.4g}"
+        mine, should = _formula(a, formulas), _formula(b, formulas)
+        numbers = say("weight.numbers", mine=f"{a[at]:.4g}", should=f"{b[at]:.4g}")
         if close(a, torch.zeros_like(a)):
-            sentences.append(f"`{name}` does not come in at all; its factor is {should or 'not 0'}")
+            sentences.append(say("weight.absent", name=name, should=should or say("weight.not_0")))
         elif close(a, -b):
-            sentences.append(f"`{name}` comes in with the wrong sign")
-        elif is_ and should:
-            sentences.append(f"the factor of `{name}` is {is_}, but should be {should} ({numbers})")
-        elif is_:
-            sentences.append(f"the factor of `{name}` is {is_}, which is {numbers}")
+            sentences.append(say("weight.sign", name=name))
+        elif mine and should:
+            sentences.append(say("weight.both", name=name, mine=mine, should=should, numbers=numbers))
+        elif mine:
+            sentences.append(say("weight.named", name=name, mine=mine, numbers=numbers))
         elif times := _times(a, b, formulas):
-            sentences.append(f"the factor of `{name}` is {times} times what it should be ({numbers})")
+            sentences.append(say("weight.times", name=name, times=times, numbers=numbers))
         else:
             all_named = False
-            wanted = f", which is {should}" if should else ""
-            sentences.append(f"the factor of `{name}` is {numbers}{wanted}")
+            wanted = say("weight.unnamed_wanted", name=name, numbers=numbers, should=should) if should else ""
+            sentences.append(wanted or say("weight.unnamed", name=name, numbers=numbers))
     if sentences and (all_named or not named):
         yield as_a_whole("; ".join(sentences))
 
@@ -66,8 +67,10 @@ def _of_a_list(trial: Trial, name: str) -> Iterator[str]:
         a, b = solve(terms, outcome.value), solve(terms, right.value)
         if a is None or b is None:
             return
-        a, b = ([str(Fraction(float(w)).limit_denominator(60)) for w in weights[0]] for weights in (a, b))
-        yield f"The weights of {len(terms)} entries of `{name}` are {', '.join(a)}, but should be {', '.join(b)}."
+        mine, should = (
+            ", ".join(str(Fraction(float(w)).limit_denominator(60)) for w in weights[0]) for weights in (a, b)
+        )
+        yield say("weight.of_a_list", count=len(terms), name=name, mine=mine, right=should)
 
 
 def solve(terms: list[Tensor], value: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import mutants
 from .exercise import Exercise
 from .running import Outcome, cases_of, run, same, same_outcome
+from .texts import say
 
 Suspect = tuple[Callable, str]  # a function with a mistake, and the sentence that names it
 
@@ -70,9 +71,9 @@ class Trial:
         found = list(self.wrong())
         return found if all(numbers(outcome.value, right.value) for _, outcome, right in found) else []
 
-    def labels_of(self, hit: bool) -> list[str]:
+    def labels_of(self, hit: bool) -> str:
         """The names of the cases that went right, or wrong."""
-        return [label for label, right in zip(self.labels, self.hits, strict=True) if right is hit]
+        return "; ".join(label for label, right in zip(self.labels, self.hits, strict=True) if right is hit)
 
 
 # --- the suspects -----------------------------------------------------------------------------------------------------
@@ -81,49 +82,52 @@ class Trial:
 @cache
 def known(exercise: Exercise) -> list[Suspect]:
     """The mistakes of the exercise's table."""
-    return [(exercise.compile(m.edit(exercise.solution)), m.sentence) for m in exercise.mistakes]
+    return list(_compiled(exercise, ((m.edit(exercise.solution), m.sentence) for m in exercise.mistakes)))
 
 
 @cache
 def arguments(exercise: Exercise) -> list[Suspect]:
     """The solution, called with other arguments."""
     args = next(iter(cases_of(exercise).values()))
-    found = mutants.of_the_arguments(exercise, exercise.compile(), args)
-    return [(function, as_a_whole(sentence)) for function, sentence in found]
+    return [(f, as_a_whole(said)) for f, said in _compiled(exercise, mutants.of_the_arguments(exercise.solution, args))]
 
 
 @cache
 def changes(exercise: Exercise) -> list[Suspect]:
     """The solution with one small change."""
-    found = [(_compile(exercise, solution), sentence) for solution, sentence in mutants.of_the_solution(exercise)]
-    return [(function, f"In the terms of the solution: {sentence}.") for function, sentence in found if function]
-
-
-def _compile(exercise: Exercise, solution: str) -> Callable | None:
-    """The function with that solution; None if an edit has made nonsense of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return exercise.compile(solution)
-        except SyntaxError:
-            return None
+    found = _compiled(exercise, mutants.of_the_solution(exercise.solution, exercise.arguments))
+    return [(function, say("suspects.in_the_solution", sentence=sentence)) for function, sentence in found]
 
 
 def pairs(exercise: Exercise) -> Iterator[Suspect]:
     """Two mistakes of the table, or one and a wrong argument, or one and a small change."""
+    return _compiled(exercise, _pairs(exercise))
+
+
+def _pairs(exercise: Exercise) -> Iterator[tuple[str, str]]:
     for a, b in itertools.permutations(exercise.mistakes, 2):
         once = a.edit(exercise.solution) if a.old and b.old else None
-        twice = b.edit(once) if once else None
-        if twice and (function := _compile(exercise, twice)):
-            yield function, f"Two things at once. {a.sentence} And: {b.sentence}"
+        if once and (twice := b.edit(once)):
+            yield twice, say("suspects.two", first=a.sentence, second=b.sentence)
     args = next(iter(cases_of(exercise).values()))
-    for function, sentence in known(exercise):
-        for both, other in mutants.of_the_arguments(exercise, function, args):
-            yield both, f"Two things at once. {sentence} And: {as_a_whole(other)}"
     for mistake in exercise.mistakes:
-        for solution, sentence in mutants.of_the_solution(exercise, mistake.edit(exercise.solution)):
-            if function := _compile(exercise, solution):
-                yield function, f"Two things at once. {mistake.sentence} And, in the terms of the solution: {sentence}."
+        for solution, other in mutants.of_the_arguments(mistake.edit(exercise.solution), args):
+            yield solution, say("suspects.two", first=mistake.sentence, second=as_a_whole(other))
+    for mistake in exercise.mistakes:
+        for solution, other in mutants.of_the_solution(mistake.edit(exercise.solution), exercise.arguments):
+            yield solution, say("suspects.two_in_the_solution", first=mistake.sentence, second=other)
+
+
+def _compiled(exercise: Exercise, solutions: Iterable[tuple[str, str]]) -> Iterator[Suspect]:
+    """Solutions as functions; those of which an edit has made nonsense are left out."""
+    for solution, sentence in solutions:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                function = exercise.compile(solution)
+            except SyntaxError:
+                continue
+        yield function, sentence
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -131,6 +135,10 @@ def pairs(exercise: Exercise) -> Iterator[Suspect]:
 
 def as_a_whole(sentence: str) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def listed(names: Iterable[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
 
 
 def short(values: Any) -> str:

@@ -17,22 +17,24 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import load, load_clip
-from ..data import CaptionedPictures, sample, shape_corpus
-from ..data.sample_pictures import SAMPLE
-from ..latent_diffusion import Cond, LatentDiffusion
-from ..loss import LOSSES
-from ..noising import ExactDenoiser
-from ..sampling import SAMPLERS, make_timesteps, randn
-from ..training import clip as training_clip
-from ..training import trainer
-from ..training import unet as training_unet
-from ..training import vae as training_vae
-from ..training.engine import SingleDevice
-from ..viz import curves, matrices, sheet, to_pil
-from ..vq import VectorQuantizer
+from minisd.checkpoint import load, load_clip
+from minisd.data import CaptionedPictures, sample, shape_corpus
+from minisd.data.sample_pictures import SAMPLE
+from minisd.latent_diffusion import Cond, LatentDiffusion
+from minisd.loss import LOSSES
+from minisd.noising import ExactDenoiser
+from minisd.sampling import SAMPLERS, make_timesteps, randn
+from minisd.training import clip as training_clip
+from minisd.training import trainer
+from minisd.training import unet as training_unet
+from minisd.training import vae as training_vae
+from minisd.training.engine import SingleDevice
+from minisd.viz import curves, matrices, sheet, to_pil
+from minisd.vq import VectorQuantizer
+
 from .exercise import find, swap
 from .running import default_torch_state
+from .texts import say
 
 
 @default_torch_state()
@@ -60,25 +62,25 @@ def draw(
     exercise = find(name)
     solution = exercise.compile()
     has_a_place = callable(exercise.swap)
-    places = exercise.swap(function or solution) if has_a_place else []
-    sampler = next((key for target, key, _ in places if target is SAMPLERS), "ddim")
     try:
         with swap(name, function) if function and has_a_place else nullcontext():
-            order = Order(load(model, "cpu"), function or solution, prompt, sampler, steps, seed)
+            order = Order(load(model, "cpu"), function or solution, prompt, SAMPLER_OF.get(name, "ddim"), steps, seed)
             return ROUTES.get(name, _drawn)(order)
     except NotImplementedError:
-        print(f"{name} is not written yet: there is nothing to draw with.")
+        print(say("picture.unwritten", name=name))
     except Exception as error:  # whatever a wrong function leads to
         if function is None:
             raise
-        what = (str(error).splitlines() or ["without a message"])[0]
-        print(f"With this {name} minisd comes to no picture: {type(error).__name__}, {what}")
+        message = (str(error).splitlines() or [say("picture.no_message")])[0]
+        print(say("picture.failed", name=name, kind=type(error).__name__, message=message))
     return None
 
 
 def caption(name: str) -> str:
     """What the picture of `draw(name)` shows, in a sentence."""
-    return ROUTES.get(name, _drawn).__doc__
+    if name in SAMPLER_OF:
+        return say("picture.drawn_by", sampler=SAMPLER_OF[name])
+    return say(f"caption.{ROUTES.get(name, _drawn).__name__[1:]}")
 
 
 @dataclass
@@ -106,6 +108,14 @@ class Order:
         pixels, captions = shape_corpus(16, self.sd.config.image_size, self.seed)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
 
+    def latents(self, generator: torch.Generator) -> tuple[Float[Tensor, "16 c h w"], list[str]]:
+        """The same, as latents."""
+        x, captions = self.shapes()
+        return self.sd.get_first_stage_encoding(self.sd.encode_first_stage(x), generator), captions
+
+    def pictures(self) -> Float[Tensor, "8 3 h w"]:
+        return sample(self.sd.config.image_size).batch(range(8))
+
     def cat(self) -> Float[Tensor, "1 3 h w"]:
         """A picture that nobody asked for."""
         data = sample(self.sd.config.image_size)
@@ -116,7 +126,6 @@ class Order:
 
 
 def _drawn(order: Order) -> Image.Image:
-    """Left: drawn from noise. Right: that picture noised half way, and drawn from there."""
     out = order.sd.txt2img(order.prompt, **order.options)
     return sheet([*out.images, *to_pil(_again(order, out.pictures))], scale=4)
 
@@ -138,13 +147,7 @@ def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
     return sd.decode_first_stage(last.x)
 
 
-def _by_euler(order: Order) -> Image.Image:
-    """Left: drawn from noise by euler. Right: that picture noised half way, and drawn from there."""
-    return _drawn(replace(order, sampler="euler"))
-
-
 def _of_v(order: Order) -> Image.Image:
-    """Drawn, and drawn again from half way, by a model of v, in which the sampler has to find the ε."""
     sd = copy.copy(order.sd)
     sd.config = replace(sd.config, parameterization="v")
     predict_noise = sd.apply_model
@@ -159,7 +162,6 @@ def _of_v(order: Order) -> Image.Image:
 
 
 def _guessed_from_v(order: Order) -> Image.Image:
-    """What the model takes for the picture in x_t, by way of v, at each step of a drawing."""
     sd, guesses = order.sd, []
     for step in sd.sample(order.prompt, **order.options):
         t = torch.full((1,), step.t)
@@ -169,7 +171,6 @@ def _guessed_from_v(order: Order) -> Image.Image:
 
 
 def _exact(order: Order) -> Image.Image:
-    """Drawn without a network: by the exact denoiser of 16 pictures, which draws nothing but these."""
     x, _ = order.shapes()
     x_T = randn((4, *x.shape[1:]), order.generator)
     schedule = order.sd.schedule
@@ -178,14 +179,12 @@ def _exact(order: Order) -> Image.Image:
 
 
 def _drawn_over(order: Order) -> Image.Image:
-    """A cat, and what img2img makes of it at growing strength."""
     cat = order.cat()
     over = [order.sd.img2img(order.prompt, cat, strength, **order.options).images[0] for strength in (0.25, 0.5, 0.75)]
     return sheet([*to_pil(cat), *over], scale=3)
 
 
 def _inpainted(order: Order) -> Image.Image:
-    """A cat, and its right half drawn anew."""
     cat = order.cat()
     mask = torch.zeros(cat.shape[-2:])
     mask[:, mask.shape[1] // 2 :] = 1
@@ -194,65 +193,64 @@ def _inpainted(order: Order) -> Image.Image:
 
 
 def _rescaled(order: Order) -> Image.Image:
-    """Drawn, and drawn again from half way, with the scale factor as your function measures it on 43 pictures."""
     data = CaptionedPictures(SAMPLE, order.sd.config.image_size, split="test_concept")
     order.sd.scale_factor = training_vae.measure_scale_factor(order.sd.first_stage_model, data, SingleDevice("cpu"))
     return _drawn(order)
 
 
-# --- where it takes part in the training of the UNet ------------------------------------------------------------------
+# --- where it takes part in a training --------------------------------------------------------------------------------
+
+
+def _train(optimizer: torch.optim.Optimizer, rounds: int, loss: Callable, after: Callable = lambda: None) -> None:
+    for _ in range(rounds):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        after()
 
 
 def _trained(order: Order, kind: str = "eps", gamma: float | None = None) -> Image.Image:
-    """Drawn after the UNet was trained on for a few steps, on shapes, by the running mean of its weights."""
+    """The UNet, on shapes, with captions dropped; drawn with the running mean of its weights."""
     sd, generator = order.sd, order.generator
-    x, captions = order.shapes()
-    z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
+    z, captions = order.latents(generator)
     contexts, empty = sd.get_learned_conditioning(captions), sd.get_learned_conditioning([""])
     unet = sd.model.diffusion_model
-    ema = trainer.EMA(unet, decay=0.9)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    for _ in range(max(1, order.steps // 2)):
+
+    def loss() -> Tensor:
         t = torch.randint(sd.schedule.timesteps, (len(z),), generator=generator)
         drop = torch.rand(len(z), generator=generator) < 0.5
         context = training_unet.text_dropout(contexts, empty, drop)
-        loss = LOSSES[kind](sd.apply_model, sd.schedule, z, context, t, randn(z.shape, generator), gamma)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update(unet)
+        return LOSSES[kind](sd.apply_model, sd.schedule, z, context, t, randn(z.shape, generator), gamma)
+
+    ema = trainer.EMA(unet, decay=0.9)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    _train(optimizer, max(1, order.steps // 2), loss, after=lambda: ema.update(unet))
     with ema.applied_to(unet):
         return sheet(sd.txt2img(order.prompt, num_images=2, **order.options).images, scale=4)
 
 
 def _trained_on_v(order: Order) -> Image.Image:
-    """Drawn after the UNet was trained on for a few steps, to predict v."""
     return _trained(order, kind="v")
 
 
 def _trained_with_weights(order: Order) -> Image.Image:
-    """Drawn after the UNet was trained on for a few steps, with the times weighted by their SNR."""
     return _trained(order, gamma=1.0)
 
 
 @torch.no_grad()
 def _curve_of_the_loss(order: Order) -> Image.Image:
-    """The loss of the model that ships, by time."""
     sd, T, generator = order.sd, order.sd.schedule.timesteps, order.generator
-    x, captions = order.shapes()
-    z = sd.get_first_stage_encoding(sd.encode_first_stage(x), generator)
+    z, captions = order.latents(generator)
     context = sd.get_learned_conditioning(captions)
-    times = torch.arange(len(z) * 10) * T // (len(z) * 10)
+    times = (torch.arange(len(z) * 10) * T // (len(z) * 10)).view(len(z), 10).T
     losses = []
-    for t in times.view(len(z), 10).T:  # each batch has all times in it
+    for t in times:  # each batch has all times in it
         noise = randn(z.shape, generator)
         eps = sd.apply_model(sd.q_sample(z, t, noise), t, context)
         losses.append((eps - noise).square().mean(dim=(1, 2, 3)))
-    means = order.function(torch.cat(losses), times.view(len(z), 10).T.flatten(), T, 10)
+    means = order.function(torch.cat(losses), times.flatten(), T, 10)
     return _picture(curves({"the loss by time": {"": ((torch.arange(len(means)) + 0.5) * T / len(means), means)}}, "t"))
-
-
-# --- where it takes part in the autoencoder ---------------------------------------------------------------------------
 
 
 def _above_and_below(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"]) -> Image.Image:
@@ -260,25 +258,22 @@ def _above_and_below(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"
 
 
 def _autoencoder(order: Order, loss: Callable) -> Image.Image:
-    vae, generator = order.sd.first_stage_model.requires_grad_(), order.generator
-    x = sample(order.sd.config.image_size).batch(range(8))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
-    for _ in range(order.steps):
+    vae, generator, x = order.sd.first_stage_model.requires_grad_(), order.generator, order.pictures()
+
+    def of_both() -> Tensor:
         reconstruction, posterior = vae(x, generator=generator)
-        optimizer.zero_grad()
-        loss(x, reconstruction, posterior).backward()
-        optimizer.step()
+        return loss(x, reconstruction, posterior)
+
+    _train(torch.optim.AdamW(vae.parameters(), lr=1e-3), order.steps, of_both)
     with torch.no_grad():
         return _above_and_below(x, vae(x, generator=generator)[0])
 
 
 def _trained_on_vae_loss(order: Order) -> Image.Image:
-    """Above pictures, below their reconstructions, after the autoencoder was trained on for a few steps."""
     return _autoencoder(order, lambda x, x_hat, q: order.function(x, x_hat, q.mean, q.logvar, 0.01))
 
 
 def _trained_with_kl(order: Order) -> Image.Image:
-    """Above pictures, below their reconstructions after a few steps with the KL at full strength, which blurs."""
     return _autoencoder(order, lambda x, x_hat, q: F.l1_loss(x_hat, x) + q.kl().mean() / x[0].numel())
 
 
@@ -293,63 +288,53 @@ def _codebook(order: Order) -> VectorQuantizer:
 
 
 def _quantised(order: Order, rounds: int = 0) -> Image.Image:
-    """Above pictures, below their reconstructions from 64 codes."""
-    vae, quantizer = order.sd.first_stage_model, _codebook(order)
-    x = sample(order.sd.config.image_size).batch(range(8))
+    vae, quantizer, x = order.sd.first_stage_model, _codebook(order), order.pictures()
     if rounds:
         quantizer.embedding.weight.data *= 0.5  # something to learn
     slow, fast = {"params": vae.encoder.requires_grad_().parameters()}, {"params": quantizer.parameters(), "lr": 0.03}
-    optimizer = torch.optim.Adam([slow, fast], lr=1e-4)
-    for _ in range(rounds):
+
+    def loss() -> Tensor:
         codes = quantizer(vae.encode(x).mode())
-        loss = F.l1_loss(vae.decode(codes.z), x) + codes.loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return F.l1_loss(vae.decode(codes.z), x) + codes.loss
+
+    _train(torch.optim.Adam([slow, fast], lr=1e-4), rounds, loss)
     with torch.no_grad():
         return _above_and_below(x, vae.decode(quantizer(vae.encode(x).mode()).z))
 
 
 def _quantised_and_trained(order: Order) -> Image.Image:
-    """Above pictures, below their reconstructions from 64 codes that were half as long, and learned for a few steps."""
     return _quantised(order, rounds=order.steps)
 
 
 def _searched_through_codes(order: Order) -> Image.Image:
-    """Below, codes that were found by following the decoder's gradient through them to the pictures above."""
-    vae, quantizer = order.sd.first_stage_model, _codebook(order)
-    x = sample(order.sd.config.image_size).batch(range(8))
+    vae, quantizer, x = order.sd.first_stage_model, _codebook(order), order.pictures()
     z = torch.zeros_like(vae.encode(x).mode()).requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=0.2)
-    for _ in range(2 * order.steps):
-        optimizer.zero_grad()
-        F.mse_loss(vae.decode(quantizer(z).z), x).backward()
-        optimizer.step()
+
+    def loss() -> Tensor:
+        return F.mse_loss(vae.decode(quantizer(z).z), x)
+
+    _train(torch.optim.Adam([z], lr=0.2), 2 * order.steps, loss)
     with torch.no_grad():
         return _above_and_below(x, vae.decode(quantizer(z).z))
 
 
-# --- where it takes part in CLIP --------------------------------------------------------------------------------------
-
-
 def _matched(order: Order, rounds: int = 0) -> Image.Image:
-    """Which caption belongs to which picture: the dark cells should lie on the diagonal."""
+    """Captions against pictures, by CLIP."""
     clip, tokenizer = load_clip("emoji")
     data = sample(clip.vision_config.image_size)
     chosen = range(0, len(data), len(data) // 8)[:8]
     x, captions = data.batch(chosen), [data.captions[i] for i in chosen]
     ids = tokenizer(captions, clip.text_config.max_length).ids
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
-    for _ in range(rounds):
-        optimizer.zero_grad()
-        training_clip.contrastive_loss(clip(ids, x)).backward()
-        optimizer.step()
+
+    def loss() -> Tensor:
+        return training_clip.contrastive_loss(clip(ids, x))
+
+    _train(torch.optim.AdamW(clip.parameters(), lr=1e-3), rounds, loss)
     with torch.no_grad():
         return _picture(matrices({"": clip(ids, x).softmax(dim=1)}, columns=captions, pictures=x))
 
 
 def _trained_to_match(order: Order) -> Image.Image:
-    """Which caption belongs to which picture, after a few steps of training: the dark cells are on the diagonal."""
     return _matched(order, rounds=order.steps)
 
 
@@ -359,12 +344,16 @@ def _picture(figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+# Which sampler a function takes part in, if it is not ddim.
+SAMPLER_OF = {
+    "q_posterior_mean": "ddpm", "q_posterior_variance": "ddpm", "ddpm_step": "ddpm", "plms_combine": "plms",
+    "dpmpp_2m_step": "dpmpp_2m", "euler_step": "euler", "sigmas": "euler",
+}  # fmt: skip
 # Which way to a picture leads through a function; _drawn for those that are not named.
 ROUTES = {
     "exact_x0": _exact,
     "predict_noise_from_v": _of_v,
     "predict_start_from_v": _guessed_from_v,
-    "sigmas": _by_euler,
     "img2img_timesteps": _drawn_over,
     "inpaint_blend": _inpainted,
     "scale_factor": _rescaled,

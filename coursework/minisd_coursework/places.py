@@ -1,0 +1,88 @@
+"""Where a student's function goes in minisd: the forms of `swap` that several exercises have.
+
+Each makes a `swap`, which takes the student's function and returns (object, attribute or key, what to put there).
+"""
+
+import inspect
+from collections.abc import Callable
+from operator import attrgetter
+from types import ModuleType
+from typing import Any
+
+from minisd.noising import NoiseSchedule
+from minisd.sampling import SAMPLERS
+
+Swap = Callable[[Callable], list[tuple[Any, str, Any]]]
+
+
+def function(name: str, *modules: ModuleType) -> Swap:
+    """The function of that name, in each module that has it."""
+    return lambda f: [(module, name, f) for module in modules]
+
+
+def method(owner: type, name: str, *fields: str) -> Swap:
+    """A method. The student's function is given the method's arguments, and then these fields of the object."""
+
+    def swap(f: Callable) -> list:
+        def called(self, *args):
+            return f(*args, *(attrgetter(field)(self) for field in fields))
+
+        return [(owner, name, called)]
+
+    return swap
+
+
+def of_the_schedule(name: str) -> Swap:
+    """A method of NoiseSchedule. The student's function is given the table ᾱ as well."""
+
+    def swap(f: Callable) -> list:
+        parameters = inspect.signature(getattr(NoiseSchedule, name))
+
+        def called(*args, **named):
+            self, x, *others = parameters.bind(*args, **named).args
+            return f(x, *others, self.alphas_cumprod.to(x.device)).to(x)
+
+        return [(NoiseSchedule, name, called)]
+
+    return swap
+
+
+def instead_of(name: str, *owners: type | ModuleType) -> Callable[[Callable], Swap]:
+    """A swap made of a function, which is called in the place of minisd's own: in all modules, or in the class.
+
+    The function is given the student's function, minisd's own, and then what minisd's own is called with.
+    """
+
+    def decorate(call: Callable) -> Swap:
+        def swap(f: Callable) -> list:
+            real = getattr(owners[0], name)
+
+            def called(*args, **named):
+                return call(f, real, *args, **named)
+
+            return [(owner, name, called) for owner in owners]
+
+        return swap
+
+    return decorate
+
+
+def rule_of(sampler: str) -> Callable[[Callable], Swap]:
+    """The same for the rule of a sampler."""
+
+    def decorate(call: Callable) -> Swap:
+        takes = inspect.signature(call)
+        own = takes.replace(parameters=list(takes.parameters.values())[2:])  # what the sampler reads off its rule
+
+        def swap(f: Callable) -> list:
+            real = SAMPLERS[sampler].rule
+
+            def rule(x_t, *args, **named):
+                return call(f, real, x_t, *args, **named).to(x_t)
+
+            rule.__signature__ = own
+            return [(SAMPLERS[sampler], "rule", rule)]
+
+        return swap
+
+    return decorate
