@@ -23,13 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import minisd.data.captioned_pictures as captioned_pictures
 import minisd.data.emoji as emoji
 import minisd.data.folder as folder
 import minisd.data.packages as packages
-import minisd.data.pictures as pictures
 import minisd.data.sample_pictures as sample_pictures
 import minisd.data.shapes as shapes
 import minisd.data.split as split
+from docs import cut_sample
 from minisd.data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset, photograph, sample, shape_corpus
 from minisd.data.concepts import Concept, concepts, family, join, plain, slug
 from minisd.data.packages import DEFAULT_STYLES, STYLES, Package
@@ -202,7 +203,7 @@ def test_pictures_that_do_not_fit_into_memory_are_read_when_asked_for(own_folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept = CaptionedPictures(own_folder, size=4)
-        monkeypatch.setattr(pictures, "IN_MEMORY", 0)
+        monkeypatch.setattr(captioned_pictures, "IN_MEMORY", 0)
         read = CaptionedPictures(own_folder, size=4)
     assert read._images is None and read.captions == kept.captions
     assert torch.equal(read.batch([2, 0]), kept.batch([2, 0]))
@@ -247,7 +248,7 @@ def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
         np.save(corpus / "pictures.npy", np.zeros(5))
     data = CaptionedPictures(corpus)
     for image, row in zip(data.images, data.rows, strict=True):
-        assert np.array_equal(image, pictures.read_picture(corpus / row["file_name"]))
+        assert np.array_equal(image, captioned_pictures.decode_file(corpus / row["file_name"]))
 
 
 def test_a_file_that_breaks_later_is_named(corpus):
@@ -625,8 +626,8 @@ def test_the_known_traps_are_mended():
                   concept("cat", "1F408"), concept("cat face", "1F431"), concept("fog", "1F32B")]  # fmt: skip
     emojione = join(everything, icons("cricket-game", "pistol", cricket="cricket-game"), {}, "@iconify-json/emojione")
     assert emojione == {"1F3CF": "cricket-game", "1F52B": "pistol"}, "the alias says insect and draws the game"
-    shown = emoji.as_drawn(everything[2], STYLES["emojione"])
-    assert shown.name == "pistol" and emoji.as_drawn(everything[2], STYLES["noto"]).name == "water pistol"
+    shown = emoji.as_shown(everything[2], STYLES["emojione"])
+    assert shown.name == "pistol" and emoji.as_shown(everything[2], STYLES["noto"]).name == "water pistol"
     fx = join(everything, icons("cat", "catside", "fog"), {}, "@iconify-json/fxemoji")
     assert fx == {"1F408": "catside", "1F431": "cat"}, "its cat is a face, its fog is blank"
 
@@ -635,7 +636,7 @@ def test_of_identical_pictures_one_is_kept_and_no_blank_one():
     a, b = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     blank = np.full_like(a, 255)
     names = ["family man woman boy", "fog", "family", "astronaut", "man astronaut"]
-    assert emoji.choose(names, np.stack([a, blank, a, b, b])) == [2, 3]
+    assert emoji.distinct(names, np.stack([a, blank, a, b, b])) == [2, 3]
 
 
 def test_a_mirrored_alias_is_mirrored():
@@ -701,7 +702,7 @@ def test_a_corpus_is_fetched_rendered_and_written(registry, tmp_path, capsys):
     assert data.rows[0].items() >= {"file_name": "images/noto/red-apple.png", "concept": "red apple", "style": "noto",
                                     "group": "food-drink", "subgroup": "food-fruit", "keywords": ["fruit"],
                                     "split": "train", "codepoint": "1F34E"}.items()  # fmt: skip
-    assert np.array_equal(pictures.read_picture(out / "images/fx/red-apple.png"), data.images[1])
+    assert np.array_equal(captioned_pictures.decode_file(out / "images/fx/red-apple.png"), data.images[1])
     credit = (out / "ATTRIBUTION.md").read_text()
     assert (
         "Google Inc" in credit and "Mozilla" in credit and "UNICODE LICENSE" in credit and "white background" in credit
@@ -834,7 +835,7 @@ def test_the_sample_is_readable_small_and_free_of_share_alike():
 
     assert sum(file.stat().st_size for file in data.folder.iterdir()) <= 3_000_000
     notice = (data.folder / "NOTICE.md").read_text()
-    assert notice == sample_pictures.notice()
+    assert notice == cut_sample.notice()
     assert all(STYLES[row["style"]].title in notice for row in data.rows)
     assert "UNICODE LICENSE" in notice and "Microsoft Corporation" in notice
     assert (data.folder / "LICENSE-APACHE-2.0.txt").read_text().lstrip().startswith("Apache License")
@@ -856,8 +857,8 @@ def test_the_photograph_is_one_and_says_whose_it_is():
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    sample_pictures.write_sheet(tmp_path / "sheet.webp", noise)
-    assert np.array_equal(pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
+    captioned_pictures.write_sheet(tmp_path / "sheet.webp", noise)
+    assert np.array_equal(captioned_pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
 
 
 # Shapes ------------------------------------------------------------------------------------------------------------
@@ -889,7 +890,7 @@ def areas(image: np.ndarray) -> int:
 
 def test_a_caption_says_what_is_drawn():
     for scene in SCENES[:200]:
-        image = shapes.draw(scene, 48)
+        image = shapes.render(scene, 48)
         assert areas(image) == len(scene.items), scene.caption
         for item in scene.items:
             assert tuple(image[int(48 * item.y), int(48 * item.x)]) == shapes.COLOURS[item.colour], scene.caption
@@ -909,7 +910,7 @@ def test_counts_places_and_relations_are_true():
             assert ("top" in words) == (first.y < 0.4) and ("bottom" in words) == (first.y > 0.6)
         if scene.kind == "relation":
             second = scene.items[1]
-            assert scene.caption.endswith(shapes.a(second.name)) and second.name != first.name
+            assert scene.caption.endswith(shapes.with_article(second.name)) and second.name != first.name
             true = {"above": first.y < second.y, "below": first.y > second.y, "left": first.x < second.x,
                     "right": first.x > second.x}  # fmt: skip
             assert true[next(word for word in words if word in true)]
