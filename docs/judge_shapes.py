@@ -112,7 +112,8 @@ if __name__ == "__main__":
     print(f"{'':40}{'':9}{'asked':>5}   layout  colours   shapes      all")
     for split in ("train", "test_pair"):
         scenes = prompts(arguments.count, split)
-        real = torch.from_numpy(np.stack([shapes.render(scene, 32) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = np.stack([shapes.render(scene, 32) for scene in scenes])
+        real = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         report(f"real pictures, {split}", scenes, real)
         for path in arguments.models:
             sd = minisd.load(path, "cpu")

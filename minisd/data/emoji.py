@@ -154,8 +154,9 @@ def render_style(style: Style, everything: Sequence[Concept], cache: Path, size:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
                 return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
     sources = svgs(style, everything, cache)
-    progress = tqdm(sources.values(), style.name, unit=" pictures")
-    pictures = np.stack([render(source, size, style.master) for source in progress])
+    pictures = np.empty((len(sources), size, size, 3), np.uint8)
+    for k, source in enumerate(tqdm(sources.values(), style.name, unit=" pictures")):
+        pictures[k] = render(source, size, style.master)
     writing = kept.with_name("writing-" + kept.name)
     np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=list(sources), pictures=pictures)
     writing.replace(kept)
