@@ -525,8 +525,10 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"{len(negative)} negative prompts do not fit {len(prompts)} pictures")
         else:  # one for each prompt, so for each of its pictures
             negatives = [n for n in negative for _ in range(len(prompts) // len(negative))]
-        uncond = self.get_learned_conditioning(negatives)
-        return classifier_free_guidance(model, {"c_crossattn": context} | maps, {"c_crossattn": uncond} | maps, scale)
+        both = (context, self.get_learned_conditioning(negatives))
+        if maps:
+            both = ({"c_crossattn": told} | maps for told in both)
+        return classifier_free_guidance(model, *both, scale)
 
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """ε, whichever of ε, v and x_0 the UNet predicts."""

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from minisd import drawing, sampling
 from minisd import latent_diffusion as latent_diffusion_module
+from minisd import pictures as pictures_module
+from minisd import sampling
 from minisd.latent_diffusion import LatentDiffusion
 from minisd.sampling import SAMPLERS
 from minisd.training import trainer
@@ -137,7 +138,7 @@ def decode_first_stage(
     # END SOLUTION
 
 
-@instead_of("to_pil", drawing)
+@instead_of("to_pil", pictures_module)
 def _put_uint8(f, real, images):
     return [Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())) for picture in f(images)]
 
@@ -196,7 +197,7 @@ def _put_loop(f):
         seen = []
 
         def listens(x, t):
-            answer = sampling._predict(eps_model, x, len(seen), int(t[0]))
+            answer = sampling._ask_again(eps_model, x, len(seen), int(t[0]))
             seen.append((x, int(t[0]), answer))
             return answer.eps
 

@@ -140,7 +140,7 @@ def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
     context = sd.get_learned_conditioning([order.prompt] * len(z))
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
-        return sd._predict_noise(x, t, context)
+        return sd.predict_noise(x, t, context)
 
     options = {"steps": len(left), "timesteps": left, "generator": generator}
     *_, last = SAMPLERS[order.sampler](eps_model, z_t, sd.schedule, **options)
