@@ -60,7 +60,7 @@ class Txt2Img:
     # "emoji" or "tiny", which ship; a folder of minisd or of diffusers; a CompVis .ckpt or .safetensors; owner/name of
     # the Hugging Face hub
     model: str = "emoji"
-    config: Path | None = None  # the YAML of a CompVis file that is not Stable Diffusion v1
+    config: Path | None = None  # the YAML of a CompVis file; left out, the one beside it, else SD v1
     steps: int = 25  # calls of the network; heun makes two in each
     guidance: float = 4.0  # 1: by the prompt as it is; larger: exaggerate what the prompt changes
     negative: str = ""  # what not to draw
@@ -382,7 +382,7 @@ class Convert:
     source: Annotated[str, tyro.conf.Positional]  # whatever --model of txt2img takes
     target: Annotated[Path, tyro.conf.Positional]  # a folder; or, for CompVis, a file .safetensors or .ckpt
     layout: Literal["minisd", "diffusers", "compvis"] | None = None  # CompVis for such a file, else minisd, if left out
-    config: Path | None = None  # the YAML of a CompVis file that is not Stable Diffusion v1
+    config: Path | None = None  # the YAML of a CompVis file; left out, the one beside it, else SD v1
     use_ema: bool | None = None  # the EMA weights of a CompVis file; as its YAML says if left out
     variant: str | None = None  # of a diffusers folder, such as fp16
     dtype: Dtype = "fp32"  # of the numbers in the file

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import textwrap
 import types
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,6 +136,103 @@ def test_classes_of_another_package_are_refused(model, folder, monkeypatch):
         load(file)
 
 
+SCALAR = np._core.multiarray.scalar  # what a pickle rebuilds a number of numpy's by
+
+
+class PicklerOfNumpy1(pickle._Pickler):
+    """Names `numpy.core`, as the official files do; numpy 2 calls it `numpy._core`."""
+
+    def save_global(self, obj, name=None):
+        if obj is SCALAR:
+            self.write(b"cnumpy.core.multiarray\nscalar\n")
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+
+NUMPY_1 = types.SimpleNamespace(Pickler=PicklerOfNumpy1, dump=pickle.dump, __name__="pickle")
+
+
+class Reduced:
+    """Pickled as a call of `function`, and then of the result's `__setstate__`, if a state is given."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("numpy_", "module"), [(NUMPY_1, b"numpy.core"), (pickle, b"numpy._core")])
+def test_numbers_of_numpy_beside_the_weights_are_read_as_nothing(model, folder, numpy_, module, zipped):
+    """The official files have them in `lr_schedulers`: the learning rate is computed with `np.cumsum`."""
+    content = {
+        "state_dict": model.state_dict(),
+        "lr_schedulers": [{"last_epoch": np.int64(470_000), "_last_lr": [np.float64(5e-6)], "lr_lambdas": [{}]}],
+        "optimizer_states": [{"param_groups": [{"lr": np.float32(1e-4), "amsgrad": np.bool_(False)}]}],
+        "callbacks": {"best": np.float64("nan"), "monitor": np.str_("val/loss")},
+    }
+    file = folder / "official.ckpt"
+    torch.save(content, file, numpy_, pickle_protocol=2, _use_new_zipfile_serialization=zipped)
+    for name in (module + b".multiarray\nscalar", b"numpy\ndtype", b"_codecs\nencode"):
+        assert b"c" + name + b"\n" in file.read_bytes()
+    state = read_weights(file)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(load(file, "cpu").model.diffusion_model.out[2].bias, state["model.diffusion_model.out.2.bias"])
+    # they were let in for the time of reading only
+    assert not [known for known in torch.serialization.get_safe_globals() if "numpy" in str(known)]
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        Reduced(np.dtype, "no dtype that numpy has"),
+        # numpy believes the flags of the first, and would read the second's bytes as a pointer to an object
+        Reduced(SCALAR, Reduced(np.dtype, "f8", False, True, state=(3, "<", None, None, None, 8, 8, 63)),
+                b"\x01" * 8),
+        Reduced(SCALAR, Reduced(np.dtype, "V8", False, True, state=(3, "|", None, ("a",),
+                {"a": (np.dtype("O"), 0)}, 8, 1, 0)), b"\x01" * 8),
+    ],
+    ids=["no dtype", "a number with an object's flags", "an object in a structure"],
+)  # fmt: skip
+@pytest.mark.parametrize("numpy_", [NUMPY_1, pickle])
+def test_a_file_can_not_make_numpy_run(folder, numpy_, crafted):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "lr": crafted}, folder / "crafted.ckpt", numpy_)
+    assert read_weights(folder / "crafted.ckpt").keys() == {"a"}
+
+
+def test_a_program_hidden_in_a_number_of_numpys_is_refused(folder, tmp_path):
+    evil, trace = folder / "evil.ckpt", tmp_path / "it_ran"
+    program = Hostile(trace)
+    in_its_dtype = Reduced(np.dtype, "f8", False, True, state=program)
+    for numpy_ in (NUMPY_1, pickle):
+        for hidden in (Reduced(SCALAR, np.dtype("f8"), program), in_its_dtype, [np.float64(1), program]):
+            torch.save({"state_dict": {"a": torch.ones(1)}, "lr": hidden}, evil, numpy_)
+            with pytest.raises(CheckpointError, match="evil.ckpt was not read: it holds more than tensors .*mkdir"):
+                load(evil)
+            assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.arange(3.0),  # an array is rebuilt by functions of its own
+        Reduced(np.load, "weights.npy"),
+        Reduced(np.fromfile, "weights.npy"),
+        Reduced(np._core.multiarray.fromstring, "1 2 3"),
+        np.random.default_rng(0),
+    ],
+    ids=["an array", "load", "fromfile", "fromstring", "a generator"],
+)
+def test_nothing_else_of_numpy_is_let_in(folder, other):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "rest": other}, folder / "a.ckpt")
+    with pytest.raises(CheckpointError, match="a.ckpt was not read: it holds more than tensors .numpy") as error:
+        load(folder / "a.ckpt")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_is_named(model, folder, bad):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -168,6 +267,25 @@ def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
             read_weights(tmp_path / name)
         read_weights(tmp_path / name, check=False)
         state[bad][place] = 0
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_ckpt_that_another_program_packed_anew_is_read_and_checked_all_the_same(tmp_path, compression):
+    """Its tensors lie elsewhere than PyTorch would have put them."""
+
+    def packed_anew(state):
+        torch.save(state, tmp_path / "a.ckpt")
+        with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w", compression) as new:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+        return read_weights(tmp_path / "b.ckpt")
+
+    state = {f"{i}": torch.randn(1000 + i, generator=torch.Generator().manual_seed(i)) for i in range(20)}
+    again = packed_anew(state)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    state["7"][-1] = float("nan")
+    with pytest.raises(CheckpointError, match="7 in .*b.ckpt holds NaN"):
+        packed_anew(state)
 
 
 def test_numbers_whose_sum_is_too_large_are_numbers_all_the_same(tmp_path):
@@ -262,6 +380,36 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
         write_weights({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == before
     assert not list(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_save_left_does_not_stand_in_the_way_of_the_next(model, tmp_path, kind):
+    for name in ("model", "weights.safetensors"):
+        left_over = tmp_path / f"{name}.unfinished"
+        if kind == "file":
+            left_over.write_text("x")
+        else:
+            (left_over / "tokenizer").mkdir(parents=True)
+            (left_over / "tokenizer" / "old.json").write_text("x")
+    save(model, tmp_path / "model")
+    write_weights({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["model", "weights.safetensors"]
+    assert not (tmp_path / "model" / "tokenizer" / "old.json").exists()
+    load(tmp_path / "model", "cpu")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(model, tmp_path, monkeypatch):
+    rename, seen = os.replace, []
+
+    def look_and_rename(source, target):
+        rename(source, target)
+        seen.append(sorted(p.name for p in (tmp_path / "model").rglob("*") if p.is_file()))
+
+    monkeypatch.setattr(os, "replace", look_and_rename)
+    save(model, tmp_path / "model")
+    *before, after = seen
+    assert before and not any(before)
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt"} <= set(after)
 
 
 def test_info_counts_parameters_and_says_what_the_model_is(model, folder):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from minisd import CheckpointError, LatentDiffusionConfig, UNetConfig, VQConfig, load, save
-from minisd.checkpoint import compvis, describe
+from minisd import CheckpointError, LatentDiffusion, LatentDiffusionConfig, UNetConfig, VQConfig, load, save
+from minisd.checkpoint import compvis, describe, write_weights
+from minisd.checkpoint.files import write_ckpt
 from minisd.clip import CLIPTextConfig
 from minisd.conditions import ClassConfig
 from minisd.vae import AutoencoderConfig, IdentityConfig
@@ -263,6 +264,8 @@ def test_a_schedule_under_compviss_name_has_compviss_numbers(load_fixture, name)
         ("first_stage_config.params.embed_dim", None, "does not describe a model .*embed_dim"),
         ("beta_schedule", "sqrt", "beta_schedule is 'sqrt'"),
         ("timesteps", "many", "does not describe a model"),
+        ("timesteps", float("inf"), "does not describe a model"),
+        ("first_stage_config.params.ddconfig", [4], "does not describe a model"),
         ("unet_config", None, "does not describe a latent diffusion model"),
         ("unet_config.params.model_channels", 33, "describes a model that can't be built .*divisible"),
         ("unet_config.params.model_channels", -32, "describes a model that can't be built"),
@@ -280,6 +283,9 @@ def test_what_minisd_does_not_have_is_named(files, clip_folder, path, value, mes
     ("text", "message"),
     [
         ("model: [", "no YAML that can be read"),
+        ("trained: 2022-13-45", "no YAML that can be read"),
+        ("trained: !!timestamp ''", "no YAML that can be read"),
+        ("steps: !!int ''", "no YAML that can be read"),
         ("", "does not describe a latent diffusion model"),
         ("- 1\n- 2", "does not describe a latent diffusion model"),
         ("model: {target: ldm.models.autoencoder.AutoencoderKL, params: {embed_dim: 4}}", "does not describe a latent"),
@@ -296,11 +302,74 @@ def test_a_yaml_of_something_else_is_refused(files, monkeypatch, text, message):
         load(files / "model.ckpt", config=files / "nowhere.yaml")
 
 
+# -- the YAML beside a file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "suffix"), [("model.ckpt", ".yaml"), ("model.safetensors", ".yml"), ("model.v2.ckpt", ".yml")]
+)
+def test_the_yaml_beside_a_file_says_what_it_is(official, tmp_path, clip_folder, weights, suffix):
+    """A model that predicts v has the names and shapes of one that predicts the noise: only the YAML tells."""
+    file = tmp_path / weights
+    write = write_ckpt if file.suffix == ".ckpt" else write_weights
+    write(official, file)
+    file.with_suffix(suffix).write_text(yaml.safe_dump(changed("parameterization", "v") | {"more": 1}))
+    sd = load(file, "cpu", tokenizer=clip_folder)
+    assert sd.config == replace(CONFIG, parameterization="v") and is_the_file(sd, official)
+    assert f"configuration is read from {file.with_suffix(suffix).name}" in describe(file)
+
+
+def test_an_argument_wins_over_the_yaml_beside_and_yaml_over_yml(official, files, clip_folder):
+    (files / "model.yml").write_text("model: [")
+    assert load(files / "model.ckpt", "cpu", tokenizer=clip_folder).config == CONFIG
+    (files / "model.yaml").write_text("model: [")
+    for config in (changed("parameterization", "v"), replace(CONFIG, parameterization="v")):
+        sd = load(files / "model.ckpt", "cpu", config=config, tokenizer=clip_folder)
+        assert sd.config.parameterization == "v"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "model.yaml is no YAML that can be read"),
+        ("\0", "model.yaml is no YAML that can be read"),
+        ("steps: 3", "model.yaml does not describe a latent diffusion model"),
+        (YAML.replace("AutoencoderKL", "Cascade"), "model.yaml: first_stage_config names .*Cascade"),
+        (YAML.replace("linear_end: 0.0120", "linear_end: 0.02"), "the schedule in .*model.ckpt has 1000 timesteps"),
+        (YAML.replace("linear_start: 0.00085", "linear_start: 0.0001"), "the schedule in .*model.ckpt has 1000"),
+        (YAML.replace("model_channels: 32", "model_channels: 64"), "the weights in .*model.ckpt do not fit the model"),
+    ],
+)  # fmt: skip
+def test_of_a_yaml_beside_that_is_no_help_it_is_said_why_it_was_read(files, clip_folder, monkeypatch, text, message):
+    monkeypatch.chdir(files)  # a YAML in the working directory goes by its name as well
+    (files / "model.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load("model.ckpt", "cpu", tokenizer=clip_folder)
+    assert "model.yaml was read because it lies beside model.ckpt" in str(error.value)
+    assert "config=" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_weights_are_not_blamed_on_the_yaml_beside(files):
+    (files / "model.ckpt").write_bytes((files / "model.ckpt").read_bytes()[:1000])
+    with pytest.raises(CheckpointError) as error:
+        load(files / "model.ckpt")
+    assert "model.yaml" not in str(error.value)
+
+
+def test_a_file_with_its_own_yaml_is_no_part_of_the_minisd_folder_that_it_lies_in(sd, tmp_path):
+    save(sd, tmp_path)
+    save(predicting_v(sd), tmp_path / "v.safetensors")
+    assert load(tmp_path / "v.safetensors", "cpu").config.parameterization == "v"
+    assert "v.yaml" in describe(tmp_path / "v.safetensors")
+    assert load(tmp_path, "cpu").config == load(tmp_path / "model.safetensors", "cpu").config == sd.config
+
+
 # -- what does not fit ---------------------------------------------------------------------------------------------
 
 
 def test_what_would_have_fitted_is_said(files):
     """Of a file of a tenth of the width, loaded as if it were Stable Diffusion v1."""
+    (files / "model.yaml").unlink()
     with pytest.raises(CheckpointError) as error:
         load(files / "model.ckpt", "cpu")
     message = str(error.value)
@@ -321,8 +390,6 @@ def test_what_would_have_fitted_is_said(files):
     ids=["SD v1", "a tenth", "another", "VQ"],
 )  # fmt: skip
 def test_a_configuration_is_read_off_the_shapes(config, tokenizer):
-    from minisd.latent_diffusion import LatentDiffusion
-
     with torch.device("meta"):
         state = LatentDiffusion(config, tokenizer).state_dict()
     assert compvis._unet_of(state) == config.unet
@@ -366,6 +433,38 @@ def test_another_schedule_than_the_files_is_refused(files, clip_folder):
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
+
+
+def predicting_v(sd):
+    """The same weights in a model that says of itself that it predicts v."""
+    again = LatentDiffusion(replace(sd.config, parameterization="v"), sd.cond_stage_model.tokenizer)
+    again.load_state_dict(sd.state_dict())
+    return again
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_was_saved_is_loaded_in_every_dtype_without_being_told_what_it_is(sd, tmp_path, suffix, dtype):
+    sd = predicting_v(sd)
+    save(sd, tmp_path / f"mine{suffix}", dtype=dtype)
+    again = load(tmp_path / f"mine{suffix}", "cpu")
+    assert again.config == sd.config
+    assert is_the_file(again, {name: tensor.to(dtype).float() for name, tensor in sd.state_dict().items()})
+    assert again.cond_stage_model.tokenizer.vocab == sd.cond_stage_model.tokenizer.vocab
+
+
+@pytest.mark.parametrize("schedule", compvis.BETA_SCHEDULES.values())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_schedule_that_was_rounded_is_the_same_and_one_that_is_another_is_not(schedule, dtype):
+    config = replace(CONFIG, beta_schedule=schedule)
+    state = {"betas": config.schedule().betas.to(dtype)}
+    compvis.check_schedule(state, config, "a.ckpt")
+    others = [replace(config, beta_schedule=other) for other in set(compvis.BETA_SCHEDULES.values()) - {schedule}]
+    if schedule != "cosine":  # it reads neither end
+        others += [replace(config, linear_start=0.00086), replace(config, linear_end=0.0122)]
+    for other in [*others, replace(config, timesteps=999)]:
+        with pytest.raises(CheckpointError, match="the schedule in a.ckpt has 1000 timesteps"):
+            compvis.check_schedule(state, other, "a.ckpt")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])

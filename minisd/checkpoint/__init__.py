@@ -1,7 +1,7 @@
 """Models in files: read from whatever layout they come in, written to whichever is asked for.
 
     sd = load()                                        the model that ships
-    sd = load("v1-5-pruned.ckpt")                      CompVis: a file; config= its YAML, SD v1 if left out
+    sd = load("v1-5-pruned.ckpt")                      CompVis: a file; its YAML is config= or beside it, else SD v1
     sd = load("stable-diffusion-v1-5", variant="fp16") diffusers: a folder, or "owner/name" on the Hugging Face hub
     save(sd, "folder", layout="diffusers")
 
@@ -31,6 +31,7 @@ from .files import (
     read_json,
     read_tokenizer,
     read_weights,
+    remove_unfinished,
     set_aside,
     write_json,
     write_weights,
@@ -40,8 +41,8 @@ from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
     "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "has_clip", "load", "load_clip", "load_weights",
-    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "save", "save_clip", "write_json",
-    "write_weights", "written_whole",
+    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "remove_unfinished", "save",
+    "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
@@ -67,8 +68,9 @@ def load(
             diffusers' layout; or "owner/name", such a folder on the Hugging Face hub.
         device: "cuda", "mps" or "cpu"; the best that is there where it is left out.
         dtype: what the networks compute in: float32, float16 or bfloat16.
-        config: what a CompVis file is: a CompVis YAML, or a LatentDiffusionConfig. Stable Diffusion v1 (with 4 or, for
-            inpainting, 9 channels) where it is left out.
+        config: what a CompVis file is: a CompVis YAML, or a LatentDiffusionConfig. Where it is left out, the YAML that
+            lies beside the file under the same name (`.yaml` or `.yml`) is read; where there is none, the file is taken
+            for Stable Diffusion v1 (with 4 or, for inpainting, 9 channels).
         use_ema: take the EMA weights of a CompVis file that has both. As the YAML says where it is left out, else not.
         tokenizer: a folder with the vocabulary of a CompVis file that does not read prompts by CLIP's.
         variant: of a diffusers folder, such as "fp16".
@@ -86,19 +88,31 @@ def load(
                 "of diffusers"
             )
         return minisd_folder.read_folder(path, path / "model.safetensors", device, dtype)
-    if config is None and _in_minisd_folder(path):
+    beside = compvis.yaml_beside(path) if config is None else None
+    if config is None and beside is None and _in_minisd_folder(path):
         return minisd_folder.read_folder(path.parent, path, device, dtype)
-    return _load_compvis(path, device, dtype, config, use_ema, tokenizer)
-
-
-def _load_compvis(path: Path, device, dtype, config, use_ema: bool | None, tokenizer) -> LatentDiffusion:
     state = read_weights(path)
+    try:
+        return _load_compvis(state, path, device, dtype, beside or config, use_ema, tokenizer)
+    except CheckpointError as error:
+        if beside is None:
+            raise
+        raise CheckpointError(
+            f"{error}; {beside.name} was read because it lies beside {path.name} under the same name: config= takes "
+            "another configuration instead"
+        ) from None
+
+
+def _load_compvis(
+    state: dict[str, Tensor], path: Path, device, dtype, config, use_ema: bool | None, tokenizer
+) -> LatentDiffusion:
     if isinstance(config, str | Path | Mapping):
         params = compvis.read_yaml(config)
-        base = Path() if isinstance(config, Mapping) else Path(config).parent
+        of_file = not isinstance(config, Mapping)
+        name, base = (str(config), Path(config).parent) if of_file else ("the configuration", Path())
         tokenizer = tokenizer or compvis.tokenizer_folder(params, base)
         use_ema = params.get("use_ema", False) if use_ema is None else use_ema
-        config = compvis.config_from_yaml(params, state, "the configuration" if base == Path() else str(config), base)
+        config = compvis.config_from_yaml(params, state, name, base)
     elif config is None:
         config = next((PRESETS[name] for name in CONFIGS if _fits(PRESETS[name], state)), PRESETS["sd-v1"])
     if use_ema:
@@ -175,9 +189,10 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         config, layout = diffusers.read_config(path), "diffusers' layout"
     else:
+        beside = None if path.is_dir() else compvis.yaml_beside(path)
         path = path / "model.safetensors" if path.is_dir() else path
         state = read_weights(path, check=False)
-        ours = _in_minisd_folder(path)
+        ours = beside is None and _in_minisd_folder(path)
         config = minisd_folder.read_config(path.parent) if ours else None
         layout = "minisd's layout" if ours else "one file"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
@@ -190,6 +205,8 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         lines.append(f"  {part:<20} {sum(map(Tensor.numel, tensors)):>13,} parameters, {', '.join(kinds)}")
     if config is None:
         lines.append(f"  {compvis.what_would_fit(state) or 'These are the names of no model that minisd knows'}.")
+        if beside is not None:
+            lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:
         lines += [f"  {name}: {value}" for name, value in asdict(config).items()]
     return "\n".join(lines)

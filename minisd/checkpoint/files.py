@@ -98,19 +98,30 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
 
 def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
-    """Where in the file each tensor begins, in bytes; None where that can't be known (older than zip)."""
+    """Where in the file each tensor begins, in bytes; None where that can't be known (see `_can_be_mapped`)."""
     if _is_safetensors(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         return {name: 8 + length + header[name]["data_offsets"][0] for name in state}
-    if not zipfile.is_zipfile(path):
+    if not _can_be_mapped(path):
         return None
     outline = _table(_unpickle(path, "meta"), path)  # not the tensors, but what and where they are
-    return {
-        name: tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
-        for name, tensor in outline.items()
-    }
+    storages = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in outline.items()}
+    # PyTorch calculates these places from how it packs a zip itself; another program that packed it anew did otherwise.
+    reader = torch._C.PyTorchFileReader(str(path))
+    if not {reader.get_record_offset(record) for record in reader.get_all_records()}.issuperset(storages.values()):
+        return None
+    return {name: storages[name] + tensor.storage_offset() * tensor.element_size() for name, tensor in outline.items()}
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Do the tensors lie in the file as they are? In a zip that compresses nothing; PyTorch before 1.6 wrote none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    except zipfile.BadZipFile:
+        return False
 
 
 class Inert:
@@ -124,14 +135,35 @@ class Inert:
         return OrderedDict()
 
 
+class InertNumber:
+    """What stands in for a number of numpy's and for its dtype: it accepts everything and keeps nothing.
+
+    CompVis's learning rate follows `np.cumsum` (`ldm/lr_scheduler.py`), so the official v1 checkpoints hold numpy's
+    numbers in `lr_schedulers`, beside the weights. Nobody reads them here, so numpy itself is not let in:
+    `numpy.dtype` makes every type there is, and its `__setstate__` trusts the sizes and flags that a file gives it.
+    """
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+# The names in a pickled number, as numpy 1 and numpy 2 write it. (`_codecs.encode`, for its bytes, PyTorch allows.)
+NUMPY_NUMBER = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+
+
 def _unpickle(path: Path, device: str = "cpu"):
-    """torch.load, of tensors and plain containers alone; names from Lightning are read as `Inert`, others refused."""
-    stand_ins = []
+    """torch.load, of tensors and plain containers alone.
+
+    Names from Lightning are read as `Inert`, and numpy's numbers as `InertNumber`. All others are refused.
+    """
+    stand_ins = [(InertNumber, name) for name in NUMPY_NUMBER]
     while True:
         try:
             with torch.serialization.safe_globals(stand_ins):
-                # only a zip can be mapped into memory; PyTorch before 1.6 wrote none
-                return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+                return torch.load(path, map_location=device, weights_only=True, mmap=_can_be_mapped(path))
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL ([\w.]+)", str(error))
             if what is None:
@@ -281,6 +313,7 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
     """
     unfinished = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(unfinished)
     try:
         with _disk_errors(path, before):
             yield unfinished
@@ -289,7 +322,15 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
             os.replace(unfinished, path)
             on_disk(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove_unfinished(unfinished)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what is there under an unfinished name: nothing, a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def on_disk(path: Path) -> None:
@@ -313,20 +354,27 @@ def _umask() -> int:
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder: what is written is moved into it, file by file, once all of it is there."""
+    """The same for a folder: once all of it is written, it gets its name; if there is a folder of that name already,
+    the files are moved into it one by one.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(unfinished)
     try:
         with _disk_errors(folder, "what was there before"):
             unfinished.mkdir(parents=True)
             yield unfinished
-            for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            for file in files:
+                on_disk(file)
+            if not os.path.lexists(folder):
+                os.replace(unfinished, folder)
+                return
+            for file in files:
                 target = folder / file.relative_to(unfinished)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                on_disk(file)
                 os.replace(file, target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(unfinished)
 
 
 @contextmanager
