@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch.distributed.checkpoint.state_dict  # noqa: F401  what the first checkpoint would import, in every life
+# What the optimiser and the first checkpoint would import, in every life.
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict  # noqa: F401
 
 from minisd import PRESETS
 from minisd.data import CaptionedPictures

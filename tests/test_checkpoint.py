@@ -382,6 +382,36 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     assert not list(folder.glob("*.unfinished"))
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_save_left_does_not_stand_in_the_way_of_the_next(model, tmp_path, kind):
+    for name in ("model", "weights.safetensors"):
+        left_over = tmp_path / f"{name}.unfinished"
+        if kind == "file":
+            left_over.write_text("x")
+        else:
+            (left_over / "tokenizer").mkdir(parents=True)
+            (left_over / "tokenizer" / "old.json").write_text("x")
+    save(model, tmp_path / "model")
+    write_weights({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["model", "weights.safetensors"]
+    assert not (tmp_path / "model" / "tokenizer" / "old.json").exists()
+    load(tmp_path / "model", "cpu")
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(model, tmp_path, monkeypatch):
+    rename, seen = os.replace, []
+
+    def look_and_rename(source, target):
+        rename(source, target)
+        seen.append(sorted(p.name for p in (tmp_path / "model").rglob("*") if p.is_file()))
+
+    monkeypatch.setattr(os, "replace", look_and_rename)
+    save(model, tmp_path / "model")
+    *before, after = seen
+    assert before and not any(before)
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt"} <= set(after)
+
+
 def test_info_counts_parameters_and_says_what_the_model_is(model, folder):
     text = describe(folder)
     for part in (model.model, model.first_stage_model, model.cond_stage_model):

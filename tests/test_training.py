@@ -1,5 +1,6 @@
 """The three loops, and what they share: one run, whatever kills it and however many processes it has."""
 
+import fcntl
 import json
 import os
 import resource
@@ -26,9 +27,11 @@ from minisd.training import (
     Trainer,
     UNetRecipe,
     VAERecipe,
+    finetune_decoder,
     finetune_unet,
     make_engine,
     recipes,
+    run_folder,
     train_clip,
     train_unet,
     train_vae,
@@ -85,6 +88,19 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.fixture
+def signals_interrupt():
+    """What a signal does where a run does not wait with it; by default, it would end the tests."""
+
+    def interrupt(signum, frame):
+        raise Interrupted(signal.Signals(signum).name)
+
+    before = {how: signal.signal(how, interrupt) for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield interrupt
+    for how, handler in before.items():
+        signal.signal(how, handler)
+
+
 # --- one run, however often it is stopped -----------------------------------------------------------------------------
 
 
@@ -112,7 +128,7 @@ def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes,
         assert torch.equal(ours, theirs), name
 
 
-def test_ctrl_c_and_a_kind_kill_finish_the_step_and_the_next_run_goes_on(tmp_path):
+def test_ctrl_c_sigterm_and_sighup_finish_the_step_and_the_next_run_goes_on(tmp_path):
     program = textwrap.dedent(
         """
         import sys, time, torch
@@ -129,7 +145,7 @@ def test_ctrl_c_and_a_kind_kill_finish_the_step_and_the_next_run_goes_on(tmp_pat
         """
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    for how in (signal.SIGINT, signal.SIGTERM):
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         began = int(process.stdout.readline().split()[1])
         while not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < began + 3:
@@ -137,7 +153,7 @@ def test_ctrl_c_and_a_kind_kill_finish_the_step_and_the_next_run_goes_on(tmp_pat
         process.send_signal(how)
         _, errors = process.communicate(timeout=60)
         assert "goes on from there" in errors
-    assert began >= 3  # the second run began where the first was stopped
+    assert began >= 6  # each run began where the one before it was stopped
     steps = [line["step"] for line in log(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))  # and no step was lost or made twice
 
@@ -153,6 +169,77 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_was_not(shapes, tmp
     assert [line["step"] for line in log(tmp_path / "killed")] == list(range(1, 31))
     whole, killed = ((tmp_path / name / "clip.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
+
+
+@pytest.mark.parametrize("network", ["clip", "vae", "unet"])
+def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(network, shapes, parts, tmp_path):
+    program, environment = Path(__file__).with_name("killed_while_writing.py"), os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
+    for part in parts:
+        (tmp_path / part.name).symlink_to(part)
+    command = [sys.executable, str(program), network, str(shapes.folder), str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert process.returncode == 0, process.stderr[-4000:]
+    checkpoints = [f"checkpoint_{step:06d}.pt" for step in (1, 2)]
+    model = {
+        "clip": ["tokenizer", "clip.safetensors", "clip.json"],
+        "vae": ["vae.safetensors", "vae.json"],
+        # inside model.unfinished, before the whole of it is moved to model, where the UNet after step 1 is already
+        "unet": [
+            "model.unfinished/config.json", "model.unfinished/model.safetensors", "model/config.json",
+            "model/model.safetensors", "model/tokenizer/merges.txt", "model/clip.safetensors", "model/clip.json",
+        ],
+    }  # fmt: skip
+    expected = [*checkpoints, *model[network]]
+    assert [name for name in process.stdout.split() if name in expected] == expected
+
+    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    whole, killed = (
+        {p.relative_to(run): p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix not in (".pt", ".jsonl")}
+        for run in (tmp_path / "whole", tmp_path / "killed")
+    )
+    assert list(whole) == list(killed)  # nothing is missing, and nothing unfinished is left
+    for name in whole:
+        assert whole[name].read_bytes() == killed[name].read_bytes(), name
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_stop_while_it_writes_its_model_writes_it_to_the_end(
+    how, shapes, engine, parts, tmp_path, monkeypatch, signals_interrupt
+):
+    save = run_folder.save
+
+    def ask_to_stop_and_save(*arguments, **options):
+        os.kill(os.getpid(), how)
+        save(*arguments, **options)
+        os.kill(os.getpid(), how)  # and again: two within a second count as one
+
+    monkeypatch.setattr(run_folder, "save", ask_to_stop_and_save)
+    with pytest.raises(KeyboardInterrupt, match="finished, and its model is written"):
+        train_unet(PRESETS["tiny"], UNetRecipe(steps=1, **SHORT), shapes, tmp_path, engine, *parts)
+    assert signal.getsignal(how) == signals_interrupt
+    load(tmp_path / "model", "cpu")
+    load_clip(tmp_path / "model")  # which is written after what the signals came in
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_a_signal_in_the_last_step_ends_the_process_once_the_model_is_written(tmp_path, engine, signals_interrupt):
+    trainer, written = Trainer(nn.Linear(2, 1), Recipe(steps=1, batch_size=4), tmp_path, engine), False
+    for _ in trainer.steps():
+        take_step(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)  # after the processes have agreed whether to stop
+    with pytest.raises(KeyboardInterrupt), trainer.finishing():
+        written = True
+    assert written
+
+
+def test_under_nohup_a_run_outlives_its_terminal(tmp_path, engine, signals_interrupt):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4), tmp_path, engine)
+    for _ in trainer.steps():
+        os.kill(os.getpid(), signal.SIGHUP)
+        take_step(trainer)
+    assert trainer.step == 3
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
@@ -200,6 +287,8 @@ def test_a_checkpoint_that_the_disk_damaged_is_passed_over(tmp_path, engine):
     (run / "checkpoint_000004.pt").write_bytes(b"half of it")
     (run / "log.jsonl").open("a").write('{"step": 3, "lo')
     (run / "checkpoint_000007.pt.unfinished").write_bytes(b"left by a process that was killed")
+    (run / "model.unfinished" / "tokenizer").mkdir(parents=True)  # as well
+    (run / "model.unfinished" / "config.json").write_text("{")
 
     with pytest.warns(UserWarning, match="broken .* going on from checkpoint_000002.pt"):
         began, weight = go_on()
@@ -253,6 +342,41 @@ def test_two_runs_do_not_share_a_folder(tmp_path, engine):
     Trainer(nn.Linear(2, 1), Recipe(), tmp_path, engine)
     refused = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert "BlockingIOError" in refused.stderr
+
+
+@pytest.mark.parametrize("network", ["clip", "vae", "unet", "decoder"])
+def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engine, parts, tmp_path, monkeypatch):
+    config, held = PRESETS["tiny"], []
+
+    def another_process_may_train_here():
+        handle = os.open(tmp_path, os.O_RDONLY)  # a handle of its own has no part in the lock of this process
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(handle)
+
+    rename = os.replace
+
+    def look_and_rename(source, target):
+        held.append(not another_process_may_train_here())
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", look_and_rename)
+    if network == "clip":
+        recipe = CLIPRecipe(steps=1, **SHORT)
+        train_clip(config.cond_stage, recipes.VISION["tiny"], recipe, shapes, tmp_path, engine)
+    elif network == "vae":
+        train_vae(config.first_stage, VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)
+    elif network == "unet":
+        train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path, engine, *parts)
+    else:
+        recipe = VAERecipe(steps=1, decoder_only=True, **SHORT)
+        finetune_decoder(load("tiny", "cpu"), recipe, shapes, tmp_path, engine)
+    assert len(held) >= 3 and all(held)
+    assert another_process_may_train_here()
 
 
 def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):

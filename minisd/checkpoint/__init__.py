@@ -31,6 +31,7 @@ from .files import (
     read_json,
     read_tokenizer,
     read_weights,
+    remove_unfinished,
     set_aside,
     write_json,
     write_weights,
@@ -40,8 +41,8 @@ from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
     "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "has_clip", "load", "load_clip", "load_weights",
-    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "save", "save_clip", "write_json",
-    "write_weights", "written_whole",
+    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "remove_unfinished", "save",
+    "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"

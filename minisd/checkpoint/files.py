@@ -313,6 +313,7 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
     """
     unfinished = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(unfinished)
     try:
         with _disk_errors(path, before):
             yield unfinished
@@ -321,7 +322,15 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
             os.replace(unfinished, path)
             on_disk(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove_unfinished(unfinished)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what is there under an unfinished name: nothing, a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def on_disk(path: Path) -> None:
@@ -345,20 +354,27 @@ def _umask() -> int:
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder: what is written is moved into it, file by file, once all of it is there."""
+    """The same for a folder: once all of it is written, it gets its name; if there is a folder of that name already,
+    the files are moved into it one by one.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(unfinished)
     try:
         with _disk_errors(folder, "what was there before"):
             unfinished.mkdir(parents=True)
             yield unfinished
-            for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            for file in files:
+                on_disk(file)
+            if not os.path.lexists(folder):
+                os.replace(unfinished, folder)
+                return
+            for file in files:
                 target = folder / file.relative_to(unfinished)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                on_disk(file)
                 os.replace(file, target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(unfinished)
 
 
 @contextmanager

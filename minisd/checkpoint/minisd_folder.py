@@ -113,6 +113,8 @@ def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> N
     folder = Path(folder)
     beside_model = (folder / "model.safetensors").exists()
     state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}
-    tokenizer.save(folder / "tokenizer", clip.text_config.max_length)
-    write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")
+    with folder_written_whole(folder / "tokenizer") as unfinished:
+        tokenizer.save(unfinished, clip.text_config.max_length)
     write_weights(cast(state, torch.float16), folder / "clip.safetensors")
+    # clip.json comes last, because `minisd train` takes a folder that has one for a finished CLIP
+    write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")

@@ -90,11 +90,12 @@ def train_clip(
             trainer.backward(contrastive_loss(logits.float()), accuracy=right)
         trainer.update()
 
-    clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
-    clip.load_state_dict(dict(trainer.ema.items()))
-    if engine.is_main_process:
-        save_clip(clip, tokenizer, folder)
-    engine.wait_for_everyone()
+    with trainer.finishing():
+        clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
+        clip.load_state_dict(dict(trainer.ema.items()))
+        if engine.is_main_process:
+            save_clip(clip, tokenizer, folder)
+        engine.wait_for_everyone()
     return clip, tokenizer
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import load_clip, on_disk, save, save_clip, written_whole
+from ..checkpoint import load_clip, on_disk, remove_unfinished, save, save_clip, written_whole
 from ..data.folder import lock
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
@@ -47,8 +47,9 @@ class RunFolder:
                 _locks[self.path.resolve()] = lock(self.path)
             except BlockingIOError:
                 raise ValueError(f"another process trains in {self.path}: end it, or choose another folder") from None
-        for left_over in self.path.glob("*.unfinished"):  # by a process that was killed
-            left_over.unlink()
+        # A process that was killed leaves the file that it was writing, or the folder of the finished model.
+        for left_over in self.path.glob("*.unfinished"):
+            remove_unfinished(left_over)
 
     def close(self) -> None:
         """Let other processes have the folder."""

@@ -8,6 +8,8 @@ A loop asks the trainer for steps, and for the batches of each; it hands back a 
             loss = ...
             trainer.backward(loss)
         trainer.update()
+    with trainer.finishing():
+        ...  # write the finished model
 
 All randomness is a function of the seed, the step and the place of the sample in the batch: no state of a random
 generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
@@ -211,7 +213,10 @@ class Trainer:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """Count from where the run stands to its last step; save on the way, at the end, and when asked to stop."""
+        """Count from where the run stands to its last step; save on the way, at the end, and when asked to stop.
+
+        The finished model is then written inside `finishing`; until that is done, the folder stays held.
+        """
         bar = tqdm(
             initial=self.step,
             total=self.recipe.steps,
@@ -219,7 +224,8 @@ class Trainer:
             disable=not self.engine.is_main_process,
         )
         self._bar, self._clock = bar, time.perf_counter()
-        with bar, _finish_the_step(self._asked_to_stop):
+        self._asked_to_stop.clear()
+        with bar, _signals_only_ask(self._asked_to_stop):
             while self.step < self.recipe.steps:
                 yield self.step
                 self.step += 1
@@ -229,7 +235,20 @@ class Trainer:
                 if self._stopping:
                     self.folder.close()
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
-        self.folder.close()
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Inside, the finished model is written; afterwards other processes may have the folder.
+
+        Raises KeyboardInterrupt once the model is written, if this process was asked to stop meanwhile.
+        """
+        try:
+            with _signals_only_ask(self._asked_to_stop):
+                yield
+        finally:
+            self.folder.close()
+        if self._asked_to_stop.is_set():
+            raise KeyboardInterrupt(f"stopped; the run in {self.folder.path} is finished, and its model is written")
 
     def batches(self, n: int) -> Iterator[Batch]:
         """This process's part of the next update, of n samples in all; each batch is to end in a `backward`.
@@ -496,10 +515,12 @@ def fingerprint(network: Callable) -> str:
 
 
 @contextlib.contextmanager
-def _finish_the_step(asked_to_stop: threading.Event) -> Iterator[None]:
-    """Inside, Ctrl-C or a kind kill (SIGTERM) only set the event; a second Ctrl-C interrupts at once.
+def _signals_only_ask(asked_to_stop: threading.Event) -> Iterator[None]:
+    """Inside, a signal that asks the process to stop only sets the event; a second Ctrl-C interrupts at once.
 
-    A second that comes within a second is the first, which torchrun hands on to processes that had it already.
+    Such signals are Ctrl-C (SIGINT), SIGTERM, which clusters send before they stop a job, and SIGHUP, which comes when
+    the terminal is closed. A second Ctrl-C within one second counts as the first, because torchrun sends its own to
+    processes that have had it already.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
@@ -513,8 +534,11 @@ def _finish_the_step(asked_to_stop: threading.Event) -> Iterator[None]:
         asked_to_stop.set()
         first = min(first, time.monotonic())
 
-    asked_to_stop.clear()
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM]
+    # Windows has no SIGHUP; and under nohup it is ignored, so that the run outlives its terminal.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asking.append(signal.SIGHUP)
+    before = {which: signal.signal(which, handler) for which in asking}
     try:
         yield
     finally:

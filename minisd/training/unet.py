@@ -74,8 +74,7 @@ def train_unet(
         raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae).to(engine.device)
-    _fit(sd, recipe, data, Path(folder), engine, keep_at)
-    save_model(sd, clip, Path(folder) / "model", engine)
+    _fit(sd, recipe, data, Path(folder), engine, clip, keep_at)
     return sd.eval()
 
 
@@ -110,8 +109,7 @@ def finetune_unet(
             "loop does not make: train one that draws from captions alone"
         )
     sd.to(engine.device, torch.float32).model.train()
-    _fit(sd, recipe, data, Path(folder), engine)
-    save_model(sd, clip, Path(folder) / "model", engine)
+    _fit(sd, recipe, data, Path(folder), engine, clip)
     return sd.eval()
 
 
@@ -121,9 +119,10 @@ def _fit(
     data: CaptionedPictures,
     folder: Path,
     engine: Engine,
+    clip: str | Path | None,
     keep_at: tuple[int, ...] = (),
 ) -> None:
-    """The loop: train `sd.model.diffusion_model`, and leave its EMA weights in it."""
+    """The loop: train `sd.model.diffusion_model`, leave its EMA weights in it, and write the finished model."""
     if data.size != sd.config.image_size:
         raise ValueError(
             f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
@@ -161,8 +160,10 @@ def _fit(
             if engine.is_main_process:
                 write_weights(cast(unet, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
-    sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
-    sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()))
+    with trainer.finishing():
+        sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
+        sd.model.diffusion_model.load_state_dict(dict(trainer.ema.items()))
+        save_model(sd, clip, folder / "model", engine)
 
 
 def _settings(sd: LatentDiffusion) -> dict[str, str | int | float]:

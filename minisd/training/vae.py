@@ -101,7 +101,22 @@ def train_vae(
         ValueError: a perceptual_weight, and nothing to look with; decoder_only, and no decoder; latent_noise, and a
             codebook; an autoencoder that FSDP would cut up.
     """
-    folder, quantised = Path(folder), isinstance(config, VQConfig)
+    trainer = _fit(config, recipe, data, Path(folder), engine, perceptual, init)
+    with trainer.finishing():
+        return _write(trainer, config, data)
+
+
+def _fit(
+    config: AutoencoderConfig | VQConfig,
+    recipe: VAERecipe,
+    data: CaptionedPictures,
+    folder: Path,
+    engine: Engine,
+    perceptual: Perceptual | None,
+    init: FirstStage | None,
+) -> Trainer:
+    """The loop. Returns the trainer, which has the EMA weights and still holds the run's folder."""
+    quantised = isinstance(config, VQConfig)
     if recipe.decoder_only and init is None:
         raise ValueError("decoder_only trains the decoder of a finished autoencoder further: give train_vae an init")
     if recipe.latent_noise and quantised:
@@ -148,16 +163,22 @@ def train_vae(
         if trainer.time_to_sample:
             with trainer.ema.applied_to(vae):
                 _reconstructions(trainer.model, data, folder / f"samples/{step + 1:06d}.png", engine)
+    return trainer
 
+
+def _write(trainer: Trainer, config: AutoencoderConfig | VQConfig, data: CaptionedPictures) -> FirstStage:
+    """Write the autoencoder with its EMA weights, and what is measured of it. Returns it."""
+    engine, folder = trainer.engine, trainer.folder.path
     vae = FIRST_STAGES[type(config)](config).to(engine.device).eval()
     vae.load_state_dict(dict(trainer.ema.items()), strict=False)
     # by all processes: the first together, and nobody saves time by waiting for the one that writes
     measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
-    if quantised:
+    if isinstance(config, VQConfig):
         measured |= measure_codebook(vae, data, engine)
     if engine.is_main_process:
         write_weights(vae.state_dict(), folder / "vae.safetensors")
-        write_json({"first_stage": part_to_json(config), **measured, "recipe": asdict(recipe)}, folder / "vae.json")
+        record = {"first_stage": part_to_json(config), **measured, "recipe": asdict(trainer.recipe)}
+        write_json(record, folder / "vae.json")
     engine.wait_for_everyone()
     return vae
 
@@ -188,8 +209,10 @@ def finetune_decoder(
         raise ValueError("the UNet knows the latents of this encoder alone: finetune_decoder takes decoder_only=True")
     sd.to(engine.device, torch.float32)
     config, init = sd.config.first_stage, sd.first_stage_model
-    sd.first_stage_model = train_vae(config, recipe, data, folder, engine, perceptual, init)
-    save_model(sd, clip, Path(folder) / "model", engine)
+    trainer = _fit(config, recipe, data, Path(folder), engine, perceptual, init)
+    with trainer.finishing():
+        sd.first_stage_model = _write(trainer, config, data)
+        save_model(sd, clip, Path(folder) / "model", engine)
     return sd.eval()
 
 
