@@ -27,7 +27,7 @@ STANDS_ON = {
     "clip": ["attention"],
     "sampling": ["noising"],
     "loss": ["noising"],
-    "conditions": [],
+    "conditions": ["clip"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
     "attention_maps": ["latent_diffusion"],
