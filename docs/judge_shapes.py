@@ -45,7 +45,7 @@ def layout_of(scene: Scene) -> tuple[str, tuple[tuple[str, str], ...]]:
 def templates(centre: tuple[float, float], radius: float, size: int) -> Tensor:
     """Each shape in each colour at each place near a centre, less the white paper: [48 25 3·size·size]."""
     drawn = [
-        shapes.draw(Scene("", "", (Item(colour, shape, centre[0] + dx, centre[1] + dy, radius),)), size)
+        shapes.render(Scene("", "", (Item(colour, shape, centre[0] + dx, centre[1] + dy, radius),)), size)
         for colour, shape in NAMES for dx in JITTER for dy in JITTER
     ]  # fmt: skip
     return (torch.from_numpy(np.stack(drawn)).flatten(1) / 127.5 - 2).unflatten(0, (len(NAMES), -1))
@@ -112,7 +112,8 @@ if __name__ == "__main__":
     print(f"{'':40}{'':9}{'asked':>5}   layout  colours   shapes      all")
     for split in ("train", "test_pair"):
         scenes = prompts(arguments.count, split)
-        real = torch.from_numpy(np.stack([shapes.draw(scene, 32) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = np.stack([shapes.render(scene, 32) for scene in scenes])
+        real = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         report(f"real pictures, {split}", scenes, real)
         for path in arguments.models:
             sd = minisd.load(path, "cpu")

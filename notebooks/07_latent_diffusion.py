@@ -325,7 +325,7 @@ with quietly("drawing the shapes"):
         scene = shapes.scene(0, k)
         if scene.kind == "size" and "small" not in scene.caption:  # one shape in the middle, large enough for 16x16
             file = runs / ("train" if scene.split == "train" else "held out") / f"{k:05}.png"
-            Image.fromarray(shapes.draw(scene, 16)).save(file)
+            Image.fromarray(shapes.render(scene, 16)).save(file)
             file.with_suffix(".txt").write_text(scene.caption)
 
 train, held_out = CaptionedPictures(runs / "train"), CaptionedPictures(runs / "held out")
@@ -665,7 +665,7 @@ viz.strip([model.txt2img(eight, **few).pictures for model in snapshots.values()]
 palette = torch.tensor(list(shapes.COLOURS.values())) / 127.5 - 1  # [8 3], in [-1, 1]
 each = 4 if full else 1
 asked = torch.arange(len(palette)).repeat_interleave(each)  # [32]
-circles = [f"{shapes.a(f'large {colour} circle')}" for colour in shapes.COLOURS]
+circles = [f"{shapes.with_article(f'large {colour} circle')}" for colour in shapes.COLOURS]
 for name, model in {**snapshots, "ours": ours}.items():
     pictures = model.txt2img(circles, num_images=each, **few).pictures.clamp(-1, 1)
     middle = slice(3 * pictures.shape[-1] // 8, 5 * pictures.shape[-1] // 8)  # the circle is there

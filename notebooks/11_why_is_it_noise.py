@@ -888,7 +888,7 @@ except FloatingPointError as error:
 # %%
 named = [(colour, shape) for shape in shapes.SHAPES for colour in shapes.COLOURS]
 scenes = [shapes.Scene("", "size", (shapes.Item(c, s, 0.5, 0.5, shapes.SIZES["large"]),)) for c, s in named]
-world = torch.stack([torch.tensor(shapes.draw(scene, 10)).permute(2, 0, 1) / 127.5 - 1 for scene in scenes])
+world = torch.stack([torch.tensor(shapes.render(scene, 10)).permute(2, 0, 1) / 127.5 - 1 for scene in scenes])
 colours, kinds = list(shapes.COLOURS), list(shapes.SHAPES)
 words = torch.stack([F.one_hot(torch.tensor([colours.index(c), 8 + kinds.index(s)]), 14).sum(0) for c, s in named])
 words = words.float()[:, None]  # the caption of each picture as a context, [48 1 14]

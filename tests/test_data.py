@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import minisd.data.captioned_pictures as captioned_pictures
 import minisd.data.emoji as emoji
 import minisd.data.folder as folder
 import minisd.data.packages as packages
-import minisd.data.pictures as pictures
 import minisd.data.sample_pictures as sample_pictures
 import minisd.data.shapes as shapes
 import minisd.data.split as split
+from docs import cut_sample
 from minisd.data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset, photograph, sample, shape_corpus
 from minisd.data.concepts import Concept, concepts, family, join, plain, slug
 from minisd.data.packages import DEFAULT_STYLES, STYLES, Package
@@ -202,11 +204,79 @@ def test_pictures_that_do_not_fit_into_memory_are_read_when_asked_for(own_folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept = CaptionedPictures(own_folder, size=4)
-        monkeypatch.setattr(pictures, "IN_MEMORY", 0)
+        monkeypatch.setattr(captioned_pictures, "IN_MEMORY", 0)
         read = CaptionedPictures(own_folder, size=4)
     assert read._images is None and read.captions == kept.captions
     assert torch.equal(read.batch([2, 0]), kept.batch([2, 0]))
     assert np.array_equal(read.images, kept.images)
+
+
+@pytest.mark.parametrize("text", ["{}\na {}\n", "\n  {}  \r\n\na {}"])
+def test_the_templates_of_a_folder_are_the_lines_of_a_file(own_folder, text):
+    assert CaptionedPictures(own_folder).templates == ("{}",), "captions of people are taken as they are"
+    (own_folder / "templates.txt").write_text(text)
+    assert CaptionedPictures(own_folder).templates == ("{}", "a {}")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a picture", '"a picture"'), ("{}\n{} and {}", '"{} and {}"'), ("{0}", '"{0}"'), ("{}}", '"{}}"'),
+     ("", "nothing"), (" \n", "nothing")],
+)  # fmt: skip
+def test_templates_that_cannot_be_used_are_one_clear_sentence(own_folder, text, found):
+    (own_folder / "templates.txt").write_text(text)
+    with pytest.raises(ValueError) as refused:
+        CaptionedPictures(own_folder)
+    assert str(refused.value).startswith(f"{own_folder / 'templates.txt'} holds {found}: write one form of a caption a")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """An imagefolder: pictures without captions, in folders that are named after what they show."""
+    for name, colour in [("cat/1", "red"), ("cat/2", "green"), ("fox/old/1", "blue"), ("fox/1", "black")]:
+        (tmp_path / f"{name}.png").parent.mkdir(exist_ok=True, parents=True)
+        picture(colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "cat" / "1.txt").write_text("a red cat")
+    return tmp_path
+
+
+def test_pictures_without_captions_are_taken_where_none_are_needed(classes):
+    data = CaptionedPictures(classes, captions=False)
+    assert data.captions == ["a red cat", "", "", ""] and data.skipped == []
+    assert torch.equal(data.batch([3])[0], data[3][0]) and data[3][1] == ""
+    assert data.fingerprint.startswith("4 pictures of 8x8 (")
+    with pytest.warns(UserWarning, match=r"3 of 4 left out: cat/2.png \(no caption\)"):
+        assert CaptionedPictures(classes).captions == ["a red cat"]
+
+
+def test_rows_without_captions_are_taken_where_none_are_needed(corpus):
+    rows = [{"file_name": "images/0.png", "concept": "fox"}, {"file_name": "images/1.png", "text": None, "concept": 3},
+            {"file_name": "images/2.png", "text": "two", "concept": "cat"}]  # fmt: skip
+    lines = [json.dumps(row) for row in rows] + ['{"text": "no file"}', '{"file_name": "images/3.png", "text": 3}']
+    (corpus / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match=r"metadata.jsonl:4 \(no JSON object with a file_name\), metadata.jsonl:5"):
+        data = CaptionedPictures(corpus, captions=False)
+    assert data.captions == ["", "", "two"] and data.column("concept") == ["fox", 3, "cat"]
+
+
+def test_the_class_of_a_picture_is_the_name_of_its_folder(classes):
+    assert CaptionedPictures(classes, captions=False).column("folder") == ["cat", "cat", "fox", "old"]
+    picture().save(classes / "stray.png")
+    sentence = r'1 of 5 pictures in .* have no "folder", such as stray.png: sort all pictures into subfolders and name'
+    with pytest.raises(ValueError, match=sentence):
+        CaptionedPictures(classes, captions=False).column("folder")
+
+
+def test_the_class_of_a_picture_is_a_column_of_its_metadata(corpus):
+    assert sample().column("concept")[0] == "grinning face"
+    with pytest.raises(ValueError, match=r'1 of 5 .* "split", such as images/4.png: write one into each line of meta'):
+        CaptionedPictures(corpus).column("split")
+
+
+def test_a_folder_without_any_picture_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"no picture that can be used: .*\(file_name\), or pictures \(.png.*p\)\.$"):
+        CaptionedPictures(tmp_path, captions=False)
 
 
 @pytest.fixture
@@ -233,7 +303,7 @@ def test_packed_pictures_equal_the_files(corpus, size, part):
     assert torch.equal(packed.batch([1, 0]), files.batch([1, 0]))
 
 
-@pytest.mark.parametrize("change", ["reordered", "shortened", "cut", "other"])
+@pytest.mark.parametrize("change", ["reordered", "shortened", "cut", "other", "grey", "no sheet"])
 def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
     lines = (corpus / "metadata.jsonl").read_text().splitlines()
     if change == "reordered":
@@ -245,9 +315,16 @@ def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
         (corpus / "pictures.npy").write_bytes((corpus / "pictures.npy").read_bytes()[:500])
     if change == "other":
         np.save(corpus / "pictures.npy", np.zeros(5))
-    data = CaptionedPictures(corpus)
+    if change == "grey":
+        np.save(corpus / "pictures.npy", np.load(corpus / "pictures.npy")[..., :1])
+    if change == "no sheet":
+        (corpus / "pictures.npy").unlink()
+        picture(size=(50, 50)).save(corpus / "pictures.webp")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".* left out: pictures.webp \(no line in metadata.jsonl\)")
+        data = CaptionedPictures(corpus)
     for image, row in zip(data.images, data.rows, strict=True):
-        assert np.array_equal(image, pictures.read_picture(corpus / row["file_name"]))
+        assert np.array_equal(image, captioned_pictures.decode_file(corpus / row["file_name"]))
 
 
 def test_a_file_that_breaks_later_is_named(corpus):
@@ -625,8 +702,8 @@ def test_the_known_traps_are_mended():
                   concept("cat", "1F408"), concept("cat face", "1F431"), concept("fog", "1F32B")]  # fmt: skip
     emojione = join(everything, icons("cricket-game", "pistol", cricket="cricket-game"), {}, "@iconify-json/emojione")
     assert emojione == {"1F3CF": "cricket-game", "1F52B": "pistol"}, "the alias says insect and draws the game"
-    shown = emoji.as_drawn(everything[2], STYLES["emojione"])
-    assert shown.name == "pistol" and emoji.as_drawn(everything[2], STYLES["noto"]).name == "water pistol"
+    shown = emoji.as_shown(everything[2], STYLES["emojione"])
+    assert shown.name == "pistol" and emoji.as_shown(everything[2], STYLES["noto"]).name == "water pistol"
     fx = join(everything, icons("cat", "catside", "fog"), {}, "@iconify-json/fxemoji")
     assert fx == {"1F408": "catside", "1F431": "cat"}, "its cat is a face, its fog is blank"
 
@@ -635,7 +712,7 @@ def test_of_identical_pictures_one_is_kept_and_no_blank_one():
     a, b = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     blank = np.full_like(a, 255)
     names = ["family man woman boy", "fog", "family", "astronaut", "man astronaut"]
-    assert emoji.choose(names, np.stack([a, blank, a, b, b])) == [2, 3]
+    assert emoji.distinct(names, np.stack([a, blank, a, b, b])) == [2, 3]
 
 
 def test_a_mirrored_alias_is_mirrored():
@@ -701,11 +778,12 @@ def test_a_corpus_is_fetched_rendered_and_written(registry, tmp_path, capsys):
     assert data.rows[0].items() >= {"file_name": "images/noto/red-apple.png", "concept": "red apple", "style": "noto",
                                     "group": "food-drink", "subgroup": "food-fruit", "keywords": ["fruit"],
                                     "split": "train", "codepoint": "1F34E"}.items()  # fmt: skip
-    assert np.array_equal(pictures.read_picture(out / "images/fx/red-apple.png"), data.images[1])
+    assert np.array_equal(captioned_pictures.decode_file(out / "images/fx/red-apple.png"), data.images[1])
     credit = (out / "ATTRIBUTION.md").read_text()
     assert (
         "Google Inc" in credit and "Mozilla" in credit and "UNICODE LICENSE" in credit and "white background" in credit
     )
+    assert data.templates == ("{}", "a {}", "the {}", "a picture of a {}")
     assert not list(out.rglob("*partial*"))
     assert "5 pictures at 16x16" in capsys.readouterr().out
 
@@ -717,6 +795,16 @@ def test_a_second_run_returns_at_once_and_says_so(registry, tmp_path, capsys, mo
     (registry / emoji.NAMES.tarball).unlink()
     build_emoji(tmp_path / "corpus", size=16, styles=["noto"])
     assert "is complete" in capsys.readouterr().out
+
+
+def test_a_corpus_from_before_the_templates_is_built_again(registry, tmp_path):
+    pytest.importorskip("resvg_py")
+    out = build_emoji(tmp_path / "corpus", size=16, styles=["noto"])
+    (out / "templates.txt").unlink()
+    recipe = json.loads((out / "recipe.json").read_text())
+    del recipe["templates"]
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert len(CaptionedPictures(build_emoji(out, size=16, styles=["noto"])).templates) == 4
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
@@ -762,6 +850,15 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(registry, tmp_path):
     (tmp_path / "cache" / package.tarball).write_bytes(b"damaged on the disk")
     with pytest.raises(ValueError, match="delete it and run again"):
         packages.fetch(package, tmp_path / "cache")
+
+
+def test_every_package_is_pinned_and_every_style_that_another_names_exists():
+    for package in (emoji.NAMES, *(style.package for style in STYLES.values())):
+        assert len(base64.b64decode(package.sha512, validate=True)) == 64, package.npm
+        assert re.fullmatch(r"\d+\.\d+\.\d+", package.version)
+    assert {style.name for style in STYLES.values() if "SA" in style.licence} == STYLES.keys() - set(DEFAULT_STYLES)
+    named = {name for style in STYLES.values() for name in (style.twin_of, style.codepoints_of) if name}
+    assert named <= STYLES.keys() and split.TWINS == {"fluent flat": "fluent"}
 
 
 def test_a_failing_network_is_one_clear_sentence(registry, tmp_path):
@@ -828,13 +925,14 @@ def test_the_sample_is_readable_small_and_free_of_share_alike():
     assert sample(size=32).batch(range(4)).shape == (4, 3, 32, 32)
     assert {STYLES[row["style"]].licence for row in data.rows} == {"Apache-2.0", "MIT"}
     concepts = {row["concept"] for row in data.rows}
+    assert data.templates == emoji.TEMPLATES
     assert {"fox", "cat", "red apple", "grinning face", "rocket", "sunflower"} <= concepts
     assert len({p.tobytes() for p in data.images}) == len(data), "no picture twice"
     assert data.images.min(axis=(1, 2, 3)).max() < 255, "and none blank"
 
     assert sum(file.stat().st_size for file in data.folder.iterdir()) <= 3_000_000
     notice = (data.folder / "NOTICE.md").read_text()
-    assert notice == sample_pictures.notice()
+    assert notice == cut_sample.notice()
     assert all(STYLES[row["style"]].title in notice for row in data.rows)
     assert "UNICODE LICENSE" in notice and "Microsoft Corporation" in notice
     assert (data.folder / "LICENSE-APACHE-2.0.txt").read_text().lstrip().startswith("Apache License")
@@ -856,8 +954,8 @@ def test_the_photograph_is_one_and_says_whose_it_is():
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    sample_pictures.write_sheet(tmp_path / "sheet.webp", noise)
-    assert np.array_equal(pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
+    captioned_pictures.write_sheet(tmp_path / "sheet.webp", noise)
+    assert np.array_equal(captioned_pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
 
 
 # Shapes ------------------------------------------------------------------------------------------------------------
@@ -889,7 +987,7 @@ def areas(image: np.ndarray) -> int:
 
 def test_a_caption_says_what_is_drawn():
     for scene in SCENES[:200]:
-        image = shapes.draw(scene, 48)
+        image = shapes.render(scene, 48)
         assert areas(image) == len(scene.items), scene.caption
         for item in scene.items:
             assert tuple(image[int(48 * item.y), int(48 * item.x)]) == shapes.COLOURS[item.colour], scene.caption
@@ -909,7 +1007,7 @@ def test_counts_places_and_relations_are_true():
             assert ("top" in words) == (first.y < 0.4) and ("bottom" in words) == (first.y > 0.6)
         if scene.kind == "relation":
             second = scene.items[1]
-            assert scene.caption.endswith(shapes.a(second.name)) and second.name != first.name
+            assert scene.caption.endswith(shapes.with_article(second.name)) and second.name != first.name
             true = {"above": first.y < second.y, "below": first.y > second.y, "left": first.x < second.x,
                     "right": first.x > second.x}  # fmt: skip
             assert true[next(word for word in words if word in true)]
@@ -933,6 +1031,7 @@ def test_shapes_are_written_as_a_corpus(tmp_path, capsys):
     images, captions = shape_corpus(40, size=16, seed=1)
     assert data.captions == captions and np.array_equal(data.images, images)
     assert {row["split"] for row in data.rows} == {"train", "test_pair"}
+    assert data.templates == ("{}",), "its captions are whole phrases: \"a picture of a two pink diamonds\" is none"
     written = (out / "pictures.npy").stat().st_mtime_ns
     draw_shapes(out, count=40, size=16, seed=1)
     assert "is complete" in capsys.readouterr().out

@@ -7,9 +7,9 @@
 - `fetch_dataset(source, folder)`: any data set of the Hugging Face hub, or of parquet files
 """
 
+from .captioned_pictures import CaptionedPictures
 from .emoji import build_emoji
 from .hub import fetch_dataset
-from .pictures import CaptionedPictures
 from .sample_pictures import photograph, sample
 from .shapes import draw_shapes, shape_corpus
 

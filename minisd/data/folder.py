@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from .pictures import read_metadata
+from .captioned_pictures import read_metadata
 
 try:
     import fcntl
@@ -48,14 +48,13 @@ def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        handle = lock(folder)
     except FileExistsError:
         raise ValueError(f"{folder} is not a folder: give a new or an empty one.") from None
-    except OSError as error:
-        raise OSError(f"the folder {folder} cannot be made ({error.strerror}): give another one.") from None
-    try:
-        handle = lock(folder)
     except BlockingIOError:
         raise ValueError(f"another process writes into {folder}: wait for it to end, or give another folder.") from None
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made ({error.strerror}): give another one.") from None
     try:
         complete = already_there(folder, recipe)
         if complete:  # scratch is still there if the process was killed just before it would have removed it
@@ -116,9 +115,7 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
     for other, command in COMMANDS.items():
         if unfinished_by(other) in found:
             raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
-    if maker == "build_emoji" and only_downloads(folder):
-        return
-    if found:
+    if found and not (maker == "build_emoji" and only_downloads(folder)):
         more = f" and {len(found) - 1} more" if found[1:] else ""
         raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
 
@@ -189,11 +186,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_corpus(
-    folder: Path,
-    rows: list[dict],
-    pictures: UInt8[np.ndarray, "n h w 3"],
-    recipe: dict,
-    texts: Mapping[str, str] | None = None,
+    folder: Path, rows: list[dict], pictures: UInt8[np.ndarray, "n h w 3"], recipe: dict, texts: Mapping[str, str] = {}
 ) -> None:
     """Write a corpus: whoever looks sees the old one, none, or the new one, never half of one.
 
@@ -221,7 +214,7 @@ def write_corpus(
             shutil.rmtree(folder / "images", ignore_errors=True)
             os.replace(scratch / "images", folder / "images")
             os.replace(scratch / "pictures.npy", folder / "pictures.npy")
-            for name, text in (texts or {}).items():
+            for name, text in texts.items():
                 write_text(folder / name, text)
             write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
             write_text(metadata, "".join(json.dumps(row) + "\n" for row in rows))

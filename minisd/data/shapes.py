@@ -17,45 +17,15 @@ from tqdm import tqdm
 
 from .folder import corpus_folder, write_corpus
 from .split import unit_hash
+from .tables import read_table
 
-COLOURS = {
-    "red": (225, 45, 40),
-    "orange": (245, 145, 30),
-    "yellow": (250, 215, 50),
-    "green": (60, 165, 75),
-    "blue": (45, 100, 220),
-    "purple": (140, 70, 180),
-    "pink": (245, 140, 190),
-    "black": (35, 35, 40),
-}
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart")
-
-# Half the width of a shape, as a share of the picture's width.
-SIZES = {"small": 0.13, "": 0.23, "large": 0.37}  # no word: a medium one, and in the middle
-
-# Centres, x and y as shares of the width; y grows downwards. Nothing overlaps or touches the edge, wherever the
-# jitter in `scene` puts it.
-PLACES = {
-    "on the left": (0.22, 0.5),
-    "on the right": (0.78, 0.5),
-    "at the top": (0.5, 0.22),
-    "at the bottom": (0.5, 0.78),
-    "in the top left": (0.22, 0.22),
-    "in the top right": (0.78, 0.22),
-    "in the bottom left": (0.22, 0.78),
-    "in the bottom right": (0.78, 0.78),
-}
-RELATIONS = {
-    "above": ((0.5, 0.25), (0.5, 0.75)),
-    "below": ((0.5, 0.75), (0.5, 0.25)),
-    "to the left of": ((0.25, 0.5), (0.75, 0.5)),
-    "to the right of": ((0.75, 0.5), (0.25, 0.5)),
-}
-NUMBERS = {
-    "two": ((0.25, 0.5), (0.75, 0.5)),
-    "three": ((0.25, 0.74), (0.75, 0.74), (0.5, 0.27)),
-    "four": ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
-}
+_WORDS = read_table("shapes.toml")
+SHAPES = tuple(_WORDS["shapes"])
+COLOURS = {name: tuple(rgb) for name, rgb in _WORDS["colours"].items()}
+SIZES = _WORDS["sizes"]  # half the width of a shape; lengths are shares of the picture's width, y grows downwards
+PLACES = {phrase: tuple(centre) for phrase, centre in _WORDS["places"].items()}
+RELATIONS = {phrase: tuple(map(tuple, centres)) for phrase, centres in _WORDS["relations"].items()}
+NUMBERS = {word: tuple(map(tuple, centres)) for word, centres in _WORDS["numbers"].items()}
 
 
 # What is drawn --------------------------------------------------------------------------------------------------------
@@ -100,7 +70,7 @@ def held_out_pairs() -> frozenset[str]:
 HELD_OUT = held_out_pairs()
 
 
-def a(name: str) -> str:
+def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
@@ -119,10 +89,11 @@ def scene(seed: int, k: int) -> Scene:
     kind = pick(("size", "place", "count", "relation"))
     if kind == "size":
         size = pick(SIZES)
-        return Scene(a(f"{size} {colour} {shape}".strip()), kind, (item(colour, shape, (0.5, 0.5), SIZES[size]),))
+        caption = with_article(f"{size} {colour} {shape}".strip())
+        return Scene(caption, kind, (item(colour, shape, (0.5, 0.5), SIZES[size]),))
     if kind == "place":
         place = pick(PLACES)
-        return Scene(f"{a(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.15),))
+        return Scene(f"{with_article(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.15),))
     if kind == "count":
         number = pick(NUMBERS)
         items = tuple(item(colour, shape, place, 0.17) for place in NUMBERS[number])
@@ -131,7 +102,7 @@ def scene(seed: int, k: int) -> Scene:
     while other == (colour, shape):
         other = (pick(COLOURS), pick(SHAPES))
     here, there = RELATIONS[relation]
-    caption = f"{a(f'{colour} {shape}')} {relation} {a(' '.join(other))}"
+    caption = f"{with_article(f'{colour} {shape}')} {relation} {with_article(' '.join(other))}"
     return Scene(caption, kind, (item(colour, shape, here, 0.17), item(*other, there, 0.17)))
 
 
@@ -140,12 +111,8 @@ def scene(seed: int, k: int) -> Scene:
 
 def outline(shape: str) -> list[tuple[float, float]]:
     """The corners of a shape of radius 1 around 0, y downwards."""
-    if shape == "square":
-        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    if shape == "diamond":
-        return [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)]
-    if shape == "triangle":
-        return [(0, -0.95), (1, 0.8), (-1, 0.8)]
+    if shape in _WORDS["corners"]:
+        return [(x, y) for x, y in _WORDS["corners"][shape]]
     turn = [2 * math.pi * k / 60 for k in range(60)]
     if shape == "circle":
         return [(math.sin(t), math.cos(t)) for t in turn]
@@ -160,8 +127,8 @@ def outline(shape: str) -> list[tuple[float, float]]:
     raise ValueError(f'"{shape}" is no shape that can be drawn; these are: {", ".join(SHAPES)}.')
 
 
-def draw(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Draw at four times the size, then average each 4 x 4 block: smooth edges."""
+def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """A scene as pixels: at four times the size first, then each 4 x 4 block is averaged, so that edges are smooth."""
     canvas = Image.new("RGB", (4 * size, 4 * size), "white")
     pencil = ImageDraw.Draw(canvas)
     for item in scene.items:
@@ -179,8 +146,20 @@ def shape_corpus(count: int, size: int = 32, seed: int = 0) -> tuple[UInt8[np.nd
     if count < 1 or size < 8:
         raise ValueError(f"{count} pictures of {size} pixels were asked for: at least 1, of at least 8.")
     scenes = [scene(seed, k) for k in range(count)]
-    pictures = np.stack([draw(s, size) for s in tqdm(scenes, "drawing shapes", disable=count < 5000)])
+    pictures = np.stack([render(s, size) for s in tqdm(scenes, "drawing shapes", disable=count < 5000)])
     return pictures, [s.caption for s in scenes]
+
+
+def metadata(k: int, scene: Scene) -> dict:
+    """The row of picture k."""
+    return {
+        "file_name": f"images/{k // 1000:03}/{k:06}.png",  # a thousand to a folder
+        "text": scene.caption,
+        "concept": scene.items[0].name,
+        "kind": scene.kind,
+        "split": scene.split,
+        "items": [asdict(item) for item in scene.items],
+    }
 
 
 def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: int = 32, seed: int = 0) -> Path:
@@ -196,20 +175,8 @@ def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: i
         if complete:
             print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
             return folder
-        pictures, captions = shape_corpus(count, size, seed)
-        rows = []
-        for k, caption in enumerate(captions):
-            drawn = scene(seed, k)
-            rows.append(
-                {
-                    "file_name": f"images/{k // 1000:03}/{k:06}.png",  # a thousand to a folder
-                    "text": caption,
-                    "concept": drawn.items[0].name,
-                    "kind": drawn.kind,
-                    "split": drawn.split,
-                    "items": [asdict(item) for item in drawn.items],
-                }
-            )
+        pictures, _ = shape_corpus(count, size, seed)
+        rows = [metadata(k, scene(seed, k)) for k in range(count)]
         write_corpus(folder, rows, pictures, recipe)
     held_out = sum(row["split"] == "test_pair" for row in rows)
     print(f"{folder}: {count:,} shapes at {size}x{size}, {held_out:,} of them with a held-out pair (test_pair).")

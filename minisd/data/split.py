@@ -9,12 +9,14 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from .packages import STYLES
+
 PAIRS = 0.13  # of the cells that may be held out; the rule of MIN_LEFT takes it down to about a tenth of all cells
 CONCEPTS = 0.05  # of the families of each group
 MIN_LEFT = 3  # styles in which a concept must remain in training
 
-# Drawn by the same hands, one with gradients: a model that has seen one has nearly seen the other.
-TWINS = {"fluent flat": "fluent"}
+# Near twins by the same hands: a model that has seen one has nearly seen the other, so they are held out together.
+TWINS = {style.name: style.twin_of for style in STYLES.values() if style.twin_of}
 
 
 def unit_hash(key: str) -> float:
@@ -43,10 +45,10 @@ def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str],
     pairs: dict[str, set[str]] = defaultdict(set)
     for style in styles:
         pairs[TWINS.get(style, style)].add(style)
-    drawn = {first: unit_hash(f"pair/{concept}/{first}") for first in pairs}
+    hashes = {first: unit_hash(f"pair/{concept}/{first}") for first in pairs}
     left, held_out = set(styles) & set(counted), set()
-    for first in sorted(pairs, key=lambda first: (first not in counted, drawn[first])):
-        if drawn[first] < share and len(left - pairs[first]) >= MIN_LEFT:
+    for first in sorted(pairs, key=lambda first: (first not in counted, hashes[first])):
+        if hashes[first] < share and len(left - pairs[first]) >= MIN_LEFT:
             left -= pairs[first]
             held_out |= pairs[first]
     return held_out

@@ -6,8 +6,8 @@ the files, what comes out is RGB, square, of one size; what can't be used is nam
 """
 
 import hashlib
-import io
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,34 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+
+from ..pictures import open_picture, sheet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IN_MEMORY = 2**30  # bytes: pictures are decoded and resized once and kept, if all of them fit; else when asked for
 SHEET_COLUMNS = 32  # of a `pictures.webp`
 
+Skipped = list[tuple[str, str]]  # what was left out, and why
+
 
 # One picture ----------------------------------------------------------------------------------------------------------
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """RGB from a picture of any mode; what is transparent becomes white."""
-    if picture.mode.startswith("I"):  # 16 bits a pixel (PIL would clip them at 255)
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def square(picture: Image.Image) -> UInt8[np.ndarray, "side side 3"]:
-    """The central square of an RGB picture."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return np.asarray(picture.crop((left, top, left + side, top + side)))
 
 
 def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarray, "n size size 3"]:
@@ -52,33 +39,33 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
         return pictures
     if old % size == 0:
         step = old // size
-        total = sum(
-            pictures[:, i::step, j::step].astype(np.uint32) for i in range(step) for j in range(step)
-        )  # the sum over every step x step block
+        blocks = pictures.reshape(-1, size, step, size, step, 3)
+        total = blocks.sum((2, 4), dtype=np.uint32)
         return ((total + step**2 // 2) // step**2).astype(np.uint8)
     lanczos = Image.Resampling.LANCZOS  # antialiased: it widens with the step
     return np.stack([np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures])
 
 
-def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture in a file's bytes: turned as its EXIF says, on white, cut to a square, resized (None: not resized).
+def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
+    """The picture in a file's bytes, as `open_picture` reads it: its central square, resized (None: not resized).
 
     Raises ValueError, in words for people, where the bytes are not a picture that can be read.
     """
     if not data:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = on_white(ImageOps.exif_transpose(opened))
-    except ValueError as error:
-        raise ValueError(str(error)) from None
+        picture = open_picture(data)
+    except ValueError:
+        raise
     except Exception as error:  # PIL raises nearly everything: OSError, SyntaxError, struct.error, its own bomb error
         raise ValueError(f"not a readable picture ({type(error).__name__})") from error
-    pixels = square(picture)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
     return resized(pixels[None], size)[0] if size else pixels
 
 
-def read_picture(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
+def decode_file(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
     """`decode` the picture in a file; raises ValueError as that does, and where the file can't be read."""
     try:
         data = Path(path).read_bytes()
@@ -92,71 +79,100 @@ def read_picture(path: str | Path, size: int | None = None) -> UInt8[np.ndarray,
 # One folder -----------------------------------------------------------------------------------------------------------
 
 
-def read_metadata(folder: Path) -> tuple[list[dict], list[tuple[str, str]]]:
-    """The rows of metadata.jsonl, and what is wrong with the others."""
+def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped]:
+    """The rows of metadata.jsonl, and what is wrong with the others. captions: whether a row needs one."""
     rows, skipped = [], []
     for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            if not (isinstance(row["file_name"], str) and isinstance(row["text"], str) and row["text"].strip()):
+            name, text = row["file_name"], row.get("text") or ""
+            if not (isinstance(name, str) and isinstance(text, str)) or (captions and not text.strip()):
                 raise ValueError
             rows.append(row)
         except (ValueError, KeyError, TypeError):
-            skipped.append((f"metadata.jsonl:{number}", "no JSON object with a file_name and a text"))
+            needed = "a file_name and a text" if captions else "a file_name"
+            skipped.append((f"metadata.jsonl:{number}", f"no JSON object with {needed}"))
     return rows, skipped
 
 
 def picture_files(folder: Path) -> list[str]:
-    """The names of all pictures in a folder and its subfolders, but for hidden ones."""
+    """The names of all pictures in a folder and its subfolders, except hidden ones."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(name for name in names if not name.startswith("."))
 
 
-def read_captions(folder: Path) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Rows from NAME.txt beside NAME.png, and the pictures that have none."""
+def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped]:
+    """A row for each picture, with the caption from NAME.txt beside NAME.png, and the pictures without one.
+
+    A picture in a subfolder also has a "folder": the subfolder's name. captions: whether a picture needs one.
+    """
     rows, skipped = [], []
     for name in picture_files(folder):
-        beside = (folder / name).with_suffix(".txt")
+        path = folder / name
+        beside = path.with_suffix(".txt")
         caption = " ".join(beside.read_text(encoding="utf-8", errors="replace").split()) if beside.exists() else ""
-        if caption:
-            rows.append({"file_name": name, "text": caption})
-        else:
+        if captions and not caption:
             skipped.append((name, "no caption"))
+            continue
+        rows.append({"file_name": name, "text": caption})
+        if path.parent != folder:
+            rows[-1]["folder"] = path.parent.name
     return rows, skipped
+
+
+def read_templates(folder: Path) -> tuple[str, ...]:
+    """The forms in which captions are trained on: the lines of templates.txt. Without that file, as they are."""
+    path = folder / "templates.txt"
+    if not path.is_file():
+        return ("{}",)
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    templates = tuple(line for line in lines if line)
+    wrong = [line for line in templates if not re.fullmatch(r"[^{}]*\{}[^{}]*", line)]
+    if wrong or not templates:
+        found = f'"{wrong[0]}"' if wrong else "nothing"
+        raise ValueError(
+            f'{path} holds {found}: write one form of a caption a line, in which {{}} stands for the caption, such as '
+            f'"a picture of {{}}", or remove the file to train on the captions as they are.'
+        )
+    return templates
 
 
 def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] | None:
     """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, where one is there and fits the rows."""
-    if (folder / "pictures.npy").exists():
-        try:
+    some = {i: folder / rows[i]["file_name"] for i in (0, len(rows) // 2, len(rows) - 1)}
+    try:
+        if (folder / "pictures.npy").exists():
             packed = np.load(folder / "pictures.npy", mmap_mode="r")
-        except (ValueError, OSError, EOFError):  # half a file, or something else under that name
+        elif (folder / "pictures.webp").exists():
+            packed = read_sheet(folder / "pictures.webp", len(rows))
+        else:
             return None
-    elif (folder / "pictures.webp").exists():
-        packed = read_sheet(folder / "pictures.webp", len(rows))
-    else:
-        return None
-    if packed.dtype != np.uint8 or packed.ndim != 4 or len(packed) != len(rows) or packed.shape[1] != packed.shape[2]:
-        return None
-    for i in {0, len(rows) // 2, len(rows) - 1}:  # do the two still tell of the same pictures, in the same order?
-        path = folder / rows[i]["file_name"]
-        try:
-            if path.exists() and not np.array_equal(read_picture(path, packed.shape[1]), packed[i]):
+        size = packed.shape[1] if packed.ndim == 4 else 0
+        if packed.dtype != np.uint8 or packed.shape != (len(rows), size, size, 3):
+            return None
+        # Are these still the pictures of the files, in the same order? There may be no files, as in the sample.
+        for i, path in some.items():
+            if path.exists() and not np.array_equal(decode_file(path, size), packed[i]):
                 return None
-        except ValueError:  # a file that can't be read any more: let the files be looked into, and named
-            return None
+    except (ValueError, OSError, EOFError):  # half a file or another one: let the files be looked into, and named
+        return None
     return packed
 
 
 def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     """The pictures of a contact sheet: SHEET_COLUMNS in a row, in the order of metadata.jsonl."""
-    with Image.open(path) as opened:
-        sheet = np.asarray(opened.convert("RGB"))
-    size = sheet.shape[1] // SHEET_COLUMNS
-    rows = sheet.reshape(-1, size, SHEET_COLUMNS, size, 3)
+    page = np.asarray(open_picture(path))
+    size = page.shape[1] // SHEET_COLUMNS
+    rows = page.reshape(-1, size, SHEET_COLUMNS, size, 3)
     return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
+
+
+def write_sheet(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
+    """What `read_sheet` reads: a lossless contact sheet without gaps, the last row filled up with white."""
+    page = sheet([Image.fromarray(picture) for picture in pictures], SHEET_COLUMNS, gap=0)
+    page.save(path, lossless=True, quality=100, method=6)
 
 
 # The class ------------------------------------------------------------------------------------------------------------
@@ -171,28 +187,31 @@ class CaptionedPictures(Dataset):
         so that none is enlarged.
     split: only the rows whose "split" says so ("train", "test_pair", "test_concept" in our corpora); a row without
         one is in "train". None: all rows.
+    captions: whether a picture needs a caption. False: one without is taken too, and its caption is "".
 
-    Attributes: `rows` (list of dicts, at least file_name and text), `captions` (list of str), `images` (uint8
-    [n h w 3], all pictures at `size`), `size`, `skipped` (list of (path, reason); a warning sums them up).
+    Attributes: `rows` (list of dicts, at least file_name), `captions` (list of str), `templates` (tuple of str: the
+    forms in which a caption is trained on, "{}" standing for it), `images` (uint8 [n h w 3], all pictures at `size`),
+    `size`, `skipped` (list of (path, reason); a warning sums them up). `column("concept")` is one entry of each row.
 
     Raises FileNotFoundError where there is no such folder, ValueError where nothing in it can be used.
     """
 
-    def __init__(self, folder: str | Path, size: int | None = None, split: str | None = None):
+    def __init__(self, folder: str | Path, size: int | None = None, split: str | None = None, captions: bool = True):
         self.folder = folder = Path(folder).expanduser()
         if size is not None and size < 1:
             raise ValueError(f"size is {size}; it is the width of the pictures in pixels, so at least 1.")
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: give one that holds captioned pictures.")
+        self.templates = read_templates(folder)
         packed = None
         if (folder / "metadata.jsonl").exists():
-            rows, self.skipped = read_metadata(folder)
+            rows, self.skipped = read_metadata(folder, captions)
             packed = read_packed(folder, rows) if rows and not self.skipped else None
             if packed is None:
                 named = {row["file_name"] for row in rows}
                 self.skipped += [(n, "no line in metadata.jsonl") for n in picture_files(folder) if n not in named]
         else:
-            rows, self.skipped = read_captions(folder)
+            rows, self.skipped = read_files(folder, captions)
 
         chosen = [i for i, row in enumerate(rows) if split in (None, row.get("split", "train"))]
         if rows and not chosen:
@@ -204,8 +223,8 @@ class CaptionedPictures(Dataset):
             self.size = size or packed.shape[1]
         else:
             self._open_files(size)
-        self.captions = [row["text"] for row in self.rows]
-        self._report()
+        self.captions = [row.get("text") or "" for row in self.rows]
+        self._report(captions)
 
     def _open_files(self, size: int | None) -> None:
         """Look into every file once: those that can be read stay, decoded if there is room for all of them."""
@@ -229,22 +248,25 @@ class CaptionedPictures(Dataset):
 
     def _try(self, row: dict, size: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
         try:
-            return read_picture(self.folder / row["file_name"], size)
+            return decode_file(self.folder / row["file_name"], size)
         except ValueError as error:
             if (row["file_name"], str(error)) not in self.skipped:
                 self.skipped.append((row["file_name"], str(error)))
             return None
 
-    def _report(self) -> None:
+    def _report(self, captions: bool) -> None:
         """One sentence on what was left out, or the error that nothing is left."""
         named = [f"{name} ({reason})" for name, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
             named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
         if not self.rows:
             why = f"; left out: {', '.join(named)}" if named else ""
+            captioned, text, beside = "captioned ", ", text", " with their captions beside them in .txt files"
+            if not captions:
+                captioned = text = beside = ""
             raise ValueError(
-                f"{self.folder} holds no captioned picture that can be used: it takes a metadata.jsonl (file_name, "
-                f"text), or pictures ({', '.join(SUFFIXES)}) with their captions beside them in .txt files{why}."
+                f"{self.folder} holds no {captioned}picture that can be used: it takes a metadata.jsonl (file_name"
+                f"{text}), or pictures ({', '.join(SUFFIXES)}){beside}{why}."
             )
         if self.skipped:
             total = len(self.skipped) + len(self.rows)
@@ -259,8 +281,24 @@ class CaptionedPictures(Dataset):
 
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
         """The pictures at these indices: float32 in [-1, 1]."""
-        pixels = torch.from_numpy(self._pixels(np.asarray(indices)))
+        indices = np.asarray(indices)
+        pixels = torch.from_numpy(self.images[indices] if self._fits_in_memory() else self._read(indices))
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+    def column(self, name: str) -> list:
+        """One entry of each row, such as "concept", or "folder" where the pictures lie in subfolders.
+
+        Raises ValueError, in one sentence, where a row has no such entry.
+        """
+        lacking = [row["file_name"] for row in self.rows if row.get(name) is None]
+        if not lacking:
+            return [row[name] for row in self.rows]
+        advice = "write one into each line of metadata.jsonl, or name another column"
+        if not (self.folder / "metadata.jsonl").exists():
+            advice = 'sort all pictures into subfolders and name the column "folder", or write a metadata.jsonl'
+        raise ValueError(
+            f'{len(lacking)} of {len(self)} pictures in {self.folder} have no "{name}", such as {lacking[0]}: {advice}.'
+        )
 
     def describe(self, i: int) -> str:
         """Which picture that is, for people: index, file and caption."""
@@ -284,10 +322,7 @@ class CaptionedPictures(Dataset):
             self._images = np.concatenate([self._read(part) for part in parts])
         return self._images
 
-    def _pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
-        return self.images[indices] if self._fits_in_memory() else self._read(indices)
-
     def _read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
         if self._packed is not None:
             return resized(self._packed[self._index[indices]], self.size)
-        return np.stack([read_picture(self.folder / self.rows[i]["file_name"], self.size) for i in indices])
+        return np.stack([decode_file(self.folder / self.rows[i]["file_name"], self.size) for i in indices])
