@@ -1,11 +1,149 @@
-"""What a model is told about the picture that it is to draw: captions, classes, a mask, or nothing."""
+"""What a model is told about the picture that it is to draw: a caption, a class, the rest of the picture, or nothing.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A condition turns prompts into a context [b n d], which the UNet reads by cross-attention, or it makes maps [b c h w],
+which lie on the noisy latent as further channels (`DiffusionWrapper`), or both. A new one is one class with
+`@condition("its name")` before it: that name is then a choice of `minisd train unet --condition`, its `Config` is
+written into config.json and read from it, and `txt2img` takes its prompts. `tests/test_training_conditions.py` has one
+that is told the main colour of the picture.
+
+Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis `ldm/modules/encoders/modules.py`.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from .clip import CLIPTextConfig, CLIPTextModel, FrozenCLIPEmbedder, Tokenizer
+
+CONDITIONS: dict[str, type["Condition"]] = {}
+
+
+def condition(name: str) -> Callable[[type["Condition"]], type["Condition"]]:
+    """Enter a class into CONDITIONS, from where config.json, training and the command line take it."""
+
+    def enter(cls: type["Condition"]) -> type["Condition"]:
+        CONDITIONS[name] = cls
+        return cls
+
+    return enter
+
+
+class Condition(nn.Module):
+    """What all conditions have. `sd.cond_stage_model` is one of them."""
+
+    Config: type  # a frozen dataclass: the `cond_stage` of a model's configuration. The class is built from it
+    unconditional: str | int = ""  # the prompt that says nothing: guidance and training with dropped prompts need it
+    frozen = False  # True: it was trained before, so training encodes all prompts once. False: it is trained too
+    needs_captions = False  # True: each picture of the training data needs a caption
+
+    @classmethod
+    def fits(cls, config) -> bool:
+        """Is a model of this `LatentDiffusionConfig` told this?"""
+        return isinstance(config.cond_stage, cls.Config)
+
+    @classmethod
+    def build(cls, config, tokenizer: Tokenizer | None) -> "Condition":
+        """The condition that a `Config` describes. `tokenizer`: that of the model, if it reads text."""
+        return cls(config)
+
+    @classmethod
+    def configure(cls, config, data, column: str):
+        """The `LatentDiffusionConfig` of a preset, changed so that its model is told this about these pictures.
+
+        data: the `CaptionedPictures` that it will be trained on. column: the column of their rows that says it.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def concat_channels(config) -> int:
+        """How many channels `maps` has."""
+        return 0
+
+    def prompts(self, data) -> list[list[str | int]]:
+        """For each picture of the data, what may be said about it: one prompt, or as many forms of one for each."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str | int]) -> Float[Tensor, "b n d"] | None:
+        """Prompts → context; None for a UNet without cross-attention."""
+        raise NotImplementedError
+
+    def maps(self, sd, data, batch) -> Float[Tensor, "b c h w"] | None:
+        """The channels that lie on the latents of a training batch (`batch.indices`, `batch.generators`), if any."""
+        return None
+
+
+def condition_of(config) -> type[Condition]:
+    """The condition that a model of this `LatentDiffusionConfig` has. The one that was entered last comes first."""
+    for cls in reversed(CONDITIONS.values()):
+        if cls.fits(config):
+            return cls
+    raise TypeError(f"{type(config.cond_stage).__name__} is the Config of no condition: {', '.join(CONDITIONS)}")
+
+
+@condition("captions")
+class Captions(FrozenCLIPEmbedder, Condition):
+    """Captions, read by CLIP's text encoder: Stable Diffusion. The context has a vector for each token."""
+
+    Config, frozen, needs_captions = CLIPTextConfig, True, True
+    recorded_as = "FrozenCLIPEmbedder"  # in the folders of training runs
+
+    @classmethod
+    def build(cls, config: CLIPTextConfig, tokenizer: Tokenizer | None) -> "Captions":
+        if tokenizer is None:
+            raise ValueError("a model that reads prompts needs a tokenizer: for SD v1, BPETokenizer.clip()")
+        return cls(CLIPTextModel(config), tokenizer, config.max_length)
+
+    @classmethod
+    def configure(cls, config, data, column: str):
+        return config  # that of a preset has a text encoder already
+
+    def prompts(self, data) -> list[list[str]]:
+        return [[form.format(caption) for form in data.templates] for caption in data.captions]
+
+
+@condition("inpainting")
+class Inpainting(Captions):
+    """Captions by cross-attention, and by concatenation the mask and the picture with a hole: SD v1 for inpainting."""
+
+    @classmethod
+    def fits(cls, config) -> bool:
+        return super().fits(config) and config.concat_channels == cls.concat_channels(config)
+
+    @classmethod
+    def configure(cls, config, data, column: str):
+        channels = config.first_stage.embed_dim + cls.concat_channels(config)
+        return replace(config, unet=replace(config.unet, in_channels=channels))
+
+    @staticmethod
+    def concat_channels(config) -> int:
+        return 1 + config.first_stage.embed_dim  # five: the mask, and a latent of four channels
+
+    def maps(self, sd, data, batch) -> Float[Tensor, "b c h w"]:
+        pictures = data.batch(batch.indices).to(sd.device)
+        masks = random_masks(batch.generators, data.size).to(sd.device)
+        return sd.masked_picture(pictures, masks, batch.generators)
+
+
+def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tensor, "b 1 size size"]:
+    """A mask for each generator: 1 where the model is to draw, in a rectangle at random; one in four is 1 everywhere.
+
+    Where everything is masked, the model learns to draw without a picture, too. (One in four: the model card of Stable
+    Diffusion v1.5 for inpainting.)
+    """
+    masks = torch.zeros(len(generators), 1, size, size)
+    for mask, generator in zip(masks[:, 0], generators, strict=True):
+        everything = torch.rand((), generator=generator) < 0.25
+        sides = torch.randint(max(1, size // 4), size + 1, (2,), generator=generator)
+        places = (torch.rand(2, generator=generator) * (size + 1 - sides)).long()  # where the rectangle stays inside
+        (top, left), (height, width) = places.tolist(), sides.tolist()
+        mask[top : top + height, left : left + width] = 1
+        if everything:
+            mask.fill_(1)
+    return masks
 
 
 @dataclass(frozen=True)
@@ -14,30 +152,78 @@ class ClassConfig:
 
     n_classes: int = 1001  # the last one stands for "no class": guidance needs it, no picture has it
     embed_dim: int = 512  # width of the context
+    names: tuple[str, ...] = ()  # of the classes, except for "no class"; empty where they have numbers alone
+    column: str = "folder"  # of the rows of the training data, which says the class of a picture
 
 
-class ClassEmbedder(nn.Module):
+@condition("classes")
+class ClassEmbedder(Condition):
     """Classes → context [b 1 d]: a table, a learned vector for each. CompVis `encoders/modules.py: ClassEmbedder`."""
+
+    Config = ClassConfig
 
     def __init__(self, config: ClassConfig = ClassConfig()):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.n_classes, config.embed_dim)
+        self.numbers = {name: number for number, name in enumerate(config.names)}
 
     @property
     def unconditional(self) -> int:
         """The class that stands for none."""
         return self.config.n_classes - 1
 
-    @torch.no_grad()
-    def encode(self, classes: Sequence) -> Float[Tensor, "b 1 d"]:
-        """Look the classes up.
+    @classmethod
+    def configure(cls, config, data, column: str):
+        names = tuple(sorted({str(entry) for entry in data.column(column)}))
+        classes = ClassConfig(len(names) + 1, config.unet.context_dim, names, column)
+        return replace(config, cond_stage=classes)
+
+    def prompts(self, data) -> list[list[str | int]]:
+        return [[str(entry)] for entry in data.column(self.config.column)]
+
+    def encode(self, classes: Sequence[str | int]) -> Float[Tensor, "b 1 d"]:
+        """Look the classes up, by their names or their numbers.
 
         Raises:
-            ValueError: a class that is no number from 0 to n_classes - 1.
+            ValueError: a class that there is not.
         """
-        wrong = [c for c in classes if isinstance(c, str) or not 0 <= int(c) < self.config.n_classes]
-        if wrong:
-            raise ValueError(f"this model draws classes, numbers from 0 to {self.unconditional}, and not {wrong[0]!r}")
-        ids = torch.tensor([int(c) for c in classes], device=self.embedding.weight.device)
+        ids = torch.tensor([self.number(c) for c in classes], device=self.embedding.weight.device)
         return self.embedding(ids)[:, None]
+
+    def number(self, wanted: str | int) -> int:
+        """The number of a class; that of "no class" for the empty prompt."""
+        if wanted == "":
+            return self.unconditional
+        if wanted in self.numbers:
+            return self.numbers[wanted]
+        if str(wanted).isdecimal() and int(wanted) < self.config.n_classes:
+            return int(wanted)
+        if not self.numbers:
+            raise ValueError(f"this model draws classes, numbers from 0 to {self.unconditional}, and not {wanted!r}")
+        some = difflib.get_close_matches(str(wanted), self.numbers, 3) or list(self.numbers)[:5]
+        raise ValueError(f"this model draws {len(self.numbers)} classes, such as {', '.join(some)}, and not {wanted!r}")
+
+
+@condition("none")
+class Nothing(Condition):
+    """No condition: the model draws whatever comes, and its UNet has no cross-attention."""
+
+    Config = type(None)
+
+    @classmethod
+    def build(cls, config: None, tokenizer: Tokenizer | None) -> "Nothing":
+        return cls()
+
+    @classmethod
+    def configure(cls, config, data, column: str):
+        unet = replace(config.unet, context_dim=None, use_spatial_transformer=False)
+        return replace(config, cond_stage=None, unet=unet)
+
+    def prompts(self, data) -> list[list[str]]:
+        return [[""]] * len(data)
+
+    def encode(self, prompts: Sequence[str | None]) -> None:
+        for prompt in prompts:
+            if prompt not in ("", None):
+                raise ValueError(f'this model is told nothing: its prompt must be "" or None, not {prompt!r}')

@@ -15,15 +15,15 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .clip import CLIPTextConfig, CLIPTextModel, FrozenCLIPEmbedder, Tokenizer
-from .conditions import ClassConfig, ClassEmbedder
+from .clip import CLIPTextConfig, Tokenizer
+from .conditions import condition_of
 from .loss import loss_target, squared_error
 from .noising import NoiseSchedule
 from .pictures import Drawing, Picture, Trajectory, read_mask, read_picture
@@ -49,7 +49,7 @@ class LatentDiffusionConfig:
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig | VQConfig | IdentityConfig = field(default_factory=AutoencoderConfig)
-    cond_stage: CLIPTextConfig | ClassConfig | None = field(default_factory=CLIPTextConfig)  # prompts, classes, or none
+    cond_stage: Any = field(default_factory=CLIPTextConfig)  # the Config of a condition: prompts, classes …; None: none
     image_size: int = 512  # pixels along each side, as it was trained
     scale_factor: float = 0.18215  # latents times this have variance 1; measured on the training pictures
     beta_schedule: str = "scaled_linear"  # how β grows: the name of a constructor of NoiseSchedule
@@ -141,15 +141,8 @@ class LatentDiffusion(nn.Module):
         self.model = DiffusionWrapper(UNetModel(config.unet))
         first_stage = FIRST_STAGES[type(config.first_stage)]
         self.first_stage_model = first_stage(config.first_stage).eval().requires_grad_(False)
-        self.cond_stage_model = None
-        if isinstance(config.cond_stage, CLIPTextConfig):
-            if tokenizer is None:
-                raise ValueError("a model that reads prompts needs a tokenizer: for SD v1, BPETokenizer.clip()")
-            self.cond_stage_model = FrozenCLIPEmbedder(
-                CLIPTextModel(config.cond_stage), tokenizer, config.cond_stage.max_length
-            )
-        elif config.cond_stage is not None:
-            self.cond_stage_model = ClassEmbedder(config.cond_stage).eval().requires_grad_(False)
+        condition = condition_of(config).build(config.cond_stage, tokenizer)
+        self.cond_stage_model = condition.eval().requires_grad_(False)
         # The schedule holds numbers and no weights. It stays on the CPU even where `torch.device("meta")` is set, to
         # build the networks without memory.
         with torch.device("cpu"):
@@ -167,8 +160,8 @@ class LatentDiffusion(nn.Module):
 
     # --- the stages, under their names in CompVis ------------------------------------------------------------------
 
-    def get_learned_conditioning(self, c: Sequence[str | int]) -> Float[Tensor, "b n d"]:
-        """Prompts (or classes, for a model of those) → context, a sequence of n vectors for each."""
+    def get_learned_conditioning(self, c: Sequence[str | int | None]) -> Float[Tensor, "b n d"] | None:
+        """Prompts, of whichever condition the model has → context, a sequence of n vectors for each; None without."""
         return self.cond_stage_model.encode(c)
 
     @torch.no_grad()
@@ -512,11 +505,9 @@ class LatentDiffusion(nn.Module):
         # The samplers ask for the noise; where the UNet predicts v or x_0, it is worked out from that.
         model = self.apply_model if self.config.parameterization == "eps" else self.predict_noise
         maps = {} if c_concat is None else {"c_concat": _repeated(c_concat, len(prompts), "maps").to(self.device)}
-        if self.cond_stage_model is None:
-            if any(prompt is not None for prompt in prompts):
-                raise ValueError(f"this model is told nothing: its prompt must be None, not {prompts[0]!r}")
-            return lambda x, t: model(x, t, maps)
         context = self.get_learned_conditioning(prompts)
+        if context is None:  # a model that is told nothing: there is nothing to exaggerate
+            return lambda x, t: model(x, t, maps)
         if negative is None:
             negative = self.cond_stage_model.unconditional
         if isinstance(negative, str | int):
@@ -595,4 +586,5 @@ def _shown(run: Iterator[Step], count: int, progress: bool) -> Iterator[Step]:
     """The same steps, with a progress bar if one is wanted."""
     from tqdm import tqdm
 
-    return iter(tqdm(run, total=count, desc="drawing", disable=not progress))
+    shape = "{desc}: step {n_fmt} of {total_fmt} |{bar}| {remaining} left"
+    return iter(tqdm(run, total=count, desc="drawing", disable=not progress, bar_format=shape))

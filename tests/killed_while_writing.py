@@ -12,9 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-# What the optimiser and the first checkpoint would import, in every life.
-import torch._dynamo
-import torch.distributed.checkpoint.state_dict  # noqa: F401
+# What the optimiser would import, in every life.
+import torch._dynamo  # noqa: F401
 
 from minisd import PRESETS
 from minisd.data import CaptionedPictures

@@ -2,8 +2,7 @@
 
     torchrun --nproc_per_node 2 several_processes.py SHAPES FOLDER STEPS
 
-DDP through the command line; a loss that is no number in one process; and FSDP, which Accelerate offers on GPUs alone:
-its code for FSDP is made to run here, on CPUs.
+Through the command line and from Python; a run that one process began; a loss that is no number in one process.
 """
 
 import os
@@ -14,14 +13,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import accelerate
 import torch
-from accelerate.utils import DistributedType
 
 from minisd import PRESETS, cli
 from minisd.data import CaptionedPictures
 from minisd.training import Recipe, Trainer, make_engine, recipes, train_unet
-from minisd.training.unet import assemble, encode_captions
+from minisd.training.unet import assemble, encode_prompts
 from minisd.training.vae import encode_all
 
 shapes, folder, steps = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -85,7 +82,7 @@ def encoded():
     data, seen = CaptionedPictures(shapes, 32), []
     batch, data.batch = data.batch, lambda indices: seen.append(indices) or batch(indices)
     moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)
-    contexts = encode_captions(sd, data.captions, engine, batch_size=24)
+    contexts = encode_prompts(sd, sd.cond_stage_model.prompts(data), engine, batch_size=24)
     found = {"moments": moments, "contexts": contexts, "seen": torch.cat(seen)}
     torch.save(found, folder / f"encoded_{engine.process_index}.pt")
 
@@ -97,26 +94,15 @@ complaint(ctrl_c, "ctrl_c")
 engines()
 
 if engine.is_main_process:  # go on with what one process began
-    shutil.copytree(folder / "one" / "unet", folder / "fsdp")
-    (folder / "fsdp" / f"checkpoint_{int(steps):06d}.pt").unlink()
+    shutil.copytree(folder / "one" / "unet", folder / "two")
+    (folder / "two" / f"checkpoint_{int(steps):06d}.pt").unlink()
 engine.wait_for_everyone()
-plugin = accelerate.FullyShardedDataParallelPlugin(
-    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-    transformer_cls_names_to_wrap=["ResBlock", "SpatialTransformer"],
-)  # fmt: skip
-engine.state.distributed_type, engine.state.fsdp_plugin = DistributedType.FSDP, plugin
-assert engine.is_fsdp2
-save = Trainer.save
-
-
-def save_and_look(trainer):
-    assert all(hasattr(p, "full_tensor") for p in trainer.model.parameters())  # each process has a part of each
-    save(trainer)
-
-
-Trainer.save = save_and_look
+data, vae = CaptionedPictures(shapes, 32, "train"), folder / "one" / "vae"
 recipe = replace(recipes.UNET["tiny"], steps=int(steps), batch_size=8, warmup=2, log_every=1, save_every=1)
 train_unet(
-    PRESETS["tiny"], recipe, CaptionedPictures(shapes, 32, "train"), folder / "fsdp", engine,
-    folder / "one" / "clip", folder / "one" / "vae", keep_at=(int(steps),),
-)  # fmt: skip
+    PRESETS["tiny"], recipe, data, folder / "two", engine, folder / "one" / "clip", vae, keep_at=(int(steps),)
+)
+# a condition that is trained along with the UNet
+train_unet(
+    PRESETS["tiny"], recipe, data, folder / "classes" / "ddp", engine, None, vae, condition="classes", column="concept"
+)

@@ -35,7 +35,7 @@ STANDS_ON = {
     "clip": ["attention", "tokenizer"],
     "sampling": ["noising"],
     "loss": ["noising"],
-    "conditions": [],
+    "conditions": ["clip"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
     "instruments": ["latent_diffusion"],

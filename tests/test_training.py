@@ -37,7 +37,7 @@ from minisd.training import (
     train_vae,
 )
 from minisd.training.run_folder import RunFolder
-from minisd.training.unet import assemble, by_time, encode_captions
+from minisd.training.unet import assemble, by_time, encode_prompts
 from minisd.training.vae import encode_all
 
 ROOT = Path(__file__).parents[1]
@@ -565,9 +565,10 @@ def same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """The same short runs, by one process in one/, by two with DDP in ddp/, and by two with FSDP in fsdp/."""
+    """The same short runs, by one process in one/, by two in ddp/, and by two that went on with one's in two/."""
     folder = tmp_path_factory.mktemp("several")
     draw_shapes(folder / "shapes", count=40, size=32)
+    (folder / "shapes" / "templates.txt").write_text("{}\na {}\nthe {}\na picture of a {}\n")
     options = ["--preset", "tiny", "--device", "cpu", "--precision", "no", "--data", str(folder / "shapes")]
     options += ["--steps", "4", "--batch-size", "8", "--warmup", "2", "--log-every", "1", "--save-every", "2"]
     for network in ("clip", "vae", "unet"):
@@ -592,7 +593,8 @@ def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(seve
     data = CaptionedPictures(several / "shapes", 32)
     sd = assemble(PRESETS["tiny"], several / "one/clip", several / "one/vae")
     moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)  # 40 pictures: five batches and five
-    contexts = encode_captions(sd, data.captions, engine, batch_size=24)  # 160 forms of captions: six and sixteen
+    prompts = sd.cond_stage_model.prompts(data)
+    contexts = encode_prompts(sd, prompts, engine, batch_size=24)  # 160 forms of captions: six and sixteen
     shares = [torch.load(several / f"encoded_{rank}.pt") for rank in range(2)]
     for share in shares:
         assert torch.equal(share["moments"], moments) and torch.equal(share["contexts"], contexts)
@@ -600,17 +602,32 @@ def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(seve
     assert sorted(torch.cat([share["seen"] for share in shares]).tolist()) == list(range(40))
 
 
-def test_a_model_that_is_cut_up_over_processes_trains_as_on_one(several, engine):
-    one, two = log(several / "one" / "unet"), log(several / "fsdp")
-    assert one[:2] == two[:2] and same(one, two)  # FSDP went on from a checkpoint of the one process …
-    (several / "fsdp" / "checkpoint_000004.pt").unlink()
+def test_a_run_goes_on_with_another_number_of_processes(several, engine):
+    one, two = log(several / "one" / "unet"), log(several / "two")
+    assert one[:2] == two[:2] and same(one, two)  # two processes went on from a checkpoint of one …
+    (several / "two" / "checkpoint_000004.pt").unlink()
     recipe = replace(recipes.UNET["tiny"], steps=4, batch_size=8, warmup=2, log_every=1)
     data, parts = CaptionedPictures(several / "shapes", 32, "train"), [several / "one" / p for p in ("clip", "vae")]
-    train_unet(PRESETS["tiny"], recipe, data, several / "fsdp", engine, *parts)
-    assert same(two, log(several / "fsdp"))  # … and one process goes on from a checkpoint of FSDP
-    drawn = load(several / "fsdp" / "model" / "after_000004_steps.safetensors", "cpu").state_dict()  # by FSDP
-    for name, weight in load(several / "fsdp" / "model", "cpu").state_dict().items():
+    train_unet(PRESETS["tiny"], recipe, data, several / "two", engine, *parts)
+    assert same(two, log(several / "two"))  # … and one process goes on from a checkpoint of two
+    drawn = load(several / "two" / "model" / "after_000004_steps.safetensors", "cpu").state_dict()  # by two
+    for name, weight in load(several / "two" / "model", "cpu").state_dict().items():
         assert torch.allclose(weight, drawn[name], atol=1e-3), name
+
+
+def test_two_processes_train_a_table_of_classes_as_one_does(several, engine):
+    recipe = replace(recipes.UNET["tiny"], steps=4, batch_size=8, warmup=2, log_every=1)
+    data, folder = CaptionedPictures(several / "shapes", 32, "train"), several / "classes"
+    config, vae = PRESETS["tiny"], several / "one" / "vae"
+    sd = train_unet(config, recipe, data, folder / "one", engine, None, vae, condition="classes", column="concept")
+    assert same(log(folder / "one"), log(folder / "ddp"))
+    two = load(folder / "ddp" / "model", "cpu").state_dict()
+    torch.manual_seed(recipe.seed)
+    start = assemble(config, None, vae, data, "classes", "concept").state_dict()
+    for name, weight in sd.state_dict().items():
+        assert torch.allclose(weight, two[name], atol=1e-3), name
+        if name.startswith("cond_stage_model"):
+            assert not torch.equal(weight, start[name]), name
 
 
 def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
@@ -630,7 +647,7 @@ def test_several_processes_refuse_what_they_would_do_otherwise_than_asked(severa
     for rank in range(2):
         said = {path.stem: path.read_text() for path in several.glob(f"*_{rank}.txt")}
         assert "a batch of 7 can't be shared out evenly to 2" in said[f"uneven_{rank}"]
-        assert "FSDP takes GPUs" in said[f"ACCELERATE_USE_FSDP_{rank}"]
+        assert "FSDP is not supported: use DDP" in said[f"ACCELERATE_USE_FSDP_{rank}"]
         assert "give --accumulate 4 to minisd" in said[f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS_{rank}"]
         assert "asked to be on cuda, and Accelerate chose cpu" in said[f"cuda_{rank}"]
 

@@ -559,21 +559,6 @@ def test_what_can_t_be_trained_is_refused(shapes, engine, tmp_path):
         train_vae(SMALL_VQ, recipe, shapes, tmp_path, engine)
 
 
-class CutsUp(SingleDevice):
-    """Leaves parameters as FSDP leaves them, as far as one can tell from outside."""
-
-    def unwrap_model(self, model):
-        model.decoder.conv_out.weight.full_tensor = None
-        return model
-
-
-@pytest.mark.parametrize("what", [(SMALL_VQ, {}), (SMALL, JUDGED)], ids=["vq", "discriminator"])
-def test_what_needs_the_weights_whole_is_not_trained_by_fsdp(what, shapes, tmp_path):
-    config, judged = what
-    with pytest.raises(ValueError, match="train autoencoders with DDP"):
-        train_vae(config, VAERecipe(steps=1, **judged, **SHORT), shapes, tmp_path, CutsUp("cpu"))
-
-
 def test_a_run_goes_on_with_the_eyes_that_it_was_begun_with(shapes, engine, clip, lpips_files, tmp_path):
     recipe = VAERecipe(steps=1, perceptual_weight=0.5, **SHORT)
     run = (SMALL, recipe, shapes, tmp_path, engine)

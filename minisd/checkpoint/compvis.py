@@ -252,8 +252,13 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
     if isinstance(config.cond_stage, CLIPTextConfig):
         text = {"version": version, "max_length": config.cond_stage.max_length}
         cond_stage = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text}
+    elif isinstance(config.cond_stage, ClassConfig):
+        table = params(config.cond_stage, leave_out=("names", "column"))  # CompVis's classes have numbers alone
+        cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": table}
     elif config.cond_stage is not None:
-        cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": params(config.cond_stage)}
+        raise ValueError(
+            f"CompVis's layout has no condition like {type(config.cond_stage).__qualname__}: save the model as a folder"
+        )
     ways_in = {(True, False): "crossattn", (False, True): "concat", (True, True): "hybrid", (False, False): None}
     model = {
         "linear_start": config.linear_start,

