@@ -1662,7 +1662,7 @@ def test_the_command_line_checks_a_file(tmp_path, capsys):
     answers.write_text("def snr(t, alphas_cumprod):\n    return alphas_cumprod[t]\n")
     with pytest.raises(SystemExit) as stopped:
         main(["check", str(answers)])
-    assert stopped.value.code == 1 and "divide it by that of the noise" in capsys.readouterr().out
+    assert stopped.value.code == 1 and "Divide it by the variance of the noise" in capsys.readouterr().out
     answers.write_text("x = 1\n")
     with pytest.raises(SystemExit, match="no function with the name"):
         main(["check", str(answers)])
