@@ -1289,7 +1289,7 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
             tokens = block(tokens, context)
         return x + proj_out(tokens.mT.unflatten(2, x.shape[2:]))
 
-    assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing."
+    assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing. Apply it after the norm."
 
 
 def test_a_list_that_is_none_is_remarked_on():
