@@ -1291,7 +1291,7 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
             tokens = block(tokens, context)
         return x + proj_out(tokens.mT.unflatten(2, x.shape[2:]))
 
-    assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing."
+    assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing. Apply it after the norm."
 
 
 def test_a_list_that_is_none_is_remarked_on():
@@ -1773,7 +1773,7 @@ def test_the_command_line_checks_a_file(tmp_path, capsys):
     answers.write_text("def snr(t, alphas_cumprod):\n    return alphas_cumprod[t]\n")
     with pytest.raises(SystemExit) as stopped:
         main(["check", str(answers)])
-    assert stopped.value.code == 1 and "divide it by that of the noise" in capsys.readouterr().out
+    assert stopped.value.code == 1 and "Divide it by the variance of the noise" in capsys.readouterr().out
     answers.write_text("x = 1\n")
     with pytest.raises(SystemExit, match="no function with the name"):
         main(["check", str(answers)])
