@@ -91,8 +91,11 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: Float[Tensor, "b n d"] | None = None,
         c_concat: Float[Tensor, "b c2 h w"] | None = None,
     ) -> Float[Tensor, "b c3 h w"]:
+        # A map is told pixel by pixel: it becomes further channels of the UNet's first convolution, after those of the
+        # noisy latent. [b c h w] and [b c2 h w] -> [b c+c2 h w]
         if c_concat is not None:
-            x = torch.cat([x, c_concat], dim=1)  # the noise first
+            x = torch.cat([x, c_concat], dim=1)
+        # A sequence has no place in the picture. Cross-attention lets each pixel choose which words to read.
         return self.diffusion_model(x, t, c_crossattn)
 
 
@@ -138,15 +141,18 @@ class LatentDiffusion(nn.Module):
     def __init__(self, config: LatentDiffusionConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
+        # The three networks, under their names in the checkpoint. The UNet is the only one that learns here.
         self.model = DiffusionWrapper(UNetModel(config.unet))
         first_stage = FIRST_STAGES[type(config.first_stage)]
         self.first_stage_model = first_stage(config.first_stage).eval().requires_grad_(False)
+        # The condition turns what the model is told into what the UNet reads: CLIP's text encoder, in SD v1.
         condition = condition_of(config).build(config.cond_stage, tokenizer)
         self.cond_stage_model = condition.eval().requires_grad_(False)
         # The schedule holds numbers and no weights. It stays on the CPU even where `torch.device("meta")` is set, to
         # build the networks without memory.
         with torch.device("cpu"):
             self.schedule = config.schedule()
+        # A property of the autoencoder that is measured once, and belongs to the model as its weights do.
         self.scale_factor = config.scale_factor
 
     @property
@@ -177,7 +183,7 @@ class LatentDiffusion(nn.Module):
         The encoder's latents have a standard deviation of about 5 in SD v1. Noise of standard deviation 1 would hardly
         touch them, so they are divided by it: scale_factor = 1/5.49 = 0.18215 (Rombach et al., appendix G).
         """
-        # The autoencoder answers with a Gaussian for each picture, of which one sample is taken. VQModel is certain.
+        # AutoencoderKL answers with a Gaussian over latents, and one sample is taken. VQModel answers with one latent.
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
             encoder_posterior = encoder_posterior.sample(generator)
         return self.scale_factor * encoder_posterior.float()
@@ -185,6 +191,7 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def decode_first_stage(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         """Scaled latents → pictures in about [-1, 1]."""
+        # The decoder was trained on latents as they are, so the scale is taken out again first.
         return self.first_stage_model.decode((z / self.scale_factor).to(self.dtype)).float()
 
     def apply_model(
@@ -197,7 +204,8 @@ class LatentDiffusion(nn.Module):
         """
         if not isinstance(cond, Mapping):
             cond = {"c_crossattn": cond}
-        # CompVis hands on lists of tensors, so that several conditions can share one way in: they are joined here.
+        # CompVis passes lists of tensors, so that several conditions can share one way in: sequences are joined word
+        # after word, maps channel after channel.
         context, concat = (
             part if part is None or isinstance(part, Tensor) else torch.cat(list(part), dim=1)
             for part in (cond.get("c_crossattn"), cond.get("c_concat"))
@@ -208,6 +216,8 @@ class LatentDiffusion(nn.Module):
                 f"this model takes {self.config.concat_channels} channels beside the noisy latent, and {given} were "
                 "given: c_concat of apply_model and sample"
             )
+        # A UNet in half precision computes in it, but x_t and ε come and go in float32: a sampler adds up many small
+        # steps, and 11 bits would lose them.
         inputs = (part if part is None else part.to(self.dtype) for part in (context, concat))
         return self.model(x_noisy.to(self.dtype), t, *inputs).to(x_noisy.dtype)
 
@@ -230,10 +240,12 @@ class LatentDiffusion(nn.Module):
         reduction: "mean" over the batch; "none" leaves a loss for each picture [b].
         """
         noise = torch.randn_like(x_start) if noise is None else noise
+        # Each latent is noised to its own timestep, and the UNet has to find out what was added.
         x_noisy = self.q_sample(x_start, t, noise)
         prediction = self.apply_model(x_noisy, t, cond)
-        # What the UNet is asked for: ε in Stable Diffusion v1, v in the 768-pixel Stable Diffusion 2.
+        # What it should have answered: ε in Stable Diffusion v1, v in the 768-pixel Stable Diffusion 2.
         target = loss_target(self.config.parameterization, self.schedule, x_start, noise, t)
+        # ‖ε - ε_θ(z_t, t, c)‖²                                                              (Rombach et al., eq. 3)
         return squared_error(prediction, target, reduction)
 
     # --- drawing ---------------------------------------------------------------------------------------------------
@@ -268,15 +280,18 @@ class LatentDiffusion(nn.Module):
         """
         prompts, draw = _prompts(prompt, num_images), _sampler(sampler)
         generators = _generators(seed, len(prompts)) if generator is None else generator
+        # The start is pure noise, x_T [b d h w]. The seed decides on it, and it decides on the layout of the picture.
         if start_code is None:
             start_code = randn((len(prompts), *self.latent_shape(height, width)), generators)
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
+        # The sampler knows neither prompts nor guidance: it gets one function, which answers ε for an x and a t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
         asked = {
             "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
             "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
         }  # fmt: skip
-        asked = {name: value for name, value in asked.items() if value is not None}  # the sampler's own defaults else
+        # Where nothing is asked for, each sampler uses its own default.
+        asked = {name: value for name, value in asked.items() if value is not None}
         if unknown := asked.keys() - inspect.signature(draw).parameters.keys():
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **asked)
@@ -341,6 +356,7 @@ class LatentDiffusion(nn.Module):
             lower_order_final=lower_order_final, clip_denoised=clip_denoised, before_step=before_step,
             c_concat=c_concat, start_code=start_code,
         )  # fmt: skip
+        # Nothing has been computed yet: a sampler is a generator, and each step is made when the list asks for it.
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
@@ -385,8 +401,11 @@ class LatentDiffusion(nn.Module):
         """
         count = len(_prompts(prompt, num_images))
         generators = _generators(seed, count)
+        # Picture → latent, [b c H W] -> [b d h w].
         pictures = self._pictures(image, count, height, width)
         z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators)
+        # Noise hides details first and the layout last. Noised part of the way, the picture keeps its layout, and the
+        # steps that are left draw new details into it.
         left, start = self._remaining(sampler, steps, strength, spacing, noise_ahead)
         noise = randn(z.shape, generators).to(z)
         x = self.q_sample(z, torch.full((count,), start, device=z.device), noise)
@@ -443,7 +462,8 @@ class LatentDiffusion(nn.Module):
         generators = _generators(seed, count)
         pictures = self._pictures(image, count, height, width)
         mask = _repeated(read_mask(mask, *pictures.shape[-2:]).to(pictures), count, "masks")
-        latent_mask = F.interpolate(mask, self.latent_shape(*pictures.shape[-2:])[1:])  # by the nearest pixel
+        # One pixel of the latent stands for f x f pixels of the picture. Each takes the mask's value at its corner.
+        latent_mask = F.interpolate(mask, self.latent_shape(*pictures.shape[-2:])[1:])
         left, start = self._remaining(sampler, steps, strength, spacing)
         nine = self.config.concat_channels > 0
 
@@ -457,7 +477,8 @@ class LatentDiffusion(nn.Module):
         concat = self.masked_picture(pictures, mask, generators) if nine else None
 
         def put_back(x: Tensor, t: int) -> Tensor:
-            if blend == "after" and t == start:  # no step has been made yet
+            # Called before each step, which is after the step before. Before the first, none has been made yet.
+            if blend == "after" and t == start:
                 return x
             fresh = noise if blend == "after" else randn(z.shape, generators).to(z)
             return self._put_back(x, z, fresh, latent_mask, at(t))
@@ -469,6 +490,7 @@ class LatentDiffusion(nn.Module):
             generator=generators,
         )  # fmt: skip
         drawn = list(_shown(run, len(left), progress))
+        # After the last step the rest is put back once more, this time without noise.
         if not nine and blend == "after":
             drawn[-1] = replace(drawn[-1], x=latent_mask * drawn[-1].x + (1 - latent_mask) * z)
         return Drawing(Trajectory(drawn, self.decode_first_stage))
@@ -495,6 +517,7 @@ class LatentDiffusion(nn.Module):
 
         The mask [b 1 h w] comes first, then the latent [b d h w] of the picture, whose masked part is grey (0).
         """
+        # Pictures have values in [-1, 1], so times 0 is grey. The autoencoder sees the hole as a part of the picture.
         hole = self.get_first_stage_encoding(self.encode_first_stage(pictures * (1 - mask)), generator)
         return torch.cat([F.interpolate(mask, hole.shape[-2:]), hole], dim=1)
 
