@@ -1244,14 +1244,14 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("q_sample", lambda *args: (q_sample(*args), args[2]), "returns a tuple.*place 0 is right"),
         ("q_sample", lambda *args: {"x_t": q_sample(*args)}, "a dict.*under 'x_t' is right"),
         ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right: torch.stack"),
-        ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last along axis 0.*loop"),
+        ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last entry along axis 0.*loop"),
         ("q_sample", lambda *args: q_sample(*args)[:, :2], "Axis 1 is too short by 1 at its end"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t, torch.arange(n.numel()).sin().view_as(n), bar),
          "does not depend on `noise`.*noise of your own"),
         ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside of a loop"),
         ("q_sample", lambda *args: 3 * q_sample(*args).relu(), "without its negative numbers.*multiplied by 3"),
-        ("snr", lambda t, bar: bar / (1 - bar), "the whole table: its entries at `t`"),
-        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "wanted"),
+        ("snr", lambda t, bar: bar / (1 - bar), "the whole table. Return its entries at `t`"),
+        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "shape is .* but it should be"),
         ("kl", lambda m, logvar: EXERCISES["kl"].compile()(m, logvar) * math.pi, "and that number is π"),
         ("leading_timesteps", lambda steps, T: reversed(range(1, T, T // steps)), "range_iterator.*list"),
         ("leading_timesteps", lambda steps, T: [T / steps * i + 1 for i in range(steps)][::-1], "floats, .* integers"),
@@ -1262,15 +1262,15 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("straight_through", lambda z, z_q: z / 2 + (z_q - z / 2).detach(), "the gradient .* is 0.5 and 1 times"),
         ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit: print both"),
         ("predict_start_from_noise", lambda x, t, n, bar: (x - (1 - bar[-1]) ** 0.5 * n) / bar[-1] ** 0.5,
-         "`t` has no influence"),
+         "does not depend on `t`"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t.max().expand_as(t), n, bar), "largest entry of `t`"),
         ("predict_noise_from_v", lambda x, t, v, bar: q_sample(v, t, x, bar), r"must become \[b 1\] before"),
-        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` turns all axes round"),
+        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` reverses all axes"),
         ("split_heads", lambda x, heads: rearrange(x, "b (h n) d -> b h n d", h=heads), "can't divide axis of length"),
         ("bpe_merge", lambda pieces, ranks: min(zip(pieces, pieces[1:], strict=False), key=ranks.__getitem__),
          "no such key"),
         ("training_loss", lambda model, *a: model(a[0] + torch.randn_like(a[0]), a[-3], a[4]).mean(),
-         "those to be used are given: `t` and `drop`"),
+         "the ones to use are given: `t` and `drop`"),
         ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
@@ -1296,7 +1296,7 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
 
 def test_a_list_that_is_none_is_remarked_on():
     verdict = check.leading_timesteps(lambda steps, T: torch.arange(1, T, T // steps).flip(0))
-    assert verdict.right and "where the stub says a list" in verdict.message
+    assert verdict.right and "the stub asks for a list" in verdict.message
 
 
 ODD = [
@@ -1534,7 +1534,7 @@ def test_the_part_that_is_wrong_is_found_if_the_mistake_has_no_name():
         return torch.where(mask, x_t.sin() * 1.1, known)
 
     mistake = check.inpaint_blend(inpaint_blend).mistake
-    assert "with `z_0` and `noise` is right" in mistake and "with `x_t` is not" in mistake
+    assert "influence of `z_0` and `noise`" in mistake and "influence of `x_t` is not" in mistake
 
 
 # --- the checker's face -----------------------------------------------------------------------------------------------
