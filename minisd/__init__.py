@@ -28,7 +28,7 @@ from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
 from .vq import VQConfig, VQModel, VQModelInterface
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionBlock", "AttentionMaps", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel",
