@@ -14,10 +14,12 @@ from .attention_maps import AttentionMaps, record_attention
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
 from .compare import Comparison, compare
-from .drawing import Drawing, Trajectory
-from .latent_diffusion import PRESETS, ClassConfig, ClassEmbedder, LatentDiffusion, LatentDiffusionConfig
+from .conditions import ClassConfig, ClassEmbedder
+from .latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
+from .pictures import Drawing, Trajectory
+from .presets import PRESETS
 from .sampling import Guided, Step, classifier_free_guidance
 from .trace import Trace, trace
 from .unet import UNetConfig, UNetModel

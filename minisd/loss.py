@@ -70,14 +70,36 @@ def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gam
     # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
     x_t = schedule.q_sample(x_0, t, noise)
     prediction = model(x_t, t, context)
-    target = {"eps": lambda: noise, "v": lambda: schedule.get_v(x_0, noise, t), "x0": lambda: x_0}[parameterization]()
-    if prediction.shape != target.shape:
-        # would be broadcast in silence, and train to a grey mean
-        raise ValueError(f"the model returned {tuple(prediction.shape)} for a target of {tuple(target.shape)}")
-    # ‖target - prediction‖², a mean over all but the batch; in float32 whatever the model computed in
-    loss = (target.float() - prediction.float()).square().reshape(len(target), -1).mean(dim=1)
+    loss = squared_error(prediction, loss_target(parameterization, schedule, x_0, noise, t), "none")
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.snr(t), min_snr_gamma, parameterization).to(loss)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def loss_target(
+    parameterization: str,
+    schedule: NoiseSchedule,
+    x_0: Float[Tensor, "b *d"],
+    noise: Float[Tensor, "b *d"],
+    t: Int[Tensor, "b"],
+) -> Float[Tensor, "b *d"]:
+    """What the network should have said about x_t: "eps" the noise in it, "x0" the picture, "v" the velocity."""
+    if parameterization == "v":
+        return schedule.get_v(x_0, noise, t)
+    return {"eps": noise, "x0": x_0}[parameterization]
+
+
+def squared_error(
+    prediction: Tensor, target: Float[Tensor, "b *d"], reduction: Literal["mean", "none"] = "mean"
+) -> Float[Tensor, "*b"]:
+    """‖target - prediction‖², a mean over all numbers of a sample, in float32 whatever the model computes in.
+
+    reduction: "mean" over the batch too, a scalar; "none" leaves an error for each sample [b].
+    """
+    if prediction.shape != target.shape:
+        # Broadcasting would accept many wrong shapes in silence, and the network would learn a grey mean.
+        raise ValueError(f"the model returned {tuple(prediction.shape)} for a target of {tuple(target.shape)}")
+    loss = (target.float() - prediction.float()).square().reshape(len(target), -1).mean(dim=1)
     return loss.mean() if reduction == "mean" else loss
 
 

@@ -38,7 +38,7 @@ generators, nothing happens before the first step is asked for. The papers that 
     SDEdit          Meng et al., "Guided Image Synthesis and Editing with Stochastic Differential Equations", 2022
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import expm1, inf, isfinite, log, sqrt
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class Guided(NamedTuple):
 
 
 EpsModel = Callable[[Float[Tensor, "b *d"], Int[Tensor, "b"]], Float[Tensor, "b *d"] | Guided]
+Context = Tensor | Mapping[str, Tensor]  # [b n d], or such tensors by name: see classifier_free_guidance
 BeforeStep = Callable[[Float[Tensor, "b *d"], int], Float[Tensor, "b *d"]]
 Timesteps = Sequence[int] | Int[Tensor, "steps"]
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -79,14 +80,15 @@ class Step:
 
 
 def classifier_free_guidance(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    context: Float[Tensor, "#b *c"],
-    uncond_context: Float[Tensor, "#b *c"],
+    model: Callable[[Tensor, Tensor, Context], Tensor],
+    context: Context,
+    uncond_context: Context,
     scale: float,
 ) -> EpsModel:
     """Make an eps_model(x, t) of model(x, t, context), exaggerating what the context changes (CFG, eq. 6).
 
-    context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d].
+    context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d]. Or both a
+    mapping of such tensors, {"c_crossattn": context, "c_concat": a map}, as `LatentDiffusion.apply_model` takes it.
     scale: 7.5 is Stable Diffusion's default. 1.0 is the plain conditional model: then the other half is not
     computed, and ε is returned alone. The paper's weight w counts from 0, scale = 1 + w.
     (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler.p_sample_ddim, unconditional_guidance_scale)
@@ -94,14 +96,21 @@ def classifier_free_guidance(
 
     def eps_model(x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"] | Guided:
         if scale == 1.0:
-            return model(x, t, context.expand(len(x), *context.shape[1:]))
+            return model(x, t, _batched([context], len(x)))
         # One call for both, in this order: [unconditional, conditional].
-        contexts = torch.cat([c.expand(len(x), *c.shape[1:]) for c in (uncond_context, context)])  # [2b n d]
+        contexts = _batched([uncond_context, context], len(x))  # [2b n d]
         eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
         # ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))
         return Guided(eps_uncond + scale * (eps_cond - eps_uncond), eps_cond, eps_uncond)
 
     return eps_model
+
+
+def _batched(contexts: list[Context], count: int) -> Context:
+    """One after the other, each for `count` pictures; of a mapping, each of its parts."""
+    if isinstance(contexts[0], Mapping):
+        return {name: _batched([context[name] for context in contexts], count) for name in contexts[0]}
+    return torch.cat([context.expand(count, *context.shape[1:]) for context in contexts])
 
 
 def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:

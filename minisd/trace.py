@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .clip import FrozenCLIPEmbedder
-from .drawing import Picture, read_picture
 from .latent_diffusion import LatentDiffusion, Prompt
+from .pictures import Picture, read_picture
 from .sampling import randn
 from .unet import timestep_embedding
 

@@ -743,7 +743,7 @@ reading(
     ("main: decode_first_stage", "latents to pictures",
      "latent_diffusion.LatentDiffusion.decode_first_stage", "z / self.scale_factor"),
     ("main: clamp((x + 1) / 2, 0, 1)", "from [-1, 1] to [0, 1]",
-     "viz/files.to_pil", "clamp(-1, 1) + 1"),
+     "pictures.to_pil", "clamp(-1, 1) + 1"),
 )  # fmt: skip
 
 # %% [markdown]

@@ -134,7 +134,7 @@ def test_what_is_not_there_is_named(drawn, make_sd, sd):
     with pytest.raises(ValueError, match="by_head=True"):
         averaged.at(head=0)
 
-    from minisd.latent_diffusion import ClassConfig
+    from minisd.conditions import ClassConfig
 
     with pytest.raises(ValueError, match="reads no words"), record_attention(make_sd(cond_stage=ClassConfig(4, 32))):
         pass

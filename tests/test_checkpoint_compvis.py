@@ -10,7 +10,7 @@ from minisd import CheckpointError, LatentDiffusion, LatentDiffusionConfig, UNet
 from minisd.checkpoint import compvis, describe, write_weights
 from minisd.checkpoint.files import write_ckpt
 from minisd.clip import CLIPTextConfig
-from minisd.latent_diffusion import ClassConfig
+from minisd.conditions import ClassConfig
 from minisd.vae import AutoencoderConfig, IdentityConfig
 
 # Stable Diffusion v1 at a tenth of its width, as a LatentDiffusionConfig and as CompVis's YAML has it.
@@ -156,7 +156,7 @@ def test_ema_weights_that_are_not_there_are_missed(official, files, clip_folder)
 def test_a_bare_file_is_stable_diffusion_v1_or_its_inpainting():
     """Their own shapes, on the meta device: nothing of a gigabyte is made."""
     from minisd.checkpoint import _fits
-    from minisd.latent_diffusion import PRESETS
+    from minisd.presets import PRESETS
 
     for name, channels in (("sd-v1", 4), ("sd-v1-inpainting", 9)):
         state = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, channels, 3, 3, device="meta")}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minisd import CheckpointError, load, save
 from minisd.checkpoint import describe
 from minisd.checkpoint import diffusers as layout
-from minisd.latent_diffusion import ClassConfig
+from minisd.conditions import ClassConfig
 from minisd.vae import AutoencoderConfig
 from minisd.vq import VQConfig
 

@@ -18,19 +18,21 @@ STANDS_ON = {
     "attention": [],
     "compare": [],  # takes any two networks
     "noising": [],
-    "data": [],
-    "viz": [],  # takes tensors and trajectories, never a model
+    "data": ["pictures"],
+    "pictures": ["sampling"],
+    "viz": ["pictures"],  # takes tensors and trajectories, never a model
     "unet": ["attention"],
     "vae": ["attention"],
     "vq": ["vae"],
     "clip": ["attention"],
     "sampling": ["noising"],
     "loss": ["noising"],
-    "drawing": ["sampling", "viz"],
-    "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "drawing"],
+    "conditions": [],
+    "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
+    "presets": ["latent_diffusion"],
     "attention_maps": ["latent_diffusion"],
     "trace": ["latent_diffusion"],
-    "checkpoint": ["latent_diffusion"],
+    "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
     "__init__": ["training", "evaluation", "trace", "attention_maps", "compare"],  # `import minisd` as a whole

@@ -1,22 +1,28 @@
 """The whole model: named as the checkpoint is, and one seed, one picture, however it is drawn."""
 
+import functools
+import inspect
 import itertools
 import json
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from minisd import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig
 from minisd.clip import CLIPTextConfig
-from minisd.latent_diffusion import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig
 from minisd.loss import LOSSES
 from minisd.noising import ExactDenoiser
 from minisd.sampling import SAMPLERS
 from minisd.unet import UNetConfig
 from minisd.vae import AutoencoderConfig
 
+ROOT = Path(__file__).parents[1]
 FOX = "a red fox, noto style"
 BY_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 
@@ -360,3 +366,53 @@ def test_a_prompt_too_long_is_drawn_with_a_warning(sd):
     with pytest.warns(UserWarning, match="longer than 16 tokens; cut off: 'a red fox'"):
         long = last(sd.sample("a red fox " * 4 + "a fox" + " a red fox", steps=1)).x
     assert torch.equal(long, last(sd.sample("a red fox " * 4 + "a fox", steps=1)).x)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("guidance", "guidance_scale"), ("num_inference_steps", "steps"), ("neg_prompt", "negative_prompt")],
+)
+def test_a_wrong_name_is_told_which_one_was_meant(sd, given, meant):
+    with pytest.raises(TypeError, match=f"txt2img has no argument '{given}': did you mean {meant}"):
+        sd.txt2img(FOX, **{given: 3})
+
+
+@pytest.mark.parametrize("method", ["sample", "txt2img", "img2img", "inpaint"])
+def test_every_argument_of_a_drawing_stands_in_its_signature(method):
+    parameters = inspect.signature(getattr(LatentDiffusion, method)).parameters
+    assert {"prompt", "steps", "guidance_scale", "sampler", "seed", "eta", "spacing"} <= parameters.keys()
+    assert not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+
+
+def test_an_option_that_the_sampler_does_not_have_is_refused(sd):
+    with pytest.raises(ValueError, match="sampler 'euler' has no lower_order_final"):
+        sd.txt2img(FOX, steps=2, sampler="euler", lower_order_final=True)
+
+
+def test_a_sampler_may_be_given_itself_with_options_of_its_own(sd):
+    given = functools.partial(SAMPLERS["dpmpp_2m"], set_alpha_to_one=False)
+    named = sd.txt2img(FOX, steps=4, sampler="dpmpp_2m", set_alpha_to_one=False).pictures
+    assert torch.equal(sd.txt2img(FOX, steps=4, sampler=given).pictures, named)
+    assert not torch.equal(sd.txt2img(FOX, steps=4, sampler="dpmpp_2m").pictures, named)
+
+
+def test_few_frames_lie_between_a_prompt_and_the_unet():
+    """A reader who stops in the debugger inside the UNet finds the prompt again without searching."""
+    code = """
+import sys, minisd
+from pathlib import Path
+sd, own = minisd.load("tiny", "cpu"), str(Path(minisd.__file__).parent)
+def forward(*args, found=[]):
+    frame, between = sys._getframe(1), []
+    while frame.f_code.co_name != "txt2img":
+        if frame.f_code.co_filename.startswith(own):
+            between.append(frame.f_code.co_qualname)
+        frame = frame.f_back
+    print(*between)
+    return unet(*args)
+unet = sd.model.diffusion_model.forward
+sd.model.diffusion_model.forward = forward
+sd.txt2img("a red circle", steps=1)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert len(run.stdout.split()) <= 4, run.stdout

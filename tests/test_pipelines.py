@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd.latent_diffusion import ClassConfig, LatentDiffusion
+from minisd import ClassConfig, LatentDiffusion
 from minisd.noising import ExactDenoiser
 from minisd.sampling import SAMPLERS
 from minisd.unet import UNetConfig

@@ -84,7 +84,7 @@ def test_what_it_cannot_follow(sd, make_sd):
         trace(sd, "a", steps=3, step=3)
     with pytest.raises(ValueError, match="t must lie in"):
         trace(sd, "a", image=torch.zeros(3, 32, 32), t=1000)
-    from minisd.latent_diffusion import ClassConfig
+    from minisd.conditions import ClassConfig
 
     with pytest.raises(ValueError, match="told something else"):
         trace(make_sd(cond_stage=ClassConfig(4, 32)), "a")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
-from ..latent_diffusion import PRESETS, LatentDiffusion, LatentDiffusionConfig
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ..presets import PRESETS
 from . import compvis, diffusers, minisd_folder
 from .files import (
     CheckpointError,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..clip import BPETokenizer, CLIPTextConfig
-from ..latent_diffusion import ClassConfig, LatentDiffusion, LatentDiffusionConfig
+from ..conditions import ClassConfig
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..noising import NoiseSchedule
 from ..unet import UNetConfig
 from ..vae import AutoencoderConfig, IdentityConfig

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from ..latent_diffusion import ClassConfig, LatentDiffusion, LatentDiffusionConfig
+from ..conditions import ClassConfig
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..unet import UNetConfig
 from ..vae import AutoencoderConfig, IdentityConfig
 from ..vq import VQConfig

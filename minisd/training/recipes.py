@@ -7,7 +7,7 @@ for a GPU, and nobody has run them yet; nor those of `sd-v1`, which are the pape
 from dataclasses import asdict
 
 from ..clip import CLIPVisionConfig
-from ..latent_diffusion import PRESETS
+from ..presets import PRESETS
 from ..vq import VQConfig
 from .clip import CLIPRecipe
 from .unet import UNetRecipe

@@ -22,8 +22,8 @@ All but those of `files` return a matplotlib Figure. A notebook shows it if it s
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
 """
 
+from ..pictures import save_sheet, sheet, to_pil
 from .diagrams import class_diagram, sampling_diagram, training_diagram, unet_diagram
-from .files import save_sheet, sheet, to_pil
 from .layers import attention_maps, feature_maps, maps, plane
 from .page import COLOURS, DASHES
 from .pictures import captioned, noising_strip, strip, trajectory

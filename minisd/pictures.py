@@ -1,0 +1,179 @@
+"""Pictures on their way in and out: read from files, made into tensors, laid side by side, kept step by step.
+
+    open_picture      a file, its bytes or a PIL image → an upright RGB image without transparency: the one place where
+                      minisd reads a picture
+    read_picture      the same, or a tensor → [b c H W] in [-1, 1], as the autoencoder takes it
+    read_mask         a picture in black and white → [b 1 H W], 1 where something new is to be drawn
+    to_pil, sheet     tensors → PIL images, and many of them on one page
+    Drawing           what `txt2img`, `img2img` and `inpaint` return, with the `Trajectory` that led to it
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .sampling import Step
+
+Picture = Image.Image | str | Path | Tensor  # a PIL image, the path of a file, or numbers
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_picture(source: Image.Image | str | Path | bytes) -> Image.Image:
+    """A PIL image, the path of a file or the bytes of one → an RGB image: upright, 8 bits, on white.
+
+    Raises:
+        OSError: there is no such file, or it holds no picture that PIL can read.
+    """
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        return _upright_rgb(opened)
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    # Cameras and phones save what the sensor saw, and note in the EXIF data how the picture is to be turned.
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        # 16 bits a pixel: divide by 257 = 65535 / 255, because PIL would clip everything above 255 to white.
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def read_picture(
+    image: Picture, height: int | None = None, width: int | None = None
+) -> Float[Tensor, "b c H W"]:
+    """A picture as the model takes it: values in [-1, 1], the channels first.
+
+    Args:
+        image: a PIL image or the path of one, which is resized where a size is given; or a tensor [c H W] or
+            [b c H W] in [-1, 1], which is taken as it is.
+
+    Raises:
+        ValueError: a tensor of another shape, or with other values. OSError: as in `open_picture`.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim not in (3, 4):
+            raise ValueError(
+                f"image must be an image, a path, or a tensor [c H W] or [b c H W], not {list(image.shape)}"
+            )
+        if not -1.01 <= image.min() <= image.max() <= 1.01:
+            spans = f"[{image.min():.3g}, {image.max():.3g}]"
+            raise ValueError(f"a picture has values in [-1, 1], and this tensor in {spans}")
+        return image.float().reshape(-1, *image.shape[-3:])
+    picture = open_picture(image)
+    if height or width:
+        picture = picture.resize((width or picture.width, height or picture.height), Image.Resampling.LANCZOS)
+    return rearrange(torch.from_numpy(np.array(picture)), "H W c -> 1 c H W") / 127.5 - 1  # 0 … 255 → -1 … 1
+
+
+def read_mask(mask: Picture, height: int, width: int) -> Float[Tensor, "b 1 H W"]:
+    """A mask for `inpaint`: 1 where it is white (0.5 or more) and a new picture is drawn, 0 where the old one is kept.
+
+    Args:
+        mask: a PIL image of any size or the path of one; or a tensor [H W] or [b 1 H W] in [0, 1].
+        height, width: of the picture that it lies on.
+
+    Raises:
+        ValueError: a tensor of another size, or a mask that is black everywhere. OSError: as in `open_picture`.
+    """
+    if not isinstance(mask, Tensor):
+        grey = mask if isinstance(mask, Image.Image) else Image.open(mask)
+        grey = grey.convert("L").resize((width, height), Image.Resampling.NEAREST)
+        mask = torch.from_numpy(np.array(grey)) / 255
+    if tuple(mask.shape[-2:]) != (height, width):
+        raise ValueError(f"mask must have the picture's size, {height}x{width}, not {list(mask.shape)}")
+    mask = (mask.reshape(-1, 1, height, width) >= 0.5).float()
+    if not mask.any():
+        raise ValueError("the mask is black everywhere: there is nothing to draw (white is what is drawn anew)")
+    return mask
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_pil(x: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Pictures in [-1, 1] → PIL images. Values outside are clamped: a decoder may overshoot a little."""
+    pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in rearrange(pixels, "b c h w -> b h w c").numpy()]
+
+
+def sheet(images: list[Image.Image], columns: int | None = None, gap: int = 2, scale: int = 1) -> Image.Image:
+    """Images of one size side by side on a white page, row by row. `scale` enlarges each pixel to a square."""
+    columns = columns or len(images)
+    width, height = (scale * side for side in images[0].size)
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        page.paste(enlarged, (column * (width + gap), row * (height + gap)))
+    return page
+
+
+def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scale: int = 2) -> None:
+    """Write a sheet of pictures in [-1, 1] as PNG, and make its folder where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet(to_pil(x), columns, scale=scale).save(path)
+
+
+# --- what a drawing leaves --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All steps of a drawing. They hold latents; pictures are decoded from them when somebody asks."""
+
+    steps: list[Step]
+    decode: Callable[[Tensor], Tensor]  # latents → pictures in [-1, 1]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: int) -> Step:
+        return self.steps[i]
+
+    def x0_images(self) -> list[list[Image.Image]]:
+        """For each step, the estimates x̂_0 of the final pictures, decoded: first a blur, then more and more detail."""
+        return [to_pil(self.decode(step.x0)) for step in self.steps]
+
+    def x_t_images(self) -> list[list[Image.Image]]:
+        """For each step, the noisy latents x_t that went in, decoded as if they were clean."""
+        return [to_pil(self.decode(step.x_t)) for step in self.steps]
+
+    def save(self, path: str | Path, frame_ms: int = 80, scale: int = 4) -> None:
+        """Write the estimates x̂_0 as a film, .webp or .gif. The last frame stays for twenty times as long."""
+        frames = [sheet(images, scale=scale) for images in self.x0_images()]
+        durations = [frame_ms] * (len(frames) - 1) + [20 * frame_ms]
+        options = {"lossless": True} if Path(path).suffix == ".webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What `txt2img`, `img2img` and `inpaint` return."""
+
+    trajectory: Trajectory
+
+    @cached_property
+    def pictures(self) -> Float[Tensor, "b c H W"]:
+        """The pictures as a tensor, in about [-1, 1]."""
+        return self.trajectory.decode(self.trajectory[-1].x)
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The pictures as PIL images."""
+        return to_pil(self.pictures)

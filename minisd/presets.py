@@ -1,0 +1,63 @@
+"""What the models are, by name: the sizes of their three networks. `training/recipes.py` says how they are trained."""
+
+from .clip import CLIPTextConfig
+from .latent_diffusion import LatentDiffusionConfig
+from .unet import UNetConfig
+from .vae import AutoencoderConfig
+
+# What reads the captions of emoji, at whichever size they are drawn.
+EMOJI_TEXT = CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192)
+# What the models that ship are made of, and Stable Diffusion v1.
+PRESETS = {
+    # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
+    "tiny": LatentDiffusionConfig(
+        unet=UNetConfig(
+            model_channels=64,  # with 32, GroupNorm has one channel in each group, and takes the time out again
+            num_res_blocks=0,  # a ResBlock, a transformer and a ResBlock in the middle, and one ResBlock on the way up
+            channel_mult=(1,),
+            attention_resolutions=(),
+            num_heads=None,
+            num_head_channels=32,
+            context_dim=32,
+        ),
+        first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
+        cond_stage=CLIPTextConfig(vocab_size=640, max_length=16, width=32, layers=2, heads=2, projection_dim=32),
+        image_size=32,
+        scale_factor=1.0,  # measured when the autoencoder is trained
+    ),
+    # 32x32 emoji in seven styles, small enough to be trained from scratch on a laptop
+    "emoji": LatentDiffusionConfig(
+        unet=UNetConfig(
+            model_channels=96,
+            num_res_blocks=1,
+            channel_mult=(1, 2),
+            attention_resolutions=(2,),
+            num_heads=None,
+            num_head_channels=64,
+            context_dim=192,
+        ),
+        first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
+        cond_stage=EMOJI_TEXT,
+        image_size=32,
+        scale_factor=1.0,
+    ),
+    # the same pictures at 64x64, for a GPU: latents of 16x16, and a wider autoencoder for their detail
+    "emoji-64": LatentDiffusionConfig(
+        unet=UNetConfig(
+            model_channels=64,
+            num_res_blocks=1,
+            channel_mult=(1, 2, 2),
+            attention_resolutions=(2, 4),
+            num_heads=None,
+            num_head_channels=64,
+            context_dim=192,
+        ),
+        first_stage=AutoencoderConfig(ch=64, ch_mult=(1, 1, 2), num_res_blocks=1),
+        cond_stage=EMOJI_TEXT,
+        image_size=64,
+        scale_factor=1.0,
+    ),
+    "sd-v1": LatentDiffusionConfig(),
+    # the same with five channels more to look at: the mask, and what is left of the picture
+    "sd-v1-inpainting": LatentDiffusionConfig(unet=UNetConfig(in_channels=9)),
+}
