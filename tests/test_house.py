@@ -16,7 +16,6 @@ PACKAGE = ROOT / "minisd"
 # that each can be read, copied or taught without what is above it.
 STANDS_ON = {
     "attention": [],
-    "compare": [],  # takes any two networks
     "noising": [],
     "data": ["pictures"],
     "pictures": ["sampling"],
@@ -30,12 +29,11 @@ STANDS_ON = {
     "conditions": [],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
-    "attention_maps": ["latent_diffusion"],
-    "trace": ["latent_diffusion"],
+    "instruments": ["latent_diffusion"],
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "trace", "attention_maps", "compare"],  # `import minisd` as a whole
+    "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
     "coursework": ["__init__"],
     "cli": ["__init__"],
     "__main__": ["cli"],
