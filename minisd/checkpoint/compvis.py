@@ -276,8 +276,8 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def with_ema(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The same weights, with the running means of the UNet's in place of its own.
+def ema_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, str]:
+    """{name of a tensor of the UNet: name of its running mean in the same file}.
 
     `LitEma` keeps them under the UNet's names without their dots (PyTorch allows none in the name of a buffer), so that
     they can't be taken apart, only looked for: `model_ema.diffusion_modelinput_blocks00weight`.
@@ -293,7 +293,7 @@ def with_ema(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tenso
             f"{source} has no EMA weights for {len(lacking)} of {len(own)} tensors of the UNet ({lacking[0]}, …): "
             "load it with use_ema=False"
         )
-    return {**state, **{name: state[mean] for name, mean in means.items()}}
+    return means
 
 
 def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, source: str | Path) -> None:

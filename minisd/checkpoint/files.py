@@ -11,7 +11,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,12 +31,29 @@ class CheckpointError(ValueError):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
+def set_aside(name: str) -> bool:
+    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
+
+    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
+    """
+    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
+    return (
+        ("." not in name and name.startswith(of_ddpm))
+        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
+        or name.endswith("position_ids")
+    )
+
+
+def read_weights(
+    path: str | Path, check: bool | Callable[[str], bool] = lambda name: not set_aside(name)
+) -> dict[str, Tensor]:
     """Names and tensors of a `.safetensors` file or of a PyTorch checkpoint (`.ckpt`, `.pt`, `.pth`, `.bin`).
 
     The tensors lie in the file, mapped into memory, where the format allows it: they cost memory once they are used.
 
-    check: look whether each number is one. It reads the file once, and keeps none of it.
+    check: which names to search for NaN and infinity. By default those that are loaded, and not those that are set
+        aside: an optimiser's state or an EMA that is not used may hold what it likes. It reads the tensors once, and
+        keeps none of them in memory.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: broken, truncated, holding more than tensors, or NaN.
@@ -51,14 +68,20 @@ def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from None
     else:
         state = _table(_unpickle(path), path)
-    for name, piece in _pieces(path, state) if check else ():
+    if check:
+        check_numbers(path, [name for name in state if check is True or check(name)], state)
+    return state
+
+
+def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Search tensors of a file for NaN and infinity, piece by piece. Raises CheckpointError, which names the first."""
+    for name, piece in _pieces(path, {name: state[name] for name in names}):
         if not piece.is_floating_point():
             continue
-        piece = piece.float() if piece.element_size() == 1 else piece  # of eight bits, PyTorch can't add up numbers
+        piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't add up numbers of eight bits
         # A sum is NaN or infinite if a term is, and quicker; as it may also overflow, it only raises the suspicion.
         if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
             raise CheckpointError(f"{name} in {path} holds NaN or infinity: the file, or its training, was damaged")
-    return state
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -82,13 +105,16 @@ PIECE = 2**22  # numbers: so much of a file is in memory at a time while it is l
 
 def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """All numbers of a file, piece by piece. To read them off the map would make all of it resident."""
-    places = _places(path, state)
+    places = _places(path, state) if state else {}
     if places is None:
         yield from state.items()
         return
     buffer = bytearray(8 * PIECE)
     with path.open("rb") as file:
         for name, tensor in state.items():
+            if not tensor.is_contiguous():  # a view whose numbers do not lie side by side in the file
+                yield name, tensor
+                continue
             size = tensor.element_size()
             file.seek(places[name])
             for i in range(0, tensor.numel(), PIECE):
@@ -107,6 +133,7 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
     if not _can_be_mapped(path):
         return None
     outline = _table(_unpickle(path, "meta"), path)  # not the tensors, but what and where they are
+    outline = {name: outline[name] for name in state}
     storages = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in outline.items()}
     # PyTorch calculates these places from how it packs a zip itself; another program that packed it anew did otherwise.
     reader = torch._C.PyTorchFileReader(str(path))
@@ -263,19 +290,6 @@ def load_weights(
         kind = (dtype or meant.dtype) if meant.is_floating_point() else meant.dtype
         filled[name] = given[name].to(device, kind)
     model.load_state_dict(filled, assign=True)
-
-
-def set_aside(name: str) -> bool:
-    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
-
-    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
-    """
-    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
-    return (
-        ("." not in name and name.startswith(of_ddpm))
-        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
-        or name.endswith("position_ids")
-    )
 
 
 def check_names(

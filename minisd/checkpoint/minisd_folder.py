@@ -1,10 +1,10 @@
 """minisd's own folder: what the models that ship, and those that `minisd train` makes, lie in.
 
-    config.json          what the model is: the three networks, the schedule, the latent scale factor
-    model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
-    tokenizer/           vocab.json and merges.txt, as transformers' CLIPTokenizer has them
-    clip.safetensors     the rest of CLIP (image tower, projections), which evaluation needs; clip.json describes it
-    README.md            the model card
+config.json          what the model is: the three networks, the schedule, the latent scale factor
+model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
+tokenizer/           vocab.json and merges.txt, as transformers' CLIPTokenizer has them
+clip.safetensors     the rest of CLIP (image tower, projections), which evaluation needs; clip.json describes it
+README.md            the model card
 """
 
 from dataclasses import asdict, fields
@@ -27,6 +27,7 @@ from .files import (
     read_json,
     read_tokenizer,
     read_weights,
+    set_aside,
     write_json,
     write_weights,
 )
@@ -44,7 +45,8 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
     config = read_config(folder)
     state = read_weights(file)
     if file.name != "model.safetensors" and (folder / "model.safetensors").exists():
-        state = read_weights(folder / "model.safetensors") | state
+        others = read_weights(folder / "model.safetensors", check=lambda name: not (set_aside(name) or name in state))
+        state = others | state
     tokenizer = read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
     sd = build(config, tokenizer, folder / "config.json")
     load_weights(sd, state, file, device, dtype)
@@ -99,7 +101,7 @@ def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
     state = read_weights(folder / "clip.safetensors")
     if (folder / "model.safetensors").exists():  # the text tower is not stored twice
         prefix = "cond_stage_model.transformer."
-        whole = read_weights(folder / "model.safetensors")
+        whole = read_weights(folder / "model.safetensors", check=lambda name: name.startswith(prefix))
         state |= {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
     tokenizer = read_tokenizer(folder / "tokenizer")
     text, vision = CLIPTextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
