@@ -27,11 +27,13 @@ from .files import (
     cast,
     check_names,
     check_numbers,
+    folder_written_whole,
     load_weights,
     on_disk,
     read_json,
     read_tokenizer,
     read_weights,
+    remove_unfinished,
     set_aside,
     write_json,
     write_weights,
@@ -40,9 +42,9 @@ from .files import (
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "has_clip", "load", "load_clip", "load_weights",
-    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "save", "save_clip", "write_json",
-    "write_weights", "written_whole",
+    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "folder_written_whole", "has_clip", "load",
+    "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
+    "remove_unfinished", "save", "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
@@ -112,7 +114,7 @@ def load(
 def _build_compvis(
     state: Mapping[str, Tensor], path: Path, config, use_ema: bool | None, tokenizer: str | Path | None
 ) -> tuple[LatentDiffusion, dict[str, str]]:
-    """The model in a CompVis file, without memory yet, and {name of its tensor: name in the file} for all its tensors."""
+    """The model in a CompVis file, without memory yet, and {name of a tensor: its name in the file}."""
     if isinstance(config, str | Path | Mapping):
         params = compvis.read_yaml(config)
         of_file = not isinstance(config, Mapping)

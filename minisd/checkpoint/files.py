@@ -202,17 +202,7 @@ def _unpickle(path: Path, device: str = "cpu"):
                     "read; ask for it as .safetensors"
                 ) from None
             stand_ins.append((Inert, what[1]))
-        except (
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-            UnicodeDecodeError,
-        ) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0].split(". ")[0][:120]
             reason = f" ({reason})" if " " in reason else ""  # else it is a number from the unpickler's depths
             raise CheckpointError(f"{path} is no whole checkpoint{reason}: fetch or save it again") from None
@@ -229,6 +219,18 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
     return content
+
+
+@contextmanager
+def refused_as(sentence: str, *also: type[Exception]) -> Iterator[None]:
+    """While a configuration is read: makes one CheckpointError of what a malformed one may raise, with the reason."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, *also) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CheckpointError(f"{sentence} ({reason})") from None
 
 
 def read_tokenizer(folder: Path) -> BPETokenizer:
@@ -320,22 +322,57 @@ def check_names(
 
 @contextmanager
 def written_whole(path: Path, before: str = "what was there before") -> Iterator[Path]:
-    """Gives another name to write to, and renames it to `path` once that is done: no half file is left behind.
+    """Gives another name to write a file to, and renames it to `path` once that is done: no half file is left behind.
 
     Raises:
         OSError: it could not be written; what stood at `path`, which the message calls `before`, still stands there.
     """
+    with _unfinished(path, before) as unfinished:
+        yield unfinished
+        unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
+        on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
+        os.replace(unfinished, path)
+        on_disk(path.parent)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """The same for a folder. If there is a folder of that name already, the files are moved into it one by one."""
+    with _unfinished(folder) as unfinished:
+        unfinished.mkdir()
+        yield unfinished
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        for file in files:
+            on_disk(file)
+        if not os.path.lexists(folder):
+            os.replace(unfinished, folder)
+            return
+        for file in files:
+            target = folder / file.relative_to(unfinished)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+@contextmanager
+def _unfinished(path: Path, before: str = "what was there before") -> Iterator[Path]:
+    """The name that a file or folder has until it is whole. Whatever is left under that name is deleted."""
     unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _disk_errors(path, before):
-            yield unfinished
-            unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
-            on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
-            os.replace(unfinished, path)
-            on_disk(path.parent)
+        remove_unfinished(unfinished)  # of a process that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove_unfinished(unfinished)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what is there under an unfinished name: nothing, a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def on_disk(path: Path) -> None:
@@ -351,36 +388,10 @@ def on_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    """What the user keeps from others in new files. It can't be asked for without setting it."""
+    """What the user keeps from others in new files. It can't be read without setting it."""
     mask = os.umask(0o22)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder: what is written is moved into it, file by file, once all of it is there."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        with _disk_errors(folder, "what was there before"):
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            for file in sorted(path for path in unfinished.rglob("*") if path.is_file()):
-                target = folder / file.relative_to(unfinished)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                on_disk(file)
-                os.replace(file, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(path: Path, before: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
-        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
 
 
 def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
