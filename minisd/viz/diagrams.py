@@ -134,12 +134,12 @@ def _box(axes: "Axes", x: float, y: float, w: float, h: float, fill: str, text: 
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=8, linespacing=1.35)
 
 
-def _arrow(axes: "Axes", start: tuple, end: tuple, dashed: bool = False) -> None:
+def _arrow(axes: "Axes", start: Sequence[float], end: Sequence[float], dashed: bool = False) -> None:
     style = {"arrowstyle": "-|>", "mutation_scale": 8, "color": "0.25", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=style | {"linestyle": "--" if dashed else "-"})
 
 
-def _path(axes: "Axes", points: Sequence[tuple], label: str = "", dashed: bool = False) -> None:
+def _path(axes: "Axes", points: Sequence[Sequence[float]], label: str = "", dashed: bool = False) -> None:
     """An arrow, round corners if there are more than two points; the label over its first stretch."""
     for a, b in pairwise(points[:-1]):
         axes.plot(*zip(a, b, strict=True), color="0.25", linewidth=0.9, solid_capstyle="butt")

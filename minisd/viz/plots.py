@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .page import COLOURS, DASHES, as_array, empty_figure, side_by_side
+from .page import COLOURS, DASHES, as_array, empty_figure, legend_below, name_axes, side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,9 +34,7 @@ def curves(
         if any(lines) and list(lines) != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
             named = list(lines)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
-        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
         if title in log:
             axes.set_yscale("log")
     return figure
@@ -114,8 +112,7 @@ def histograms(
         axes.set_title(title, fontsize=9)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -156,9 +153,7 @@ def convergence(
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
-        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
         if axes is figure.axes[0]:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
@@ -209,8 +204,7 @@ def with_errors(
         for height in marks:
             axes.axhline(height, color="0.8", lw=0.8, zorder=0)
         axes.set_xticks(range(len(values)), values, rotation=30, ha="right")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
+        name_axes(axes, title, xlabel)
         if any(named):
             axes.legend(frameon=False, fontsize=7)
     figure.axes[0].set_ylabel(ylabel, fontsize=8)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import COLOURS, as_array, empty_figure, side_by_side
+from .page import COLOURS, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,9 +57,7 @@ def density_over_time(
             nearest = min(colour_of, key=lambda value: abs(value - end))
             every = max(1, len(path) // 250)  # more points than pixels would only make it fuzzy
             axes.plot(as_array(timesteps)[::every], as_array(path)[::every], color=colour_of[nearest], lw=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("t", fontsize=8)
-        axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
+        name_axes(axes, title, "t", "$x_t$", upright=True)
     return figure
 
 
@@ -91,10 +89,7 @@ def clouds(
     if len(names) > 1:
         # A panel may lack some of the names: take each from the first that has it.
         handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-        figure.legend(
-            [handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
-            markerscale=3,
-        )  # fmt: skip
+        legend_below(figure, [handles[name] for name in names], names, markerscale=3)
     return figure
 
 
@@ -128,8 +123,7 @@ def vector_field(
                 minlength=0.1, **style,
             )  # fmt: skip
         axes.set_title(title, fontsize=9, pad=3)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -137,9 +131,8 @@ def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Ax
     """Square panels of the plane, row by row, without a scale."""
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in panels:
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_color("0.8")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        without_scale(axes)
     return panels
 
 

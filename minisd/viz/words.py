@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import as_array, empty_figure, show_picture
+from .page import as_array, empty_figure, place, shades, show_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,12 +113,10 @@ def matrices(
     x = left
     for i, (title, matrix) in enumerate(panels.items()):
         r, c = matrix.shape
-        place = (x, height - top - high * r, wide * c, high * r)
-        axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-        signed = bool((matrix < 0).any())
-        reach = matrix.nan_to_num().abs().max().item() or 1.0
-        shades = colormaps["RdBu_r" if signed else "Blues"].with_extremes(bad="0.8")
-        scale = {"cmap": shades, "vmin": -reach if signed else 0, "vmax": reach}
+        y = height - top - high * r
+        axes = place(figure, x, y, wide * c, high * r)
+        scale = shades(matrix)
+        scale["cmap"] = colormaps[scale["cmap"]].with_extremes(bad="0.8")
         image = axes.imshow(as_array(matrix), **scale, aspect="auto", interpolation="nearest")
         axes.set_title(title, fontsize=9, pad=4)
         if columns or not xlabel:
@@ -131,21 +129,20 @@ def matrices(
         axes.set_ylabel("" if i else ylabel, fontsize=8)
         if numbers:
             for (row, column), value in _cells(matrix):
-                dark = abs(value) > 0.6 * reach
+                dark = abs(value) > 0.6 * scale["vmax"]
                 style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
                 axes.text(column, row, f"{value:{numbers}}", **style)
         else:
-            bar = figure.add_axes(((x + place[2] + 0.06) / width, place[1] / height, 0.08 / width, place[3] / height))
+            bar = place(figure, x + wide * c + 0.06, y, 0.08, high * r)
             figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
         if pictures is not None and i == 0:
             for row, picture in enumerate(pictures):
-                y = height - top - high * (row + 1) + 0.02
-                side = high - 0.04
-                small = figure.add_axes(((x - high) / width, y / height, side / width, side / height))
-                show_picture(small, picture)
+                show_picture(
+                    place(figure, x - high, height - top - high * (row + 1) + 0.02, high - 0.04, high - 0.04), picture
+                )
             for label in axes.get_yticklabels():
-                label.set_x(-(high + 0.02) / place[2])  # left of the pictures
-        x += place[2] + right
+                label.set_x(-(high + 0.02) / (wide * c))  # left of the pictures
+        x += wide * c + right
     return figure
 
 
