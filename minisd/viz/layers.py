@@ -27,16 +27,15 @@ def maps(
     """
     before = 0 if pictures is None else 1  # a row's picture takes its first place
     titles = titles and [*[""] * before, *titles]
-    figure, cells = page.grid([len(row) + before for row in rows], size, titles, labels, right=0.55)
+    figure, cells = page.grid([len(row) + before for row in rows], size, titles, labels, scales=True)
     for i, row in enumerate(rows):
         if pictures is not None:
             page.show_picture(cells[i][0], pictures[i])
-        for axes, values in zip(cells[i][before:], row, strict=True):
+        *places, scale = cells[i][before:]
+        for axes, values in zip(places, row, strict=True):
             image = axes.imshow(page.as_array(values), **page.shades(row), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-        x, y = cells[i][-1].get_position().corners()[2] * figure.get_size_inches()
-        scale = page.place(figure, x + 0.08, y, 0.08, size)
         figure.colorbar(image, cax=scale).ax.tick_params(labelsize=6, length=2, pad=2)
     return figure
 

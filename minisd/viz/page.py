@@ -3,7 +3,7 @@
 Colours are those of Okabe & Ito (2008), which nearly everybody can tell apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,13 +36,19 @@ def place(figure: "Figure", x: float, y: float, width: float, height: float) -> 
     return figure.add_axes((x / whole_width, y / whole_height, width / whole_width, height / whole_height))
 
 
-def side_by_side(figure: "Figure", count: int, **options) -> "list[Axes]":
-    """Axes side by side, without the frame's upper right half."""
-    panels = list(figure.subplots(1, count, squeeze=False, **options)[0])
-    for axes in panels:
+def side_by_side(
+    panels: Mapping, width: float, height: float, **options
+) -> "tuple[Figure, list[tuple[Axes, str, object]]]":
+    """A figure of panels in a row, each `width` inches wide. For each of {title: content}: its axes, title and content.
+
+    The frame has no upper right half.
+    """
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    row = list(figure.subplots(1, len(panels), squeeze=False, **options)[0])
+    for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis writes at its minor ticks, too
-    return panels
+    return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
 
 def without_scale(axes: "Axes") -> None:
@@ -61,23 +67,26 @@ def grid(
     below: Sequence[float] | float = 0.05,
     gap: float = 0.05,
     top: float = 0.05,
-    right: float = 0.0,
+    scales: bool = False,
 ) -> "tuple[Figure, list[list[Axes]]]":
     """Rows of as many axes as `counts` says, each `size` inches wide, and the figure that holds them.
 
     titles: one above each column; labels: one left of each row; heights: of the rows, if they are no squares;
-    below: the space under each row; gap: between columns; top, right: what stays free there beside titles.
+    below: the space under each row; gap: between columns; top: above the first row, if there are no titles.
+    scales: a narrow axes more at the end of each row, for a colour bar.
     """
     heights = heights or [size] * len(counts)
     below = [below] * len(counts) if isinstance(below, float) else below
     if titles:
         top = 0.22 + 0.13 * max(title.count("\n") for title in titles)
     left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    figure = empty_figure(left + max(counts) * (size + gap) + right, top + sum(heights) + sum(below))
+    figure = empty_figure(left + max(counts) * (size + gap) + 0.55 * scales, top + sum(heights) + sum(below))
     rows, y = [], figure.get_size_inches()[1] - top
     for i, count in enumerate(counts):
         y -= heights[i]
         rows.append([place(figure, left + j * (size + gap), y, size, heights[i]) for j in range(count)])
+        if scales:
+            rows[i].append(place(figure, left + count * (size + gap) + 0.03, y, 0.08, heights[i]))
         y -= below[i]
         if labels:
             rows[i][0].text(-0.06, 0.5, labels[i], transform=rows[i][0].transAxes, ha="right", va="center", fontsize=8)

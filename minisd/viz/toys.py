@@ -41,8 +41,8 @@ def density_over_time(
 
     paths = paths or {"": ((), torch.zeros(0, 0))}
     colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}
-    figure = empty_figure(width * len(paths), height, layout="constrained")
-    for axes, (title, (timesteps, values)) in zip(side_by_side(figure, len(paths)), paths.items(), strict=True):
+    figure, row = side_by_side(paths, width, height)
+    for axes, title, (timesteps, values) in row:
         # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
         axes.imshow(
             density.T.numpy(),
@@ -118,10 +118,9 @@ def vector_field(
         for (name, vectors), style in zip(fields.items(), styles, strict=False):
             length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
             arrows = vectors / length * length.clamp(max=longest) * (spacing / longest)
-            axes.quiver(
-                *as_array(places).T, *as_array(arrows).T, angles="xy", scale_units="xy", scale=1, label=name,
-                minlength=0.1, **style,
-            )  # fmt: skip
+            # angles, scale_units and scale: an arrow is as long on the page as its numbers are on the axes
+            style = style | {"angles": "xy", "scale_units": "xy", "scale": 1, "minlength": 0.1, "label": name}
+            axes.quiver(*as_array(places).T, *as_array(arrows).T, **style)
         axes.set_title(title, fontsize=9, pad=3)
     legend_below(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
@@ -148,9 +147,9 @@ def walks(
     reach: both axes go from -reach to reach, in all panels; just far enough for all paths, if left out.
     """
     reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
-    figure = empty_figure(width * len(panels), width + 0.1, layout="constrained")
+    figure, row = side_by_side(panels, width, width + 0.1)
     data = as_array(x_0)
-    for axes, (title, paths) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+    for axes, title, paths in row:
         axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
         for k, path in enumerate(as_array(paths).swapaxes(0, 1)):
             colour = COLOURS[k % len(COLOURS)]
@@ -176,10 +175,8 @@ def pursuit(
 
     Time runs to the right, so that x falls: x is an amount of noise.
     """
-    figure = empty_figure(width * len(panels), height, layout="constrained")
-    for axes, (i, (title, (x, y))) in zip(
-        side_by_side(figure, len(panels), sharey=True), enumerate(panels.items()), strict=True
-    ):
+    figure, row = side_by_side(panels, width, height, sharey=True)
+    for i, (axes, title, (x, y)) in enumerate(row):
         axes.plot(as_array(exact[0]), as_array(exact[1]), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
         axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
         axes.set_title(title, fontsize=9)
