@@ -5,17 +5,18 @@
     sd.txt2img("a red fox, noto style").images[0].show()
 
 Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae (and vq), clip (with
-tokenizer), sampling, latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint, viz,
-cli.
+tokenizer), sampling, latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint,
+instruments (trace, record_attention, compare), viz, cli.
 """
 
 from . import data, sampling, viz
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
-from .attention_maps import AttentionMaps, record_attention
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
-from .compare import Comparison, compare
 from .conditions import ClassConfig, ClassEmbedder
+from .instruments.attention_maps import AttentionMaps, record_attention
+from .instruments.comparison import Comparison, compare
+from .instruments.tracing import Trace, trace
 from .latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from .loss import epsilon_loss, text_dropout, v_loss, x0_loss
 from .noising import ExactDenoiser, NoiseSchedule
@@ -23,7 +24,6 @@ from .pictures import Drawing, Trajectory
 from .presets import PRESETS
 from .sampling import Guided, Step, classifier_free_guidance
 from .tokenizer import BPETokenizer
-from .trace import Trace, trace
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
 from .vq import VQConfig, VQModel, VQModelInterface

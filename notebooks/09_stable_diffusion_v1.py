@@ -23,7 +23,7 @@
 #   what in it is dead, and what in it is odd.
 #
 # About an hour and a half to read; it runs in about a minute on a laptop. The modules of this stage are
-# [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and [`minisd/compare.py`](../minisd/compare.py). The page
+# [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py). The page
 # [`docs/checkpoint.md`](../docs/checkpoint.md) has the commands. Before this:
 # [notebook 08](08_training.ipynb), on training at full scale.
 #
@@ -350,7 +350,7 @@ print(f"SD v1's {len(flat)} names of the UNet without their dots: {len(set(flat)
 #
 # Not from the name alone: that could be `input_blocks.1.1.1…`, `input_blocks.11.1…` or `input_blocks.1.11…`. But one
 # need not. Go through the names of the UNet, delete *their* dots, and look up what comes out. This works as long as no
-# two names become the same, and the line above says that none of the 686 do. That is `with_ema` in
+# two names become the same, and the line above says that none of the 686 do. That is `ema_names` in
 # [`compvis.py`](../minisd/checkpoint/compvis.py).
 #
 # </details>
@@ -731,7 +731,7 @@ reading(
     ("main: start_code, x_T", "noise [n 4 H/8 W/8]; one for all pictures with --fixed_code",
      "latent_diffusion.LatentDiffusion.sample", "randn((len(prompts)"),
     ("main: ema_scope", "draw with the running means, if the model keeps some; v1's YAML says it keeps none",
-     "checkpoint/compvis.with_ema", "state[mean]"),
+     "checkpoint/compvis.ema_names", "means = {"),
     ("main: uc", "the context of batch_size empty prompts, unless scale is 1",
      "latent_diffusion.LatentDiffusion._guided", "negative = self.cond_stage_model.unconditional"),
     ("main: c", "the context of the prompts",
@@ -1233,7 +1233,7 @@ reading(
     ("3. decode_first_stage (ddpm.py)", "undo the scaling",
      "latent_diffusion.LatentDiffusion.decode_first_stage", "z / self.scale_factor"),
     ("4. LitEma.__init__ (ema.py)", "dots deleted",
-     "checkpoint/compvis.with_ema", 'replace(".", "")'),
+     "checkpoint/compvis.ema_names", 'replace(".", "")'),
     ("5. make_ddim_timesteps (util.py)", "1, 21, …",
      "sampling.make_timesteps", "1 if steps < T else 0"),
     ("6. GEGLU.forward (attention.py)", "value and gate",
@@ -1273,7 +1273,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # |---|---|---|
 # | `minisd.load(path, config=…)` | `load_model_from_config` | `scripts/txt2img.py` |
 # | `load_weights`, strictly | `DDPM.init_from_ckpt`, not strictly | `ldm/models/diffusion/ddpm.py` |
-# | `with_ema` | `LitEma.copy_to`, `DDPM.ema_scope` | `ldm/modules/ema.py`, `ddpm.py` |
+# | `ema_names` | `LitEma.copy_to`, `DDPM.ema_scope` | `ldm/modules/ema.py`, `ddpm.py` |
 # | `schedule_buffers` | `DDPM.register_schedule` | `ddpm.py` |
 # | `minisd.save(sd, "x.ckpt")` | Lightning's `ModelCheckpoint` | `main.py` |
 # | `minisd.compare` | has no counterpart | |

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minisd.attention import CrossAttention
-from minisd.attention_maps import record_attention
+from minisd.instruments.attention_maps import record_attention
 
 PROMPT = "a red fox, noto style"
 OPTIONS = {"steps": 3, "guidance_scale": 3.0, "seed": 1}

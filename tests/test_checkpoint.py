@@ -278,6 +278,63 @@ def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
         state[bad][place] = 0
 
 
+@pytest.mark.parametrize("name", ["a.ckpt", "old.ckpt"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.T, lambda x: x[:, 1], lambda x: x[::2], lambda x: x[0, 1].expand(50), lambda x: x[:2, 1:]],
+    ids=["transposed", "column", "every other row", "expanded", "corner"],
+)
+def test_of_a_view_its_own_numbers_are_checked_and_no_others(tmp_path, name, view):
+    """A `.ckpt` keeps a view as a place in a larger tensor, and its numbers need not lie side by side there."""
+    own = set(view(torch.arange(12).view(4, 3)).flatten().tolist())  # the places of its numbers
+    for place in range(12):
+        large = torch.zeros(4, 3)
+        large.view(-1)[place] = torch.nan
+        torch.save({"view": view(large)}, tmp_path / name, _use_new_zipfile_serialization=name == "a.ckpt")
+        if place in own:
+            with pytest.raises(CheckpointError, match="view in .* holds NaN"):
+                read_weights(tmp_path / name)
+        else:
+            assert torch.equal(read_weights(tmp_path / name)["view"], view(large))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_nan_in_a_tensor_that_is_set_aside_does_no_harm(model, tmp_path, suffix):
+    """A discriminator, an EMA or an optimiser that went wrong is not read, so the model is sound all the same."""
+    file = tmp_path / f"model{suffix}"
+    save(model, file)
+    state = {name: tensor.clone() for name, tensor in read_weights(file).items()}
+    nan = {name: torch.tensor([float("nan")]) for name in (
+        "first_stage_model.loss.logvar", "model_ema.diffusion_modelout2bias", "posterior_variance",
+    )}  # fmt: skip
+    write = (
+        write_weights
+        if suffix == ".safetensors"
+        else lambda state, file: torch.save(
+            {"state_dict": state, "optimizer_states": [{"exp_avg": torch.tensor(float("nan"))}]}, file
+        )
+    )
+    write(state | nan, file)
+    loaded = load(file, "cpu").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    # the scale factor is no weight, but it is read
+    write(state | {"scale_factor": torch.tensor(float("nan"))}, file)
+    with pytest.raises(CheckpointError, match="scale_factor in .* holds NaN"):
+        load(file, "cpu")
+
+
+def test_what_another_file_takes_the_place_of_may_hold_nan(model, folder):
+    """Of a minisd folder, a file of weights beside `model.safetensors` replaces some of its tensors."""
+    state = read_weights(folder / "model.safetensors")
+    sound = {name: tensor.clone() for name, tensor in state.items() if name.startswith("first_stage_model.")}
+    broken = {name: tensor * (torch.nan if name in sound else 1) for name, tensor in state.items()}
+    write_weights(sound, folder / "vae.safetensors")
+    write_weights(broken, folder / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load(folder / "vae.safetensors", "cpu").state_dict().values())
+    with pytest.raises(CheckpointError, match="first_stage_model.* holds NaN"):
+        load(folder, "cpu")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_ckpt_that_another_program_packed_anew_is_read_and_checked_all_the_same(tmp_path, compression):
     """Its tensors lie elsewhere than PyTorch would have put them."""

@@ -146,6 +146,21 @@ def test_the_ema_weights_take_the_place_of_the_unets(official, files, clip_folde
         assert torch.equal(tensor, mean if ema else official[f"model.{name}"])
 
 
+@pytest.mark.parametrize(("use_ema", "bad"), [(True, "model_ema.diffusion_modelout2bias"),
+                                              (False, "model.diffusion_model.out.2.bias")])  # fmt: skip
+def test_nan_is_looked_for_in_the_weights_that_are_used(official, files, clip_folder, use_ema, bad):
+    """The EMA weights or the UNet's own: a NaN in the others does no harm."""
+    state = dict(official) | {bad: torch.full_like(official[bad], torch.nan)}
+    write_ckpt(state, files / "model.ckpt")
+
+    def read(use_ema):
+        return load(files / "model.ckpt", "cpu", config=files / "model.yaml", use_ema=use_ema, tokenizer=clip_folder)
+
+    assert all(tensor.isfinite().all() for tensor in read(not use_ema).state_dict().values())
+    with pytest.raises(CheckpointError, match=f"{bad} in .* holds NaN"):
+        read(use_ema)
+
+
 def test_ema_weights_that_are_not_there_are_missed(official, files, clip_folder):
     state = {name: tensor for name, tensor in official.items() if not name.startswith("model_ema.")}
     torch.save(state, files / "pruned.ckpt")

@@ -23,7 +23,6 @@ LEAST_COMMENTS = 0.12
 # that each can be read, copied or taught without what is above it.
 STANDS_ON = {
     "attention": [],
-    "compare": [],  # takes any two networks
     "noising": [],
     "data": ["pictures"],
     "pictures": [],
@@ -39,12 +38,10 @@ STANDS_ON = {
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
     "instruments": ["latent_diffusion"],
-    "attention_maps": ["latent_diffusion"],
-    "trace": ["latent_diffusion"],
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "instruments", "trace", "attention_maps", "compare"],  # `import minisd`
+    "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
     "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__"],
     "__main__": ["cli"],

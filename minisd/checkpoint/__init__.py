@@ -26,6 +26,8 @@ from .files import (
     build,
     cast,
     check_names,
+    check_numbers,
+    folder_written_whole,
     load_weights,
     on_disk,
     read_json,
@@ -40,9 +42,9 @@ from .files import (
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "has_clip", "load", "load_clip", "load_weights",
-    "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights", "remove_unfinished", "save",
-    "save_clip", "write_json", "write_weights", "written_whole",
+    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "folder_written_whole", "has_clip", "load",
+    "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
+    "remove_unfinished", "save", "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
@@ -91,9 +93,9 @@ def load(
     beside = compvis.yaml_beside(path) if config is None else None
     if config is None and beside is None and _in_minisd_folder(path):
         return minisd_folder.read_folder(path.parent, path, device, dtype)
-    state = read_weights(path)
+    state = read_weights(path, check=False)
     try:
-        return _load_compvis(state, path, device, dtype, beside or config, use_ema, tokenizer)
+        sd, names = _build_compvis(state, path, beside or config, use_ema, tokenizer)
     except CheckpointError as error:
         if beside is None:
             raise
@@ -101,11 +103,18 @@ def load(
             f"{error}; {beside.name} was read because it lies beside {path.name} under the same name: config= takes "
             "another configuration instead"
         ) from None
+    # Search what is loaded for NaN, and only that: an EMA or a discriminator that is set aside can do no harm.
+    check_numbers(path, [*names.values(), *(name for name in ("scale_factor",) if name in state)], state)
+    if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
+        sd.scale_factor = float(state["scale_factor"])
+    load_weights(sd, {ours: state[theirs] for ours, theirs in names.items()}, path, device, dtype)
+    return sd.eval()
 
 
-def _load_compvis(
-    state: dict[str, Tensor], path: Path, device, dtype, config, use_ema: bool | None, tokenizer
-) -> LatentDiffusion:
+def _build_compvis(
+    state: Mapping[str, Tensor], path: Path, config, use_ema: bool | None, tokenizer: str | Path | None
+) -> tuple[LatentDiffusion, dict[str, str]]:
+    """The model in a CompVis file, without memory yet, and {name of a tensor: its name in the file}."""
     if isinstance(config, str | Path | Mapping):
         params = compvis.read_yaml(config)
         of_file = not isinstance(config, Mapping)
@@ -115,21 +124,19 @@ def _load_compvis(
         config = compvis.config_from_yaml(params, state, name, base)
     elif config is None:
         config = next((PRESETS[name] for name in CONFIGS if _fits(PRESETS[name], state)), PRESETS["sd-v1"])
+    names = {name: name for name in state if not set_aside(name)}
     if use_ema:
-        state = compvis.with_ema(state, path)
+        names |= compvis.ema_names(state, path)
     reader = None
     if isinstance(config.cond_stage, CLIPTextConfig):
         reader = BPETokenizer.clip() if tokenizer is None else read_tokenizer(Path(tokenizer))
     sd = build(config, reader, path)
     expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in state.items() if not set_aside(name)}
+    given = {ours: state[theirs].shape for ours, theirs in names.items()}
     if expected != given:
         check_names(expected, given, path, compvis.what_would_fit(state))
     compvis.check_schedule(state, config, path)
-    if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
-        sd.scale_factor = float(state["scale_factor"])
-    load_weights(sd, state, path, device, dtype)
-    return sd.eval()
+    return sd, names
 
 
 def _in_minisd_folder(file: Path) -> bool:
@@ -141,9 +148,7 @@ def _fits(config: LatentDiffusionConfig, state: Mapping[str, Tensor]) -> bool:
     return first is not None and first.ndim == 4 and first.shape[1] == config.unet.in_channels
 
 
-def save(
-    sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None
-) -> None:
+def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a model, whole or not at all.
 
     Args:

@@ -10,6 +10,7 @@ CompVis YAML has no words for: how many heads the text tower has, and its tokeni
 CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate_from_config`, `ldm/modules/ema.py`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -25,20 +26,15 @@ from ..noising import NoiseSchedule
 from ..unet import UNetConfig
 from ..vae import AutoencoderConfig, IdentityConfig
 from ..vq import VQConfig
+from . import files
 from .diffusers import text_config_json
-from .files import (
-    CheckpointError,
-    cast,
-    folder_written_whole,
-    read_json,
-    write_ckpt,
-    write_json,
-    write_weights,
-    written_whole,
-)
+from .files import CheckpointError
 
 # Our names of the schedules, by CompVis's. "sqrt_linear" has no root in it, and "linear" has.
 BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
+
+# The classes that a YAML may name as its first stage.
+FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
 # What a UNet's configuration may say beside the fields of UNetConfig: what has to be so, and what may be anything.
 UNET_ALSO = {
@@ -97,13 +93,13 @@ def config_from_yaml(
     Raises:
         CheckpointError: a part that minisd does not have, by its name in the YAML.
     """
-    try:
-        unet = _unet(_params(params, "unet_config"), name)
+    with files.refused_as(f"{name} does not describe a model", OverflowError):
+        unet = _unet(params["unet_config"]["params"], name)
         first_stage = _first_stage(params["first_stage_config"], name)
         betas = params.get("beta_schedule", "linear")
         if betas not in BETA_SCHEDULES:
             raise CheckpointError(f"{name}: beta_schedule is {betas!r}; minisd knows {', '.join(BETA_SCHEDULES)}")
-        config = LatentDiffusionConfig(
+        return LatentDiffusionConfig(
             unet=unet,
             first_stage=first_stage,
             cond_stage=_cond_stage(params, unet, state, name, base),
@@ -116,12 +112,6 @@ def config_from_yaml(
             timesteps=int(params.get("timesteps", 1000)),
             parameterization=str(params.get("parameterization", "eps")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise CheckpointError(f"{name} does not describe a model ({reason})") from None
-    return config
 
 
 def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
@@ -147,8 +137,7 @@ def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
 
 
 def _first_stage(part: Mapping[str, Any], name: str) -> AutoencoderConfig | VQConfig | IdentityConfig:
-    kinds = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
-    kind = kinds[_one_of(part["target"], kinds, "first_stage_config", name)]
+    kind = FIRST_STAGES[_one_of(part["target"], FIRST_STAGES, "first_stage_config", name)]
     if kind is IdentityConfig:
         return kind()
     params = part["params"]
@@ -167,7 +156,7 @@ def _cond_stage(params: Mapping[str, Any], unet: UNetConfig, state: Mapping[str,
         return ClassConfig(n_classes=part["params"].get("n_classes", 1000), embed_dim=part["params"]["embed_dim"])
     folder = tokenizer_folder(params, base)
     described = folder is not None and (folder / "config.json").is_file()
-    return text_config(state, read_json(folder / "config.json")["num_attention_heads"] if described else None)
+    return text_config(state, files.read_json(folder / "config.json")["num_attention_heads"] if described else None)
 
 
 def tokenizer_folder(params: Mapping[str, Any], base: Path) -> Path | None:
@@ -195,10 +184,6 @@ def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTe
         vocab_size=tokens.shape[0], max_length=positions.shape[0], width=tokens.shape[1], layers=layers, heads=heads,
         projection_dim=tokens.shape[1],
     )  # fmt: skip
-
-
-def _params(part: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    return part[key]["params"]
 
 
 def _one_of(target: str, known, where: str, name: str) -> str:
@@ -234,12 +219,8 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
         "num_head_channels": -1 if config.unet.num_head_channels is None else config.unet.num_head_channels,
         "legacy": False,
     }
-    targets = {
-        AutoencoderConfig: "ldm.models.autoencoder.AutoencoderKL",
-        VQConfig: "ldm.models.autoencoder.VQModelInterface",
-        IdentityConfig: "ldm.models.autoencoder.IdentityFirstStage",
-    }
-    first_stage: dict[str, Any] = {"target": targets[type(config.first_stage)], "params": {}}
+    target = {kind: name for name, kind in FIRST_STAGES.items()}[type(config.first_stage)]
+    first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
     if not isinstance(config.first_stage, IdentityConfig):
         outside = ("embed_dim", "n_embed", "beta", "legacy", "downsampling")
         first_stage["params"] = {
@@ -281,8 +262,8 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def with_ema(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The same weights, with the running means of the UNet's in place of its own.
+def ema_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, str]:
+    """{name of a tensor of the UNet: name of its running mean in the same file}.
 
     `LitEma` keeps them under the UNet's names without their dots (PyTorch allows none in the name of a buffer), so that
     they can't be taken apart, only looked for: `model_ema.diffusion_modelinput_blocks00weight`.
@@ -298,7 +279,7 @@ def with_ema(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tenso
             f"{source} has no EMA weights for {len(lacking)} of {len(own)} tensors of the UNet ({lacking[0]}, …): "
             "load it with use_ema=False"
         )
-    return {**state, **{name: state[mean] for name, mean in means.items()}}
+    return means
 
 
 def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, source: str | Path) -> None:
@@ -357,28 +338,19 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
         ordinary = tokenizer.vocab == BPETokenizer.clip().vocab and text.heads == max(1, text.width // 64)
         if not ordinary:
             version = f"{path.stem}.clip"
-            with folder_written_whole(path.with_name(version)) as unfinished:
+            with files.folder_written_whole(path.with_name(version)) as unfinished:
                 tokenizer.save(unfinished, text.max_length)
-                write_json(text_config_json(text, tokenizer), unfinished / "config.json")
-    with written_whole(path.with_suffix(".yaml")) as unfinished:
+                files.write_json(text_config_json(text, tokenizer), unfinished / "config.json")
+    with files.written_whole(path.with_suffix(".yaml")) as unfinished:
         unfinished.write_text(yaml_from_config(sd.config, version), encoding="utf-8")
-    (write_ckpt if path.suffix == ".ckpt" else write_weights)(cast(as_compvis(sd), dtype), path)
+    write = files.write_ckpt if path.suffix == ".ckpt" else files.write_weights
+    write(files.cast(as_compvis(sd), dtype), path)
 
 
 # --- which configuration would have fitted? ---------------------------------------------------------------------------
 
 # Names that give a file away as something else.
-STRANGERS = {
-    "conditioner.embedders.": "it is Stable Diffusion XL",
-    "cond_stage_model.model.": "it is Stable Diffusion 2, whose text encoder is OpenCLIP's",
-    "model.diffusion_model.joint_blocks.": "it is Stable Diffusion 3",
-    "lora_": "it is a LoRA, which changes a model and is none",
-    "down_blocks.": "it is a UNet under diffusers' names: load the whole folder, with model_index.json",
-    "encoder.down_blocks.": "it is an autoencoder under diffusers' names: load the whole folder, with model_index.json",
-    "encoder.down.": "it is an autoencoder alone",
-    "control_model.": "it is a ControlNet",
-    "text_model.": "it is a text encoder alone",
-}
+STRANGERS = json.loads(Path(__file__).with_name("strangers.json").read_text("utf-8"))
 
 
 def what_would_fit(state: Mapping[str, Tensor]) -> str:

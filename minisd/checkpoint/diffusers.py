@@ -14,6 +14,7 @@ diffusers: `pipelines/stable_diffusion/pipeline_stable_diffusion.py`, `models/un
 `models/autoencoders/autoencoder_kl.py`.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,20 +28,8 @@ from ..clip import BPETokenizer, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample
 from ..vae import AttnBlock, AutoencoderConfig, AutoencoderKL, ResnetBlock
-from .files import (
-    CheckpointError,
-    build,
-    cast,
-    check_names,
-    folder_written_whole,
-    load_weights,
-    read_json,
-    read_tokenizer,
-    read_weights,
-    set_aside,
-    write_json,
-    write_weights,
-)
+from . import files
+from .files import CheckpointError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -48,22 +37,9 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-# What the configurations may say of other models, and what it has to be here. Where it is left out, it is so.
-UNET_MUST = {
-    "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
-    "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "use_linear_projection": False, "only_cross_attention": False,
-    "dual_cross_attention": False, "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None,
-    "encoder_hid_dim": None, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "time_cond_proj_dim": None,
-}  # fmt: skip
-VAE_MUST = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True,
-    "use_post_quant_conv": True, "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None,
-    "latents_std": None,
-}  # fmt: skip
-TEXT_MUST = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-SCHEDULER_MUST = {"trained_betas": None, "rescale_betas_zero_snr": False}
+# "must": what the configurations may say of other models, and what it has to be here (it is so where it is left out);
+# "pipeline": what model_index.json says; "ddim": the settings with which diffusers' DDIM takes the same steps as ours.
+FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -83,16 +59,17 @@ def read_folder(
             f"{folder} has no {' and no '.join(missing)}: Stable Diffusion v1 in diffusers' layout has "
             f"{', '.join(PARTS)}"
         )
-    config, tokenizer = read_config(folder), read_tokenizer(folder / "tokenizer")
-    sd = build(config, tokenizer, folder)
+    config, tokenizer = read_config(folder), files.read_tokenizer(folder / "tokenizer")
+    sd = files.build(config, tokenizer, folder)
     variant = _variant(folder, variant)
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name
-        state = {today(name): tensor for name, tensor in read_part(source, variant).items() if not set_aside(name)}
+        given = read_part(source, variant)
+        state = {today(name): tensor for name, tensor in given.items() if not files.set_aside(name)}
         expected = {theirs: _as_theirs(ours, network.get_parameter(ours)).shape for ours, theirs in names.items()}
-        check_names(expected, {name: tensor.shape for name, tensor in state.items()}, source)
+        files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, source)
         ours = {ours: state[theirs].reshape(network.get_parameter(ours).shape) for ours, theirs in names.items()}
-        load_weights(network, ours, source, device, dtype)
+        files.load_weights(network, ours, source, device, dtype)
     return sd.eval()
 
 
@@ -102,24 +79,20 @@ def read_config(folder: Path) -> LatentDiffusionConfig:
     Raises:
         FileNotFoundError, CheckpointError: as `read_folder`.
     """
-    unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    try:
+    unet, vae, text = (files.read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
+    with files.refused_as(f"the configurations in {folder} do not describe a model", IndexError, ZeroDivisionError):
         return _config(unet, vae, text, scheduler, folder)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise CheckpointError(f"the configurations in {folder} do not describe a model ({reason})") from None
 
 
 def _config(unet: dict, vae: dict, text: dict, scheduler: dict, folder: Path) -> LatentDiffusionConfig:
-    _demand(unet, UNET_MUST, folder / "unet")
-    _demand(vae, VAE_MUST, folder / "vae")
     text = text.get("text_config", text)  # that of a whole CLIPModel
-    _demand(text, TEXT_MUST, folder / "text_encoder")
-    _demand(scheduler, SCHEDULER_MUST, folder / "scheduler")
-
+    for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
+        for key, value in FIXED["must"][part].items():
+            if config.get(key, value) != value:
+                raise CheckpointError(
+                    f"{folder / part} has {key}: {config[key]!r}, and Stable Diffusion v1 has {value!r}"
+                )
     channels, down, up = unet["block_out_channels"], unet["down_block_types"], unet["up_block_types"]
     attends = _attends(down, up, "CrossAttn", ("DownBlock2D", "UpBlock2D"), folder / "unet")
     if any(c % channels[0] for c in channels):
@@ -167,12 +140,6 @@ def _config(unet: dict, vae: dict, text: dict, scheduler: dict, folder: Path) ->
         timesteps=scheduler.get("num_train_timesteps", 1000),
         parameterization=PREDICTIONS[prediction],
     )
-
-
-def _demand(config: Mapping[str, Any], must: Mapping[str, Any], folder: Path) -> None:
-    for key, value in must.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(f"{folder} has {key}: {config[key]!r}, and Stable Diffusion v1 has {value!r}")
 
 
 def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], folder: Path) -> dict[str, int | None]:
@@ -228,15 +195,15 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     if file is None:
         raise FileNotFoundError(f"there are no weights{f' of the variant {variant}' if variant else ''} in {folder}")
     if file.suffix != ".json":
-        return read_weights(file)
+        return files.read_weights(file)
     state: dict[str, Tensor] = {}
-    shards = read_json(file).get("weight_map")
+    shards = files.read_json(file).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{file} does not say in which file each tensor is (weight_map)")
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard:  # an index says which file beside it, and no other place
             raise CheckpointError(f"{file} points out of its folder, to {shard}")
-        state |= read_weights(folder / shard)
+        state |= files.read_weights(folder / shard)
     return state
 
 
@@ -277,16 +244,16 @@ def fetch(name: str, variant: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def files(suffix: str) -> list[str]:
+    def patterns(suffix: str) -> list[str]:
         marks = ([f".{variant}"] if variant else []) + [""]
         ends = [mark + shard for mark in marks for shard in ("", "-0*-of-0*")]
         return [f"{part}/{stem}{end}{suffix}" for part, stems in STEMS.items() for stem in stems for end in ends]
 
     about = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=about + files(".safetensors")))
+        folder = Path(snapshot_download(name, allow_patterns=about + patterns(".safetensors")))
         if (folder / "unet").is_dir() and find_weights(folder / "unet", variant) is None:  # as in 2022
-            folder = Path(snapshot_download(name, allow_patterns=about + files(".bin")))
+            folder = Path(snapshot_download(name, allow_patterns=about + patterns(".bin")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -328,27 +295,19 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
         "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
         "middle_block.2": "mid_block.resnets.1",
     }  # fmt: skip
-    level = count = 0
-    for i, block in enumerate(unet.input_blocks):
-        for j, layer in enumerate(block):
-            if isinstance(layer, ResBlock):
-                names[f"input_blocks.{i}.{j}"] = f"down_blocks.{level}.resnets.{count}"
-            elif isinstance(layer, SpatialTransformer):
-                names[f"input_blocks.{i}.{j}"] = f"down_blocks.{level}.attentions.{count}"
-            elif isinstance(layer, Downsample):
-                names[f"input_blocks.{i}.{j}.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        count += i > 0
-        if isinstance(block[0], Downsample):
-            level, count = level + 1, 0
-    level = count = 0
-    for i, block in enumerate(unet.output_blocks):
-        for j, layer in enumerate(block):
-            kind = {ResBlock: f"resnets.{count}", SpatialTransformer: f"attentions.{count}", Upsample: "upsamplers.0"}
-            names[f"output_blocks.{i}.{j}"] = f"up_blocks.{level}.{kind[type(layer)]}"
-        count += 1
-        if isinstance(block[-1], Upsample):
-            level, count = level + 1, 0
-    return _translated(unet, names, {ResBlock: RES_BLOCK})
+    for way, blocks in (("down", "input_blocks"), ("up", "output_blocks")):
+        level = count = 0
+        for i, block in enumerate(getattr(unet, blocks)):
+            kinds = {ResBlock: f"resnets.{count}", SpatialTransformer: f"attentions.{count}",
+                     Downsample: "downsamplers.0", Upsample: "upsamplers.0"}  # fmt: skip
+            for j, layer in enumerate(block):
+                if type(layer) in kinds:  # input_blocks.0 is a convolution, named above
+                    names[f"{blocks}.{i}.{j}"] = f"{way}_blocks.{level}.{kinds[type(layer)]}"
+            if isinstance(block[-1], Downsample | Upsample):
+                level, count = level + 1, 0
+            elif isinstance(block[0], ResBlock):
+                count += 1
+    return _translated(unet, names, {ResBlock: RES_BLOCK, Downsample: {"op": "conv"}})
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:
@@ -433,13 +392,13 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
             "level; in this model they differ: save it in minisd's layout"
         )
     configs = write_config(config, sd.cond_stage_model.tokenizer)
-    with folder_written_whole(folder) as unfinished:
+    with files.folder_written_whole(folder) as unfinished:
         for name, content in configs.items():
-            write_json(content, unfinished / name)
+            files.write_json(content, unfinished / name)
         for part, (network, names) in parts_of(sd).items():
             state = {names[ours]: _as_theirs(ours, tensor) for ours, tensor in network.state_dict().items()}
             file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            write_weights(cast(state, dtype), unfinished / part / f"{file}.safetensors")
+            files.write_weights(files.cast(state, dtype), unfinished / part / f"{file}.safetensors")
         sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", config.cond_stage.max_length)
 
 
@@ -447,18 +406,7 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
     """The JSON files of the folder, by their places in it."""
     vae = config.first_stage
     inpainting = "Inpaint" if config.concat_channels else ""
-    index = {
-        "_class_name": f"StableDiffusion{inpainting}Pipeline",
-        "_diffusers_version": "0.36.0",
-        "requires_safety_checker": False,
-        "feature_extractor": [None, None],
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = {"_class_name": f"StableDiffusion{inpainting}Pipeline", **FIXED["pipeline"]}
     return {
         "model_index.json": index,
         "unet/config.json": {"sample_size": config.image_size // vae.downsampling, **unet_config_json(config.unet)},
@@ -475,10 +423,7 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
             "beta_start": config.linear_start,
             "beta_end": config.linear_end,
             "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.parameterization],
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "timestep_spacing": "leading",
+            **FIXED["ddim"],
         },
     }
 
@@ -537,5 +482,5 @@ def text_config_json(text: CLIPTextConfig, tokenizer: BPETokenizer) -> dict:
         "bos_token_id": tokenizer.start_token,
         "eos_token_id": tokenizer.end_token,
         "pad_token_id": tokenizer.pad_token,
-        **TEXT_MUST,
+        **FIXED["must"]["text_encoder"],
     }

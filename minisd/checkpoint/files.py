@@ -11,7 +11,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,12 +31,29 @@ class CheckpointError(ValueError):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
+def set_aside(name: str) -> bool:
+    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
+
+    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
+    """
+    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
+    return (
+        ("." not in name and name.startswith(of_ddpm))
+        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
+        or name.endswith("position_ids")
+    )
+
+
+def read_weights(
+    path: str | Path, check: bool | Callable[[str], bool] = lambda name: not set_aside(name)
+) -> dict[str, Tensor]:
     """Names and tensors of a `.safetensors` file or of a PyTorch checkpoint (`.ckpt`, `.pt`, `.pth`, `.bin`).
 
     The tensors lie in the file, mapped into memory, where the format allows it: they cost memory once they are used.
 
-    check: look whether each number is one. It reads the file once, and keeps none of it.
+    check: which names to search for NaN and infinity. By default those that are loaded, and not those that are set
+        aside: an optimiser's state or an EMA that is not used may hold what it likes. It reads the tensors once, and
+        keeps none of them in memory.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: broken, truncated, holding more than tensors, or NaN.
@@ -51,14 +68,20 @@ def read_weights(path: str | Path, check: bool = True) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from None
     else:
         state = _table(_unpickle(path), path)
-    for name, piece in _pieces(path, state) if check else ():
+    if check:
+        check_numbers(path, [name for name in state if check is True or check(name)], state)
+    return state
+
+
+def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Search tensors of a file for NaN and infinity, piece by piece. Raises CheckpointError, which names the first."""
+    for name, piece in _pieces(path, {name: state[name] for name in names}):
         if not piece.is_floating_point():
             continue
-        piece = piece.float() if piece.element_size() == 1 else piece  # of eight bits, PyTorch can't add up numbers
+        piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't add up numbers of eight bits
         # A sum is NaN or infinite if a term is, and quicker; as it may also overflow, it only raises the suspicion.
         if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
             raise CheckpointError(f"{name} in {path} holds NaN or infinity: the file, or its training, was damaged")
-    return state
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -82,13 +105,16 @@ PIECE = 2**22  # numbers: so much of a file is in memory at a time while it is l
 
 def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """All numbers of a file, piece by piece. To read them off the map would make all of it resident."""
-    places = _places(path, state)
+    places = _places(path, state) if state else {}
     if places is None:
         yield from state.items()
         return
     buffer = bytearray(8 * PIECE)
     with path.open("rb") as file:
         for name, tensor in state.items():
+            if not tensor.is_contiguous():  # a view whose numbers do not lie side by side in the file
+                yield name, tensor
+                continue
             size = tensor.element_size()
             file.seek(places[name])
             for i in range(0, tensor.numel(), PIECE):
@@ -107,6 +133,7 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
     if not _can_be_mapped(path):
         return None
     outline = _table(_unpickle(path, "meta"), path)  # not the tensors, but what and where they are
+    outline = {name: outline[name] for name in state}
     storages = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in outline.items()}
     # PyTorch calculates these places from how it packs a zip itself; another program that packed it anew did otherwise.
     reader = torch._C.PyTorchFileReader(str(path))
@@ -175,17 +202,7 @@ def _unpickle(path: Path, device: str = "cpu"):
                     "read; ask for it as .safetensors"
                 ) from None
             stand_ins.append((Inert, what[1]))
-        except (
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-            UnicodeDecodeError,
-        ) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0].split(". ")[0][:120]
             reason = f" ({reason})" if " " in reason else ""  # else it is a number from the unpickler's depths
             raise CheckpointError(f"{path} is no whole checkpoint{reason}: fetch or save it again") from None
@@ -202,6 +219,18 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
     return content
+
+
+@contextmanager
+def refused_as(sentence: str, *also: type[Exception]) -> Iterator[None]:
+    """While a configuration is read: makes one CheckpointError of what a malformed one may raise, with the reason."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, *also) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CheckpointError(f"{sentence} ({reason})") from None
 
 
 def read_tokenizer(folder: Path) -> BPETokenizer:
@@ -265,19 +294,6 @@ def load_weights(
     model.load_state_dict(filled, assign=True)
 
 
-def set_aside(name: str) -> bool:
-    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
-
-    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
-    """
-    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
-    return (
-        ("." not in name and name.startswith(of_ddpm))
-        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
-        or name.endswith("position_ids")
-    )
-
-
 def check_names(
     expected: Mapping[str, Iterable], given: Mapping[str, Iterable], source: str | Path, hint: str = ""
 ) -> None:
@@ -306,21 +322,47 @@ def check_names(
 
 @contextmanager
 def written_whole(path: Path, before: str = "what was there before") -> Iterator[Path]:
-    """Gives another name to write to, and renames it to `path` once that is done: no half file is left behind.
+    """Gives another name to write a file to, and renames it to `path` once that is done: no half file is left behind.
 
     Raises:
         OSError: it could not be written; what stood at `path`, which the message calls `before`, still stands there.
     """
+    with _unfinished(path, before) as unfinished:
+        yield unfinished
+        unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
+        on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
+        os.replace(unfinished, path)
+        on_disk(path.parent)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """The same for a folder. If there is a folder of that name already, the files are moved into it one by one."""
+    with _unfinished(folder) as unfinished:
+        unfinished.mkdir()
+        yield unfinished
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        for file in files:
+            on_disk(file)
+        if not os.path.lexists(folder):
+            os.replace(unfinished, folder)
+            return
+        for file in files:
+            target = folder / file.relative_to(unfinished)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+@contextmanager
+def _unfinished(path: Path, before: str = "what was there before") -> Iterator[Path]:
+    """The name that a file or folder has until it is whole. Whatever is left under that name is deleted."""
     unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(unfinished)
     try:
-        with _disk_errors(path, before):
-            yield unfinished
-            unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
-            on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
-            os.replace(unfinished, path)
-            on_disk(path.parent)
+        remove_unfinished(unfinished)  # of a process that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
     finally:
         remove_unfinished(unfinished)
 
@@ -346,43 +388,10 @@ def on_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    """What the user keeps from others in new files. It can't be asked for without setting it."""
+    """What the user keeps from others in new files. It can't be read without setting it."""
     mask = os.umask(0o22)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder: once all of it is written, it gets its name; if there is a folder of that name already,
-    the files are moved into it one by one.
-    """
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    remove_unfinished(unfinished)
-    try:
-        with _disk_errors(folder, "what was there before"):
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-            for file in files:
-                on_disk(file)
-            if not os.path.lexists(folder):
-                os.replace(unfinished, folder)
-                return
-            for file in files:
-                target = folder / file.relative_to(unfinished)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-    finally:
-        remove_unfinished(unfinished)
-
-
-@contextmanager
-def _disk_errors(path: Path, before: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
-        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
 
 
 def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:

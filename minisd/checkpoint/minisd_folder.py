@@ -1,10 +1,10 @@
 """minisd's own folder: what the models that ship, and those that `minisd train` makes, lie in.
 
-    config.json          what the model is: the three networks, the schedule, the latent scale factor
-    model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
-    tokenizer/           vocab.json and merges.txt, as transformers' CLIPTokenizer has them
-    clip.safetensors     the rest of CLIP (image tower, projections), which evaluation needs; clip.json describes it
-    README.md            the model card
+config.json          what the model is: the three networks, the schedule, the latent scale factor
+model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
+tokenizer/           vocab.json and merges.txt, as transformers' CLIPTokenizer has them
+clip.safetensors     the rest of CLIP (image tower, projections), which evaluation needs; clip.json describes it
+README.md            the model card
 """
 
 from dataclasses import asdict, fields
@@ -18,18 +18,8 @@ from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..unet import UNetConfig
 from ..vae import AutoencoderConfig, IdentityConfig
 from ..vq import VQConfig
-from .files import (
-    CheckpointError,
-    build,
-    cast,
-    folder_written_whole,
-    load_weights,
-    read_json,
-    read_tokenizer,
-    read_weights,
-    write_json,
-    write_weights,
-)
+from . import files
+from .files import CheckpointError
 
 # What config.json may have for a part. Each says which it is by its "kind"; without one, it is the first.
 KINDS = {
@@ -45,28 +35,32 @@ NO_LONGER = {"unet": {"use_checkpoint"}}
 def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
     config = read_config(folder)
-    state = read_weights(file)
+    state = files.read_weights(file)
     if file.name != "model.safetensors" and (folder / "model.safetensors").exists():
-        state = read_weights(folder / "model.safetensors") | state
-    tokenizer = read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
-    sd = build(config, tokenizer, folder / "config.json")
-    load_weights(sd, state, file, device, dtype)
+        # What the file takes the place of is not loaded, so it is not searched for NaN either.
+        whole = files.read_weights(
+            folder / "model.safetensors", lambda name: not (files.set_aside(name) or name in state)
+        )
+        state = whole | state
+    tokenizer = files.read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
+    sd = files.build(config, tokenizer, folder / "config.json")
+    files.load_weights(sd, state, file, device, dtype)
     return sd.eval()
 
 
 def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a model as a minisd folder."""
-    with folder_written_whole(folder) as unfinished:
+    with files.folder_written_whole(folder) as unfinished:
         if isinstance(sd.config.cond_stage, CLIPTextConfig):
             sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", sd.cond_stage_model.max_length)
         parts = {part: part_to_json(getattr(sd.config, part)) for part in KINDS}
-        write_json(asdict(sd.config) | parts, unfinished / "config.json")
-        write_weights(cast(sd.state_dict(), dtype), unfinished / "model.safetensors")
+        files.write_json(asdict(sd.config) | parts, unfinished / "config.json")
+        files.write_weights(files.cast(sd.state_dict(), dtype), unfinished / "model.safetensors")
 
 
 def read_config(folder: Path) -> LatentDiffusionConfig:
     """`config.json` of a minisd folder."""
-    config = read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json")
     try:
         built = {part: part_from_json(part, config.pop(part)) for part in KINDS}
         return LatentDiffusionConfig(**built, **config)
@@ -99,16 +93,16 @@ def part_to_json(config) -> dict | None:
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
-    config = read_json(folder / "clip.json")
-    state = read_weights(folder / "clip.safetensors")
+    config = files.read_json(folder / "clip.json")
+    state = files.read_weights(folder / "clip.safetensors")
     if (folder / "model.safetensors").exists():  # the text tower is not stored twice
         prefix = "cond_stage_model.transformer."
-        whole = read_weights(folder / "model.safetensors")
+        whole = files.read_weights(folder / "model.safetensors", check=lambda name: name.startswith(prefix))
         state |= {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
-    tokenizer = read_tokenizer(folder / "tokenizer")
+    tokenizer = files.read_tokenizer(folder / "tokenizer")
     text, vision = CLIPTextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
     clip = CLIPModel(text, vision, tokenizer.end_token)
-    load_weights(clip, state, folder / "clip.safetensors")
+    files.load_weights(clip, state, folder / "clip.safetensors")
     return clip.eval(), tokenizer
 
 
@@ -117,8 +111,8 @@ def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> N
     folder = Path(folder)
     beside_model = (folder / "model.safetensors").exists()
     state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}
-    with folder_written_whole(folder / "tokenizer") as unfinished:
+    with files.folder_written_whole(folder / "tokenizer") as unfinished:
         tokenizer.save(unfinished, clip.text_config.max_length)
-    write_weights(cast(state, torch.float16), folder / "clip.safetensors")
+    files.write_weights(files.cast(state, torch.float16), folder / "clip.safetensors")
     # clip.json comes last, because `minisd train` takes a folder that has one for a finished CLIP
-    write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")
+    files.write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")

@@ -12,7 +12,7 @@ from torch import nn
 
 from minisd.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
 from minisd.clip import CLIPTextConfig, CLIPTextModel
-from minisd.compare import compare
+from minisd.instruments.comparison import compare
 from minisd.unet import ResBlock, UNetConfig, UNetModel, timestep_embedding
 from minisd.vae import AutoencoderConfig, AutoencoderKL
 

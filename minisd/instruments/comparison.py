@@ -143,7 +143,7 @@ def compare(
         where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
         hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
         layers = [(a, b) for a, b in pairs if a and b and a.parameters]
-        if 2 * (others := sum(not _same_weights(a, b) for a, b in layers)) > len(layers) > 1:
+        if 2 * (others := sum(_other_weight(a, b) is not None for a, b in layers)) > len(layers) > 1:
             hints.append(f"{others} of {len(layers)} pairs of layers have other weights: first give both the same")
     for pair, row in zip(pairs, rows, strict=True):
         if row.verdict.startswith("error"):
@@ -268,42 +268,40 @@ def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _C
     if {call.name for call in ours} == by_name.keys():
         return [(call, by_name[call.name]) for call in ours]
 
+    # The fingerprints of ours are the rows, those of theirs the columns. An empty last column stands for "no partner".
     a, b = ([_fingerprint(call) for call in calls] for calls in (ours, theirs))
     n, m = len(a), len(b)
-    best = [[0] * (m + 1) for _ in range(n + 1)]  # [i][j]: how alike, at best, are ours from i on and theirs from j on
+    like = [[_likeness(x, y) for y in b] + [0] for x in a]
+    best = [[0] * (m + 1) for _ in range(n + 1)]  # [i][j]: the most likeness that ours[i:] and theirs[j:] can have
     for i in reversed(range(n)):
         for j in reversed(range(m)):
-            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + _likeness(a[i], b[j]))
-    partner, loose, i, j = {}, [], 0, 0  # of ours; and of theirs, those that have none
-    while j < m:
-        alike = _likeness(a[i], b[j]) if i < n else 0
-        if alike and best[i][j] == best[i + 1][j + 1] + alike:
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + like[i][j])
+    partner, i, j = {}, 0, 0  # {index in ours: index in theirs}
+    while i < n and j < m:
+        if like[i][j] and best[i][j] == best[i + 1][j + 1] + like[i][j]:
             partner[i] = j
             i, j = i + 1, j + 1
-        elif i < n and best[i][j] == best[i + 1][j]:
+        elif best[i][j] == best[i + 1][j]:
             i += 1
         else:
-            loose.append(j)
             j += 1
 
-    # What is much alike belongs together though it is called at another time: k before q, the skip connection first.
-    alone = []
-    while loose:
-        j = loose.pop()
-        for i in range(n):
-            if _likeness(a[i], b[j]) > 3 >= (_likeness(a[i], b[partner[i]]) if i in partner else 0):
-                loose += [partner[i]] if i in partner else []
-                partner[i] = j
-                break
-        else:
-            alone.append(j)
+    # Layers that hold the same numbers belong together even if they are called at another time: k before q, the skip
+    # connection first. Each layer of theirs that is left over takes the place of a partner that is less alike.
+    left_over = [j for j in range(m) if j not in partner.values()]
+    while left_over:
+        j = left_over.pop()
+        i = next((i for i in range(n) if like[i][j] > 3 >= like[i][partner.get(i, m)]), None)
+        if i is not None:
+            left_over += [partner[i]] if i in partner else []
+            partner[i] = j
 
-    # In the order of ours; what only theirs has comes after what precedes it there.
+    # In the order of ours. A layer that only theirs has comes after the one that precedes it there.
     pairs = [(i, -1, (call, theirs[partner[i]] if i in partner else None)) for i, call in enumerate(ours)]
     place, back = -1, {j: i for i, j in partner.items()}
     for j in range(m):
         place = back.get(j, place)
-        pairs += [(place, j, (None, theirs[j]))] if j in alone else []
+        pairs += [] if j in back else [(place, j, (None, theirs[j]))]
     return [pair for *_, pair in sorted(pairs, key=lambda entry: entry[:2])]
 
 
@@ -501,24 +499,27 @@ def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | Non
     return None
 
 
-def _same_weights(a: _Call, b: _Call) -> bool:
-    ours, theirs = a.parameters, b.parameters
-    return ours.keys() == theirs.keys() and all(_close(_copy(ours[name]), _copy(theirs[name]), 1e-6) for name in ours)
+def _other_weight(a: _Call, b: _Call) -> tuple[str, Tensor | None, Tensor | None] | None:
+    """The name of the first parameter that is not the same in two layers, and both its values."""
+    for name in a.parameters | b.parameters:
+        x, y = (_copy(call.parameters.get(name)) for call in (a, b))
+        much, size = _compare(x, y)
+        if not much <= 1e-6 * size:  # also if it is nan, because one is missing or has another shape
+            return name, x, y
+    return None
 
 
 def _weights(a: _Call, b: _Call) -> str | None:
-    ours, theirs = a.parameters, b.parameters
-    for name in ours | theirs:
-        if name not in ours or name not in theirs:
-            return f"only {'ours' if name in ours else 'theirs'} has a {name}"
-        x, y = _copy(ours[name]), _copy(theirs[name])
-        much, size = _compare(x, y)
-        if math.isnan(much):
-            return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
-        if much > 1e-6 * size:
-            how = _relation(x, y, 1e-6)
-            return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {how}' if how else ''}"
-    return None
+    name, x, y = _other_weight(a, b) or ("", None, None)
+    if not name:
+        return None
+    if x is None or y is None:
+        return f"only {'theirs' if x is None else 'ours'} has a {name}"
+    much, size = _compare(x, y)
+    if math.isnan(much):
+        return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
+    how = _relation(x, y, 1e-6)
+    return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {how}' if how else ''}"
 
 
 def _settings(a: _Call, b: _Call) -> str | None:

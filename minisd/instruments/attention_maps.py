@@ -1,12 +1,13 @@
-"""Where the UNet looks: the weights of its attention, kept while a picture is drawn.
+"""Which words each pixel attends to: the weights of the UNet's attention, kept while a picture is drawn.
 
     with record_attention(sd) as maps:
         sd.txt2img("fox, noto style", steps=25)
     maps.tokens                                     # "<start>", "fox", ",", "noto", "style", "<end>", "<pad>", …
-    maps.at(step=-1, layer="middle_block", token="fox")    # [h w]: how much each pixel looks at that word
+    maps.at(step=-1, layer="middle_block", token="fox")    # [h w]: how much each pixel attends to that word
 
-Each cross-attention gives each pixel a weight for every token; they sum to 1 (Vaswani et al. 2017, eq. 1). Hertz et al.
-2022 (arXiv:2208.01626) and Tang et al. 2022 (arXiv:2210.04885) read such maps in Stable Diffusion.
+Each cross-attention gives each pixel a weight for every token, and the weights of a pixel sum to 1 (Vaswani et al.
+2017, eq. 1). Hertz et al. 2022 (arXiv:2208.01626) and Tang et al. 2022 (arXiv:2210.04885) read such maps in Stable
+Diffusion.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .attention import CrossAttention, SpatialTransformer
-from .clip import END, START, FrozenCLIPEmbedder
-from .latent_diffusion import LatentDiffusion
+from ..attention import CrossAttention, SpatialTransformer
+from ..clip import END, START, FrozenCLIPEmbedder
+from ..latent_diffusion import LatentDiffusion
 
 
 class AttentionMaps:
@@ -29,8 +30,8 @@ class AttentionMaps:
         self.timesteps: list[int] = []  # t of each call of the UNet: of each step (plms and heun call it more often)
         self.prompts: list[list[str]] = []  # for each picture, the tokens of its prompt
         self.guided = False  # whether the batch was [unconditional, conditional], as in classifier-free guidance
-        self._weights: list[dict[str, Tensor]] = []  # for each call {layer: [b n m] or [b heads n m]}
-        self._grids: list[dict[str, tuple[int, int]]] = []  # height and width of the map that the n pixels were
+        # For each call {layer: (weights [b n m] or [b heads n m], (height, width) of the map that the n pixels were)}.
+        self._calls: list[dict[str, tuple[Tensor, tuple[int, int]]]] = []
 
     @property
     def tokens(self) -> list[str]:
@@ -41,12 +42,12 @@ class AttentionMaps:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, as in the checkpoint, in the order in which the UNet comes by them."""
-        return list(self._weights[0]) if self._weights else []
+        """Names of the layers, as in the checkpoint, in the order in which the UNet calls them."""
+        return list(self._calls[0]) if self._calls else []
 
     def raw(self, step: int, layer: str) -> Float[Tensor, "b n m"] | Float[Tensor, "b heads n m"]:
-        """All weights of one layer in one call: each of n pixels looks at m tokens (attn1: at m = n pixels)."""
-        return self._called(step)[layer]
+        """All weights of one layer in one call: each of n pixels attends to m tokens (attn1: to m = n pixels)."""
+        return self._call(step)[layer][0]
 
     def at(
         self,
@@ -58,17 +59,17 @@ class AttentionMaps:
         size: tuple[int, int] | None = None,
         unconditional: bool = False,
     ) -> Float[Tensor, "h w"] | Float[Tensor, "m h w"]:
-        """How much each pixel looks at a token, in [0, 1].
+        """How much each pixel attends to a token, in [0, 1].
 
         Args:
             step: which call of the UNet, from the end if negative. None: their mean.
             layer: a layer, or the first part of the names of some ("output_blocks"). None: all. The mean of them.
-            token: its place, from 0, or what `tokens` calls it: a word in several pieces or places counts as their sum.
-                None: all of them, [m h w].
-            picture: which of the batch.
+            token: its place, from 0, or its name in `tokens`. A word in several pieces or places counts as their sum.
+                None: all tokens, [m h w].
+            picture: which picture of the batch.
             head: which head, if recorded by head. None: their mean.
             size: (height, width) to enlarge the maps to, each pixel to a block; None: that of the finest of the layers.
-            unconditional: of the half that was shown the empty prompt. Without guidance there is no such half.
+            unconditional: the maps of the half of the batch that was given the empty prompt. Only guidance makes one.
 
         Raises:
             ValueError: no such step, layer, token, picture or half.
@@ -79,33 +80,33 @@ class AttentionMaps:
             raise ValueError(f"no cross-attention was recorded in a layer {layer!r}; there are: {known}")
         if unconditional and not self.guided:
             raise ValueError("without guidance, the UNet is not asked about the empty prompt")
-        calls = range(len(self._weights)) if step is None else [step]
-        size = size or max(self._grids[0][name] for name in names)
+        size = size or max(self._calls[0][name][1] for name in names)
 
         maps = []
-        for call in calls:
+        for call in self._calls if step is None else [self._call(step)]:
             for name in names:
-                weights = self._called(call)[name]
+                weights, grid = call[name]
                 pictures = len(weights) // 2 if self.guided else len(weights)
                 if not 0 <= picture < pictures:
                     raise ValueError(f"there is no picture {picture}: {pictures} were drawn, counted from 0")
+                # Guidance puts the unconditional half first: [b n m] holds each picture twice.
                 one = weights[picture + (pictures if self.guided and not unconditional else 0)]
                 if one.ndim == 3:  # [heads n m]
                     one = one.mean(0) if head is None else one[head]
                 elif head is not None:
                     raise ValueError("the heads were averaged: record_attention(sd, by_head=True) keeps them apart")
-                one = one.T.unflatten(1, self._grids[call][name])  # [m h w]
+                one = one.T.unflatten(1, grid)  # [n m] -> [m h w]
                 maps.append(F.interpolate(one[None], size, mode="nearest")[0])
         mean = torch.stack(maps).mean(0)
         return mean if token is None else mean[self._places(token, picture, len(mean), unconditional)].sum(0)
 
-    def _called(self, step: int) -> dict[str, Tensor]:
-        if not -len(self._weights) <= step < len(self._weights):
-            raise ValueError(f"there is no step {step}: {len(self._weights)} calls of the UNet were recorded")
-        return self._weights[step]
+    def _call(self, step: int) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        if not -len(self._calls) <= step < len(self._calls):
+            raise ValueError(f"there is no step {step}: {len(self._calls)} calls of the UNet were recorded")
+        return self._calls[step]
 
     def _places(self, token: int | str, picture: int, count: int, unconditional: bool) -> list[int]:
-        """Where a token stands in the prompt; for a word in several pieces, all of them."""
+        """The places of a token in the prompt. A word in several pieces has one for each piece."""
         if isinstance(token, int):
             if not -count <= token < count:
                 raise ValueError(f"there is no token {token}: the context has {count}")
@@ -123,12 +124,13 @@ class AttentionMaps:
 def record_attention(
     sd: LatentDiffusion, self_attention: bool = False, by_head: bool = False
 ) -> Iterator[AttentionMaps]:
-    """Keep the attention of the UNet's transformers during any drawing inside the `with`.
+    """Keep the attention weights of the UNet's transformers during any drawing inside the `with`.
 
-    The picture is the same to rounding, drawn a little more slowly: the fused kernel never holds the weights, so the
-    plain softmax computes them. They are kept on the CPU: in Stable Diffusion v1, 17 MB a step for a guided picture.
+    The picture is the same to rounding, and drawn a little more slowly, because the fused kernel never holds the
+    weights and the plain softmax computes them instead. They are kept on the CPU: in Stable Diffusion v1, 17 MB a step
+    for a guided picture.
 
-    self_attention: also keep attn1, where pixels look at pixels: `maps.raw(step, layer)`, [b n n].
+    self_attention: also keep attn1, where pixels attend to pixels: `maps.raw(step, layer)`, [b n n].
     by_head: keep the heads apart, instead of their mean.
 
     Raises:
@@ -143,49 +145,39 @@ def record_attention(
     if not isinstance(embedder, FrozenCLIPEmbedder) or not watched:
         raise ValueError("this model reads no words, so there is no attention to them that could be recorded")
 
-    maps, encoded = AttentionMaps(), []
+    maps, encoded = AttentionMaps(), []  # encoded: the ids of each batch of prompts, in the order of encoding
+    grid = [(0, 0)]  # height and width of the map that the SpatialTransformer which runs was given
 
     def when_encoded(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        if maps.timesteps:  # prompts after steps: a new drawing
+        if maps.timesteps:  # prompts after steps: a new drawing begins
             encoded.clear()
             maps.__init__()
         encoded.append((args or tuple(kwargs.values()))[0].tolist())
-        # The prompts come first, then those that they are told apart from (the empty one).
+        # `txt2img` encodes the prompts first, and then the negative prompts (the empty one).
         maps.prompts = [_readable(embedder.tokenizer.pieces(ids)) for ids in encoded[0]]
 
     def when_called(_: nn.Module, args: tuple) -> None:
         x, timesteps = args[:2]
         maps.timesteps.append(int(timesteps[0]))
         maps.guided = len(encoded) > 1 and len(x) == 2 * len(encoded[0])
-        maps._weights.append({})
-        maps._grids.append({})
+        maps._calls.append({})
+
+    def when_transformed(_: nn.Module, args: tuple) -> None:
+        grid[0] = tuple(args[0].shape[-2:])
 
     def keeper(name: str, outer):
         def keep(weights: Tensor) -> None:
             if outer:  # a `with` around this one records too
                 outer(weights)
             weights = weights.detach().float()
-            maps._weights[-1][name] = (weights if by_head else weights.mean(1)).cpu()
+            maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
 
         return keep
 
-    def when_transformed(name: str):
-        def note_grid(_: nn.Module, args: tuple) -> None:
-            for layer in watched:
-                if layer.startswith(name + "."):
-                    maps._grids[-1][layer] = tuple(args[0].shape[-2:])
-
-        return note_grid
-
-    hooks = [
-        embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True),
-        unet.register_forward_pre_hook(when_called),
-        *(
-            module.register_forward_pre_hook(when_transformed(name))
-            for name, module in unet.named_modules()
-            if isinstance(module, SpatialTransformer)
-        ),
-    ]
+    hooks = [embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True)]
+    hooks += [unet.register_forward_pre_hook(when_called)]
+    transformers = [module for module in unet.modules() if isinstance(module, SpatialTransformer)]
+    hooks += [module.register_forward_pre_hook(when_transformed) for module in transformers]
     before = {name: layer.record for name, layer in watched.items()}
     try:
         for name, layer in watched.items():
@@ -199,7 +191,7 @@ def record_attention(
 
 
 def _readable(pieces: list[str]) -> list[str]:
-    """CLIP's pieces as one would write them. What pads the prompt is an end token too, but the first ends it."""
+    """CLIP's pieces as one would write them. The padding is end tokens too, but the first of them ends the prompt."""
     readable = ["<start>" if p == START else "<end>" if p == END else p.removesuffix("</w>") for p in pieces]
     end = readable.index("<end>")
     return readable[: end + 1] + ["<pad>"] * (len(readable) - end - 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisd.trace import STAGES, trace
+from minisd.instruments.tracing import STAGES, trace
 
 
 @pytest.fixture(scope="module")

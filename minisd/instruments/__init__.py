@@ -1,0 +1,8 @@
+"""What looks at the stages from outside: no stage imports it.
+
+    tracing           minisd.trace(sd, "a red fox"): everything that is computed between the prompt and the picture
+    attention_maps    minisd.record_attention(sd): which words each pixel attends to, at each step and layer
+    comparison        minisd.compare(ours, theirs, inputs): the first layer at which two networks differ
+
+The texts that a trace prints are in `tracing.toml`.
+"""
