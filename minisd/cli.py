@@ -10,27 +10,29 @@ minisd info FILE
 minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
-import itertools
 import os
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save
 from .checkpoint import describe, has_clip
+from .conditions import CONDITIONS
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
+from .sampling import SAMPLERS
 from .training import (
     LPIPS,
     CLIPPerceptual,
     CLIPRecipe,
     Engine,
+    Recipe,
     UNetRecipe,
     VAERecipe,
     finetune_decoder,
@@ -43,13 +45,12 @@ from .training import (
 )
 from .viz import sheet
 
-Sampler = Literal["ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"]
+Sampler = Literal[tuple(SAMPLERS)]
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Preset = Literal["tiny", "emoji", "emoji-64", "sd-v1"]
-# Asked for on the command line. The flags of a recipe start from these, so they are known before any flag is read.
-_preset = "emoji"
-_init: str | None = None  # the model that is trained further
+Preset = Literal[tuple(recipes.UNET)]
+Commands = TypeVar("Commands")
+Told = Literal[tuple(CONDITIONS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,98 +167,64 @@ class DataHub:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Make a corpus of captioned pictures."""
-
-    corpus: (
-        Annotated[DataEmoji, tyro.conf.subcommand("emoji")]
-        | Annotated[DataShapes, tyro.conf.subcommand("shapes")]
-        | Annotated[DataHub, tyro.conf.subcommand("hub")]
-    )
-
-    def run(self) -> None:
-        self.corpus.run()
-
-
-@dataclass(frozen=True)
 class Training:
-    """What the three trainings have in common."""
+    """What the three trainings have in common. Where they start from: see `commands`."""
 
-    preset: Preset = "emoji"  # what the networks are, and where the recipe starts
-    # a folder of captioned pictures
-    data: Path = field(default_factory=lambda: Path("data", "shapes" if _preset == "tiny" else "emoji"))
-    # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
-    out: Path = field(default_factory=lambda: Path("runs", "finetuned" if _init else _preset))
+    preset: Preset  # what the networks are, and where the recipe starts
+    data: Path  # a folder of pictures: with captions, or with what --condition says
+    out: Path  # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
+    recipe: Recipe
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
-    def parts(self, size: int | None = None):
-        """What every loop is given: the model's configuration, the pictures (of the model's size, if of no other), the
-        engine."""
-        config, folder = PRESETS[self.preset], _corpus(self.data)
-        data = CaptionedPictures(folder, size or config.image_size, "train")
-        return config, data, make_engine(self.device, self.precision)
-
-    def parts_of(self, model: str):
-        """The same where a finished model is gone on with: the model, the pictures, the engine, and where its CLIP is,
-        if it has one."""
+    def run(self) -> None:
         engine = make_engine(self.device, self.precision)
-        sd = load(model, engine.device)
-        data = CaptionedPictures(_corpus(self.data), sd.config.image_size, "train")
-        return sd, data, engine, model if has_clip(model) else None
+        wrote = self.train(engine)
+        if engine.is_main_process:  # once, however many processes there are
+            print(f"wrote {wrote}")
 
-
-def _say(engine: Engine, what: str) -> None:
-    """Once, however many processes there are."""
-    if engine.is_main_process:
-        print(what)
+    def pictures(self, size: int, captions: bool = True) -> CaptionedPictures:
+        return CaptionedPictures(_corpus(self.data), size, "train", captions)
 
 
 @dataclass(frozen=True)
 class TrainCLIP(Training):
     """Train the tokenizer, the text tower and the image tower."""
 
-    recipe: CLIPRecipe = field(default_factory=lambda: recipes.CLIP[_preset])
+    recipe: CLIPRecipe
 
-    def run(self) -> None:
-        vision = recipes.VISION[self.preset]
-        config, data, engine = self.parts(vision.image_size)
-        train_clip(config.cond_stage, vision, self.recipe, data, self.out / "clip", engine)
-        _say(engine, f"wrote {self.out / 'clip'}")
+    def train(self, engine: Engine) -> Path:
+        text, vision, folder = PRESETS[self.preset].cond_stage, recipes.VISION[self.preset], self.out / "clip"
+        train_clip(text, vision, self.recipe, self.pictures(vision.image_size), folder, engine)
+        return folder
 
 
 @dataclass(frozen=True)
 class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
-    recipe: VAERecipe = field(default_factory=lambda: recipes.FINETUNE_DECODER if _init else recipes.VAE[_preset])
+    recipe: VAERecipe
     first_stage: Literal["kl", "vq"] = "kl"  # latents near N(0, I), as in Stable Diffusion; or of a codebook
-    # a finished model whose decoder is trained further, "emoji" or whatever else --model of txt2img takes; all else of
+    # a finished model whose decoder is trained further, "emoji" or whatever else --model of txt2img takes; the rest of
     # it stays as it is
     init: str | None = None
-    # a finished run of CLIP, by whose eyes perceptual_weight tells whether pictures look alike; if left out OUT/clip,
-    # or that of the model that is trained further
+    # a finished run of CLIP, whose image tower tells for perceptual_weight whether pictures look alike; if left out
+    # OUT/clip, or that of the model that is trained further
     clip: Path | None = None
     # LPIPS in its place: the files of torchvision's VGG16 and of LPIPS' own weights
     lpips: tuple[Path, Path] | None = None
 
-    def run(self) -> None:
-        perceptual = self.perceptual() if self.recipe.perceptual_weight else None
-        engine, wrote = (self.finetune if self.init else self.train)(perceptual)
-        _say(engine, f"wrote {wrote}")
-
-    def train(self, perceptual: CLIPPerceptual | LPIPS | None) -> tuple[Engine, Path]:
-        config, data, engine = self.parts()
+    def train(self, engine: Engine) -> Path:
+        perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
+        folder, config = self.out / "vae", PRESETS[self.preset]
+        if self.init:
+            sd = load(self.init, engine.device)
+            data, clip = self.pictures(sd.config.image_size, captions=False), _clip_of(self.init)
+            finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
+            return folder / "model"
         first_stage = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
-        perceptual = perceptual and perceptual.to(engine.device)
-        train_vae(first_stage, self.recipe, data, self.out / "vae", engine, perceptual)
-        return engine, self.out / "vae"
-
-    def finetune(self, perceptual: CLIPPerceptual | LPIPS | None) -> tuple[Engine, Path]:
-        sd, data, engine, clip = self.parts_of(self.init)
-        perceptual = perceptual and perceptual.to(engine.device)
-        finetune_decoder(sd, self.recipe, data, self.out / "vae", engine, perceptual, clip)
-        return engine, self.out / "vae" / "model"
+        train_vae(first_stage, self.recipe, self.pictures(config.image_size, False), folder, engine, perceptual)
+        return folder
 
     def perceptual(self) -> CLIPPerceptual | LPIPS:
         if self.lpips:
@@ -280,51 +247,45 @@ class TrainVAE(Training):
 
 @dataclass(frozen=True)
 class TrainUNet(Training):
-    """Train the UNet between the other two, which must be finished."""
+    """Train the UNet on top of a finished autoencoder and, for captions, a finished CLIP."""
 
-    recipe: UNetRecipe = field(default_factory=lambda: recipes.FINETUNE if _init else recipes.UNET[_preset])
+    recipe: UNetRecipe
     # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
     # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
     init: str | None = None
+    condition: Told | None = None  # what the model is told about a picture, if it is trained from scratch
+    class_column: str | None = None  # of metadata.jsonl, which says the class; the folders' names if left out
     parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet is to predict, if it is trained from scratch
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
-    def run(self) -> None:
-        engine, data = self.finetune() if self.init else self.train()
-        model = self.out / "unet" / "model"
-        _say(engine, f"wrote {model}: try `minisd txt2img {shlex.quote(data.captions[0])} --model {model}`")
+    def train(self, engine: Engine) -> str:
+        data, sd = self.finetune(engine) if self.init else self.from_scratch(engine)
+        model, prompt = self.out / "unet" / "model", shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
+        what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
+        return f"{model}: try `minisd {what} --model {model}`"
 
-    def finetune(self) -> tuple[Engine, CaptionedPictures]:
-        sd, data, engine, clip = self.parts_of(self.init)
-        finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip)
-        return engine, data
+    def finetune(self, engine: Engine) -> tuple[CaptionedPictures, LatentDiffusion]:
+        if self.condition or self.class_column:
+            raise ValueError(f"what {self.init} is told stays as it is: leave --condition and --class-column out")
+        sd = load(self.init, engine.device)
+        data = self.pictures(sd.config.image_size, sd.cond_stage_model.needs_captions)
+        clip = _clip_of(self.init)
+        return data, finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip, self.keep_at)
 
-    def train(self) -> tuple[Engine, CaptionedPictures]:
-        for part in ("clip", "vae"):
+    def from_scratch(self, engine: Engine) -> tuple[CaptionedPictures, LatentDiffusion]:
+        condition = self.condition or "captions"
+        captions = CONDITIONS[condition].needs_captions
+        for part in ("clip", "vae") if captions else ("vae",):
             if not (self.out / part / f"{part}.json").exists():
                 raise FileNotFoundError(
                     f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                 )
-        config, data, engine = self.parts()
-        config = replace(config, parameterization=self.parameterization)
-        train_unet(
-            config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at
-        )
-        return engine, data
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."""
-
-    network: (
-        Annotated[TrainCLIP, tyro.conf.subcommand("clip")]
-        | Annotated[TrainVAE, tyro.conf.subcommand("vae")]
-        | Annotated[TrainUNet, tyro.conf.subcommand("unet")]
-    )
-
-    def run(self) -> None:
-        self.network.run()
+        config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+        data = self.pictures(config.image_size, captions)
+        return data, train_unet(
+            config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at,
+            condition, self.class_column,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -393,16 +354,53 @@ class Convert:
         print(f"wrote {self.target}")
 
 
-Command = (
-    Annotated[Txt2Img, tyro.conf.subcommand("txt2img")]
-    | Annotated[Img2Img, tyro.conf.subcommand("img2img")]
-    | Annotated[Inpaint, tyro.conf.subcommand("inpaint")]
-    | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-)
+@dataclass(frozen=True)
+class Group(Generic[Commands]):
+    """A command with commands below it."""
+
+    command: Commands
+
+    def run(self) -> None:
+        self.command.run()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from. The defaults of its other flags depend on these two, so they are read first."""
+
+    preset: Preset = "emoji"
+    init: str | None = None
+
+    def commands(self):
+        """All commands, with the flags of the trainings as the recipes of this preset, or of `--init`, have them."""
+        data = Path("data", "shapes" if self.preset == "tiny" else "emoji")
+        given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
+        clip = TrainCLIP(**given, recipe=recipes.CLIP[self.preset])
+        vae = TrainVAE(**given, recipe=recipes.FINETUNE_DECODER if self.init else recipes.VAE[self.preset])
+        recipe, told = (recipes.FINETUNE, None) if self.init else (recipes.UNET[self.preset], "captions")
+        unet = TrainUNet(**given, recipe=recipe, condition=told)
+        named = tyro.conf.subcommand
+        corpora = (
+            Annotated[DataEmoji, named("emoji")]
+            | Annotated[DataShapes, named("shapes")]
+            | Annotated[DataHub, named("hub")]
+        )
+        trainings = (
+            Annotated[TrainCLIP, named("clip", default=clip)]
+            | Annotated[TrainVAE, named("vae", default=vae)]
+            | Annotated[TrainUNet, named("unet", default=unet)]
+        )
+        train = "Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."
+        return (
+            Annotated[Txt2Img, named("txt2img")]
+            | Annotated[Img2Img, named("img2img")]
+            | Annotated[Inpaint, named("inpaint")]
+            | Annotated[Group[corpora], named("data", description="Make a corpus of captioned pictures.")]
+            | Annotated[Group[trainings], named("train", description=train)]
+            | Annotated[Evaluate, named("evaluate")]
+            | Annotated[Info, named("info")]
+            | Annotated[Convert, named("convert")]
+        )
 
 
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -410,6 +408,11 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
+
+
+def _clip_of(model: str) -> str | None:
+    """Where the rest of a finished model's CLIP is, if it has one."""
+    return model if has_clip(model) else None
 
 
 def _corpus(folder: Path) -> Path:
@@ -423,14 +426,9 @@ def _corpus(folder: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a mistake of the user's ends in one sentence, not in a traceback."""
-    global _preset, _init
-    arguments = sys.argv[1:] if arguments is None else arguments
-    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--") else [a])]  # --init=emoji, too
-    given = dict(itertools.pairwise(words))
-    _preset = given["--preset"] if given.get("--preset") in get_args(Preset) else "emoji"
-    _init = given.get("--init")
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command = tyro.cli(Command, prog="minisd", args=arguments, config=flat)
+    start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
+    command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)

@@ -39,6 +39,7 @@ class Condition(nn.Module):
     unconditional: str | int = ""  # the prompt that says nothing: guidance and training with dropped prompts need it
     frozen = False  # True: it was trained before, so training encodes all prompts once. False: it is trained too
     needs_captions = False  # True: each picture of the training data needs a caption
+    reads_column = False  # True: it says what a column of the data's rows says, and one may be named
 
     @classmethod
     def fits(cls, config) -> bool:
@@ -51,10 +52,11 @@ class Condition(nn.Module):
         return cls(config)
 
     @classmethod
-    def configure(cls, config, data, column: str):
+    def configure(cls, config, data, column: str | None = None):
         """The `LatentDiffusionConfig` of a preset, changed so that its model is told this about these pictures.
 
-        data: the `CaptionedPictures` that it will be trained on. column: the column of their rows that says it.
+        data: the `CaptionedPictures` that it will be trained on. column: the column of their rows that says it, where
+        there is a choice (`reads_column`).
         """
         raise NotImplementedError
 
@@ -98,7 +100,7 @@ class Captions(FrozenCLIPEmbedder, Condition):
         return cls(CLIPTextModel(config), tokenizer, config.max_length)
 
     @classmethod
-    def configure(cls, config, data, column: str):
+    def configure(cls, config, data, column: str | None = None):
         return config  # that of a preset has a text encoder already
 
     def prompts(self, data) -> list[list[str]]:
@@ -114,7 +116,7 @@ class Inpainting(Captions):
         return super().fits(config) and config.concat_channels == cls.concat_channels(config)
 
     @classmethod
-    def configure(cls, config, data, column: str):
+    def configure(cls, config, data, column: str | None = None):
         channels = config.first_stage.embed_dim + cls.concat_channels(config)
         return replace(config, unet=replace(config.unet, in_channels=channels))
 
@@ -160,7 +162,7 @@ class ClassConfig:
 class ClassEmbedder(Condition):
     """Classes → context [b 1 d]: a table, a learned vector for each. CompVis `encoders/modules.py: ClassEmbedder`."""
 
-    Config = ClassConfig
+    Config, reads_column = ClassConfig, True
 
     def __init__(self, config: ClassConfig = ClassConfig()):
         super().__init__()
@@ -174,7 +176,8 @@ class ClassEmbedder(Condition):
         return self.config.n_classes - 1
 
     @classmethod
-    def configure(cls, config, data, column: str):
+    def configure(cls, config, data, column: str | None = None):
+        column = column or "folder"
         names = tuple(sorted({str(entry) for entry in data.column(column)}))
         classes = ClassConfig(len(names) + 1, config.unet.context_dim, names, column)
         return replace(config, cond_stage=classes)
@@ -216,7 +219,7 @@ class Nothing(Condition):
         return cls()
 
     @classmethod
-    def configure(cls, config, data, column: str):
+    def configure(cls, config, data, column: str | None = None):
         unet = replace(config.unet, context_dim=None, use_spatial_transformer=False)
         return replace(config, cond_stage=None, unet=unet)
 

@@ -61,14 +61,14 @@ def train_unet(
     vae: str | Path,
     keep_at: tuple[int, ...] = (),
     condition: str = "captions",
-    column: str = "folder",
+    column: str | None = None,
 ) -> LatentDiffusion:
     """Train a UNet from scratch on top of finished runs of the autoencoder and, if it reads captions, of CLIP.
 
     Args:
         clip, vae: the folders of those runs.
         condition: what the model is told, a name in `CONDITIONS`.
-        column: the column of the data's rows that says it, where that is not the caption.
+        column: for classes, the column of the data's rows that says them; the names of the folders if left out.
         The others, what is returned and what is raised: as in `finetune_unet`.
     """
     torch.manual_seed(recipe.seed)  # the initial weights
@@ -246,7 +246,7 @@ def assemble(
     vae_folder: str | Path,
     data: CaptionedPictures | None = None,
     condition: str = "captions",
-    column: str = "folder",
+    column: str | None = None,
 ) -> LatentDiffusion:
     """A model with a fresh UNet on top of the autoencoder, and for captions the text encoder, of finished runs."""
     first_stage, scale_factor = read_first_stage(vae_folder)
@@ -255,6 +255,8 @@ def assemble(
             f"the latents of the autoencoder in {vae_folder} have {first_stage.embed_dim} channels, and the UNet takes "
             f"{config.unet.in_channels}: train both with the same preset"
         )
+    if column is not None and not CONDITIONS[condition].reads_column:
+        raise ValueError(f"{condition} are not read from a column, so name none (not {column!r})")
     config = replace(config, first_stage=first_stage, scale_factor=scale_factor)
     clip, tokenizer = None, None
     if issubclass(CONDITIONS[condition], Captions):
