@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd"
 COURSEWORK = ROOT / "coursework" / "minisd_coursework"
 # Lines of code that one person can hold in the head: blank lines, comments and docstrings do not count.
-MOST_LINES = {PACKAGE: 8_100, COURSEWORK: 3_000}
+MOST_LINES = {PACKAGE: 7_300, COURSEWORK: 3_000}
 # Comment lines for each line in the body of a function. A stage is read by students, line by line.
 LEAST_COMMENTS = 0.12
 
@@ -178,10 +178,13 @@ def test_a_reader_is_told_why(part):
 
 
 def test_no_module_has_the_name_of_a_public_function():
+    """Else `minisd.trace` would be a module or a function, depending on what was imported last."""
     import minisd
 
-    functions = {name for name in minisd.__all__ if not isinstance(getattr(minisd, name), type(minisd) | type)}
-    assert not functions & {file.stem for file in PACKAGE.rglob("*.py")}
+    functions = {name for name in minisd.__all__ if not isinstance(getattr(minisd, name), type | type(sys))}
+    assert functions >= {"trace", "compare", "record_attention", "load"}
+    modules = {file.stem if file.stem != "__init__" else file.parent.name for file in own_files()}
+    assert not functions & modules
 
 
 def test_import_is_about_as_quick_as_torch():
