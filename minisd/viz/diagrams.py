@@ -21,8 +21,8 @@ def unet_diagram(blocks: Sequence, title: str = "") -> "Figure":
     """The U: the way down on the left, the way up on the right, and the skip connections as dashed lines between them.
 
     blocks: what `minisd.instruments.unet_outline.outline` returns. A box says what is in a block, and the channels and
-    the size of what comes out of it. Blue: with attention. On a dashed line: the channels that are concatenated to those
-    from below.
+    the size of what comes out of it. Blue: with attention. On a dashed line: the channels that are concatenated to
+    those from below.
     """
     down = [block for block in blocks if block.name.startswith("input_blocks")]
     up = {block.skip: block for block in blocks if block.skip}
