@@ -8,6 +8,11 @@ import json
 import os
 from pathlib import Path
 
+# Where pytest runs a test on each core (`-n auto`), each of them computes with one thread. With more, they would wait
+# for one another's cores. This is set before torch is imported, and the processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from safetensors.torch import load_file
