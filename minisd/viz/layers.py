@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import COLOURS, as_array, empty_figure, show_picture, without_scale
+from . import page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,42 +25,18 @@ def maps(
     titles: one above each column; labels: one left of each row; pictures: one before each row, what its maps are of.
     A row with negative numbers is blue below 0, white at 0 and red above it; one without is the darker, the larger.
     """
-    columns = max(len(row) for row in rows) + (pictures is not None)
-    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    top, right = 0.22 if titles else 0.05, 0.55
-    width = left + columns * (size + 0.05) + right
-    height = top + len(rows) * (size + 0.05)
-
-    figure = empty_figure(width, height)
+    before = 0 if pictures is None else 1  # a row's picture takes its first place
+    titles = titles and [*[""] * before, *titles]
+    figure, cells = page.grid([len(row) + before for row in rows], size, titles, labels, scales=True)
     for i, row in enumerate(rows):
-        y = height - top - (i + 1) * (size + 0.05) + 0.05
-
-        def place(x: float, w: float = size, y: float = y):
-            return figure.add_axes((x / width, y / height, w / width, size / height))
-
-        x = left
-        first = None
         if pictures is not None:
-            first = place(x)
-            show_picture(first, pictures[i])
-            x += size + 0.05
-        reach, signed = row.abs().max().item() or 1.0, bool((row < 0).any())
-        for j, values in enumerate(row):
-            axes = place(x)
-            image = axes.imshow(
-                as_array(values), cmap="RdBu_r" if signed else "Blues", vmin=-reach if signed else 0, vmax=reach,
-                interpolation="nearest",
-            )  # fmt: skip
+            page.show_picture(cells[i][0], pictures[i])
+        *places, scale = cells[i][before:]
+        for axes, values in zip(places, row, strict=True):
+            image = axes.imshow(page.as_array(values), **page.shades(row), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
-            if titles and i == 0:
-                axes.set_title(titles[j], fontsize=8, pad=3)
-            first = first or axes
-            x += size + 0.05
-        scale = place(x + 0.03, 0.08)
         figure.colorbar(image, cax=scale).ax.tick_params(labelsize=6, length=2, pad=2)
-        if labels:
-            first.text(-0.06, 0.5, labels[i], transform=first.transAxes, ha="right", va="center", fontsize=8)
     return figure
 
 
@@ -69,21 +45,18 @@ def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8
 
     Each channel has a scale of its own, white at zero. Under it: its number, and its largest value without the sign.
     """
-    left = 0.075 * max(len(line) for name in layers for line in name.split("\n")) + 0.05
-    width, height = left + channels * (size + 0.06), len(layers) * (size + 0.2)
-    figure = empty_figure(width, height)
-    for i, (name, maps) in enumerate(layers.items()):
+    shown = {name: min(channels, len(maps)) for name, maps in layers.items()}
+    below = [0.2] * (len(layers) - 1) + [0.18]
+    figure, cells = page.grid([channels] * len(layers), size, None, list(layers), below=below, gap=0.06, top=0.02)
+    for row, (name, maps) in zip(cells, layers.items(), strict=True):
         maps = maps.detach().float().cpu()
-        for j, channel in enumerate(maps.std((1, 2)).topk(min(channels, len(maps))).indices.tolist()):
-            x, y = left + j * (size + 0.06), height - (i + 1) * (size + 0.2) + 0.18
-            axes = figure.add_axes((x / width, y / height, size / width, size / height))
+        for axes in row[shown[name] :]:
+            axes.remove()
+        for axes, channel in zip(row, maps.std((1, 2)).topk(shown[name]).indices.tolist(), strict=False):
             largest = maps[channel].abs().max().item()
             axes.imshow(maps[channel].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
-            without_scale(axes)
-            axes.text(0.5, -0.04, f"#{channel}: {largest:.1f}", transform=axes.transAxes, ha="center", va="top",
-                      fontsize=6.5)  # fmt: skip
-            if j == 0:
-                axes.text(-0.06, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=8)
+            page.without_scale(axes)
+            page.label_below(axes, f"#{channel}: {largest:.1f}", fontsize=6.5)
     return figure
 
 
@@ -101,32 +74,19 @@ def attention_maps(
     The scale is a row's own, from 0 (dark) to the row's largest weight (yellow), and under each map stands its largest.
     """
     pictures = [picture] * len(rows) if isinstance(picture, Tensor) and picture.ndim == 3 else list(picture)
-    columns = 1 + max(len(row) for row in rows)
-    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    top, below = 0.22 if titles else 0.05, 0.2
-    width, height = left + columns * (size + 0.05), top + len(rows) * (size + below)
-    figure = empty_figure(width, height)
-    for i, (row, shown) in enumerate(zip(rows, pictures, strict=True)):
+    titles = titles and ["", *titles]
+    figure, cells = page.grid([1 + len(row) for row in rows], size, titles, labels, below=0.2)
+    for (first, *others), row, shown in zip(cells, rows, pictures, strict=True):
+        page.show_picture(first, shown)
         row = row.detach().float().cpu()
-        y = height - top - i * (size + below) - size
         grey = (shown.detach().float().cpu().mean(0).clamp(-1, 1) + 1) / 2
-        for j in range(len(row) + 1):
-            x = left + j * (size + 0.05)
-            axes = figure.add_axes((x / width, y / height, size / width, size / height))
-            if j == 0:
-                show_picture(axes, shown)
-                if labels:
-                    axes.text(-0.06, 0.5, labels[i], transform=axes.transAxes, ha="right", va="center", fontsize=8)
-                continue
-            h, w = grey.shape
-            axes.imshow(grey.numpy(), cmap="Greys_r", vmin=0, vmax=1, extent=(0, w, h, 0), interpolation="nearest")
-            axes.imshow(row[j - 1].numpy(), cmap="viridis", vmin=0, vmax=max(row.max().item(), 1e-9), alpha=0.72,
-                        extent=(0, w, h, 0), interpolation="nearest")  # fmt: skip
-            without_scale(axes)
-            most = f"{row[j - 1].max():.2f}"
-            axes.text(0.5, -0.04, most, transform=axes.transAxes, ha="center", va="top", fontsize=7)
-            if titles and i == 0:
-                axes.set_title(titles[j - 1], fontsize=8, pad=3)
+        h, w = grey.shape
+        place = {"extent": (0, w, h, 0), "interpolation": "nearest"}
+        for axes, weights in zip(others, row, strict=True):
+            axes.imshow(grey.numpy(), cmap="Greys_r", vmin=0, vmax=1, **place)
+            axes.imshow(weights.numpy(), cmap="viridis", vmin=0, vmax=max(row.max().item(), 1e-9), alpha=0.72, **place)
+            page.without_scale(axes)
+            page.label_below(axes, f"{weights.max():.2f}")
     return figure
 
 
@@ -142,22 +102,18 @@ def plane(
     """
     left, top, below = 0.55, 0.25, 0.45  # inches, for the axes' numbers and the title
     height = max(width * p.shape[0] * p.shape[-2] / (p.shape[1] * p.shape[-1]) for p, _, _ in panels.values())
-    figure = empty_figure(len(panels) * (left + width + 0.15), top + height + below)
+    figure = page.empty_figure(len(panels) * (left + width + 0.15), top + height + below)
     for i, (title, (pictures, (x0, x1, y0, y1), points)) in enumerate(panels.items()):
-        place = (i * (left + width + 0.15) + left, below, width, height)
-        size = (*figure.get_size_inches(), *figure.get_size_inches())
-        axes = figure.add_axes(tuple(a / b for a, b in zip(place, size, strict=True)))
+        axes = page.place(figure, i * (left + width + 0.15) + left, below, width, height)
         axes.tick_params(labelsize=7)
         ny, nx = pictures.shape[:2]
         half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # of what one picture covers
         mosaic = rearrange((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2, "y x c h w -> (y h) (x w) c")
         extent = (x0 - half_x, x1 + half_x, y0 - half_y, y1 + half_y)
         axes.imshow(mosaic.numpy(), extent=extent, aspect="auto", interpolation="nearest")
-        xs, ys = as_array(points).T
-        axes.plot(xs, ys, "o", color=COLOURS[0], markersize=4, markeredgecolor="white", markeredgewidth=0.8)
+        xs, ys = page.as_array(points).T
+        axes.plot(xs, ys, "o", color=page.COLOURS[0], markersize=4, markeredgecolor="white", markeredgewidth=0.8)
         axes.set_xlim(extent[:2])
         axes.set_ylim(extent[2:])
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("$z_1$", fontsize=8)
-        axes.set_ylabel("$z_2$", fontsize=8, rotation=0)
+        page.name_axes(axes, title, "$z_1$", "$z_2$", upright=True)
     return figure

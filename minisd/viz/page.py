@@ -3,6 +3,7 @@
 Colours are those of Okabe & Ito (2008), which nearly everybody can tell apart.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,13 +30,25 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> "Fig
     return figure
 
 
-def side_by_side(figure: "Figure", count: int, **options) -> "list[Axes]":
-    """Axes side by side, without the frame's upper right half."""
-    panels = list(figure.subplots(1, count, squeeze=False, **options)[0])
-    for axes in panels:
+def place(figure: "Figure", x: float, y: float, width: float, height: float) -> "Axes":
+    """Axes at a place in inches from the lower left, so that a picture is as large however long its labels are."""
+    whole_width, whole_height = figure.get_size_inches()
+    return figure.add_axes((x / whole_width, y / whole_height, width / whole_width, height / whole_height))
+
+
+def side_by_side(
+    panels: Mapping, width: float, height: float, **options
+) -> "tuple[Figure, list[tuple[Axes, str, object]]]":
+    """A figure of panels in a row, each `width` inches wide. For each of {title: content}: its axes, title and content.
+
+    The frame has no upper right half.
+    """
+    figure = empty_figure(width * len(panels), height, layout="constrained")
+    row = list(figure.subplots(1, len(panels), squeeze=False, **options)[0])
+    for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis writes at its minor ticks, too
-    return panels
+    return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
 
 def without_scale(axes: "Axes") -> None:
@@ -43,6 +56,60 @@ def without_scale(axes: "Axes") -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("0.8")
+
+
+def grid(
+    counts: Sequence[int],
+    size: float,
+    titles: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    heights: Sequence[float] | None = None,
+    below: Sequence[float] | float = 0.05,
+    gap: float = 0.05,
+    top: float = 0.05,
+    scales: bool = False,
+) -> "tuple[Figure, list[list[Axes]]]":
+    """Rows of as many axes as `counts` says, each `size` inches wide, and the figure that holds them.
+
+    titles: one above each column; labels: one left of each row; heights: of the rows, if they are no squares;
+    below: the space under each row; gap: between columns; top: above the first row, if there are no titles.
+    scales: a narrow axes more at the end of each row, for a colour bar.
+    """
+    heights = heights or [size] * len(counts)
+    below = [below] * len(counts) if isinstance(below, float) else below
+    if titles:
+        top = 0.22 + 0.13 * max(title.count("\n") for title in titles)
+    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
+    figure = empty_figure(left + max(counts) * (size + gap) + 0.55 * scales, top + sum(heights) + sum(below))
+    rows, y = [], figure.get_size_inches()[1] - top
+    for i, count in enumerate(counts):
+        y -= heights[i]
+        rows.append([place(figure, left + j * (size + gap), y, size, heights[i]) for j in range(count)])
+        if scales:
+            rows[i].append(place(figure, left + count * (size + gap) + 0.03, y, 0.08, heights[i]))
+        y -= below[i]
+        if labels:
+            rows[i][0].text(-0.06, 0.5, labels[i], transform=rows[i][0].transAxes, ha="right", va="center", fontsize=8)
+    for axes, title in zip(rows[0], titles or (), strict=False):
+        axes.set_title(title, fontsize=8, pad=3)
+    return figure, rows
+
+
+def label_below(axes: "Axes", text: str, fontsize: float = 7, gap: float = 0.04) -> None:
+    axes.text(0.5, -gap, text, transform=axes.transAxes, ha="center", va="top", fontsize=fontsize)
+
+
+def name_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "", upright: bool = False) -> None:
+    """Title and names of the axes. upright: a short ylabel, such as a symbol, is not turned."""
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(xlabel, fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8, rotation=0 if upright else 90)
+
+
+def legend_below(figure: "Figure", handles: Sequence, labels: Sequence[str], **options) -> None:
+    """One legend for all panels, under them."""
+    style = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
+    figure.legend(handles, labels, **style, **options)
 
 
 def show_picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
@@ -53,12 +120,15 @@ def show_picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
     pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) / 2
     pixels = rearrange(pixels.expand(3, -1, -1), "c h w -> h w c").numpy()
     axes.imshow(pixels, interpolation="nearest")  # the default would blur what is drawn a little larger than it is
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("0.8")
+    without_scale(axes)
 
 
 def as_array(x):
     """What matplotlib plots, from a tensor or a list."""
     return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else torch.as_tensor(x).float().numpy()
+
+
+def shades(values: Float[Tensor, "..."]) -> dict:
+    """How `imshow` colours numbers: blue below 0, white at 0, red above; without negative ones, from white to blue."""
+    reach, signed = values.nan_to_num().abs().max().item() or 1.0, bool((values < 0).any())
+    return {"cmap": "RdBu_r" if signed else "Blues", "vmin": -reach if signed else 0, "vmax": reach}

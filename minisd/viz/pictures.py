@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import empty_figure, show_picture
+from . import page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,31 +26,14 @@ def strip(
     notes: for each row, one under each picture, or [].
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
     """
-    columns = max(len(row) for row in rows)
-    heights = [row.shape[-2] / row.shape[-1] for row in rows]
-    # What a label needs, in inches: matplotlib places axes in shares of the figure, and the pictures are to
-    # come out at one size however long a label is.
-    left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
-    top = 0.22 + 0.13 * max(title.count("\n") for title in titles) if titles else 0.05
+    heights = [size * row.shape[-2] / row.shape[-1] for row in rows]
     below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
-    width = left + columns * (size + 0.05)
-    height = top + size * sum(heights) + sum(below)
-
-    figure = empty_figure(width, height)
-    y = height - top
+    figure, cells = page.grid([len(row) for row in rows], size, titles, labels, heights, below)
     for i, row in enumerate(rows):
-        y -= heights[i] * size
         for j, picture in enumerate(row):
-            x = left + j * (size + 0.05)
-            axes = figure.add_axes((x / width, y / height, size / width, heights[i] * size / height))
-            show_picture(axes, picture)
-            if titles and i == 0 and j < len(titles):
-                axes.set_title(titles[j], fontsize=8, pad=3)
-            if labels and j == 0:
-                axes.text(-0.06, 0.5, labels[i], transform=axes.transAxes, ha="right", va="center", fontsize=8)
+            page.show_picture(cells[i][j], picture)
             if notes and j < len(notes[i]):
-                axes.text(0.5, -0.03, notes[i][j], transform=axes.transAxes, ha="center", va="top", fontsize=7)
-        y -= below[i]
+                page.label_below(cells[i][j], notes[i][j], gap=0.03)
     return figure
 
 
@@ -85,6 +68,7 @@ def noising_strip(
             names.append("\n".join(part for part in (labels[i] if labels else "", name) if part))
     titles = ["$x_0$", *(f"t = {t}" for t in timesteps)]
     return strip(rows, titles, names if any(names) else None)
+
 
 # The fields of a Step that a row of `trajectory` can show.
 _SHOWN = {"x_t": "$x_t$", "x0": r"$\hat x_0$", "eps": r"$\epsilon$", "x": "$x$", "eps_cond": r"$\epsilon$ cond",
@@ -135,13 +119,12 @@ def captioned(
     rows = -(-len(pictures) // columns)
     height = size * pictures.shape[-2] / pictures.shape[-1]
     below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches
-    page = columns * (size + 0.1), rows * (height + below) + 0.05
-
-    figure = empty_figure(*page)
+    whole_height = rows * (height + below) + 0.05
+    figure = page.empty_figure(columns * (size + 0.1), whole_height)
     for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
         row, column = divmod(i, columns)
-        x, y = column * (size + 0.1) + 0.05, page[1] - 0.05 - row * (height + below) - height
-        axes = figure.add_axes((x / page[0], y / page[1], size / page[0], height / page[1]))
-        show_picture(axes, picture)
-        axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+        y = whole_height - 0.05 - row * (height + below) - height
+        axes = page.place(figure, column * (size + 0.1) + 0.05, y, size, height)
+        page.show_picture(axes, picture)
+        page.label_below(axes, text)
     return figure

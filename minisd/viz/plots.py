@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .page import COLOURS, DASHES, as_array, empty_figure, side_by_side
+from .page import COLOURS, DASHES, as_array, legend_below, name_axes, side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,18 +25,16 @@ def curves(
 
     log: the titles of the panels whose y axis is logarithmic.
     """
-    figure = empty_figure(width * len(panels), height, layout="constrained")
-    named = []  # the lines that the last legend told: the next panel has one only if it shows others
-    for axes, (title, lines) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+    figure, row = side_by_side(panels, width, height)
+    named = []  # the lines that the last legend explains: the next panel has one only if it shows others
+    for axes, title, lines in row:
         for i, (name, (x, y)) in enumerate(lines.items()):
             style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
             axes.plot(as_array(x), as_array(y), label=name, **style)
         if any(lines) and list(lines) != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
             named = list(lines)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
-        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
         if title in log:
             axes.set_yscale("log")
     return figure
@@ -49,14 +47,11 @@ def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
         r"signal that is left:  $\bar\alpha_t$": lambda s, t: s.alphas_cumprod,
         r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$": lambda s, t: s.log_snr(t),
     }
-    times = {name: torch.arange(s.timesteps) for name, s in schedules.items()}
-    return curves(
-        {
-            title: {name: (times[name], value(s, times[name])) for name, s in schedules.items()}
-            for title, value in panels.items()
-        },
-        log=[next(iter(panels))],  # β covers four powers of ten
-    )
+    lines = {
+        title: {name: (t := torch.arange(s.timesteps), value(s, t)) for name, s in schedules.items()}
+        for title, value in panels.items()
+    }
+    return curves(lines, log=[next(iter(panels))])  # β covers four powers of ten
 
 
 def loss_by_timestep(
@@ -94,10 +89,8 @@ def histograms(
 
     gaussians: {title: (mean, variance)}, drawn in black over its panel: what the samples should follow.
     """
-    figure = empty_figure(width * len(panels), height, layout="constrained")
-    axes_of = dict(zip(panels, side_by_side(figure, len(panels), sharex=True), strict=True))
-    for title, samples in panels.items():
-        axes = axes_of[title]
+    figure, row = side_by_side(panels, width, height, sharex=True)
+    for axes, title, samples in row:
         # Each panel has bins of its own: those that suit a wide bell would show a needle as a block.
         together = torch.cat([x.detach().flatten().float().cpu() for x in samples.values()])
         edges = torch.linspace(together.min(), together.max(), bins + 1)
@@ -114,8 +107,7 @@ def histograms(
         axes.set_title(title, fontsize=9)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -133,8 +125,8 @@ def convergence(
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = empty_figure(width * len(panels), height, layout="constrained")
-    for axes, (title, lines) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+    figure, row = side_by_side(panels, width, height)
+    for axes, title, lines in row:
         xs = [as_array(x) for x, _ in lines.values()]
         ys = [as_array(y) for _, y in lines.values()]
         x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
@@ -156,9 +148,7 @@ def convergence(
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
-        axes.set_ylabel(ylabel if axes is figure.axes[0] else "", fontsize=8)
+        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
         if axes is figure.axes[0]:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
@@ -166,8 +156,7 @@ def convergence(
 
 def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> "Figure":
     """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, what stands at the end of the line)}."""
-    figure = empty_figure(width, 0.62 * len(rows) + 0.45, layout="constrained")
-    (axes,) = side_by_side(figure, 1)
+    figure, [(axes, *_)] = side_by_side({"": rows}, width, 0.62 * len(rows) + 0.45)
     for i, (timesteps, end) in enumerate(rows.values()):
         y = len(rows) - 1 - i
         axes.plot([T - 1, 0], [y, y], color="0.8", lw=1, zorder=1)
@@ -198,8 +187,9 @@ def with_errors(
     values: what stands below the x axis, evenly spaced. lines: whether to join them, as those that have an order.
     marks: heights of grey lines across all panels.
     """
-    figure = empty_figure(0.8 + max(1.9, 0.55 * len(values)) * len(panels), 2.9, layout="constrained")
-    for axes, (title, named) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+    width = 0.8 / len(panels) + max(1.9, 0.55 * len(values))  # of a panel, with its share of the ylabel
+    figure, row = side_by_side(panels, width, 2.9)
+    for axes, title, named in row:
         for i, (name, numbers) in enumerate(named.items()):
             x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # side by side, so that bars don't cover
             y, error = torch.tensor(numbers, dtype=torch.float).T
@@ -209,8 +199,7 @@ def with_errors(
         for height in marks:
             axes.axhline(height, color="0.8", lw=0.8, zorder=0)
         axes.set_xticks(range(len(values)), values, rotation=30, ha="right")
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
+        name_axes(axes, title, xlabel)
         if any(named):
             axes.legend(frameon=False, fontsize=7)
     figure.axes[0].set_ylabel(ylabel, fontsize=8)

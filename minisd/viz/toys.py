@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import COLOURS, as_array, empty_figure, side_by_side
+from .page import COLOURS, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,8 @@ def density_over_time(
 
     paths = paths or {"": ((), torch.zeros(0, 0))}
     colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}
-    figure = empty_figure(width * len(paths), height, layout="constrained")
-    for axes, (title, (timesteps, values)) in zip(side_by_side(figure, len(paths)), paths.items(), strict=True):
+    figure, row = side_by_side(paths, width, height)
+    for axes, title, (timesteps, values) in row:
         # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
         axes.imshow(
             density.T.numpy(),
@@ -57,9 +57,7 @@ def density_over_time(
             nearest = min(colour_of, key=lambda value: abs(value - end))
             every = max(1, len(path) // 250)  # more points than pixels would only make it fuzzy
             axes.plot(as_array(timesteps)[::every], as_array(path)[::every], color=colour_of[nearest], lw=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("t", fontsize=8)
-        axes.set_ylabel("$x_t$", fontsize=8, rotation=0)
+        name_axes(axes, title, "t", "$x_t$", upright=True)
     return figure
 
 
@@ -91,10 +89,7 @@ def clouds(
     if len(names) > 1:
         # A panel may lack some of the names: take each from the first that has it.
         handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-        figure.legend(
-            [handles[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=8,
-            markerscale=3,
-        )  # fmt: skip
+        legend_below(figure, [handles[name] for name in names], names, markerscale=3)
     return figure
 
 
@@ -123,13 +118,11 @@ def vector_field(
         for (name, vectors), style in zip(fields.items(), styles, strict=False):
             length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
             arrows = vectors / length * length.clamp(max=longest) * (spacing / longest)
-            axes.quiver(
-                *as_array(places).T, *as_array(arrows).T, angles="xy", scale_units="xy", scale=1, label=name,
-                minlength=0.1, **style,
-            )  # fmt: skip
+            # angles, scale_units and scale: an arrow is as long on the page as its numbers are on the axes
+            style = style | {"angles": "xy", "scale_units": "xy", "scale": 1, "minlength": 0.1, "label": name}
+            axes.quiver(*as_array(places).T, *as_array(arrows).T, **style)
         axes.set_title(title, fontsize=9, pad=3)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(figure, *figure.axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -137,9 +130,8 @@ def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Ax
     """Square panels of the plane, row by row, without a scale."""
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in panels:
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_color("0.8")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        without_scale(axes)
     return panels
 
 
@@ -155,9 +147,9 @@ def walks(
     reach: both axes go from -reach to reach, in all panels; just far enough for all paths, if left out.
     """
     reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
-    figure = empty_figure(width * len(panels), width + 0.1, layout="constrained")
+    figure, row = side_by_side(panels, width, width + 0.1)
     data = as_array(x_0)
-    for axes, (title, paths) in zip(side_by_side(figure, len(panels)), panels.items(), strict=True):
+    for axes, title, paths in row:
         axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
         for k, path in enumerate(as_array(paths).swapaxes(0, 1)):
             colour = COLOURS[k % len(COLOURS)]
@@ -183,10 +175,8 @@ def pursuit(
 
     Time runs to the right, so that x falls: x is an amount of noise.
     """
-    figure = empty_figure(width * len(panels), height, layout="constrained")
-    for axes, (i, (title, (x, y))) in zip(
-        side_by_side(figure, len(panels), sharey=True), enumerate(panels.items()), strict=True
-    ):
+    figure, row = side_by_side(panels, width, height, sharey=True)
+    for i, (axes, title, (x, y)) in enumerate(row):
         axes.plot(as_array(exact[0]), as_array(exact[1]), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
         axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
         axes.set_title(title, fontsize=9)

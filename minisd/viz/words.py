@@ -1,12 +1,14 @@
 """Sentences in pieces, and matrices: what belongs to what, in shades."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import as_array, empty_figure, show_picture
+from .page import as_array, empty_figure, place, shades, show_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +25,8 @@ def token_table(
     is no text. Three or more of the same in a row are drawn once, with their number.
     ids: the id of each piece, to stand under it. width: in inches; a sentence that is longer is broken.
     """
+    from matplotlib.patches import Rectangle
+
     letter, high, gap = 0.0655, 0.24, 0.05  # inches: of a letter, of a box, between boxes
     step = high + (0.24 if ids else 0.08)  # from line to line
     left = 0.075 * max(len(line) for label in sentences for line in label.split("\n")) + 0.15
@@ -54,7 +58,7 @@ def token_table(
     for x, y, wide, text, number, colour in boxes:
         # Monospaced: only so does the number of letters tell how wide a box must be.
         style = {"ha": "center", "va": "center", "family": "monospace"}
-        axes.add_patch(_rectangle((x, y), wide, high, colour))
+        axes.add_patch(Rectangle((x, y), wide, high, facecolor=colour, edgecolor="0.6", linewidth=0.5))
         axes.text(x + wide / 2, y + high / 2, text, fontsize=7.5, parse_math=False, **style)
         axes.text(x + wide / 2, y + high + 0.085, number, fontsize=6.5, color="0.35", **style)
     return figure
@@ -62,20 +66,11 @@ def token_table(
 
 def _runs(pieces: Sequence[str]) -> list[tuple[int, int]]:
     """Where each box begins, and how many pieces it stands for: one, or all of a run of three or more."""
-    runs, i = [], 0
-    while i < len(pieces):
-        count = 1
-        while i + count < len(pieces) and pieces[i + count] == pieces[i]:
-            count += 1
-        runs += [(i, count)] if count > 2 else [(i + k, 1) for k in range(count)]
-        i += count
+    runs = []
+    for _, same in groupby(range(len(pieces)), key=pieces.__getitem__):
+        places = list(same)
+        runs += [(places[0], len(places))] if len(places) > 2 else [(i, 1) for i in places]
     return runs
-
-
-def _rectangle(corner: tuple[float, float], width: float, height: float, colour: str):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, facecolor=colour, edgecolor="0.6", linewidth=0.5)
 
 
 def matrices(
@@ -113,12 +108,10 @@ def matrices(
     x = left
     for i, (title, matrix) in enumerate(panels.items()):
         r, c = matrix.shape
-        place = (x, height - top - high * r, wide * c, high * r)
-        axes = figure.add_axes((place[0] / width, place[1] / height, place[2] / width, place[3] / height))
-        signed = bool((matrix < 0).any())
-        reach = matrix.nan_to_num().abs().max().item() or 1.0
-        shades = colormaps["RdBu_r" if signed else "Blues"].with_extremes(bad="0.8")
-        scale = {"cmap": shades, "vmin": -reach if signed else 0, "vmax": reach}
+        y = height - top - high * r
+        axes = place(figure, x, y, wide * c, high * r)
+        scale = shades(matrix)
+        scale["cmap"] = colormaps[scale["cmap"]].with_extremes(bad="0.8")
         image = axes.imshow(as_array(matrix), **scale, aspect="auto", interpolation="nearest")
         axes.set_title(title, fontsize=9, pad=4)
         if columns or not xlabel:
@@ -130,26 +123,20 @@ def matrices(
         axes.set_xlabel(xlabel, fontsize=8)
         axes.set_ylabel("" if i else ylabel, fontsize=8)
         if numbers:
-            for (row, column), value in _cells(matrix):
-                dark = abs(value) > 0.6 * reach
+            for (row, column), value in np.ndenumerate(as_array(matrix)):
+                if np.isnan(value):
+                    continue
+                dark = abs(value) > 0.6 * scale["vmax"]
                 style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
                 axes.text(column, row, f"{value:{numbers}}", **style)
         else:
-            bar = figure.add_axes(((x + place[2] + 0.06) / width, place[1] / height, 0.08 / width, place[3] / height))
+            bar = place(figure, x + wide * c + 0.06, y, 0.08, high * r)
             figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
         if pictures is not None and i == 0:
             for row, picture in enumerate(pictures):
                 y = height - top - high * (row + 1) + 0.02
-                side = high - 0.04
-                small = figure.add_axes(((x - high) / width, y / height, side / width, side / height))
-                show_picture(small, picture)
+                show_picture(place(figure, x - high, y, high - 0.04, high - 0.04), picture)
             for label in axes.get_yticklabels():
-                label.set_x(-(high + 0.02) / place[2])  # left of the pictures
-        x += place[2] + right
+                label.set_x(-(high + 0.02) / (wide * c))  # left of the pictures
+        x += wide * c + right
     return figure
-
-
-def _cells(matrix: Tensor) -> list[tuple[tuple[int, int], float]]:
-    """((row, column), value) of all that is there."""
-    cells = (((i, j), v) for i, row in enumerate(matrix.tolist()) for j, v in enumerate(row))
-    return [(at, value) for at, value in cells if value == value]  # NaN is not itself
