@@ -1,15 +1,15 @@
-"""Where do two networks part? The first layer at which they give other numbers, and what may be the cause.
+"""Where do two networks differ? The first layer at which they give other numbers, and what may be the cause.
 
     print(minisd.compare(my_unet, unet, (x, t, context)))
 
 Two networks that should compute the same are run on the same inputs, and the outputs of their layers are compared in
-the order in which the layers run. Whatever comes after the first difference differs because of it, so there is the
-place to look. If the inputs of that layer agree, the fault is in the layer: its weights, its settings. If they do
-not, it lies between the layers, where no module stands: an activation, an addition, a reshape.
+the order in which the layers run. Whatever comes after the first difference differs because of it, so that is the
+place to look. If the inputs of that layer agree, the fault is in the layer: in its weights or its settings. If they do
+not, the fault lies between the layers, where no module stands: an activation, an addition, a reshape.
 
-The names may be different, as CompVis's, diffusers' and one's own are. Then the layers are paired as `diff` pairs the
-lines of two files: in order, by kind, size and weights, so that a layer too many is one layer too many and does not
-shift all that follow (the alignment of Needleman & Wunsch, 1970).
+The names may be different, as they are in CompVis, in diffusers and in your own network. Then the layers are paired as
+`diff` pairs the lines of two files: in order, by kind, size and weights. So an extra layer in one network is reported
+as one extra layer, and does not shift all that follow (the alignment of Needleman & Wunsch, 1970).
 """
 
 import math
@@ -54,7 +54,7 @@ class Comparison:
     """What `compare` found. Print it."""
 
     rows: list[Row]
-    first: Row | None  # where they part; None if they don't
+    first: Row | None  # where they differ first; None if they don't
     conclusion: str  # the same in words
     hints: list[str] = field(default_factory=list)  # likely causes, and what else is worth knowing
     errors: dict[str, str] = field(default_factory=dict)  # what "ours" or "theirs" raised, and where
@@ -104,22 +104,22 @@ class Comparison:
 def compare(
     ours: Network, theirs: Network, inputs: Inputs, their_inputs: Inputs | None = None, tolerance: float = 2e-5
 ) -> Comparison:
-    """Find the first layer at which two networks part.
+    """Find the first layer at which two networks differ.
 
-    A layer is a module that has parameters of its own: an activation is a module to one author and a function to
-    another. Both networks run once, without gradients, in the mode in which they are, from the same random state, which
-    is put back as the buffers are. What goes into a layer and comes out is kept in float32 meanwhile, so give a large
-    network a small input: a latent of 8x8 shows the same mistakes as one of 64x64. Layers that start at zero hide
-    what is before them: fill them with random numbers first.
+    A layer is a module that has parameters of its own. (An activation is a module to one author and a function to
+    another, so activations don't count.) Both networks run once, without gradients, in the mode in which they are, from
+    the same random state. The random state and the buffers are restored afterwards. The inputs and outputs of all
+    layers are kept in float32 meanwhile, so give a large network a small input: a latent of 8x8 shows the same mistakes
+    as one of 64x64. Layers that start at zero hide what is before them: fill them with random numbers first.
 
     Args:
         ours, theirs: modules, or methods of modules. If they return an object or several things, the first tensor in
             it counts: `.sample`, `.last_hidden_state`, the mean of a distribution.
         inputs: a tensor, a tuple of arguments, or a dict of arguments by their names.
         their_inputs: the same for theirs, where it is called in another way.
-        tolerance: the largest difference that counts as none; where a layer has numbers over 1, in relation to them.
+        tolerance: the largest difference that counts as none; relative to the layer's numbers where they exceed 1.
 
-    An error that one of them raises is part of the answer: how far it came, and the message.
+    If a network raises an error, the answer says how far it came, and quotes the message.
 
     Raises:
         TypeError: what is to be compared is no module, and no method of one.
@@ -143,7 +143,7 @@ def compare(
         where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
         hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
         layers = [(a, b) for a, b in pairs if a and b and a.parameters]
-        if 2 * (others := sum(_other_weight(a, b) is not None for a, b in layers)) > len(layers) > 1:
+        if 2 * (others := sum(_weights(a, b, how=lambda x, y: None) is not None for a, b in layers)) > len(layers) > 1:
             hints.append(f"{others} of {len(layers)} pairs of layers have other weights: first give both the same")
     for pair, row in zip(pairs, rows, strict=True):
         if row.verdict.startswith("error"):
@@ -187,7 +187,7 @@ class _Run:
 
 
 def _run(net: Network, inputs: Inputs) -> _Run:
-    """Call it, and write down what goes into each layer and what comes out. It is left as it was."""
+    """Call it, and keep what goes into each layer and what comes out. The network is left as it was."""
     module = getattr(net, "__self__", net)
     if not isinstance(module, nn.Module):
         raise TypeError(f"compare takes two modules, or methods of modules, not a {type(net).__name__}")
@@ -263,7 +263,7 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 
 def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _Call | None]]:
-    """By name if all the names are the same, else by the alignment in which most is alike."""
+    """By name if all the names are the same, else by the alignment in which the pairs are most alike."""
     by_name = {call.name: call for call in theirs}
     if {call.name for call in ours} == by_name.keys():
         return [(call, by_name[call.name]) for call in ours]
@@ -306,7 +306,7 @@ def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _C
 
 
 def _fingerprint(call: _Call) -> tuple:
-    """What a layer is known by: kind, size of the output, name, and the sums of its weights and of its output.
+    """What identifies a layer: kind, size of the output, name, and the sums of its weights and of its output.
 
     The sums are the same in any order of the numbers: [b c h w] or [b hw c], Linear or convolution of 1x1.
     """
@@ -392,14 +392,12 @@ def _list(names: list[str]) -> str:
 
 
 def _agreement(rows: list[Row], stopped: bool) -> str:
-    worst = max(rows, key=lambda row: row.difference, default=None)
-    if worst is None:
+    if not rows:
         return "No layer was compared before that."
+    worst = max(rows, key=lambda row: row.difference)
     much = f": the largest difference is {_number(worst.difference)} of {_number(worst.size)}, in {worst.name}."
-    much = much if worst.difference else " exactly."
-    if stopped:
-        return f"Up to there, {len(rows)} pairs of layers agree{much}"
-    return f"The outputs and all {len(rows) - 1} pairs of layers agree{much}"
+    which = f"Up to there, {len(rows)}" if stopped else f"The outputs and all {len(rows) - 1}"
+    return f"{which} pairs of layers agree{much if worst.difference else ' exactly.'}"
 
 
 def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | None) -> str:
@@ -424,7 +422,7 @@ def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | 
 
 
 def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[str]) -> list[str]:
-    """What is worth knowing wherever they part."""
+    """What is worth knowing wherever they differ."""
     notes = []
     for name, run in runs.items():
         dropouts = sum(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in run.module.modules())
@@ -499,40 +497,30 @@ def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | Non
     return None
 
 
-def _other_weight(a: _Call, b: _Call) -> tuple[str, Tensor | None, Tensor | None] | None:
-    """The name of the first parameter that is not the same in two layers, and both its values."""
+def _weights(a: _Call, b: _Call, how: Callable = lambda x, y: _relation(x, y, 1e-6)) -> str | None:
+    """The first parameter that is not the same in two layers. `how` is asked how ours can be made from theirs."""
     for name in a.parameters | b.parameters:
         x, y = (_copy(call.parameters.get(name)) for call in (a, b))
+        if x is None or y is None:
+            return f"only {'theirs' if x is None else 'ours'} has a {name}"
         much, size = _compare(x, y)
-        if not much <= 1e-6 * size:  # also if it is nan, because one is missing or has another shape
-            return name, x, y
+        if math.isnan(much):
+            return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
+        if much > 1e-6 * size:
+            relation = how(x, y)
+            return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {relation}' if relation else ''}"
     return None
-
-
-def _weights(a: _Call, b: _Call) -> str | None:
-    name, x, y = _other_weight(a, b) or ("", None, None)
-    if not name:
-        return None
-    if x is None or y is None:
-        return f"only {'theirs' if x is None else 'ours'} has a {name}"
-    much, size = _compare(x, y)
-    if math.isnan(much):
-        return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
-    how = _relation(x, y, 1e-6)
-    return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {how}' if how else ''}"
 
 
 def _settings(a: _Call, b: _Call) -> str | None:
-    if type(a.module) is type(b.module):
-        for name in SETTINGS:
-            x, y = (getattr(call.module, name, None) for call in (a, b))
-            if x != y:
-                return f"{name} is {x} in ours and {y} in theirs"
-    return None
+    if type(a.module) is not type(b.module):
+        return None
+    both = ((name, *(getattr(call.module, name, None) for call in (a, b))) for name in SETTINGS)
+    return next((f"{name} is {x} in ours and {y} in theirs" for name, x, y in both if x != y), None)
 
 
 def _operation(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str | None]:
-    """What goes into the two may be the output of a layer shortly before, with something done to it or not."""
+    """What enters each of the two: the output of which layer shortly before, and what was done to it."""
     found: list[str | None] = [None, None]
     for pair in before[-8:]:
         for words, function in OPERATIONS.items():
@@ -544,7 +532,7 @@ def _operation(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance:
 
 
 def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> str | None:
-    """A residual connection or an embedding is left out."""
+    """The term that one of them leaves out, such as a residual connection or an embedding."""
     for sign, lacks in ((1, "ours"), (-1, "theirs")):
         for way in _layouts(b.input, a.input) if a.input is not None and b.input is not None else []:
             rest = sign * (way - a.input)
@@ -558,7 +546,7 @@ def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: 
 
 
 def _hints(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str]:
-    """What can be checked where they part, given the pairs of layers that agree before it."""
+    """Likely causes of the difference at this pair, given the pairs of layers before it that agree."""
     hints = []
     for name, call in (("ours", a), ("theirs", b)):
         if not call.output.isfinite().all():
