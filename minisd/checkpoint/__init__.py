@@ -1,4 +1,4 @@
-"""Models in files: read from whatever layout they come in, written to whichever is asked for.
+"""Read models from files in any of three layouts, and write them in any of the three.
 
     sd = load()                                        the model that ships
     sd = load("v1-5-pruned.ckpt")                      CompVis: a file; its YAML is config= or beside it, else SD v1
@@ -73,7 +73,7 @@ def load(
         config: what a CompVis file is: a CompVis YAML, or a LatentDiffusionConfig. Where it is left out, the YAML that
             lies beside the file under the same name (`.yaml` or `.yml`) is read; where there is none, the file is taken
             for Stable Diffusion v1 (with 4 or, for inpainting, 9 channels).
-        use_ema: take the EMA weights of a CompVis file that has both. As the YAML says where it is left out, else not.
+        use_ema: take the EMA weights of a CompVis file that has both. Left out: as the YAML says, or else not.
         tokenizer: a folder with the vocabulary of a CompVis file that does not read prompts by CLIP's.
         variant: of a diffusers folder, such as "fp16".
 

@@ -278,7 +278,7 @@ def ema_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, str]
 
 
 def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, source: str | Path) -> None:
-    """Hold the schedule that a file carries in its buffers against that of the configuration.
+    """Compare the schedule that a file has in its buffers with that of the configuration.
 
     Raises:
         CheckpointError: they differ: the weights were trained with another noise than they would be used with.

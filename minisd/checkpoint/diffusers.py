@@ -220,7 +220,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path | None:
 
 
 def _variant(folder: Path, variant: str | None) -> str | None:
-    """The variant, if any part has it; a part without takes its ordinary weights, which is said."""
+    """The variant, if any part has it; a part without it takes its ordinary weights, with a warning."""
     if variant is None:
         return None
     networks = ("unet", "vae", "text_encoder")
@@ -429,7 +429,7 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
 
 
 def unet_config_json(unet: UNetConfig) -> dict:
-    """The config.json of a UNet2DConditionModel, but for the size of what it draws."""
+    """The config.json of a UNet2DConditionModel, except for the size of its latents."""
     channels = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = [2**level in unet.attention_resolutions for level in range(len(channels))]
     heads = unet.num_heads if unet.num_head_channels is None else [unet.heads(c) for c in channels]
@@ -451,7 +451,7 @@ def unet_config_json(unet: UNetConfig) -> dict:
 
 
 def vae_config_json(vae: AutoencoderConfig) -> dict:
-    """The config.json of an AutoencoderKL, but for the size of its pictures and the scale factor of its latents."""
+    """The config.json of an AutoencoderKL, except for the size of its pictures and the scale factor of its latents."""
     attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
     return {
         "_class_name": "AutoencoderKL",

@@ -1,9 +1,9 @@
-"""Does it draw what the prompt says, does it draw as well as the pictures are, and does it draw what it has not seen?
+"""Does a model draw what the prompt says? As well as the real pictures? And concepts that it has not seen?
 
 - `scores`: concept and style of what is drawn, as three judges see them, between chance (0) and real pictures (1)
 - `judges`: the nearest real picture, CLIP's image tower, and a judge that is trained apart
 - `distances`: how far the drawings as a whole are from the pictures: Fréchet distance and MMD, with their errors
-- `copies`: are they drawings, or training pictures?
+- `copies`: are the drawings new, or are they training pictures?
 - `run`: `evaluate` does all of it, `sweep` does it over guidance, steps or samplers
 - `tables`: what is printed and written: tables, scores.json, pictures
 """

@@ -1,14 +1,15 @@
 """How far drawings as a whole are from pictures as a whole, in a space of features: two distances, and their errors.
 
-Neither is called FID or KID, which are these distances in the features of an Inception network trained on ImageNet:
-its numbers say little about 32 pixels, and numbers in other features can't be compared with them.
+FID and KID are these distances in the features of an Inception network trained on ImageNet. Its numbers say little
+about pictures of 32 pixels, so other features are used here. Distances in different features can't be compared, so
+these are not called FID and KID.
 
     Fréchet   d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)                   Heusel et al. 2017 (arXiv:1706.08500)
     MMD²      E k(x,x') + E k(y,y') - 2 E k(x,y),  k(x,y) = (x·y/d + 1)³     Bińkowski et al. 2018 (arXiv:1801.01401)
 
-The first is biased: a covariance of few pictures is too narrow in some directions and too wide in others, which adds
+The first is biased: a covariance of few pictures is too narrow in some directions and too wide in others. This adds
 about c/N to d², if there are many more pictures than directions in which they differ. The estimate of the second is
-not, so that it may even fall below zero.
+unbiased, so it may even fall below zero.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Distance:
     count: int  # N: pictures; compared with the `reference` pictures of the training split
     reference: int
     frechet: float | None  # d² at this N; None where N is too small
-    frechet_error: float | None  # one standard deviation, by the pictures that happened to be drawn
+    frechet_error: float | None  # one standard deviation, due to the choice of pictures
     frechet_infinity: float | None  # the straight line in 1/N through N and N/2, at 1/N = 0 (Chong & Forsyth 2020)
     mmd: float  # MMD², unbiased, the mean over subsets
     mmd_error: float  # the standard deviation over the subsets, as KID is given
@@ -67,9 +68,10 @@ def measure_distance(
 ) -> Distance:
     """Both distances of x from the reference, with their errors.
 
-    Half of the pictures, taken at random, miss the distance of all of them by as much as that misses the truth (the
-    delete-half jackknife: its factor (n - n/2) / (n/2) is 1). So the spread over halves is the error, and their mean
-    shows the bias at N/2, from which the one at N, half of it, is taken off for the value at infinity.
+    The error comes from halves of the pictures, taken at random. The distance of a half differs from that of all
+    pictures by as much as that differs from the truth (the delete-half jackknife: its factor (n - n/2) / (n/2) is 1).
+    So the spread over halves is the error. Their mean shows the bias at N/2, which is twice the bias at N: subtracting
+    the difference once more gives the value at infinity.
 
     MMD, as KID is: the mean over subsets of both sides, of half of x each, 1,000 at most.
 
@@ -105,8 +107,8 @@ def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
     (mean, cov), (target_mean, target_cov) = first, second
-    # tr (Σ₁ Σ₂)^½ = Σ √λ of Σ₂^½ Σ₁ Σ₂^½, which is symmetric: its eigenvalues are real, and none is negative but by
-    # rounding
+    # tr (Σ₁ Σ₂)^½ = Σ √λ of Σ₂^½ Σ₁ Σ₂^½. This matrix is symmetric, so its eigenvalues are real, and only rounding can
+    # make one negative.
     values, vectors = torch.linalg.eigh(target_cov)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     crossed = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()

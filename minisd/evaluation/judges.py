@@ -1,15 +1,16 @@
-"""Three judges of what a picture shows. Each is asked the same of drawings and of real pictures, so that its own
-mistakes cancel in the score; how good it is on real held-out pictures stands in the table beside.
+"""Three judges of what a picture shows. Each judges drawings and real pictures alike, so that its own mistakes cancel
+in the score. The table also shows how good it is on real held-out pictures.
 
     NearestPicture    the picture of the training split that looks most alike, pixel by pixel
-    ImageTowerJudge   CLIP: the caption that fits best. No stranger: the model's prompts are read by its other tower
+    ImageTowerJudge   CLIP: the caption that fits best. It is related to the model, whose prompts its other tower reads
     PatchJudge        trained apart, on the pictures of the training split alone, by linear algebra in a minute
 
-A judge takes pictures and the rows that they were asked for by, and says for each question which picture would be a
-hit for which caption, [n n]. It never sees the rows' own pictures, but for those of the training split.
+A judge takes pictures and the rows whose captions they were drawn for. For each question it returns which picture
+would be a hit for which caption, [n n]. It never sees the real pictures of those rows, except for those of the training
+split.
 
-Concepts that are held out need something to be recognised by: for them the held-out pictures of other artists join
-those of the training split. (By other artists: styles by the same hand are nearly the same picture.)
+A concept that is held out has no picture in the training split by which it could be recognised. So for it, the held-out
+pictures of other artists join the library. (Styles by the same artist are nearly the same picture, so they do not.)
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ Hits = dict[str, Bool[np.ndarray, "n n"]]
 
 
 class Judge(Protocol):
-    """Anything that can say what a picture shows."""
+    """Anything that recognises what a picture shows."""
 
     name: str
 
@@ -45,12 +46,12 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 
 def questions(data: CaptionedPictures) -> list[str]:
-    """What can be asked for: what all rows of the corpus tell."""
+    """The columns that all rows of the corpus have, of those that a judge can answer for."""
     return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
 
 
 def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
-    """Names that were found, held against those of every row."""
+    """Compare the names that were found with those of every row."""
     return {question: names[:, None] == column(rows, question)[None] for question, names in found.items()}
 
 

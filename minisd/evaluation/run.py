@@ -1,11 +1,11 @@
-"""Ask a model for pictures by the captions of a corpus, and hold them against the real ones.
+"""Draw pictures for the captions of a corpus, and compare them with the real ones.
 
 Groups of captions, each as far as the corpus has it:
 
     train           what was trained on: was it learned?
     test_pair       a concept in a style in which it was never seen: does the model compose?
     test_concept    a concept that was never seen at all
-    known_words     those of test_concept that say nothing but words of training captions: the others no model can know
+    known_words     those of test_concept with words of training captions only: no model can know other words
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from .distances import MINIMUM, Distance, measure_distance
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 
-FEWEST = 10  # captions of a group: below, a score says nothing
+FEWEST = 10  # captions of a group: with fewer, a score means nothing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was found out."""
+    """All results."""
 
     scores: list[Score]
     distances: list[Distance]
@@ -70,8 +70,8 @@ class Evaluator:
     """A model, the corpus that it was trained on, and the judges.
 
     folder: rows name `concept` and `split`, and where there are styles, `style`. clip: both towers and their tokenizer
-    (`minisd.load_clip`). count: captions of each group at most; which, the hashes of their file names decide. groups:
-    those that will be drawn for; `evaluate` needs train and test_pair, `sweep` its one group.
+    (`minisd.load_clip`). count: captions of each group at most, chosen by the hashes of their file names. groups: those
+    to draw for; `evaluate` needs train and test_pair, `sweep` its one group.
 
     Raises:
         ValueError: the corpus does not say which concepts its pictures show, or has no held-out pairs, or too few.
@@ -118,7 +118,7 @@ class Evaluator:
         stretch = self.tower.texts.shape[1] ** 0.5  # CLIP's unit vectors made √d long: x·y/d is then their cosine
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
-        self._yardsticks: dict = {}  # what the judges say of real pictures, by group: asked once
+        self._yardsticks: dict = {}  # the judges' answers for real pictures, by group: computed once
 
     def _group(self, indices: list[int]) -> Group:
         real = self.data.batch(indices)
@@ -135,7 +135,7 @@ class Evaluator:
         return draw(captions, self.sd, title=f"drawing {group}", **asdict(setting))
 
     def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
-        """What each judge says of the drawings of a group."""
+        """The score of the drawings of a group, by each judge and question."""
         group = self.groups[name]
         concepts = [row["concept"] for row in group.rows]
         found = []
@@ -158,7 +158,10 @@ class Evaluator:
 
 
 def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16) -> Evaluation:
-    """Draw for every group, and find out all of it. sheet: how many of the nearest drawings to keep for a picture."""
+    """Draw for every group, and measure everything.
+
+    sheet: how many of the drawings that are nearest to a training picture to keep.
+    """
     groups = evaluator.groups
     drawn = {name: evaluator.draw(name, setting) for name in groups if name != "known_words"}
     if "known_words" in groups:
@@ -209,7 +212,7 @@ def sweep(
 
 
 def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
-    """Rows to ask for: those whose file names have the smallest hashes, so that it is always the same ones."""
+    """The rows whose file names have the smallest hashes, so that it is always the same rows."""
     hashes = [hashlib.sha256(row["file_name"].encode()).hexdigest() for row in rows]
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
 
@@ -217,7 +220,7 @@ def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
 def draw(
     captions: list[str], sd: LatentDiffusion, title: str, seed: int, batch_size: int = 50, **options
 ) -> Float[Tensor, "n 3 h w"]:
-    """One picture a caption; picture k from seed + k."""
+    """One picture for each caption; picture k is drawn from seed + k."""
     pictures = []
     for start in tqdm(range(0, len(captions), batch_size), desc=title):
         out = sd.txt2img(captions[start : start + batch_size], seed=seed + start, **options)
@@ -226,7 +229,7 @@ def draw(
 
 
 def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    """What the autoencoder makes of pictures."""
+    """Pictures, encoded and decoded by the autoencoder."""
     decoded = []
     for part in pictures.split(50):
         latent = sd.encode_first_stage(part.to(sd.device))

@@ -1,9 +1,10 @@
-"""From hits to a score: chance and the difficulty of the corpus taken out.
+"""From hits to a score, which takes out chance and the difficulty of the corpus.
 
     score = (hits of the model - hits by chance) / (hits of real pictures - hits by chance)
 
-By chance: each drawing held against the captions of all the others. 1 is as good as the real pictures of the same
-captions, for this judge; more than 1 is possible where artists differ and the model draws what they have in common.
+By chance: each drawing compared with the captions of all the others. A score of 1 is as good as the real pictures of
+the same captions, for this judge. More than 1 is possible where artists differ and the model draws what they have in
+common.
 """
 
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ class Score:
     model: float  # hits of the drawings
     real: float  # hits of the real pictures of these captions
     decoded: float  # of the same pictures, encoded and decoded: what the autoencoder costs
-    shuffled: float  # hits of the drawings, each held against another's caption
+    shuffled: float  # hits of the drawings, each compared with another's caption
     error: float  # of the score: one standard deviation, over resampled concepts; NaN where there is no score
 
     @property
     def score(self) -> float:
-        """0: as good as shuffled captions, 1: as good as real pictures. NaN where the judge can't tell those apart."""
+        """0: as good as shuffled captions, 1: as good as real pictures. NaN if they are too close."""
         return float("nan") if np.isnan(self.error) else (self.model - self.shuffled) / (self.real - self.shuffled)
 
 
@@ -50,7 +51,7 @@ def score(
     """
     n = len(model)
     drawn, true = model.diagonal().astype(float), real.diagonal().astype(float)
-    chance = (model.sum(axis=1) - drawn) / (n - 1)  # the mean over all shuffles, without drawing lots
+    chance = (model.sum(axis=1) - drawn) / (n - 1)  # the mean over all shuffles, computed exactly
     means = drawn.mean(), true.mean(), chance.mean()
 
     # Sums over each concept; a resample draws as many concepts as there are, and takes all pictures of each.

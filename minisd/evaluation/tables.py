@@ -112,7 +112,7 @@ def _pm(value: float, error: float) -> str:
 
 
 def _score_json(s: Score) -> dict:
-    """JSON has no NaN."""
+    """A score as JSON, with null for NaN, which JSON does not have."""
     record = asdict(s) | {"score": s.score}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 

@@ -508,7 +508,9 @@ def _weights(a: _Call, b: _Call, how: Callable = lambda x, y: _relation(x, y, 1e
             return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
         if much > 1e-6 * size:
             relation = how(x, y)
-            return f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {relation}' if relation else ''}"
+            return (
+                f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {relation}' if relation else ''}"
+            )
     return None
 
 

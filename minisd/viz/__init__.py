@@ -1,9 +1,9 @@
-"""Every picture that a notebook or a command draws. Takes tensors and trajectories, never a model.
+"""All figures of the notebooks and commands: one figure, one call. They take tensors and trajectories, never a model.
 
     files       to_pil, sheet, save_sheet                       pictures as files, pixel by pixel
     pictures    strip, captioned                                pictures side by side, with titles, labels, captions
                 noising_strip                                   pictures dissolve into noise, by one schedule or several
-                trajectory                                      what a sampler did: x_t and the x_0 that it had in mind
+                trajectory                                      what a sampler did: x_t and its estimate of x_0
     plots       curves, schedule_curves                         numbers against t
                 loss_by_timestep                                what a model gets wrong at each t, above the floor
                 histograms                                      samples, against the Gaussian that they should follow
@@ -16,7 +16,7 @@
     layers      maps, plane                                     channels of a latent; a latent of two numbers as a map
                 feature_maps, attention_maps                    channels of a layer; where the pixels look
     diagrams    unet_diagram                                    a UNet's blocks, and what is handed across
-                training_diagram, sampling_diagram, class_diagram    the whole model, drawn as boxes
+                training_diagram, sampling_diagram, class_diagram    the whole model as boxes
 
 All but those of `files` return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
 says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.

@@ -18,10 +18,10 @@ _FILLS = {"text": "#FBE3C8", "unet": "#D3E6F3", "trained": "#D3E6F3", "vae": "#D
 
 
 def unet_diagram(blocks: Sequence, title: str = "") -> "Figure":
-    """The U: down on the left, up on the right, dashed what is handed across, each at the height of its source.
+    """The U: the way down on the left, the way up on the right, and the skip connections as dashed lines between them.
 
     blocks: what `minisd.unet.outline` returns. A box says what is in a block, and the channels and the size of what
-    comes out of it. Blue: with attention. On a dashed line: the channels that are joined to what comes from below.
+    comes out of it. Blue: with attention. On a dashed line: the channels that are concatenated to those from below.
     """
     down = [block for block in blocks if block.name.startswith("input_blocks")]
     up = {block.skip: block for block in blocks if block.skip}

@@ -1,6 +1,6 @@
 """What all figures have in common: the page, its panels, a picture on it, and the colours.
 
-Colours are those of Okabe & Ito (2008), which nearly everybody can tell apart.
+Colours are those of Okabe & Ito (2008), which almost everyone can distinguish.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,8 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> "Fig
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
-    # Closed, it is still a figure. Left open, a notebook would draw it twice: when a cell ends, it draws what is open.
+    # A closed figure is still a figure. An open one would be shown twice by a notebook, which shows at the end of a
+    # cell whatever is open.
     plt.close(figure)
     return figure
 

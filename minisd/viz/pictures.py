@@ -87,8 +87,8 @@ def trajectory(
 
     steps: all that it yielded (a list of `Step`, or a `Trajectory`).
     decode: latents → pictures; left out where the steps hold pictures already.
-    rows: which fields of a Step to show. x_t went in; x0 is the picture that the model had in mind.
-    every: show each `every`-th step, and the last; such that there are about nine, if left out.
+    rows: which fields of a Step to show. x_t went in; x0 is the model's estimate of the picture.
+    every: show each `every`-th step, and the last. Left out, about nine steps are shown.
     pictures: which of the batch; labels: a name for each of them.
     """
     steps = list(steps)
@@ -115,7 +115,7 @@ def captioned(
     if len(pictures) != len(captions):
         raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
     columns = min(columns, len(pictures))
-    broken = [fill(caption, int(16 * size)) for caption in captions]  # so many letters of this size are as wide
+    broken = [fill(caption, int(16 * size)) for caption in captions]  # about 16 letters of this size fit on an inch
     rows = -(-len(pictures) // columns)
     height = size * pictures.shape[-2] / pictures.shape[-1]
     below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches

@@ -26,7 +26,7 @@ def density_over_time(
 
     x_0: the data, each number as likely as the next. schedule: a `NoiseSchedule`.
     paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps. The
-        colour of a path tells which of the data it belongs to: the one that is nearest at its smallest t.
+        colour of a path is that of the data point to which it is nearest at its smallest t.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
@@ -104,8 +104,8 @@ def vector_field(
     """Arrows at places of the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
 
     The first name's arrows are broad and pale, so that those of the second can be seen on them where the two agree.
-    behind: {title: points [n 2]}, in grey. longest: a vector of this length makes an arrow of one `spacing`; any that
-    is longer is drawn just so long.
+    behind: {title: points [n 2]}, in grey. longest: a vector of this length makes an arrow of one `spacing`. Longer
+    vectors get arrows of that length, too.
     """
     figure = empty_figure(len(panels) * size, size + 0.5, layout="constrained")
     styles = [
@@ -143,7 +143,7 @@ def walks(
 ) -> "Figure":
     """A toy in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
 
-    A path begins at its small ring and ends at its disc. Its colour tells which path it is, in all panels.
+    A path begins at its small ring and ends at its disc. A path has the same colour in all panels.
     reach: both axes go from -reach to reach, in all panels; just far enough for all paths, if left out.
     """
     reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
@@ -153,7 +153,7 @@ def walks(
         axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
         for k, path in enumerate(as_array(paths).swapaxes(0, 1)):
             colour = COLOURS[k % len(COLOURS)]
-            markers = {"marker": ".", "markersize": 3} if len(path) <= 30 else {}  # as far as they can be told apart
+            markers = {"marker": ".", "markersize": 3} if len(path) <= 30 else {}  # more would run together
             axes.plot(path[:, 0], path[:, 1], color=colour, lw=0.7, zorder=2, **markers)
             axes.plot(*path[0], "o", color=colour, markersize=4, markerfacecolor="white", zorder=3)
             axes.plot(*path[-1], "o", color=colour, markersize=4.5, zorder=4)
@@ -171,9 +171,9 @@ def pursuit(
     width: float = 2.5,
     height: float = 2.3,
 ) -> "Figure":
-    """A curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of somebody who pursues it.
+    """A curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
 
-    Time runs to the right, so that x falls: x is an amount of noise.
+    x is an amount of noise. It falls to the right, because time runs to the right.
     """
     figure, row = side_by_side(panels, width, height, sharey=True)
     for i, (axes, title, (x, y)) in enumerate(row):

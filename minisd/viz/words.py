@@ -22,7 +22,7 @@ def token_table(
     """How sentences are cut into tokens: a line for each {label: pieces}, its pieces in boxes.
 
     Blue: a piece that ends a word (it carries "</w>"). Orange: the word goes on. Grey: a token of the form <|…|>, which
-    is no text. Three or more of the same in a row are drawn once, with their number.
+    is no text. Three or more equal pieces in a row share one box, with their number.
     ids: the id of each piece, to stand under it. width: in inches; a sentence that is longer is broken.
     """
     from matplotlib.patches import Rectangle
@@ -56,7 +56,7 @@ def token_table(
     for label, y in starts:
         axes.text(left - 0.1, y + high / 2, label, ha="right", va="center", fontsize=8)
     for x, y, wide, text, number, colour in boxes:
-        # Monospaced: only so does the number of letters tell how wide a box must be.
+        # Monospaced, so that the width of a box follows from the number of letters.
         style = {"ha": "center", "va": "center", "family": "monospace"}
         axes.add_patch(Rectangle((x, y), wide, high, facecolor=colour, edgecolor="0.6", linewidth=0.5))
         axes.text(x + wide / 2, y + high / 2, text, fontsize=7.5, parse_math=False, **style)
