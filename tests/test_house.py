@@ -100,6 +100,16 @@ def test_imports_go_downwards(file):
         assert not others, f"the stage {module} imports {sorted(others)} before anybody asks for it"
 
 
+def test_no_module_has_the_name_of_a_public_function():
+    """Else `minisd.trace` would be a module or a function, depending on what was imported last."""
+    import minisd
+
+    functions = {name for name in minisd.__all__ if not isinstance(getattr(minisd, name), type | type(sys))}
+    assert functions >= {"trace", "compare", "record_attention", "load"}
+    modules = {file.stem if file.stem != "__init__" else file.parent.name for file in own_files()}
+    assert not functions & modules
+
+
 def test_import_is_about_as_quick_as_torch():
     code = "import sys, minisd; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
