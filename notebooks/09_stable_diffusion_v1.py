@@ -23,7 +23,8 @@
 #   what in it is dead, and what in it is odd.
 #
 # About an hour and a half to read; it runs in about a minute on a laptop. The modules of this stage are
-# [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py). The page
+# [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and
+# [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py). The page
 # [`docs/checkpoint.md`](../docs/checkpoint.md) has the commands. Before this:
 # [notebook 08](08_training.ipynb), on training at full scale.
 #

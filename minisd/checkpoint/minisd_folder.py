@@ -35,13 +35,11 @@ NO_LONGER = {"unet": {"use_checkpoint"}}
 def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
     """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
     config = read_config(folder)
-    state = files.read_weights(file)
-    if file.name != "model.safetensors" and (folder / "model.safetensors").exists():
+    state, usual = files.read_weights(file), folder / "model.safetensors"
+    if file.name != usual.name and usual.exists():
         # What the file takes the place of is not loaded, so it is not searched for NaN either.
-        whole = files.read_weights(
-            folder / "model.safetensors", lambda name: not (files.set_aside(name) or name in state)
-        )
-        state = whole | state
+        others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))
+        state = others | state
     tokenizer = files.read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
     sd = files.build(config, tokenizer, folder / "config.json")
     files.load_weights(sd, state, file, device, dtype)
