@@ -16,38 +16,23 @@ import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar, Union, get_origin
 
 import torch
 import tyro
 
-from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save
+from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save, training
 from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .sampling import SAMPLERS
-from .training import (
-    LPIPS,
-    CLIPPerceptual,
-    CLIPRecipe,
-    Engine,
-    Recipe,
-    UNetRecipe,
-    VAERecipe,
-    finetune_decoder,
-    finetune_unet,
-    make_engine,
-    recipes,
-    train_clip,
-    train_unet,
-    train_vae,
-)
+from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
 
 Sampler = Literal[tuple(SAMPLERS)]
-Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Dtype = Literal[tuple(DTYPES)]
 Preset = Literal[tuple(recipes.UNET)]
 Commands = TypeVar("Commands")
 Told = Literal[tuple(CONDITIONS)]
@@ -173,12 +158,12 @@ class Training:
     preset: Preset  # what the networks are, and where the recipe starts
     data: Path  # a folder of pictures: with captions, or with what --condition says
     out: Path  # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
-    recipe: Recipe
+    recipe: training.Recipe
     device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
     def run(self) -> None:
-        engine = make_engine(self.device, self.precision)
+        engine = training.make_engine(self.device, self.precision)
         wrote = self.train(engine)
         if engine.is_main_process:  # once, however many processes there are
             print(f"wrote {wrote}")
@@ -191,11 +176,11 @@ class Training:
 class TrainCLIP(Training):
     """Train the tokenizer, the text tower and the image tower."""
 
-    recipe: CLIPRecipe
+    recipe: training.CLIPRecipe
 
     def train(self, engine: Engine) -> Path:
         text, vision, folder = PRESETS[self.preset].cond_stage, recipes.VISION[self.preset], self.out / "clip"
-        train_clip(text, vision, self.recipe, self.pictures(vision.image_size), folder, engine)
+        training.train_clip(text, vision, self.recipe, self.pictures(vision.image_size), folder, engine)
         return folder
 
 
@@ -203,7 +188,7 @@ class TrainCLIP(Training):
 class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
-    recipe: VAERecipe
+    recipe: training.VAERecipe
     first_stage: Literal["kl", "vq"] = "kl"  # latents near N(0, I), as in Stable Diffusion; or of a codebook
     # a finished model whose decoder is trained further, "emoji" or whatever else --model of txt2img takes; the rest of
     # it stays as it is
@@ -219,11 +204,12 @@ class TrainVAE(Training):
         folder, config = self.out / "vae", PRESETS[self.preset]
         if self.init:
             sd = load(self.init, engine.device)
-            data, clip = self.pictures(sd.config.image_size, captions=False), _clip_of(self.init)
-            finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
+            data, clip = self.pictures(sd.config.image_size, False), self.init if has_clip(self.init) else None
+            training.finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
             return folder / "model"
         first_stage = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
-        train_vae(first_stage, self.recipe, self.pictures(config.image_size, False), folder, engine, perceptual)
+        data = self.pictures(config.image_size, captions=False)
+        training.train_vae(first_stage, self.recipe, data, folder, engine, perceptual)
         return folder
 
     def perceptual(self) -> CLIPPerceptual | LPIPS:
@@ -249,7 +235,7 @@ class TrainVAE(Training):
 class TrainUNet(Training):
     """Train the UNet on top of a finished autoencoder and, for captions, a finished CLIP."""
 
-    recipe: UNetRecipe
+    recipe: training.UNetRecipe
     # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
     # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
     init: str | None = None
@@ -259,33 +245,31 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
 
     def train(self, engine: Engine) -> str:
-        data, sd = self.finetune(engine) if self.init else self.from_scratch(engine)
-        model, prompt = self.out / "unet" / "model", shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
+        folder = self.out / "unet"
+        if self.init:
+            if self.condition or self.class_column:
+                raise ValueError(f"what {self.init} is told stays as it is: leave --condition and --class-column out")
+            sd, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
+            data = self.pictures(sd.config.image_size, sd.cond_stage_model.needs_captions)
+            training.finetune_unet(sd, self.recipe, data, folder, engine, clip, self.keep_at)
+        else:
+            told = self.condition or "captions"
+            captions = CONDITIONS[told].needs_captions
+            parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
+            for part, path in parts.items():
+                if not (path / f"{part}.json").exists():
+                    raise FileNotFoundError(
+                        f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
+                    )
+            config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+            data = self.pictures(config.image_size, captions)
+            sd = training.train_unet(
+                config, self.recipe, data, folder, engine, **{"clip": None} | parts, keep_at=self.keep_at,
+                condition=told, column=self.class_column,
+            )  # fmt: skip
+        prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
         what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
-        return f"{model}: try `minisd {what} --model {model}`"
-
-    def finetune(self, engine: Engine) -> tuple[CaptionedPictures, LatentDiffusion]:
-        if self.condition or self.class_column:
-            raise ValueError(f"what {self.init} is told stays as it is: leave --condition and --class-column out")
-        sd = load(self.init, engine.device)
-        data = self.pictures(sd.config.image_size, sd.cond_stage_model.needs_captions)
-        clip = _clip_of(self.init)
-        return data, finetune_unet(sd, self.recipe, data, self.out / "unet", engine, clip, self.keep_at)
-
-    def from_scratch(self, engine: Engine) -> tuple[CaptionedPictures, LatentDiffusion]:
-        condition = self.condition or "captions"
-        captions = CONDITIONS[condition].needs_captions
-        for part in ("clip", "vae") if captions else ("vae",):
-            if not (self.out / part / f"{part}.json").exists():
-                raise FileNotFoundError(
-                    f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
-                )
-        config = replace(PRESETS[self.preset], parameterization=self.parameterization)
-        data = self.pictures(config.image_size, captions)
-        return data, train_unet(
-            config, self.recipe, data, self.out / "unet", engine, self.out / "clip", self.out / "vae", self.keep_at,
-            condition, self.class_column,
-        )  # fmt: skip
+        return f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`"
 
 
 @dataclass(frozen=True)
@@ -364,6 +348,21 @@ class Group(Generic[Commands]):
         self.command.run()
 
 
+class Data(Group[Commands]):
+    """Make a corpus of captioned pictures."""
+
+
+class Train(Group[Commands]):
+    """Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."""
+
+
+def one_of(**commands):
+    """A type for tyro: one of these commands. Each is a class; or an instance of one, which has the defaults."""
+    given = {name: {} if isinstance(c, type) or get_origin(c) else {"default": c} for name, c in commands.items()}
+    classes = {name: type(c) if given[name] else c for name, c in commands.items()}
+    return Union[*(Annotated[c, tyro.conf.subcommand(name, **given[name])] for name, c in classes.items())]
+
+
 @dataclass(frozen=True)
 class Start:
     """What a training starts from. The defaults of its other flags depend on these two, so they are read first."""
@@ -372,35 +371,22 @@ class Start:
     init: str | None = None
 
     def commands(self):
-        """All commands, with the flags of the trainings as the recipes of this preset, or of `--init`, have them."""
+        """All commands; the flags of the trainings start from the recipes of this preset, or from those of `--init`."""
         data = Path("data", "shapes" if self.preset == "tiny" else "emoji")
         given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
-        clip = TrainCLIP(**given, recipe=recipes.CLIP[self.preset])
-        vae = TrainVAE(**given, recipe=recipes.FINETUNE_DECODER if self.init else recipes.VAE[self.preset])
-        recipe, told = (recipes.FINETUNE, None) if self.init else (recipes.UNET[self.preset], "captions")
-        unet = TrainUNet(**given, recipe=recipe, condition=told)
-        named = tyro.conf.subcommand
-        corpora = (
-            Annotated[DataEmoji, named("emoji")]
-            | Annotated[DataShapes, named("shapes")]
-            | Annotated[DataHub, named("hub")]
+        unet, vae, told = recipes.UNET[self.preset], recipes.VAE[self.preset], "captions"
+        if self.init:
+            unet, vae, told = recipes.FINETUNE, recipes.FINETUNE_DECODER, None
+        trainings = one_of(
+            clip=TrainCLIP(**given, recipe=recipes.CLIP[self.preset]),
+            vae=TrainVAE(**given, recipe=vae),
+            unet=TrainUNet(**given, recipe=unet, condition=told),
         )
-        trainings = (
-            Annotated[TrainCLIP, named("clip", default=clip)]
-            | Annotated[TrainVAE, named("vae", default=vae)]
-            | Annotated[TrainUNet, named("unet", default=unet)]
-        )
-        train = "Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."
-        return (
-            Annotated[Txt2Img, named("txt2img")]
-            | Annotated[Img2Img, named("img2img")]
-            | Annotated[Inpaint, named("inpaint")]
-            | Annotated[Group[corpora], named("data", description="Make a corpus of captioned pictures.")]
-            | Annotated[Group[trainings], named("train", description=train)]
-            | Annotated[Evaluate, named("evaluate")]
-            | Annotated[Info, named("info")]
-            | Annotated[Convert, named("convert")]
-        )
+        corpora = one_of(emoji=DataEmoji, shapes=DataShapes, hub=DataHub)
+        return one_of(
+            txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, data=Data[corpora], train=Train[trainings],
+            evaluate=Evaluate, info=Info, convert=Convert,
+        )  # fmt: skip
 
 
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -408,11 +394,6 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
-
-
-def _clip_of(model: str) -> str | None:
-    """Where the rest of a finished model's CLIP is, if it has one."""
-    return model if has_clip(model) else None
 
 
 def _corpus(folder: Path) -> Path:

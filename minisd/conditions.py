@@ -58,7 +58,7 @@ class Condition(nn.Module):
         data: the `CaptionedPictures` that it will be trained on. column: the column of their rows that says it, where
         there is a choice (`reads_column`).
         """
-        raise NotImplementedError
+        return config
 
     @staticmethod
     def concat_channels(config) -> int:
@@ -98,10 +98,6 @@ class Captions(FrozenCLIPEmbedder, Condition):
         if tokenizer is None:
             raise ValueError("a model that reads prompts needs a tokenizer: for SD v1, BPETokenizer.clip()")
         return cls(CLIPTextModel(config), tokenizer, config.max_length)
-
-    @classmethod
-    def configure(cls, config, data, column: str | None = None):
-        return config  # that of a preset has a text encoder already
 
     def prompts(self, data) -> list[list[str]]:
         return [[form.format(caption) for form in data.templates] for caption in data.captions]
@@ -214,9 +210,8 @@ class Nothing(Condition):
 
     Config = type(None)
 
-    @classmethod
-    def build(cls, config: None, tokenizer: Tokenizer | None) -> "Nothing":
-        return cls()
+    def __init__(self, config: None = None):
+        super().__init__()
 
     @classmethod
     def configure(cls, config, data, column: str | None = None):

@@ -1,9 +1,12 @@
 """What the models are, by name: the sizes of their three networks. `training/recipes.py` says how they are trained."""
 
-from .clip import CLIPTextConfig
+from dataclasses import asdict
+
+from .clip import CLIPTextConfig, CLIPVisionConfig
 from .latent_diffusion import LatentDiffusionConfig
 from .unet import UNetConfig
 from .vae import AutoencoderConfig
+from .vq import VQConfig
 
 # What reads the captions of emoji, at whichever size they are drawn.
 EMOJI_TEXT = CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192)
@@ -60,4 +63,19 @@ PRESETS = {
     "sd-v1": LatentDiffusionConfig(),
     # the same with five channels more to look at: the mask, and what is left of the picture
     "sd-v1-inpainting": LatentDiffusionConfig(unet=UNetConfig(in_channels=9)),
+}
+
+# The image towers that the text towers of the presets are trained against.
+VISION = {
+    "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=32),
+    "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
+    "emoji-64": CLIPVisionConfig(image_size=64, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
+    "sd-v1": CLIPVisionConfig(),
+}
+
+# The first stages with a codebook, `--first-stage vq`: the preset's autoencoder, with so many codes in place of the
+# variance. (Those of CompVis' VQ-f8 for the 512x512 pixels of Stable Diffusion.)
+VQ = {
+    name: VQConfig(**asdict(PRESETS[name].first_stage) | {"double_z": False}, n_embed=n_embed)
+    for name, n_embed in {"tiny": 256, "emoji": 1024, "emoji-64": 1024, "sd-v1": 16_384}.items()
 }

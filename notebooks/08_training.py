@@ -62,9 +62,9 @@ from minisd.clip import contrastive_loss
 from minisd.data import CaptionedPictures, draw_shapes, sample
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
 from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, finetune_unet, recipes
-from minisd.training.clip import TEMPLATES, tokenize_templates
+from minisd.training.clip import tokenize_templates
 from minisd.training.discriminator import adaptive_weight, hinge_d_loss
-from minisd.training.unet import by_time, encode_captions
+from minisd.training.unet import by_time, encode_prompts
 from minisd.training.vae import encode_all
 
 full = MODE == "full"
@@ -83,6 +83,8 @@ def quietly():
 
 with quietly():
     draw_shapes(runs / "shapes", count=1000 if full else 80)
+# the forms in which each caption is read, one a line
+(runs / "shapes/templates.txt").write_text("{}\na {}\nthe {}\na picture of a {}\n", encoding="utf-8")
 shapes = CaptionedPictures(runs / "shapes", split="train")
 print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {shapes.captions[:3]}")
 
@@ -137,8 +139,9 @@ print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {s
 # %%
 tiny = minisd.PRESETS["tiny"]
 tokenizer = minisd.load("tiny", "cpu").cond_stage_model.tokenizer
-tokens = tokenize_templates(tokenizer, shapes.captions, tiny.cond_stage.max_length)  # [n 4 16]: ids in four forms
-print(f"tokens {list(tokens.shape)}, the forms: {TEMPLATES}")
+max_length = tiny.cond_stage.max_length
+tokens = tokenize_templates(tokenizer, shapes.captions, shapes.templates, max_length)  # [n 4 16]: ids in four forms
+print(f"tokens {list(tokens.shape)}, the forms: {shapes.templates}")
 exam = torch.arange(0, len(shapes), max(1, len(shapes) // 64))[:64]  # 64 pictures to be examined on
 
 
@@ -348,7 +351,7 @@ viz.strip(rows, labels=labels, size=0.7)
 sd = minisd.load("tiny", "cpu")
 with torch.no_grad():
     moments = encode_all(sd.first_stage_model, shapes, engine)  # [n 8 8 8]: mean and log variance
-contexts = encode_captions(sd, shapes.captions, engine).float()  # [n 4 16 32]
+contexts = encode_prompts(sd, sd.cond_stage_model.prompts(shapes), engine).float()  # [n 4 16 32]
 empty = sd.get_learned_conditioning([""])  # [1 16 32]
 print(f"moments {list(moments.shape)}, contexts {list(contexts.shape)}, empty {list(empty.shape)}")
 
@@ -368,7 +371,7 @@ def train(sd, recipe, name, spoil=None, watch=None):
         for step in trainer.steps():
             for batch in trainer.batches(len(shapes)):  # one, unless gradients are accumulated
                 # whatever is random is drawn from the batch, sample by sample
-                form, t = batch.randint(len(TEMPLATES)), batch.randint(sd.schedule.timesteps)  # [b], [b]
+                form, t = batch.randint(len(shapes.templates)), batch.randint(sd.schedule.timesteps)  # [b], [b]
                 forget = batch.rand() < recipe.text_dropout  # [b]
                 mean, logvar = moments[batch.indices].chunk(2, dim=1)  # [b 4 8 8] each
                 noise, encoder_noise = batch.randn(4, 8, 8), batch.randn(4, 8, 8)

@@ -1093,7 +1093,7 @@ reading(
     ("FrozenCLIPEmbedder.encode", "another name of forward, which LatentDiffusion asks for", "clip.FrozenCLIPEmbedder",
      "encode = forward"),
     ("ClassEmbedder", "a table: class → one vector; for the ImageNet models",
-     "latent_diffusion.ClassEmbedder.encode", "self.embedding(ids)"),
+     "conditions.ClassEmbedder.encode", "self.embedding(ids)"),
 )  # fmt: skip
 
 # %% [markdown]

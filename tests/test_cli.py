@@ -190,7 +190,8 @@ def test_the_image_tower_is_given_pictures_of_its_own_size(tmp_path, monkeypatch
     """That of `sd-v1` sees 224 pixels, where the model draws 512."""
     run("data", "shapes", "--out", tmp_path, "--count", 2)
     given = []
-    monkeypatch.setattr("minisd.cli.train_clip", lambda text, vision, recipe, data, *_: given.append((vision, data)))
+    train_clip = "minisd.training.train_clip"
+    monkeypatch.setattr(train_clip, lambda text, vision, recipe, data, *_: given.append((vision, data)))
     run("train", "clip", "--preset", preset, "--data", tmp_path, "--device", "cpu")
     vision, data = given[0]
     assert vision == recipes.VISION[preset] and data.size == vision.image_size

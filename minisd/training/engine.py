@@ -136,22 +136,12 @@ def encode_shared(encode: Callable[[Tensor], Tensor], n: int, batch_size: int, e
     return torch.cat(encoded)[:n]
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # The loss of every process depends on the rows of this one, so their gradients are summed over all processes.
-        # This process keeps those of its own rows.
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather_with_grad(x: Tensor) -> Tensor:
     """The rows of all processes, one after the other. Gradients flow back to the process that the rows came from."""
-    return _Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    # The loss of every process depends on all rows. So on the way back, the gradients that all processes have for the
+    # rows of this one are summed, and `contrastive_loss` needs no word about processes.
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))

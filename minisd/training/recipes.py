@@ -1,32 +1,15 @@
 """The recipes of the models that ship, by preset: `minisd train … --preset NAME` starts from these.
 
-The figures of `emoji` are for two cores of a CPU; `docs/lab_log.md` tells what came of them. Those of `emoji-64` are
-for a GPU, and nobody has run them yet; nor those of `sd-v1`, which are the papers'.
+The figures of `emoji` are for two cores of a CPU, and `docs/lab_log.md` describes the runs. Those of `emoji-64` are for
+a GPU. Nobody has run them yet, nor those of `sd-v1`, which are taken from the papers.
 """
 
-from dataclasses import asdict
-
-from ..clip import CLIPVisionConfig
-from ..presets import PRESETS
-from ..vq import VQConfig
+from ..presets import VISION, VQ
 from .clip import CLIPRecipe
 from .unet import UNetRecipe
 from .vae import VAERecipe
 
-# The image towers that the text towers of the presets are trained against.
-VISION = {
-    "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=32),
-    "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
-    "emoji-64": CLIPVisionConfig(image_size=64, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
-    "sd-v1": CLIPVisionConfig(),
-}
-
-# The first stages with a codebook, `--first-stage vq`: the preset's autoencoder, with so many codes in place of the
-# variance. (Those of CompVis' VQ-f8 for the 512x512 pixels of Stable Diffusion.)
-VQ = {
-    name: VQConfig(**asdict(PRESETS[name].first_stage) | {"double_z": False}, n_embed=n_embed)
-    for name, n_embed in {"tiny": 256, "emoji": 1024, "emoji-64": 1024, "sd-v1": 16_384}.items()
-}
+__all__ = ["CLIP", "FINETUNE", "FINETUNE_DECODER", "UNET", "VAE", "VISION", "VQ"]
 
 CLIP = {
     "tiny": CLIPRecipe(steps=300, batch_size=64),
@@ -59,12 +42,12 @@ UNET = {
     ),
 }
 
-# A decoder that can draw already, taught to draw better: by the squared error, whose pull grows with the mistake, by
-# the eyes of CLIP, and on latents that are not quite right.
+# A decoder that can draw already is taught to draw better: by the squared error, which weighs large mistakes more, by
+# the distance in CLIP's image tower, and on latents that are slightly wrong.
 FINETUNE_DECODER = VAERecipe(
     steps=1000, lr=5e-4, rec_power=2, perceptual_weight=0.1, decoder_only=True, latent_noise=0.6, sample_every=200,
     save_every=200,
 )
 
-# A model that can draw already, taught some pictures more: some hundred steps, at a fifth of the rate.
+# A model that can draw already is taught some more pictures: a few hundred steps, at a fifth of the learning rate.
 FINETUNE = UNetRecipe(steps=400, batch_size=32, lr=2e-4, warmup=50, ema_decay=0.99, sample_every=100, save_every=100)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..sampling import randn
+from ..viz import save_sheet
 from .engine import Engine
 from .run_folder import RunFolder
 
@@ -69,17 +70,14 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         self._check_share("ema_decay")
-        self._check_positive("clip_grad")
+        if not self.clip_grad > 0:
+            raise ValueError(f"clip_grad must be more than 0, not {self.clip_grad}")
         if self.on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
 
     def _check_share(self, name: str) -> None:
         if not 0 <= getattr(self, name) <= 1:
             raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
-
-    def _check_positive(self, name: str) -> None:
-        if not getattr(self, name) > 0:
-            raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
 
     def betas(self, network: str) -> tuple[float, float]:
         """AdamW's β1 and β2 for the network of that name: "model", or one that is trained beside it."""
@@ -344,10 +342,16 @@ class Trainer:
         if self.engine.is_main_process:
             warnings.warn(f"{trouble}: this step was skipped", stacklevel=3)
 
-    @property
-    def time_to_sample(self) -> bool:
-        """Is this step one that ends with a sample sheet?"""
-        return (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps
+    def sheet(self, draw: Callable[[], Tensor]) -> None:
+        """Write what `draw` makes with the mean weights into samples/, after each `sample_every` steps and the last.
+
+        All processes draw it, because they have to wait for it anyway, and one writes it.
+        """
+        if (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps:
+            with self.ema.applied_to(self.engine.unwrap_model(self.model)):
+                pictures = draw()
+            if self.engine.is_main_process:
+                save_sheet(pictures, self.folder.path / f"samples/{self.step + 1:06d}.png", columns=12)
 
     # --- which samples --------------------------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ from ..data import CaptionedPictures
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
 from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
-from ..viz import save_sheet
 from .engine import Engine, encode_shared
 from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer, fingerprint
@@ -47,8 +46,8 @@ class UNetRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         self._check_share("text_dropout")
-        if self.min_snr_gamma is not None:
-            self._check_positive("min_snr_gamma")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be more than 0, not {self.min_snr_gamma}")
 
 
 def train_unet(
@@ -156,9 +155,7 @@ def finetune_unet(
 
             # The gradients of all batches and processes are there: clip them, take the step, let the EMA follow.
             trainer.update()
-            if trainer.time_to_sample:
-                with trainer.ema.applied_to(network), engine.autocast():
-                    _sample_sheet(sd, recipe, data, prompts, folder / f"samples/{step + 1:06d}.png", engine)
+            trainer.sheet(lambda: _drawings(sd, data, prompts, engine, recipe.guidance_scale))
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if told.frozen else ""
                 weights = {prefix + name: weight for name, weight in trainer.ema.items()}
@@ -271,39 +268,31 @@ def assemble(
 
 
 @torch.no_grad()
-def encode_prompts(
-    sd: LatentDiffusion, prompts: list[list[str | int]], engine: Engine, batch_size: int = 512
-) -> Float[Tensor, "n forms l d"] | None:
-    """Contexts of the prompts of all pictures, each in all its forms; None for a model without contexts.
+def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, batch_size: int = 512) -> Tensor | None:
+    """Contexts of the prompts of all pictures in all their forms [n forms l d]; None for a model without contexts.
 
     In float16, on the CPU, computed by all processes together.
     """
     flat = [form for forms in prompts for form in forms]
+
+    def contexts(indices: Int[Tensor, "b"]) -> Float[Tensor, "b l d"]:
+        return sd.get_learned_conditioning([flat[i] for i in indices.tolist()]).half()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on captions that are too long for the text encoder, once for each
         if sd.get_learned_conditioning(flat[:1]) is None:
             return None
-        rows = encode_shared(
-            lambda indices: sd.get_learned_conditioning([flat[i] for i in indices.tolist()]).half(),
-            len(flat), batch_size, engine,
-        )  # fmt: skip
-    return rows.unflatten(0, (len(prompts), -1))
+        return encode_shared(contexts, len(flat), batch_size, engine).unflatten(0, (len(prompts), -1))
 
 
-def _sample_sheet(
-    sd: LatentDiffusion,
-    recipe: UNetRecipe,
-    data: CaptionedPictures,
-    prompts: list[list[str | int]],
-    path: Path,
-    engine: Engine,
-) -> None:
-    """Above, pictures of the corpus; below, what the model draws for their prompts, always from the same noise."""
+def _drawings(
+    sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list], engine: Engine, guidance_scale: float
+) -> Float[Tensor, "n c H W"]:
+    """For a sheet: pictures, and below each what the model draws for its prompt, always from the same noise."""
     indices = torch.linspace(0, len(data) - 1, 12).long()
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(indices))]
-    out = sd.txt2img(
-        [prompts[i][0] for i in indices], steps=20, guidance_scale=recipe.guidance_scale, seed=0,
-        c_concat=sd.cond_stage_model.maps(sd, data, Batch(indices, generators)),
-    )  # fmt: skip
-    if engine.is_main_process:
-        save_sheet(torch.cat([data.batch(indices), out.pictures.cpu()]), path, columns=12)
+    batch = Batch(indices, [torch.Generator().manual_seed(seed) for seed in range(len(indices))])
+    maps = sd.cond_stage_model.maps(sd, data, batch)
+    with engine.autocast():
+        said = [prompts[i][0] for i in indices]
+        out = sd.txt2img(said, steps=20, guidance_scale=guidance_scale, seed=0, c_concat=maps)
+    return torch.cat([data.batch(indices), out.pictures.cpu()])

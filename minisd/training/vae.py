@@ -38,7 +38,6 @@ from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_jso
 from ..data import CaptionedPictures
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
-from ..viz import save_sheet
 from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
@@ -146,9 +145,7 @@ def train_vae(
                     disc_loss, figures = discriminator_loss(trainer.models["discriminator"], x, x_hat)
                 trainer.backward(disc_loss, "disc", **figures)
         trainer.update()  # both networks take their step, each with an optimiser of its own
-        if trainer.time_to_sample:
-            with trainer.ema.applied_to(vae):
-                _reconstructions(trainer.model, data, folder / f"samples/{step + 1:06d}.png", engine)
+        trainer.sheet(lambda: _reconstructions(trainer.model, data, engine))
 
     # The finished autoencoder has the mean of the weights, not those of the last step.
     with trainer.finishing():
@@ -336,12 +333,10 @@ def psnr(vae: FirstStage, data: CaptionedPictures, engine: Engine, count: int = 
     return float(-10 * torch.cat(errors).mean().log10())
 
 
-def _reconstructions(vae: nn.Module, data: CaptionedPictures, path: Path, engine: Engine) -> None:
-    """A sheet of pairs: a picture, and below it what became of it. All processes draw it, and one writes it."""
+def _reconstructions(vae: nn.Module, data: CaptionedPictures, engine: Engine) -> Float[Tensor, "n c H W"]:
+    """For a sheet: pictures, and below each what became of it."""
     x = data.batch(torch.linspace(0, len(data) - 1, 12).long()).to(engine.device)
-    x_hat = reconstruct(vae, x, engine)
-    if engine.is_main_process:
-        save_sheet(torch.cat([x, x_hat]), path, columns=12)
+    return torch.cat([x, reconstruct(vae, x, engine)])
 
 
 @torch.no_grad()
