@@ -1618,7 +1618,7 @@ def test_clip_is_trained_with_a_students_function(name):
     ours, exercise = loss(), EXERCISES[name]
     with swap(name, exercise.compile()):
         assert loss() == pytest.approx(ours, rel=1e-4)
-    wrong = {"contrastive_loss": "Only one direction", "pooled_state": "You took the start", "patchify": "Within"}
+    wrong = {"contrastive_loss": "You used only one", "pooled_state": "You took the start", "patchify": "You put the"}
     mistake = next(m for m in exercise.mistakes if m.sentence.startswith(wrong[name]))
     with swap(name, exercise.compile(mistake.edit(exercise.solution))):
         assert loss() != pytest.approx(ours, rel=1e-4)
