@@ -1226,7 +1226,7 @@ def changed(change):
         (lambda x_0, t, noise, alphas_cumprod: (x for x in x_0), "generator"),
         (
             lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t.clamp(min=1), noise, alphas_cumprod),
-            "every t but t = 0",
+            "every t except t = 0",
         ),
     ],
 )  # fmt: skip
@@ -1241,35 +1241,35 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
     [
         ("q_sample", lambda *args: (q_sample(*args), args[2]), "returns a tuple.*place 0 is right"),
         ("q_sample", lambda *args: {"x_t": q_sample(*args)}, "a dict.*under 'x_t' is right"),
-        ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right: torch.stack"),
-        ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last along axis 0.*loop"),
-        ("q_sample", lambda *args: q_sample(*args)[:, :2], "1 is missing at the end of axis 1"),
+        ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right.*torch.stack"),
+        ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last entry along axis 0.*loop"),
+        ("q_sample", lambda *args: q_sample(*args)[:, :2], "Axis 1 is too short by 1 at its end"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t, torch.arange(n.numel()).sin().view_as(n), bar),
-         "`noise` has no influence.*noise of your own"),
-        ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside of a loop"),
+         "does not depend on `noise`.*noise of your own"),
+        ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside a loop"),
         ("q_sample", lambda *args: 3 * q_sample(*args).relu(), "without its negative numbers.*multiplied by 3"),
-        ("snr", lambda t, bar: bar / (1 - bar), "the whole table: its entries at `t`"),
-        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "wanted"),
+        ("snr", lambda t, bar: bar / (1 - bar), "the whole table. Return its entries at `t`"),
+        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "mean over axis 0 is missing"),
         ("kl", lambda m, logvar: EXERCISES["kl"].compile()(m, logvar) * math.pi, "and that number is π"),
         ("leading_timesteps", lambda steps, T: reversed(range(1, T, T // steps)), "range_iterator.*list"),
         ("leading_timesteps", lambda steps, T: [T / steps * i + 1 for i in range(steps)][::-1], "floats, .* integers"),
-        ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], "0\\] is too many"),
-        ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "The first 5 of 8 are"),
+        ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], r"Leave out \[0\]"),
+        ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "first 5 of 8 values"),
         ("to_uint8", lambda x: ((x.clamp(-1, 1) + 1) * 127.5).round().short(), "integers, but not bytes"),
         ("plms_combine", lambda e: sum(w * x for w, x in zip((4 / 3, -1 / 3, 0, 0), e, strict=False)), "4/3, -1/3, 0"),
         ("straight_through", lambda z, z_q: z / 2 + (z_q - z / 2).detach(), "the gradient .* is 0.5 and 1 times"),
-        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit: print both"),
+        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "do not fit together. Print both"),
         ("predict_start_from_noise", lambda x, t, n, bar: (x - (1 - bar[-1]) ** 0.5 * n) / bar[-1] ** 0.5,
          "`t` has no influence"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t.max().expand_as(t), n, bar), "largest entry of `t`"),
-        ("predict_noise_from_v", lambda x, t, v, bar: q_sample(v, t, x, bar), r"must become \[b 1\] before"),
-        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` turns all axes round"),
+        ("predict_noise_from_v", lambda x, t, v, bar: q_sample(v, t, x, bar), r"from \[b\] to \[b 1\]"),
+        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` reverses the order of all axes"),
         ("split_heads", lambda x, heads: rearrange(x, "b (h n) d -> b h n d", h=heads), "can't divide axis of length"),
         ("bpe_merge", lambda pieces, ranks: min(zip(pieces, pieces[1:], strict=False), key=ranks.__getitem__),
          "no such key"),
         ("training_loss", lambda model, *a: model(a[0] + torch.randn_like(a[0]), a[-3], a[4]).mean(),
-         "those to be used are given: `t` and `drop`"),
-        ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|print both|inner"),
+         "those that are given instead: `t` and `drop`"),
+        ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|Print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
     ],
@@ -1532,7 +1532,7 @@ def test_the_part_that_is_wrong_is_found_if_the_mistake_has_no_name():
         return torch.where(mask, x_t.sin() * 1.1, known)
 
     mistake = check.inpaint_blend(inpaint_blend).mistake
-    assert "`z_0` and `noise`" in mistake and "what `x_t` does is not" in mistake
+    assert "`z_0` and `noise`" in mistake and "not with `x_t`" in mistake
 
 
 # --- the checker's face -----------------------------------------------------------------------------------------------
@@ -1634,7 +1634,8 @@ def test_what_has_no_place_says_so():
 
 def test_a_function_that_leads_to_no_picture_is_told_in_a_sentence(capsys):
     assert draw("q_sample", lambda x_0, t, noise, bar: x_0[:, :2], "a red circle", "tiny", steps=2) is None
-    assert re.fullmatch(r"With this q_sample minisd comes to no picture: \w+, .+\n", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"With your q_sample, minisd cannot draw a picture. It raises \w+: .+\n", said)
 
 
 def test_every_picture_has_a_caption():
@@ -1732,7 +1733,7 @@ def test_a_notebook_that_is_not_filled_in_says_so_and_goes_on(capsys):
     said = capsys.readouterr().out
     for name in ("sample_posterior", "kl"):
         assert f"{name}: not right yet. It is not written yet" in said
-        assert f"{name} is not written yet: there is nothing to draw with." in said
+        assert f"{name} is not written yet, so there is nothing to draw with." in said
 
 
 def test_nbgraders_cells(exported):
