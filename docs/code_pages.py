@@ -26,8 +26,8 @@ def linked_files() -> set[Path]:
 
 
 def write_code_pages() -> None:
-    """A page for each module of minisd (but the exercises, whose solutions are in them), and one that lists them."""
-    modules = [file for file in (ROOT / "minisd").rglob("*.py") if "coursework" not in file.parts]
+    """A page for each module of minisd, and one that lists them. (The exercises have none: it would show solutions.)"""
+    modules = list((ROOT / "minisd").rglob("*.py"))
     pages = {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in {*modules, *linked_files()}}
     for old in (DOCS / "code").rglob("*.md"):
         if old.relative_to(DOCS / "code").with_suffix("").as_posix() not in {*pages, "index"}:

@@ -2,7 +2,14 @@
 
 import sys
 
-from minisd_coursework.__main__ import main
+try:
+    from minisd_coursework.__main__ import main
+except ModuleNotFoundError as error:
+    if error.name != "minisd_coursework":
+        raise
+    raise ModuleNotFoundError(
+        "There is no package minisd_coursework, which is installed with minisd. Install it once more: pip install -e ."
+    ) from error
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ slightly less noisy x. Everything else is the same for all samplers and stands i
     ddim              the same step without the randomness, so that the steps can be long
     plms              ddim's step in a better direction: a polynomial through the last four ε
     dpmpp_2m          a straight line through the last two x̂_0, in a variable in which the equation is nearly linear
-    euler             a straight line along ε, in a variable in which ε is the slope. It equals ddim
-    euler_ancestral   euler's line, but longer, and fresh noise afterwards. It equals ddpm
+    euler             a straight line along ε, in a variable in which ε is the slope. Equal to ddim
+    euler_ancestral   euler's line, but longer, and fresh noise afterwards. Equal to ddpm
     heun              euler's line along the mean of the slopes at its two ends: two calls of the model a step
 
 What every sampler takes and returns. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or
@@ -67,6 +67,7 @@ class Guided(NamedTuple):
 
 
 EpsModel = Callable[[X, Int[Tensor, "b"]], X | Guided]
+Ask = Callable[[X], Guided]
 BeforeStep = Callable[[X, int], X]
 Timesteps = Sequence[int] | Int[Tensor, "steps"]
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -157,6 +158,7 @@ def _walk(
     """Walk down the timesteps from x_T to the picture, and let the rule make each step."""
     takes = _taken_from_the_loop(rule)
     _check_eta(name, eta, takes)
+    # The last step leads to the clean picture, ᾱ = 1, or to the least noise that the model was trained with, ᾱ_0.
     path = _path(schedule, steps, spacing, timesteps, 1.0 if set_alpha_to_one else schedule.alpha_bar(0))
     x, no_noise = x_T, torch.zeros_like(x_T)
     offered = {"eta": eta, "past": [], "steps": len(path)}
@@ -169,21 +171,22 @@ def _walk(
         eps, eps_cond, eps_uncond = _predict(eps_model, x_t, i, t)
 
         # What else the rule may need. Noise is drawn only if the step has a use for it. A step to the clean picture,
-        # ᾱ_prev = 1, has none, and neither has one that stays where it is, from t = 0 to ᾱ_0.
+        # ᾱ_prev = 1, has none, and neither has one that stays where it is, from t = 0 to ᾱ_0. If the model is asked
+        # again, it is about the timestep of the next step. (The last step has none, and asks about its own.)
         offered["i"] = i
         if "noise" in takes:
             is_drawn = a_t < a_prev < 1 and (eta > 0 or "eta" not in takes)
             offered["noise"] = _noise_for(x_t, eps, generator) if is_drawn else no_noise
         if "ask" in takes:
-            t_prev = path[min(i + 1, len(path) - 1)][1]
-            offered["ask"] = partial(_predict, eps_model, i=i, t=t_prev)
+            t_next = path[min(i + 1, len(path) - 1)][1]
+            offered["ask"] = partial(_predict, eps_model, i=i, t=t_next)
 
-        # The rule makes the step. (A rule that returns x_prev alone is often new, so its answer is checked.)
+        # The rule makes the step. Where it returns x_prev alone, it may be somebody's first attempt, so we check it.
         made = rule(x_t, eps, a_t, a_prev, **{name: offered[name] for name in takes}, **options)
         if not isinstance(made, tuple):
             if getattr(made, "shape", None) != x_t.shape:
-                got = list(made.shape) if isinstance(made, Tensor) else made
-                raise ValueError(f"The rule of {name} must return x_prev, {list(x_t.shape)} as x_t, but it is {got}.")
+                shapes = f"{list(x_t.shape)}, but it returned {list(made.shape) if isinstance(made, Tensor) else made}"
+                raise ValueError(f"The rule of {name} must return x_prev with the shape of x_t, {shapes}.")
             made = made, predict_x0(x_t, eps, a_t), eps
         x, x0, eps = made
         yield Step(i, t, x_t, eps, x0, x, eps_cond, eps_uncond)
@@ -279,7 +282,7 @@ def sampler(
         eta           how much of the noise is to be drawn afresh
         noise         z ~ N(0, I), [b *d]. If the step has no use for noise, none is drawn, and this is 0
         past          a list, empty at first. What the rule puts into it is still there at the next step
-        ask           x -> Guided. It asks the model once more, about an x at the timestep to which the step leads
+        ask           x -> Guided. It asks the model once more, about an x at the timestep of the next step
         i, steps      the number of the step, 0, 1, ... steps-1, and how many there are
 
     After a `*` it names options of its own, which become arguments of the sampler. It returns x_prev, the x̂_0 that
@@ -408,7 +411,7 @@ def plms_combine(old_eps: list[X]) -> X:
 
 
 @sampler(steps=50, spacing="leading", set_alpha_to_one=False)
-def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: EpsModel) -> tuple[X, X, X]:
+def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: Ask) -> tuple[X, X, X]:
     """Pseudo linear multi-step (PNDM, Algorithm 2): ddim's step along an ε that is combined from the last four.
 
     A linear multi-step method (Adams-Bashforth) combines slopes in this way and follows a straight line. "Pseudo"
@@ -531,7 +534,7 @@ def euler_ancestral(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise
 
 
 @sampler(steps=25, spacing="linspace")
-def heun(x_t: X, eps: X, a_t: float, a_prev: float, ask: EpsModel) -> tuple[X, X, X]:
+def heun(x_t: X, eps: X, a_t: float, a_prev: float, ask: Ask) -> tuple[X, X, X]:
     """Heun's method, of second order (EDM, Algorithm 1): euler's step, made again along a better slope.
 
     Each step asks the model twice: where it starts, and where euler's step led, at the timestep of the next step. The

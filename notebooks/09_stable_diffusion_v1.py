@@ -800,7 +800,7 @@ reading(
     ("DDPM.q_posterior", "μ̃_t, from x_0 and x_t",
      "noising.NoiseSchedule.q_posterior", "mean = coef1 * x_0"),
     ("DDPM.p_sample", "μ̃ + √β̃ z, and no noise where t = 0",
-     "sampling.ddpm", "x = mean + sqrt(variance)"),
+     "sampling.ddpm", "x_prev = mean + sqrt(variance)"),
     ("DDPM.p_mean_variance", "clamps x̂_0 to [-1, 1] if clip_denoised: right for pixels, off for latents",
      "sampling.ddpm", "x0 = x0.clamp(-1, 1)"),
     ("DDPM.p_losses, get_loss", "mean squared error per picture, then the mean",
@@ -882,7 +882,7 @@ reading(
     ("LatentDiffusion.p_losses", "q_sample, apply_model, and |ε - ε̂|²",
      "latent_diffusion.LatentDiffusion.p_losses", "LOSSES[self.config.parameterization]"),
     ("LatentDiffusion.p_sample_loop", "all 1,000 steps; a mask is put back after each",
-     "sampling.ddpm", "for i, t, a_t, a_prev"),
+     "sampling._walk", "for i, t, a_t, a_prev"),
     ("LatentDiffusion.configure_optimizers", "AdamW over the UNet, the learning rate warmed up",
      "training/trainer._adamw", "torch.optim.AdamW"),
     ("on_train_batch_end → LitEma.forward (ema.py)",
@@ -1112,7 +1112,7 @@ reading(
     ("make_ddim_timesteps (util.py)", "every (1000 // steps)-th, plus 1: 1, 21, … 981",
      "sampling.make_timesteps", "1 if steps < T else 0"),
     ("make_ddim_sampling_parameters (util.py)", "ᾱ_prev: the chosen ᾱ one place further, with ᾱ_0 (not 1) at the end",
-     "sampling.ddim", "schedule.alpha_bar(0)"),
+     "sampling._walk", "schedule.alpha_bar(0)"),
     ("make_ddim_sampling_parameters (util.py)", "σ = η √((1-ᾱ_prev)/(1-ᾱ)) √(1-ᾱ/ᾱ_prev)",
      "sampling.ddim", "sigma_t = eta *"),
     ("DDIMSampler.p_sample_ddim", "both contexts in one batch, the empty one first, then chunk(2)",
@@ -1120,17 +1120,17 @@ reading(
     ("DDIMSampler.p_sample_ddim", "ε(∅) + s (ε(c) - ε(∅))",
      "sampling.classifier_free_guidance", "eps_uncond + scale * (eps_cond - eps_uncond)"),
     ("DDIMSampler.p_sample_ddim: pred_x0", "x̂_0 = (x - √(1-ᾱ) ε) / √ᾱ",
-     "sampling.ddim", "x0 = (x_t - sqrt(1 - a_t) * eps)"),
+     "sampling.predict_x0", "return (x_t - sqrt(1 - a_t) * eps)"),
     ("DDIMSampler.p_sample_ddim: dir_xt, x_prev", "√ᾱ_prev x̂_0 + √(1-ᾱ_prev-σ²) ε + σ z",
-     "sampling.ddim", "x = sqrt(a_prev) * x0"),
+     "sampling.ddim", "x_prev = sqrt(a_prev) * x0"),
     ("DDIMSampler.ddim_sampling: mask", "1 is what is KEPT; put back before each step, with fresh noise",
      "latent_diffusion.LatentDiffusion._put_back", "mask * x_t + (1 - mask)"),
     ("PLMSSampler.p_sample_plms: no past", "improved Euler: look ahead, take the mean of both ε",
-     "sampling.plms", "_predict(eps_model, x_next"),
+     "sampling.plms", "ask(x_next)"),
     ("PLMSSampler.p_sample_plms: 2, 3, 4", "Adams-Bashforth: (55 ε - 59 ε' + 37 ε'' - 9 ε''') / 24",
-     "sampling.plms", "ADAMS_BASHFORTH[len(old_eps)]"),
+     "sampling.plms_combine", "ADAMS_BASHFORTH[len(old_eps)]"),
     ("PLMSSampler.make_schedule", "eta must be 0",
-     "sampling.plms", '_refuse_eta("plms"'),
+     "sampling._check_eta", "draws no noise, so eta must be 0"),
 )  # fmt: skip
 
 # %%
@@ -1245,7 +1245,7 @@ reading(
     ("9. DDPM.forward, LatentDiffusion.forward (ddpm.py)", "a time for each picture",
      "loss._loss", "torch.randint("),
     ("10. p_sample_plms (plms.py)", "the first step",
-     "sampling.plms", "eps = (e_t + _predict("),
+     "sampling.plms", "eps = (eps + ask("),
 )  # fmt: skip
 
 # %%

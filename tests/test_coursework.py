@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from nbclient import NotebookClient
 
 import minisd
 from minisd import coursework
-from minisd.coursework import EXERCISES, STAGES, check, draw, judge, swap
+from minisd.coursework import EXERCISES, STAGES, check, draw, judge, mutants, swap, texts
 from minisd.coursework.__main__ import main
 from minisd.coursework.export import FORMS, export, table
 from minisd.coursework.picture import caption
@@ -1246,29 +1248,29 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("q_sample", lambda *args: q_sample(*args)[:, :2], "Axis 1 is too short by 1 at its end"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t, torch.arange(n.numel()).sin().view_as(n), bar),
          "does not depend on `noise`.*noise of your own"),
-        ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside a loop"),
+        ("q_sample", lambda *args: torch.cat([q_sample(*args)[:1], 0 * args[0][1:]]), "`return` inside of a loop"),
         ("q_sample", lambda *args: 3 * q_sample(*args).relu(), "without its negative numbers.*multiplied by 3"),
         ("snr", lambda t, bar: bar / (1 - bar), "the whole table. Return its entries at `t`"),
-        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "mean over axis 0 is missing"),
+        ("snr", lambda t, bar: (bar[t] / (1 - bar[t])).expand(len(t), -1).clone(), "shape is .* but it should be"),
         ("kl", lambda m, logvar: EXERCISES["kl"].compile()(m, logvar) * math.pi, "and that number is π"),
         ("leading_timesteps", lambda steps, T: reversed(range(1, T, T // steps)), "range_iterator.*list"),
         ("leading_timesteps", lambda steps, T: [T / steps * i + 1 for i in range(steps)][::-1], "floats, .* integers"),
         ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], r"Leave out \[0\]"),
-        ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "first 5 of 8 values"),
+        ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "The first 5 of 8 are"),
         ("to_uint8", lambda x: ((x.clamp(-1, 1) + 1) * 127.5).round().short(), "integers, but not bytes"),
         ("plms_combine", lambda e: sum(w * x for w, x in zip((4 / 3, -1 / 3, 0, 0), e, strict=False)), "4/3, -1/3, 0"),
         ("straight_through", lambda z, z_q: z / 2 + (z_q - z / 2).detach(), "the gradient .* is 0.5 and 1 times"),
-        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "do not fit together. Print both"),
+        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit. Print both"),
         ("predict_start_from_noise", lambda x, t, n, bar: (x - (1 - bar[-1]) ** 0.5 * n) / bar[-1] ** 0.5,
-         "`t` has no influence"),
+         "does not depend on `t`"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t.max().expand_as(t), n, bar), "largest entry of `t`"),
-        ("predict_noise_from_v", lambda x, t, v, bar: q_sample(v, t, x, bar), r"from \[b\] to \[b 1\]"),
-        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` reverses the order of all axes"),
+        ("predict_noise_from_v", lambda x, t, v, bar: q_sample(v, t, x, bar), r"must become \[b 1\] before"),
+        ("attention", lambda q, k, v: (q @ k.T).softmax(-1) @ v, r"`\.T` reverses all axes"),
         ("split_heads", lambda x, heads: rearrange(x, "b (h n) d -> b h n d", h=heads), "can't divide axis of length"),
         ("bpe_merge", lambda pieces, ranks: min(zip(pieces, pieces[1:], strict=False), key=ranks.__getitem__),
          "no such key"),
         ("training_loss", lambda model, *a: model(a[0] + torch.randn_like(a[0]), a[-3], a[4]).mean(),
-         "those that are given instead: `t` and `drop`"),
+         "the ones to use are given: `t` and `drop`"),
         ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|Print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
@@ -1294,7 +1296,7 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
 
 def test_a_list_that_is_none_is_remarked_on():
     verdict = check.leading_timesteps(lambda steps, T: torch.arange(1, T, T // steps).flip(0))
-    assert verdict.right and "where the stub says a list" in verdict.message
+    assert verdict.right and "the stub asks for a list" in verdict.message
 
 
 ODD = [
@@ -1369,7 +1371,7 @@ def test_one_time_out_ends_the_check(ends_on, monkeypatch):
     verdict = judge(EXERCISES["bpe_merge"], bpe_merge)
     assert len(calls) == ends_on + 1, "no other case is tried"
     label = list(cases_of(EXERCISES["bpe_merge"]))[ends_on]
-    assert re.search(f"while len.*still running.*nothing moves on.*{re.escape(label)}", verdict.mistake)
+    assert re.search(f"while len.*still running.*never ends.*{re.escape(label)}", verdict.mistake)
     assert verdict.printed == "call 1\n"
 
 
@@ -1532,7 +1534,7 @@ def test_the_part_that_is_wrong_is_found_if_the_mistake_has_no_name():
         return torch.where(mask, x_t.sin() * 1.1, known)
 
     mistake = check.inpaint_blend(inpaint_blend).mistake
-    assert "`z_0` and `noise`" in mistake and "not with `x_t`" in mistake
+    assert "influence of `z_0` and `noise`" in mistake and "influence of `x_t` is not" in mistake
 
 
 # --- the checker's face -----------------------------------------------------------------------------------------------
@@ -1563,6 +1565,115 @@ def test_coursework_waits_until_it_is_asked_for():
     code = "import sys, minisd; print([name for name in sys.modules if 'coursework' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_minisd_coursework_is_one_package_by_two_names():
+    """By whichever name its modules are imported, they are the same, with the same exercises."""
+    code = (
+        "import minisd.coursework.judge, minisd_coursework.judge\n"
+        "from minisd.coursework import EXERCISES, check\n"
+        "from minisd.coursework.exercise import EXERCISES as others\n"
+        "assert minisd.coursework is minisd_coursework and minisd.coursework.judge is minisd_coursework.judge\n"
+        "assert EXERCISES is others is minisd_coursework.EXERCISES and check is minisd_coursework.check"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for command in (["-c", code], ["-m", "minisd.coursework", "list"]):
+        command = [sys.executable, *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == (len(EXERCISES) if "-m" in command else 0)
+
+
+# --- the TOML files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A function that edits a TOML file of the package, in a copy, and reads all of them anew."""
+    folder = tmp_path / "minisd_coursework"
+    shutil.copytree(texts.FOLDER, folder)
+    monkeypatch.setattr(texts, "FOLDER", folder)
+
+    def edit(name, old, new):
+        text = (folder / name).read_text("utf-8")
+        assert text.count(old), old
+        (folder / name).write_text(text.replace(old, new, 1), "utf-8")
+        for read in (texts.read, texts.sentences):
+            read.cache_clear()
+
+    yield edit
+    for read in (texts.read, texts.sentences):
+        read.cache_clear()
+
+
+def test_an_edited_sentence_is_what_the_student_reads(edited):
+    shared = (texts.FOLDER / "shared.toml").read_text("utf-8")
+    edited("shared.toml", re.search(r'^sentence = "[^"].*"$', shared, re.MULTILINE)[0], 'sentence = "Anders."')
+    table = texts.of_exercise("noising", "q_sample", EXERCISES["q_sample"].solution)
+    assert "Anders." in [mistake.sentence for mistake in table["mistakes"]]
+    edited("sentences.toml", "{name}: right.", "{name}: richtig.")
+    texts.check_sentences()
+    assert check.snr(EXERCISES["snr"].reference).message == "snr: richtig."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('[snr]\n', '[snrr]\n', "noising.toml, snr: the key `difficulty` is missing"),
+        ('minutes = 5\n', '', "noising.toml, snr: the key `minutes` is missing"),
+        ('minutes = 5\n', 'minutes = "5"\n', "snr: `minutes` has to be of type int, not '5'"),
+        ('minutes = 5\n', 'minutes = 5\nminuets = 5\n', "snr: there is no key `minuets`"),
+        ("new = '(1 - alpha_bar) / alpha_bar'\n", "", r"snr, mistake 1 \(\".+\"\): the key `new` is missing"),
+        ("old = 'alpha_bar / (1 - alpha_bar)'", "old = 'alpha_bar'",
+         r"noising.toml, snr, mistake 1 \(\".+\"\): `old` has to occur exactly once .* 'alpha_bar' occurs 3 times"),
+        ('shared = "t_early"', 'shared = "t_erly"', r"snr, mistake 10: shared.toml has no mistake \[t_erly\]"),
+        ('hints = [', 'hints = [[', "noising.toml is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_toml_file_that_is_wrong_says_where(edited, old, new, said):
+    begin = (texts.FOLDER / "noising.toml").read_text("utf-8").index("[snr]\n")
+    whole = (texts.FOLDER / "noising.toml").read_text("utf-8")
+    assert old in whole[begin:], old
+    part = whole[begin:].replace(old, new, 1)
+    edited("noising.toml", whole[begin:], part)
+    with pytest.raises(ValueError, match=said):
+        texts.of_exercise("noising", "snr", EXERCISES["snr"].solution)
+
+
+def test_an_exercise_without_a_table_is_refused():
+    with pytest.raises(ValueError, match=r"noising.toml has no table \[kl\], which the exercise in noising.py needs"):
+        texts.of_exercise("noising", "kl", EXERCISES["kl"].solution)
+
+
+def test_a_wrong_sentence_of_the_checker_says_where(edited):
+    edited("sentences.toml", "by up to {far}", "by up to {fur}")
+    with pytest.raises(ValueError, match=r"sentences.toml, verdict.by_up_to: there is no placeholder \{fur\}.*\{far\}"):
+        texts.check_sentences()
+    edited("sentences.toml", "by up to {fur}", "by up to {far")
+    with pytest.raises(ValueError, match=r"sentences.toml, verdict.by_up_to: .*brace"):
+        texts.check_sentences()
+    edited("sentences.toml", "by_up_to = ", "by = ")
+    with pytest.raises(ValueError, match="has no sentence verdict.by_up_to, which judge.py needs"):
+        texts.check_sentences()
+
+
+def test_a_wrong_sentence_of_a_mutant_says_where(edited, monkeypatch):
+    edited("mutants.toml", "the factor `{b}` is missing", "the factor `{c}` is missing")
+    monkeypatch.setattr(mutants, "TABLES", texts.read("mutants.toml"))
+    with pytest.raises(ValueError, match=r"mutants.toml, operators \(.*factor.*\): there is no placeholder \{c\}"):
+        mutants.check_tables()
+
+
+def test_every_table_belongs_to_an_exercise_and_every_sentence_to_a_call():
+    for stage in STAGES:
+        assert set(texts.read(f"{stage}.toml")) == {e.name for e in EXERCISES.values() if e.stage == stage}
+    tables = [table for stage in STAGES for table in texts.read(f"{stage}.toml").values()]
+    shared = {mistake["shared"] for table in tables for mistake in table["mistakes"] if "shared" in mistake}
+    assert shared == set(texts.read("shared.toml"))
+    code = "".join(file.read_text("utf-8") for file in sorted(texts.FOLDER.glob("*.py")))
+    calls = re.findall(r"""say\(\s*(f?)["']([^"']+)["']""", code)
+    asked = [re.escape(key) if not dynamic else re.sub(r"\{.*?\}", ".+", key) for dynamic, key in calls]
+    assert not [name for name in texts.sentences() if not any(re.fullmatch(key, name) for key in asked)]
 
 
 # --- swapped in -------------------------------------------------------------------------------------------------------

@@ -100,6 +100,44 @@ def test_imports_go_downwards(file):
         assert not others, f"the stage {module} imports {sorted(others)} before anybody asks for it"
 
 
+def test_no_file_imports_itself_by_way_of_others():
+    """Inside functions neither: what needs that is in the wrong file."""
+    roots = [(ROOT, PACKAGE), (ROOT / "coursework", ROOT / "coursework/minisd_coursework")]
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts): file
+        for root, package in roots
+        for file in sorted(package.rglob("*.py"))
+        if file.name != "__init__.py"
+    }
+    below = {name: {below for below in imported_files(name, file) if below in files} for name, file in files.items()}
+    knows_exercises = [name for name in below if name.startswith("minisd.") and "minisd_coursework" in str(below[name])]
+    assert knows_exercises == ["minisd.coursework"]
+
+    def reached(name: str) -> set[str]:
+        found, left = set(), list(below[name])
+        while left:
+            other = left.pop()
+            if other not in found:
+                found.add(other)
+                left += below[other]
+        return found
+
+    assert not [name for name in files if name in reached(name)]
+
+
+def imported_files(name: str, file: Path) -> set[str]:
+    """`minisd.unet` for `from minisd import unet`, for `from .unet import UNetModel` and for `import minisd.unet`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
 def test_import_is_about_as_quick_as_torch():
     code = "import sys, minisd; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

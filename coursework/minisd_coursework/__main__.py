@@ -9,6 +9,7 @@ import tyro
 
 from . import EXERCISES, check, find
 from . import export as exporting
+from .texts import say
 
 Positional = tyro.conf.Positional
 
@@ -30,7 +31,7 @@ def show(name: Annotated[str, Positional], hints: int = 0) -> None:
     exercise = find(name)
     print(exercise.stub)
     for number, hint in enumerate(exercise.hints[:hints], 1):
-        print(f"Hint {number}. {hint}")
+        print(f"{say('notebook.hint', number=number)}. {hint}")
 
 
 def check_file(file: Annotated[Path, Positional]) -> None:

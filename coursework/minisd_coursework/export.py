@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
 from .picture import caption
+from .texts import FOLDER, placeholders, say
 
 FORMS = ("plain", "nbgrader", "otter")
 
@@ -21,20 +22,6 @@ from torch import Tensor
 from minisd.coursework import check, draw
 
 Layer = Callable[[Tensor], Tensor]"""
-
-OPENING = """\
-# {number} · {stage}: exercises
-
-{count} functions, about {minutes} minutes, to go with the notebook `{number:02}_{stage}`.
-
-- Write the function in the place of the line that says so. Its types tell what comes in: `Float[Tensor, "b c h w"]` is
-  a tensor of floating-point numbers with the axes batch, channels, rows and columns; axes with the same letter are
-  equally long. What you `print` in it is shown by the check, for the first of its cases.
-- `check.NAME(NAME)` says that it is right, or names the mistake. The hints are there to be opened, one by one.
-- `draw("NAME", NAME)` lets minisd run with your function in the place of its own, and shows what comes of it. A wrong
-  function is worth a look, too; `draw("NAME")` is what it should be.
-
-Run the next cell first."""
 
 
 def export(folder: str | Path, form: str = "plain", solutions: bool = True) -> list[Path]:
@@ -55,13 +42,14 @@ def export(folder: str | Path, form: str = "plain", solutions: bool = True) -> l
     written = []
     for number, stage in enumerate(STAGES, 1):
         name = f"{number:02}_{stage}"
-        if form == "plain":
-            notebooks = {f"exercises/{name}": plain(stage)}
-            notebooks |= {f"solutions/{name}": plain(stage, solved=True)} if solutions else {}
-        elif form == "nbgrader":
+        if form == "nbgrader":
             notebooks = {f"source/{name}/{name}": nbgrader(stage)}
-        else:
+        elif form == "otter":
             notebooks = {f"{name}/{name}": otter(stage)}
+        else:
+            notebooks = {f"exercises/{name}": plain(stage)}
+            if solutions:
+                notebooks[f"solutions/{name}"] = plain(stage, solved=True)
         for place, cells in notebooks.items():
             path = Path(folder) / f"{place}.ipynb"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,20 +111,22 @@ def otter(stage: str) -> list[dict]:
 def opening(stage: str) -> dict:
     exercises = of_stage(stage)
     minutes = sum(exercise.minutes for exercise in exercises)
-    number = STAGES.index(stage) + 1
-    return markdown(OPENING.format(number=number, stage=stage, count=len(exercises), minutes=minutes))
+    filled = {"number": STAGES.index(stage) + 1, "stage": stage, "count": len(exercises), "minutes": minutes}
+    text = (FOLDER / "opening.md").read_text("utf-8").strip()
+    placeholders("opening.md", text, set(filled))
+    return markdown(text.format(**filled))
 
 
 def heading(exercise: Exercise) -> dict:
     stars = "★" * exercise.difficulty + "☆" * (5 - exercise.difficulty)
-    return markdown(f"## {exercise.name}\n\n{stars} · about {exercise.minutes} minutes")
+    return markdown(f"## {exercise.name}\n\n{stars} · {say('notebook.minutes', minutes=exercise.minutes)}")
 
 
 def hints(exercise: Exercise) -> dict:
     """Folded, one in the other, so that nobody sees the last before the first."""
     text = ""
     for number, hint in reversed(list(enumerate(exercise.hints, 1))):
-        text = f"<details><summary>Hint {number}</summary>\n\n{hint}\n\n{text}</details>\n"
+        text = f"<details><summary>{say('notebook.hint', number=number)}</summary>\n\n{hint}\n\n{text}</details>\n"
     return markdown(text.strip())
 
 

@@ -1,10 +1,9 @@
 """Is it right? And if not, which mistake was it?
 
-A student's function is run on the exercise's cases, and so is the solution. Where they differ, the suspects are asked
+A student's function is run on the exercise's cases, and so is the solution. Where they differ, explanations are tried
 one group after the other, from those that say most to those that say least: the mistakes that the exercise knows; other
 arguments in the place of the right ones; the weights, if the result is a weighted sum; the solution with one small
-change; simple relations (a factor, a sign, an order); two mistakes at once. A suspect is convicted if it does on every
-case what the student's function does.
+change; simple relations (a factor, a sign, an order); two mistakes at once. The first that fits on every case is it.
 """
 
 import inspect
@@ -16,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from . import symptoms
+from .attempt import Attempt, arguments, changes, known, listed, pairs, short
 from .exercise import Exercise
 from .relations import more_or_less, related
 from .running import as_list, cases_of, default_torch_state, right_outcomes, run, same, same_outcome
 from .texts import say
-from .trial import Trial, arguments, changes, known, listed, pairs, short
 from .weights import solve, weights
 
 PAIRS = 800  # so many pairs of mistakes are tried: about a second
@@ -83,10 +82,10 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
         remarks = [say("verdict.right", name=exercise.name), *_remarks(outcomes[0].value, rights[0].value)]
         return Verdict(True, " ".join(remarks))
 
-    trial = Trial(exercise, list(cases), list(cases.values()), outcomes, rights, hits)
-    sentence = next(suspects(trial, function), None)
+    attempt = Attempt(exercise, list(cases), list(cases.values()), outcomes, rights, hits)
+    sentence = next(explanations(attempt, function), None)
     if sentence is None:
-        return replace(_wrong(exercise, in_numbers(trial)), mistake=None)
+        return replace(_wrong(exercise, in_numbers(attempt)), mistake=None)
     changed = sorted({name for o in outcomes for name in o.changed} - set(exercise.may_change))
     if changed and "in place" not in sentence:
         sentence = say("verdict.besides", sentence=sentence, changes=symptoms.changes_in_place(changed))
@@ -125,46 +124,46 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
     return None
 
 
-def suspects(trial: Trial, function: Callable) -> Iterator[str]:
+def explanations(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Sentences that fit, the best first."""
-    yield from symptoms.nothing_to_compare(trial)
-    yield from trial.convict(known(trial.exercise))
-    broken = [o for o in trial.outcomes if o.error is not None]
-    if len(broken) == len(trial.outcomes):
-        yield symptoms.raised(broken[0].error, trial.cases[0])
+    yield from symptoms.nothing_to_compare(attempt)
+    yield from attempt.matching(known(attempt.exercise))
+    broken = [o for o in attempt.outcomes if o.error is not None]
+    if len(broken) == len(attempt.outcomes):
+        yield symptoms.raised(broken[0].error, attempt.cases[0])
     if not broken:
-        again = run(trial.exercise, function, trial.cases[0], seed=1)
-        if not same_outcome(again, trial.outcomes[0], trial.exercise.tolerance):
-            yield symptoms.is_random(trial.cases[0])
-        yield from symptoms.wrong_kind(trial)
-        yield from symptoms.gradient_only(trial)
-        yield from symptoms.same_as_an_argument(trial)
-    yield from trial.convict(arguments(trial.exercise))
+        again = run(attempt.exercise, function, attempt.cases[0], seed=1)
+        if not same_outcome(again, attempt.outcomes[0], attempt.exercise.tolerance):
+            yield symptoms.is_random(attempt.cases[0])
+        yield from symptoms.wrong_kind(attempt)
+        yield from symptoms.gradient_only(attempt)
+        yield from symptoms.same_as_an_argument(attempt)
+    yield from attempt.matching(arguments(attempt.exercise))
     if not broken:
-        yield from symptoms.at_the_ends(trial)
-        yield from symptoms.without_time(trial, function)
-        yield from weights(trial, named=True)
-    yield from trial.convict(changes(trial.exercise))
+        yield from symptoms.at_the_ends(attempt)
+        yield from symptoms.without_time(attempt, function)
+        yield from weights(attempt, named=True)
+    yield from attempt.matching(changes(attempt.exercise))
     if broken:
-        both = say("verdict.right_and_wrong", right=trial.labels_of(True), wrong=trial.labels_of(False))
-        where = both if any(trial.hits) else ""
-        yield f"{symptoms.raised(broken[0].error, trial.cases[0])} {where}".strip()
-    yield from related(trial)
-    yield from more_or_less(trial)
-    yield from trial.convict(itertools.islice(pairs(trial.exercise), PAIRS))
-    yield from weights(trial, named=False)
-    yield from first_difference(trial)
-    if any(trial.hits):
-        yield say("last.somewhere", right=trial.labels_of(True), wrong=trial.labels_of(False))
-    yield from probe(trial, function)
+        both = say("verdict.right_and_wrong", right=attempt.labels_of(True), wrong=attempt.labels_of(False))
+        where = both if any(attempt.hits) else ""
+        yield f"{symptoms.raised(broken[0].error, attempt.cases[0])} {where}".strip()
+    yield from related(attempt)
+    yield from more_or_less(attempt)
+    yield from attempt.matching(itertools.islice(pairs(attempt.exercise), PAIRS))
+    yield from weights(attempt, named=False)
+    yield from first_difference(attempt)
+    if any(attempt.hits):
+        yield say("last.somewhere", right=attempt.labels_of(True), wrong=attempt.labels_of(False))
+    yield from probe(attempt, function)
 
 
 # --- when nothing else is known ---------------------------------------------------------------------------------------
 
 
-def first_difference(trial: Trial) -> Iterator[str]:
+def first_difference(attempt: Attempt) -> Iterator[str]:
     """Of lists: where do they part?"""
-    for _, outcome, right in trial.wrong():
+    for _, outcome, right in attempt.wrong():
         mine, wanted = as_list(outcome.value), right.value
         if isinstance(wanted, list) and mine is not None and len(mine) == len(wanted) > 1:
             at = next(i for i, (a, b) in enumerate(zip(mine, wanted, strict=True)) if not same(a, b, 1e-4))
@@ -173,10 +172,10 @@ def first_difference(trial: Trial) -> Iterator[str]:
                 yield say("last.first_difference", count=at, total=len(wanted), mine=here, wanted=should)
 
 
-def probe(trial: Trial, function: Callable) -> Iterator[str]:
+def probe(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Nothing fits. What does the result hang on, and what not?"""
-    exercise, args, tolerance = trial.exercise, trial.cases[0], trial.exercise.tolerance
-    mine, right = trial.outcomes[0], trial.rights[0]
+    exercise, args, tolerance = attempt.exercise, attempt.cases[0], attempt.exercise.tolerance
+    mine, right = attempt.outcomes[0], attempt.rights[0]
     values = (mine.value, right.value)
     if mine.error is not None or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
         return
@@ -215,15 +214,15 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
             yield say("last.no_sum", names=listed(names))
 
 
-def in_numbers(trial: Trial) -> str:
+def in_numbers(attempt: Attempt) -> str:
     """No name for it: where, and by how much."""
-    at = trial.hits.index(False)
-    mine, right = trial.outcomes[at].value, trial.rights[at].value
+    at = attempt.hits.index(False)
+    mine, right = attempt.outcomes[at].value, attempt.rights[at].value
     far = ""
     if isinstance(mine, Tensor) and isinstance(right, Tensor) and mine.shape == right.shape:
         far = say("verdict.by_up_to", far=f"{float((mine.double() - right.double()).abs().max()):.3g}")
     begin, should = short(_numbers(mine)), short(_numbers(right))
-    return say("verdict.in_numbers", label=trial.labels[at], far=far, begin=begin, should=should)
+    return say("verdict.in_numbers", label=attempt.labels[at], far=far, begin=begin, should=should)
 
 
 def _numbers(value: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attempt import Attempt, short
 from .running import close, copied, multiple, same
 from .texts import say
-from .trial import Trial, short
 
 Whole = list[tuple[dict[str, Any], Tensor, Tensor]]  # (arguments, result, right result) of each case, in float64
 
@@ -36,12 +36,12 @@ CONSTANTS = {"√2": 2**0.5, "1/√2": 0.5**0.5, "π": math.pi, "2π": 2 * math.
              "1/ln 2": 1 / math.log(2), "√(2π)": (2 * math.pi) ** 0.5}  # fmt: skip
 
 
-def related(trial: Trial) -> Iterator[str]:
-    pairs = [(args, o.value, r.value) for args, o, r in trial.comparable()]
+def related(attempt: Attempt) -> Iterator[str]:
+    pairs = [(args, o.value, r.value) for args, o, r in attempt.comparable()]
     if not pairs:
         return
     whole = [(args, a.detach().double(), b.detach().double()) for args, a, b in pairs]
-    tolerance = trial.exercise.tolerance
+    tolerance = attempt.exercise.tolerance
     yield from _scaled(whole)
     for name, relation in RELATIONS.items():
         if all(same(a, relation(b), tolerance) for _, a, b in whole):
@@ -56,7 +56,7 @@ def related(trial: Trial) -> Iterator[str]:
         factors = [multiple(a, relation(b)) for _, a, b in whole]
         equal = all(factor and abs(factor / (factors[0] or 1) - 1) < 1e-3 for factor in factors)
         if equal and sum(a.numel() for _, a, _ in whole) > 8:
-            yield say("suspects.two_and_a_factor", first=say(f"relation.{name}"), factor=f"{factors[0]:.4g}")
+            yield say("candidates.two_and_a_factor", first=say(f"relation.{name}"), factor=f"{factors[0]:.4g}")
     yield from _parts(tolerance, whole)
 
 
@@ -152,11 +152,11 @@ def _parts(tolerance: float, whole: Whole) -> Iterator[str]:
         yield say("related.places", axis=dim, right=short(found[0]), wrong=short(wrong))
 
 
-def more_or_less(trial: Trial) -> Iterator[str]:
+def more_or_less(attempt: Attempt) -> Iterator[str]:
     """The right result and a term more; or a step of the solution, returned in its place."""
     found: dict[str, list[bool]] = {}
-    pairs = trial.comparable()
-    solution, tolerance = trial.exercise.compile(), trial.exercise.tolerance
+    pairs = attempt.comparable()
+    solution, tolerance = attempt.exercise.compile(), attempt.exercise.tolerance
     for args, outcome, right in pairs:
         a, b = outcome.value.double(), right.value.double()
         scale = max(float(a.abs().max()), 1.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .exercise import Exercise
+from .texts import say
 
 SECONDS = 10.0  # that one call of a student's function may take
 
@@ -119,7 +120,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         return
 
     def ring(*_):
-        raise TimeoutError(f"It was still running after {seconds:.0f} seconds")
+        raise TimeoutError(say("error.still_running", seconds=f"{seconds:.0f}"))
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attempt import Attempt, arguments, changes, listed, short
 from .running import as_list, multiple, run, same, same_outcome
 from .texts import read, say
-from .trial import Trial, arguments, changes, listed, short
 
 
-def nothing_to_compare(trial: Trial) -> Iterator[str]:
-    for outcome in trial.outcomes:
+def nothing_to_compare(attempt: Attempt) -> Iterator[str]:
+    for outcome in attempt.outcomes:
         if isinstance(outcome.error, NotImplementedError):
             yield say("unwritten.raises")
-    for _, outcome, right in trial.wrong():
+    for _, outcome, right in attempt.wrong():
         value, kind = outcome.value, type(outcome.value).__name__
         if value is None:
             yield f"{say('unwritten.none')} {say('unwritten.printed') if outcome.printed else ''}".strip()
@@ -83,33 +83,33 @@ def changes_in_place(names: list[str]) -> str:
 # --- another type, dtype or shape -------------------------------------------------------------------------------------
 
 
-def wrong_kind(trial: Trial) -> Iterator[str]:
+def wrong_kind(attempt: Attempt) -> Iterator[str]:
     """Another type, dtype or shape than the right one."""
-    finite = all(bool(r.value.isfinite().all()) for r in trial.rights if isinstance(r.value, Tensor))
-    for _, outcome, right in trial.wrong():
+    finite = all(bool(r.value.isfinite().all()) for r in attempt.rights if isinstance(r.value, Tensor))
+    for _, outcome, right in attempt.wrong():
         value, wanted = outcome.value, right.value
         if isinstance(wanted, Tensor) and isinstance(value, Tensor):
             yield from _wrong_dtype(value, wanted)
             if value.shape != wanted.shape:
-                yield from _wrong_shape(trial, value, wanted)
+                yield from _wrong_shape(attempt, value, wanted)
             elif value.is_floating_point() and not value.isfinite().all() and finite:
                 if value.isfinite().any():  # where all is NaN, everything that makes NaN would fit
-                    yield from _convict_small_changes(trial)
+                    yield from _matching_small_changes(attempt)
                 yield say("kind.not_finite", what="NaN" if value.isnan().any() else "infinity")
         elif isinstance(wanted, Tensor):
-            yield from _wrong_container(trial, value, wanted)
+            yield from _wrong_container(attempt, value, wanted)
         elif isinstance(wanted, list | tuple):
-            yield from _wrong_list(trial, value, list(wanted))
+            yield from _wrong_list(attempt, value, list(wanted))
 
 
-def _convict_small_changes(trial: Trial) -> Iterator[str]:
-    yield from trial.convict(arguments(trial.exercise))
-    yield from trial.convict(changes(trial.exercise))
+def _matching_small_changes(attempt: Attempt) -> Iterator[str]:
+    yield from attempt.matching(arguments(attempt.exercise))
+    yield from attempt.matching(changes(attempt.exercise))
 
 
-def _wrong_list(trial: Trial, value: Any, wanted: list) -> Iterator[str]:
+def _wrong_list(attempt: Attempt, value: Any, wanted: list) -> Iterator[str]:
     """Other values, where a list is wanted; or the right ones in another order."""
-    items, tolerance, count = as_list(value), trial.exercise.tolerance, len(wanted)
+    items, tolerance, count = as_list(value), attempt.exercise.tolerance, len(wanted)
     if items is None:
         yield say("kind.no_values", kind=type(value).__name__, count=count)
     elif len(items) == count:
@@ -125,13 +125,13 @@ def _wrong_list(trial: Trial, value: Any, wanted: list) -> Iterator[str]:
         for place, (part, rest) in ends.items():
             if less and same(part, less, tolerance):
                 yield say(f"count.{what}_at_the_{place}", count=len(items), wanted=count, rest=short(rest))
-        yield from _convict_small_changes(trial)
+        yield from _matching_small_changes(attempt)
         yield say("kind.other_count", count=len(items), wanted=count, values=short(items), right=short(wanted))
 
 
-def _wrong_container(trial: Trial, value: Any, wanted: Tensor) -> Iterator[str]:
+def _wrong_container(attempt: Attempt, value: Any, wanted: Tensor) -> Iterator[str]:
     """A tuple, a list, a dict or a number, where a tensor is wanted."""
-    tolerance = trial.exercise.tolerance
+    tolerance = attempt.exercise.tolerance
     wants = say("kind.wants", kind=type(value).__name__, shape=list(wanted.shape))
     if isinstance(value, dict):
         for key, item in value.items():
@@ -168,8 +168,8 @@ def _wrong_dtype(value: Tensor, wanted: Tensor) -> Iterator[str]:
     yield " ".join(said)
 
 
-def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
-    tolerance = trial.exercise.tolerance
+def _wrong_shape(attempt: Attempt, value: Tensor, wanted: Tensor) -> Iterator[str]:
+    tolerance = attempt.exercise.tolerance
     shapes = say("shape.shapes", shape=list(value.shape), wanted=list(wanted.shape))
     a, b = value.detach().double(), wanted.detach().double()
     if sorted(a.shape) == sorted(b.shape) and a.ndim <= 5:
@@ -189,9 +189,9 @@ def _wrong_shape(trial: Trial, value: Tensor, wanted: Tensor) -> Iterator[str]:
     for dims, name in itertools.product(_axes(a), ("mean", "sum")):
         if same(getattr(a, name)(dim=dims), b, tolerance):
             yield say("shape.not_reduced", name=name, axes=" and ".join(map(str, dims)), shapes=shapes)
-    yield from _too_much(trial, a, b, shapes)
-    yield from trial.convict(changes(trial.exercise))
-    timed = isinstance(trial.cases[0].get("t"), Tensor)
+    yield from _too_much(attempt, a, b, shapes)
+    yield from attempt.matching(changes(attempt.exercise))
+    timed = isinstance(attempt.cases[0].get("t"), Tensor)
     grown = a.ndim > b.ndim >= 1 or (a.ndim == b.ndim > 1 and a.numel() > b.numel() and len(a) > len(b))
     broadcast = say("shape.broadcast", ones=" 1" * (b.ndim - 1), count=b.ndim) if timed and grown else ""
     yield f"{say('shape.shape', shapes=shapes)} {broadcast}".strip()
@@ -202,9 +202,9 @@ def _axes(x: Tensor) -> list[tuple[int, ...]]:
     return [dims for n in range(1, x.ndim + 1) for dims in itertools.combinations(range(x.ndim), n)]
 
 
-def _too_much(trial: Trial, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
+def _too_much(attempt: Attempt, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
     """The right result and more, or a part of it. (a is the student's)"""
-    tolerance, args = trial.exercise.tolerance, trial.cases[0]
+    tolerance, args = attempt.exercise.tolerance, attempt.cases[0]
     for name, index in args.items():
         if isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point() and a.ndim == b.ndim:
             if index.dtype != torch.bool and len(a) > int(index.max()) and same(a[index], b, tolerance):
@@ -228,29 +228,29 @@ def _too_much(trial: Trial, a: Tensor, b: Tensor, shapes: str) -> Iterator[str]:
 # --- gradients, and what the result does not depend on ----------------------------------------------------------------
 
 
-def without_time(trial: Trial, function: Callable) -> Iterator[str]:
+def without_time(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Is the result the same at every t?"""
-    args, mine = trial.cases[0], trial.outcomes[0]
+    args, mine = attempt.cases[0], attempt.outcomes[0]
     if isinstance(args.get("t"), Tensor) and isinstance(mine.value, Tensor):
-        others = (run(trial.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1))
+        others = (run(attempt.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1))
         if all(same_outcome(other, mine, 1e-7) for other in others):
             yield say("arguments.time_unused")
 
 
-def gradient_only(trial: Trial) -> Iterator[str]:
+def gradient_only(attempt: Attempt) -> Iterator[str]:
     """The values are right, and what flows back is not."""
-    tolerance, results = trial.exercise.tolerance, zip(trial.outcomes, trial.rights, strict=True)
+    tolerance, results = attempt.exercise.tolerance, zip(attempt.outcomes, attempt.rights, strict=True)
     values = [same(outcome.value, right.value, tolerance) for outcome, right in results]
-    through = listed(trial.exercise.gradients)
+    through = listed(attempt.exercise.gradients)
     if not all(values) or not through:
         return
-    if all(o.gradients is None for o in trial.outcomes):
+    if all(o.gradients is None for o in attempt.outcomes):
         yield say("gradient.none", through=through)
         return
-    yield from trial.convict(changes(trial.exercise))
-    if all(not o.gradients or not any(g.any() for g in o.gradients) for o in trial.outcomes):
+    yield from attempt.matching(changes(attempt.exercise))
+    if all(not o.gradients or not any(g.any() for g in o.gradients) for o in attempt.outcomes):
         yield say("gradient.zero", through=through)
-    for _, outcome, right in trial.wrong():
+    for _, outcome, right in attempt.wrong():
         pairs = list(zip(outcome.gradients or [], right.gradients, strict=False))
         factors = [1.0 if not a.any() and not b.any() else multiple(a, b) for a, b in pairs]
         if factors and all(factor is not None for factor in factors):
@@ -259,18 +259,18 @@ def gradient_only(trial: Trial) -> Iterator[str]:
     yield say("gradient.wrong", through=through)
 
 
-def same_as_an_argument(trial: Trial) -> Iterator[str]:
-    for name in trial.exercise.arguments:
-        pairs = [(args[name], o.value) for args, o in zip(trial.cases, trial.outcomes, strict=True)]
+def same_as_an_argument(attempt: Attempt) -> Iterator[str]:
+    for name in attempt.exercise.arguments:
+        pairs = [(args[name], o.value) for args, o in zip(attempt.cases, attempt.outcomes, strict=True)]
         if all(isinstance(a, Tensor) and isinstance(v, Tensor) and same(v, a, 1e-6) for a, v in pairs):
             yield say("arguments.returned", name=name)
 
 
-def at_the_ends(trial: Trial) -> Iterator[str]:
+def at_the_ends(attempt: Attempt) -> Iterator[str]:
     """Right for every t but the first, or the last."""
-    name = next((n for n in ("t", "timesteps") if isinstance(trial.cases[0].get(n), Tensor)), None)
+    name = next((n for n in ("t", "timesteps") if isinstance(attempt.cases[0].get(n), Tensor)), None)
     wrong, some_right = [], False  # of each sample that is wrong: (t, is it the last one)
-    for args, outcome, right in zip(trial.cases, trial.outcomes, trial.rights, strict=True):
+    for args, outcome, right in zip(attempt.cases, attempt.outcomes, attempt.rights, strict=True):
         t = args.get(name)
         schedule = args.get("alphas_cumprod", args.get("betas"))
         a, b = outcome.value, right.value
@@ -278,7 +278,7 @@ def at_the_ends(trial: Trial) -> Iterator[str]:
             return
         last = -1 if schedule is None else len(schedule) - 1
         for k, x, y in zip(t.tolist(), a, b, strict=True):
-            if same(x, y, trial.exercise.tolerance):
+            if same(x, y, attempt.exercise.tolerance):
                 some_right = True
             else:
                 wrong.append((k, k == last))

@@ -61,6 +61,8 @@ def of_exercise(stage: str, name: str, solution: str) -> dict[str, Any]:
     if table is None:
         raise ValueError(f"{stage}.toml has no table [{name}], which the exercise in {stage}.py needs")
     _expect(where, table, FIELDS)
+    if wrong := [hint for hint in table["hints"] if not isinstance(hint, str)]:
+        raise ValueError(f"{where}: a hint has to be a text, not {wrong[0]!r}")
     mistakes = tuple(_mistakes(where, table["mistakes"], solution))
     return {**table, "hints": tuple(map(folded, table["hints"])), "mistakes": mistakes}
 
@@ -82,7 +84,7 @@ def _mistakes(where: str, tables: list[dict[str, str]], solution: str) -> Iterat
             count = solution.count(mistake.old)
             raise ValueError(
                 f'{here} ("{mistake.sentence}"): `old` has to occur exactly once in the solution, but {mistake.old!r}'
-                f" occurs {count} times in it"
+                f" occurs {count} times in it. Copy a piece of the solution that is longer, or the right one"
             )
         yield mistake
 

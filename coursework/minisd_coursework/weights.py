@@ -7,19 +7,19 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .attempt import Attempt, as_a_whole
 from .running import close
 from .texts import say
-from .trial import Trial, as_a_whole
 
 
-def weights(trial: Trial, named: bool) -> Iterator[str]:
+def weights(attempt: Attempt, named: bool) -> Iterator[str]:
     """If the result is Σ weight · argument: which weight is wrong, and what stands in its place?"""
-    names = trial.exercise.linear
-    if names and isinstance(trial.cases[0][names[0]], list):
-        yield from _of_a_list(trial, names[0])
+    names = attempt.exercise.linear
+    if names and isinstance(attempt.cases[0][names[0]], list):
+        yield from _of_a_list(attempt, names[0])
         return
     found, wanted, quantities = [], [], []
-    for args, outcome, right in zip(trial.cases, trial.outcomes, trial.rights, strict=True):
+    for args, outcome, right in zip(attempt.cases, attempt.outcomes, attempt.rights, strict=True):
         terms = [args[name] for name in names]
         if not names or any(t.shape != right.value.shape for t in [*terms, outcome.value]):
             return
@@ -27,7 +27,7 @@ def weights(trial: Trial, named: bool) -> Iterator[str]:
         if a is None or b is None:
             return
         found.append(a), wanted.append(b)
-        known = trial.exercise.quantities(**args) if trial.exercise.quantities else {}
+        known = attempt.exercise.quantities(**args) if attempt.exercise.quantities else {}
         quantities.append({k: torch.as_tensor(v).double().expand(len(a)) for k, v in known.items()})
     weights, rights = torch.cat(found), torch.cat(wanted)  # [samples of all cases, arguments]
     known = {name: torch.cat([q[name] for q in quantities]) for name in (quantities[0] if quantities else ())}
@@ -58,9 +58,9 @@ def weights(trial: Trial, named: bool) -> Iterator[str]:
         yield as_a_whole("; ".join(sentences))
 
 
-def _of_a_list(trial: Trial, name: str) -> Iterator[str]:
+def _of_a_list(attempt: Attempt, name: str) -> Iterator[str]:
     """The same of a list of tensors, case by case."""
-    for args, outcome, right in trial.wrong():
+    for args, outcome, right in attempt.wrong():
         terms = args[name]
         if not isinstance(outcome.value, Tensor) or outcome.value.shape != terms[0].shape:
             return

@@ -1,7 +1,7 @@
-"""The trial of a function that is wrong: its outcomes, the suspects, and who of them does the same.
+"""A student's attempt that is wrong, and the functions that it is compared with to find out what is wrong with it.
 
-A suspect is a function whose mistake is known, with the sentence that names it. It is convicted if it does on every
-case what the student's function does.
+A candidate is a function whose mistake is known, with the sentence that names it. It matches if it does on every case
+what the student's function does.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from .exercise import Exercise
 from .running import Outcome, cases_of, run, same, same_outcome
 from .texts import say
 
-Suspect = tuple[Callable, str]  # a function with a mistake, and the sentence that names it
+Candidate = tuple[Callable, str]  # a function with a mistake, and the sentence that names it
 
 
 @dataclass
-class Trial:
+class Attempt:
     """A function that is wrong, and all that is known about it."""
 
     exercise: Exercise
@@ -32,17 +32,17 @@ class Trial:
     rights: list[Outcome]  # of the solution
     hits: list[bool]  # whether the two agree
 
-    def convict(self, suspects: Iterable[Suspect]) -> Iterator[str]:
-        """Who does on every case what the student's function does?"""
-        # where the student is wrong tells suspects apart; where the student is right, most are acquitted
+    def matching(self, candidates: Iterable[Candidate]) -> Iterator[str]:
+        """The sentences of the candidates that do on every case what the student's function does."""
+        # The cases that went wrong come first: they tell the candidates apart, while most of them get the others right.
         order = sorted(range(len(self.cases)), key=lambda i: (self.hits[i], self.outcomes[i].error is not None))
         seen = any(not self.hits[i] and self.outcomes[i].error is None for i in order)
-        for function, sentence in suspects:
+        for function, sentence in candidates:
             if all(self.does_the_same(function, i, any_error=seen) for i in order):
                 yield sentence
 
     def does_the_same(self, function: Callable, i: int, any_error: bool = False) -> bool:
-        """Whether a suspect does on case i what the student's function did. Gradients cost time, and come last.
+        """Whether a candidate does on case i what the student's function did. Gradients cost time, and come last.
 
         any_error: whether two errors need not be the same, since wrong results of other cases are there to compare.
         """
@@ -76,30 +76,30 @@ class Trial:
         return "; ".join(label for label, right in zip(self.labels, self.hits, strict=True) if right is hit)
 
 
-# --- the suspects -----------------------------------------------------------------------------------------------------
+# --- the candidates ---------------------------------------------------------------------------------------------------
 
 
 @cache
-def known(exercise: Exercise) -> list[Suspect]:
+def known(exercise: Exercise) -> list[Candidate]:
     """The mistakes of the exercise's table."""
     return list(_compiled(exercise, ((m.edit(exercise.solution), m.sentence) for m in exercise.mistakes)))
 
 
 @cache
-def arguments(exercise: Exercise) -> list[Suspect]:
+def arguments(exercise: Exercise) -> list[Candidate]:
     """The solution, called with other arguments."""
     args = next(iter(cases_of(exercise).values()))
     return [(f, as_a_whole(said)) for f, said in _compiled(exercise, mutants.of_the_arguments(exercise.solution, args))]
 
 
 @cache
-def changes(exercise: Exercise) -> list[Suspect]:
+def changes(exercise: Exercise) -> list[Candidate]:
     """The solution with one small change."""
     found = _compiled(exercise, mutants.of_the_solution(exercise.solution, exercise.arguments))
-    return [(function, say("suspects.in_the_solution", sentence=sentence)) for function, sentence in found]
+    return [(function, say("candidates.in_the_solution", sentence=sentence)) for function, sentence in found]
 
 
-def pairs(exercise: Exercise) -> Iterator[Suspect]:
+def pairs(exercise: Exercise) -> Iterator[Candidate]:
     """Two mistakes of the table, or one and a wrong argument, or one and a small change."""
     return _compiled(exercise, _pairs(exercise))
 
@@ -108,17 +108,17 @@ def _pairs(exercise: Exercise) -> Iterator[tuple[str, str]]:
     for a, b in itertools.permutations(exercise.mistakes, 2):
         once = a.edit(exercise.solution) if a.old and b.old else None
         if once and (twice := b.edit(once)):
-            yield twice, say("suspects.two", first=a.sentence, second=b.sentence)
+            yield twice, say("candidates.two", first=a.sentence, second=b.sentence)
     args = next(iter(cases_of(exercise).values()))
     for mistake in exercise.mistakes:
         for solution, other in mutants.of_the_arguments(mistake.edit(exercise.solution), args):
-            yield solution, say("suspects.two", first=mistake.sentence, second=as_a_whole(other))
+            yield solution, say("candidates.two", first=mistake.sentence, second=as_a_whole(other))
     for mistake in exercise.mistakes:
         for solution, other in mutants.of_the_solution(mistake.edit(exercise.solution), exercise.arguments):
-            yield solution, say("suspects.two_in_the_solution", first=mistake.sentence, second=other)
+            yield solution, say("candidates.two_in_the_solution", first=mistake.sentence, second=other)
 
 
-def _compiled(exercise: Exercise, solutions: Iterable[tuple[str, str]]) -> Iterator[Suspect]:
+def _compiled(exercise: Exercise, solutions: Iterable[tuple[str, str]]) -> Iterator[Candidate]:
     """Solutions as functions; those of which an edit has made nonsense are left out."""
     for solution, sentence in solutions:
         with warnings.catch_warnings():
