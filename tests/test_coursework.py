@@ -1228,7 +1228,7 @@ def changed(change):
         (lambda x_0, t, noise, alphas_cumprod: (x for x in x_0), "generator"),
         (
             lambda x_0, t, noise, alphas_cumprod: q_sample(x_0, t.clamp(min=1), noise, alphas_cumprod),
-            "every t but t = 0",
+            "every t except t = 0",
         ),
     ],
 )  # fmt: skip
@@ -1243,7 +1243,7 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
     [
         ("q_sample", lambda *args: (q_sample(*args), args[2]), "returns a tuple.*place 0 is right"),
         ("q_sample", lambda *args: {"x_t": q_sample(*args)}, "a dict.*under 'x_t' is right"),
-        ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right: torch.stack"),
+        ("q_sample", lambda *args: list(q_sample(*args)), "Its values are right.*torch.stack"),
         ("q_sample", lambda *args: q_sample(*args)[-1], "Only the last entry along axis 0.*loop"),
         ("q_sample", lambda *args: q_sample(*args)[:, :2], "Axis 1 is too short by 1 at its end"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t, torch.arange(n.numel()).sin().view_as(n), bar),
@@ -1255,12 +1255,12 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("kl", lambda m, logvar: EXERCISES["kl"].compile()(m, logvar) * math.pi, "and that number is π"),
         ("leading_timesteps", lambda steps, T: reversed(range(1, T, T // steps)), "range_iterator.*list"),
         ("leading_timesteps", lambda steps, T: [T / steps * i + 1 for i in range(steps)][::-1], "floats, .* integers"),
-        ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], "0\\] is too many"),
+        ("leading_timesteps", lambda steps, T: [*range(T - T // steps + 1, 0, -(T // steps)), 0], r"Leave out \[0\]"),
         ("pad_tokens", lambda ids, start, end, n: ([start, *ids[: n - 2], end] + [7] * n)[:n], "The first 5 of 8 are"),
         ("to_uint8", lambda x: ((x.clamp(-1, 1) + 1) * 127.5).round().short(), "integers, but not bytes"),
         ("plms_combine", lambda e: sum(w * x for w, x in zip((4 / 3, -1 / 3, 0, 0), e, strict=False)), "4/3, -1/3, 0"),
         ("straight_through", lambda z, z_q: z / 2 + (z_q - z / 2).detach(), "the gradient .* is 0.5 and 1 times"),
-        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit: print both"),
+        ("embed_tokens", lambda ids, tokens, places: tokens[ids] + places[:-1], "that do not fit. Print both"),
         ("predict_start_from_noise", lambda x, t, n, bar: (x - (1 - bar[-1]) ** 0.5 * n) / bar[-1] ** 0.5,
          "does not depend on `t`"),
         ("q_sample", lambda x, t, n, bar: q_sample(x, t.max().expand_as(t), n, bar), "largest entry of `t`"),
@@ -1271,7 +1271,7 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
          "no such key"),
         ("training_loss", lambda model, *a: model(a[0] + torch.randn_like(a[0]), a[-3], a[4]).mean(),
          "the ones to use are given: `t` and `drop`"),
-        ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|print both|inner"),
+        ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|Print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
     ],
@@ -1729,7 +1729,7 @@ def test_clip_is_trained_with_a_students_function(name):
     ours, exercise = loss(), EXERCISES[name]
     with swap(name, exercise.compile()):
         assert loss() == pytest.approx(ours, rel=1e-4)
-    wrong = {"contrastive_loss": "Only one direction", "pooled_state": "You took the start", "patchify": "Within"}
+    wrong = {"contrastive_loss": "You used only one", "pooled_state": "You took the start", "patchify": "You put the"}
     mistake = next(m for m in exercise.mistakes if m.sentence.startswith(wrong[name]))
     with swap(name, exercise.compile(mistake.edit(exercise.solution))):
         assert loss() != pytest.approx(ours, rel=1e-4)
@@ -1745,7 +1745,8 @@ def test_what_has_no_place_says_so():
 
 def test_a_function_that_leads_to_no_picture_is_told_in_a_sentence(capsys):
     assert draw("q_sample", lambda x_0, t, noise, bar: x_0[:, :2], "a red circle", "tiny", steps=2) is None
-    assert re.fullmatch(r"With this q_sample minisd comes to no picture: \w+, .+\n", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"With your q_sample, minisd cannot draw a picture. It raises \w+: .+\n", said)
 
 
 def test_every_picture_has_a_caption():
@@ -1843,7 +1844,7 @@ def test_a_notebook_that_is_not_filled_in_says_so_and_goes_on(capsys):
     said = capsys.readouterr().out
     for name in ("sample_posterior", "kl"):
         assert f"{name}: not right yet. It is not written yet" in said
-        assert f"{name} is not written yet: there is nothing to draw with." in said
+        assert f"{name} is not written yet, so there is nothing to draw with." in said
 
 
 def test_nbgraders_cells(exported):
