@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -22,7 +23,7 @@ from minisd.coursework import EXERCISES, STAGES, check, draw, judge, swap
 from minisd.coursework.__main__ import main
 from minisd.coursework.export import FORMS, export, table
 from minisd.coursework.picture import caption
-from minisd.coursework.running import cases_of, same
+from minisd.coursework.running import cases_of, right_outcomes, same
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks/exercises"
@@ -1352,6 +1353,163 @@ def test_a_loop_without_an_end_is_stopped(monkeypatch):
             pass
 
     assert "still running" in check.bpe_merge(bpe_merge).mistake
+
+
+@pytest.mark.parametrize("ends_on", [0, 1], ids=["first case", "second case"])
+def test_one_time_out_ends_the_check(ends_on, monkeypatch):
+    monkeypatch.setattr("minisd.coursework.running.SECONDS", 0.2)
+    calls = []
+
+    def bpe_merge(pieces, ranks):
+        calls.append(pieces)
+        print("call", len(calls))
+        while len(calls) > ends_on:
+            pass
+
+    verdict = judge(EXERCISES["bpe_merge"], bpe_merge)
+    assert len(calls) == ends_on + 1, "no other case is tried"
+    label = list(cases_of(EXERCISES["bpe_merge"]))[ends_on]
+    assert re.search(f"while len.*still running.*nothing moves on.*{re.escape(label)}", verdict.mistake)
+    assert verdict.printed == "call 1\n"
+
+
+def test_a_time_out_that_comes_late_ends_the_check(monkeypatch):
+    """A function that ends on every case, but neither at another t nor on other numbers: it is waited for twice."""
+    monkeypatch.setattr("minisd.coursework.running.SECONDS", 0.2)
+    monkeypatch.setattr(sys.modules["minisd.coursework.judge"], "PAIRS", 10)  # what is searched for is no matter here
+    exercise, late = EXERCISES["q_sample"], []
+    usual = [(args["t"].tolist(), args["noise"].flatten()[0].item()) for args in cases_of(exercise).values()]
+
+    def q_sample(x_0, t, noise, alphas_cumprod):
+        if (t.tolist(), noise.flatten()[0].item()) not in usual:
+            late.append(t)
+            while True:
+                pass
+        return x_0.sin() * 1.1 + noise.cos()
+
+    assert not judge(exercise, q_sample)
+    assert len(late) == 2
+
+
+# --- torch's global state ---------------------------------------------------------------------------------------------
+
+
+def _torch_state():
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    return grad, inference, torch.is_autocast_enabled("cpu"), dtype, device, torch.get_rng_state().tolist()
+
+
+@contextmanager
+def _with(setting, value, usual):
+    """A setting as a cell of a notebook leaves it: on, until another cell puts it back."""
+    setting(value)
+    try:
+        yield
+    finally:
+        setting(usual)
+
+
+SETTINGS = {
+    "set_grad_enabled": lambda: _with(torch.set_grad_enabled, False, True),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "set_default_dtype": lambda: _with(torch.set_default_dtype, torch.float64, torch.float32),
+    "set_default_device": lambda: _with(torch.set_default_device, "meta", None),
+    "with device": lambda: torch.device("meta"),
+}
+each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+
+
+@pytest.fixture
+def new_process():
+    """Nothing is known yet of right outcomes, and nothing stays that was found out."""
+    kept = (cases_of, right_outcomes)
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def _gives_no_gradient(z, z_q):
+    return z_q
+
+
+@each_setting
+def test_the_callers_torch_settings_change_no_verdict_then_or_later(setting, new_process):
+    with setting():
+        before = _torch_state()
+        assert "no gradient reaches z" in check.straight_through(_gives_no_gradient).mistake
+        assert check.straight_through(lambda z, z_q: z + (z_q - z).detach())
+        assert check.attention(EXERCISES["attention"].compile()).right
+        assert check.timestep_embedding(EXERCISES["timestep_embedding"].compile()).right
+        assert not check.q_sample(lambda x_0, t, noise, bar: x_0.sin() + 1.1 * noise.cos())  # all suspects are heard
+        assert _torch_state() == before
+    for name in ("straight_through", "attention", "timestep_embedding"):
+        assert check(name, EXERCISES[name].compile()).right
+    assert "no gradient reaches z" in check.straight_through(_gives_no_gradient).mistake
+
+
+LEFT_ON = []  # what a student's function entered and did not leave
+
+
+def _leave_on(context):
+    context.__enter__()
+    LEFT_ON.append(context)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_grad_enabled(False),
+        lambda: _leave_on(torch.no_grad()),
+        lambda: _leave_on(torch.inference_mode()),
+        lambda: _leave_on(torch.autocast("cpu", torch.bfloat16)),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+        lambda: torch.manual_seed(7),
+    ],
+    ids=["set_grad_enabled", "no_grad", "inference_mode", "autocast", "default_dtype", "default_device", "seed"],
+)
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_what_a_function_changes_of_torch_is_undone(change, fails, new_process):
+    def straight_through(z, z_q):
+        result = z + (z_q - z).detach()
+        change()
+        if fails:
+            raise ValueError("too late")
+        return result
+
+    before = _torch_state()
+    try:
+        assert check.straight_through(straight_through).right is not fails
+        assert _torch_state() == before
+        assert "no gradient reaches z" in check.straight_through(_gives_no_gradient).mistake
+        assert check.timestep_embedding(EXERCISES["timestep_embedding"].compile()).right
+    finally:
+        LEFT_ON.clear()
+        assert _torch_state() == before
+
+
+def test_torch_seeds_of_gpus_are_left_alone(monkeypatch):
+    of_a_gpu = torch.Generator().manual_seed(3)  # this machine may have none
+    monkeypatch.setattr(torch.cuda, "default_generators", (of_a_gpu,))
+    check.q_sample(lambda x_0, t, noise, bar: of_a_gpu.manual_seed(5) and x_0)
+    assert of_a_gpu.initial_seed() == 3
+
+
+def test_a_picture_is_drawn_whatever_the_callers_torch_settings():
+    """With `text_dropout` in it, a network is trained on first: without gradients there would be nothing to train."""
+    solution = EXERCISES["text_dropout"].compile()
+    usual = draw("text_dropout", solution, "a red circle", "tiny", steps=2)
+    for name, setting in SETTINGS.items():
+        with setting():
+            before = _torch_state()
+            picture = draw("text_dropout", solution, "a red circle", "tiny", steps=2)
+            assert _torch_state() == before, name
+        assert picture is not None and np.array_equal(np.asarray(picture), np.asarray(usual)), name
 
 
 def test_the_students_random_numbers_are_left_alone():

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import mutants
 from .exercise import Exercise
 from .relations import more_or_less, related
-from .running import as_list, cases_of, right_outcomes, run, same, same_outcome
+from .running import as_list, cases_of, default_torch_state, right_outcomes, run, same, same_outcome
 from .symptoms import (
     at_the_ends,
     changes_in_place,
@@ -62,11 +62,20 @@ class Verdict:
         """The message was printed already."""
 
 
+@default_torch_state()
 def judge(exercise: Exercise, function: Any) -> Verdict:
-    """Run a student's function on the exercise's cases, and say what is wrong with it."""
+    """Run a student's function on the exercise's cases, and say what is wrong with it.
+
+    The verdict does not depend on the caller's gradient mode, default dtype or device, and none of them is changed.
+    """
     if sentence := _not_a_function(exercise, function):
         return _wrong(exercise, sentence)
-    outcomes = [run(exercise, function, args) for args in cases_of(exercise).values()]
+    outcomes = []
+    for label, args in cases_of(exercise).items():
+        outcomes.append(run(exercise, function, args))
+        if isinstance(outcomes[-1].error, TimeoutError):  # on the other cases one would wait as long again
+            sentence = f"{raised(outcomes[-1].error, args)} The check stopped there, on this case: {label}."
+            return replace(_wrong(exercise, sentence), printed=outcomes[0].printed)
     return replace(_of_the_outcomes(exercise, function, outcomes), printed=outcomes[0].printed)
 
 
@@ -201,6 +210,8 @@ def probe(trial: Trial, function: Callable) -> Iterator[str]:
         if type(value) is float or (isinstance(value, Tensor) and value.is_floating_point()):
             changed = {**args, name: value * 0.7 + (0.05 if type(value) is float else 0.05 * value.flip(0))}
             a, b = run(exercise, function, changed), run(exercise, exercise.compile(), changed)
+            if isinstance(a.error, TimeoutError):
+                return
             if a.error is not None or not isinstance(a.value, Tensor) or a.value.shape != mine.value.shape:
                 continue
             if same(b.value, right.value, 1e-4):

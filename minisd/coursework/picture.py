@@ -32,8 +32,10 @@ from ..training.engine import SingleDevice
 from ..viz import curves, matrices, sheet, to_pil
 from ..vq import VectorQuantizer
 from .exercise import find, swap
+from .running import default_torch_state
 
 
+@default_torch_state()
 def draw(
     name: str,
     function: Callable | None = None,

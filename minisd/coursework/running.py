@@ -30,14 +30,46 @@ class Outcome:
     changed: list[str] = field(default_factory=list)  # arguments that are not what they were
 
 
+@contextlib.contextmanager
+def default_torch_state(seed: int = 0) -> Iterator[None]:
+    """Inside, torch computes as in a new process and draws from this seed; afterwards it is set as it was before.
+
+    Without it, a caller under `no_grad` would have the right outcomes computed, and kept, without gradients. And a
+    student's function that calls `torch.set_grad_enabled(False)` or `torch.set_default_dtype(torch.float64)` would
+    change the checks that come after it.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    generators = (torch.default_generator, *torch.cuda.default_generators)  # torch.manual_seed seeds the GPUs' as well
+    states = [generator.get_state() for generator in generators]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            torch.set_default_dtype(torch.float32)
+            _set_default_device(torch.device("cpu"))
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow: it asks all GPUs
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            _set_default_device(device)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _set_default_device(device: torch.device) -> None:
+    if torch.get_default_device() != device:
+        torch.set_default_device(None)  # this alone brings back the device of a `with torch.device(...)` around us
+    if torch.get_default_device() != device:
+        torch.set_default_device(device)
+
+
 @cache
+@default_torch_state()
 def cases_of(exercise: Exercise) -> dict[str, dict[str, Any]]:
-    with _own_randomness(seed=0):
-        cases = exercise.cases()
+    cases = exercise.cases()
     return {label: {name: args[name] for name in exercise.arguments} for label, args in cases.items()}
 
 
 @cache
+@default_torch_state()
 def right_outcomes(exercise: Exercise) -> list[Outcome]:
     return [run(exercise, exercise.compile(), args) for args in cases_of(exercise).values()]
 
@@ -45,7 +77,7 @@ def right_outcomes(exercise: Exercise) -> list[Outcome]:
 def run(
     exercise: Exercise, function: Callable, args: dict[str, Any], seed: int = 0, gradients: bool = True
 ) -> Outcome:
-    """Call the function on copies of the arguments, and watch."""
+    """Call the function on copies of the arguments, and watch. What it changes of torch's global state is undone."""
     given = {name: copied(value) for name, value in args.items()}
     leaves = []
     for name in exercise.gradients if gradients else ():
@@ -55,7 +87,7 @@ def run(
             leaves.append(given[name].requires_grad_())
             given[name] = leaves[-1] * 1  # no leaf: one may change it in place
     outcome, printed = Outcome(), io.StringIO()
-    with _own_randomness(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+    with default_torch_state(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
         warnings.simplefilter("ignore")
         try:
             with _at_most(SECONDS):
@@ -77,18 +109,6 @@ def _detached(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     return value.detach() if isinstance(value, Tensor) else value
-
-
-@contextlib.contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Inside, torch.randn draws from this seed; outside, nobody notices. (torch.manual_seed is slow: it asks all GPUs.)
-    """
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
 
 
 @contextlib.contextmanager

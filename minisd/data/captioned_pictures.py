@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..pictures import open_picture, sheet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-IN_MEMORY = 2**30  # bytes: pictures are decoded and resized once and kept, if all of them fit; else when asked for
+IN_MEMORY = 2**30  # bytes: if all pictures fit, they are decoded once and kept; if not, they are read when asked for
 SHEET_COLUMNS = 32  # of a `pictures.webp`
 
 Skipped = list[tuple[str, str]]  # what was left out, and why
@@ -123,7 +123,7 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
 
 
 def read_templates(folder: Path) -> tuple[str, ...]:
-    """The forms in which captions are trained on: the lines of templates.txt. Without that file, as they are."""
+    """The forms in which captions are trained on: the lines of templates.txt, or the bare caption without that file."""
     path = folder / "templates.txt"
     if not path.is_file():
         return ("{}",)
@@ -227,7 +227,7 @@ class CaptionedPictures(Dataset):
         self._report(captions)
 
     def _open_files(self, size: int | None) -> None:
-        """Look into every file once: those that can be read stay, decoded if there is room for all of them."""
+        """Read every file once. Those that can be read stay, as pixels if there is memory for all of them."""
         if size is None:
             sides = [len(picture) for row in self.rows if (picture := self._try(row, None)) is not None]
             size = min(sides, default=1)
@@ -306,9 +306,9 @@ class CaptionedPictures(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """What tells two corpora apart: how many pictures, of which size, and a hash over file names and captions.
+        """A short text that differs between corpora: how many pictures, their size, a hash of file names and captions.
 
-        The pixels are not looked at: of a large corpus, that would take a while.
+        The pixels are not hashed, because that would take too long for a large corpus.
         """
         named = [(row["file_name"], caption) for row, caption in zip(self.rows, self.captions, strict=True)]
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()

@@ -29,10 +29,10 @@ class Concept:
         return slug(self.name)
 
 
-# Names that would lose their only telling character as plain text.
+# Names whose only distinguishing character is lost in plain text.
 SPELT_OUT = {"keycap: #": "keycap hash", "keycap: *": "keycap asterisk"}
 
-# Words that say who, not what: they tell the members of a family apart.
+# Words that say who does something, not what. Only they differ between the members of a family.
 WHO = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "child", "adult", "mx", "mrs"}
 
 
@@ -49,7 +49,7 @@ def slug(name: str) -> str:
 
 
 def family(label: str, group: str) -> str:
-    """What a label is about, whoever does it: "woman astronaut" -> "astronaut", "kiss: man, man" -> "kiss"."""
+    """What a label is about, without who does it: "woman astronaut" -> "astronaut", "kiss: man, man" -> "kiss"."""
     words = [word for word in plain(label.split(":")[0]).split() if word not in WHO]
     if group == "animals-nature" and len(words) > 1 and words[-1] == "face":
         words.pop()  # "cat face" is a cat
@@ -80,7 +80,7 @@ def squashed(name: str) -> str:
 
 
 def unicode_name(codepoint: str) -> str:
-    """The name that Unicode gave a single code point, which never changes, as CLDR's do."""
+    """The name that Unicode gave a single code point. It never changes, while names of CLDR do."""
     codes = [c for c in codepoint.split("-") if c != "FE0F"]
     return unicodedata.name(chr(int(codes[0], 16)), "") if len(codes) == 1 else ""
 
@@ -101,7 +101,7 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
     by_codepoint = {bare(code): name for code, name in chars.items()}
     by_name: dict[str, str] = {}
     for name in [*icons["icons"], *icons.get("aliases", {})]:
-        by_name.setdefault(squashed(name), name)  # fxemoji writes its names without spaces: so compare all of them
+        by_name.setdefault(squashed(name), name)  # compared without spaces, because fxemoji has none
     known = {*icons["icons"], *icons.get("aliases", {})}
     table = icon_names(package)
     own = {concept: icon for icon, concept in table["draws"].items()}
@@ -114,7 +114,7 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
         lambda c: by_name.get(squashed(c.name)),
         lambda c: by_name.get(squashed(unicode_name(c.codepoint))),
     )
-    for way in ways:  # one way for all concepts before the next: a former name must not take a present one's icon
+    for way in ways:  # each for all concepts before the next, so that no former name takes a present one's icon
         for concept in concepts:
             icon = way(concept)
             if icon in known and icon not in used and concept.codepoint not in found:

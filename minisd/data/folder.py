@@ -5,9 +5,9 @@
     FOLDER/recipe.json             what it was made from
     FOLDER/metadata.jsonl          a line per picture, in the same order: file_name, text and what else is known
 
-metadata.jsonl is written last: where it stands, the corpus is complete. Until then there is also a folder
-FOLDER/.unfinished-FUNCTION, named after the function that makes the corpus. It proves whose work the rest is, because a
-command may only go on with, or replace, what it has made itself.
+metadata.jsonl is written last, so a folder that has one is complete. Until then there is also a folder
+FOLDER/.unfinished-FUNCTION, named after the function that makes the corpus. It shows which command made the rest,
+because a command may only continue or replace what it has made itself.
 """
 
 import errno
@@ -121,7 +121,7 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
 
 
 def made_by(recipe: dict) -> str:
-    """The name of the function that makes a corpus of this recipe; "" if it is none that is known here."""
+    """The name of the function that makes a corpus of this recipe; "" if the recipe names none."""
     if recipe.keys() >= {"source", "split", "image", "text"}:
         return "fetch_dataset"  # its recipes do not name it
     return str(recipe.get("made_by", ""))
@@ -133,7 +133,7 @@ def unfinished_by(maker: str) -> str:
 
 
 def read_recipe(folder: Path) -> dict:
-    """recipe.json; empty where there is none, or one that is not ours."""
+    """recipe.json; an empty dict where there is none or it is not a JSON object."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,7 +142,7 @@ def read_recipe(folder: Path) -> dict:
 
 
 def pictures_added(folder: Path) -> list[str]:
-    """What stands in images/ of a corpus without a line in metadata.jsonl: it was put there by somebody else."""
+    """The files in images/ that metadata.jsonl does not name: somebody else put them there."""
     images = folder / "images"
     if images.is_symlink():
         return ["images"]
@@ -152,7 +152,7 @@ def pictures_added(folder: Path) -> list[str]:
 
 
 def only_downloads(folder: Path) -> bool:
-    """Whether there is nothing but what build_emoji has when it is stopped before its pictures are all rendered."""
+    """Whether the folder holds only what build_emoji leaves if it is stopped before all pictures are rendered."""
     if os.listdir(folder) != [DOWNLOADS] or not (folder / DOWNLOADS).is_dir():
         return False
     names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works
@@ -169,7 +169,7 @@ def already_there(folder: Path, recipe: dict) -> bool:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full, if it is that."""
+    """Raise one clear sentence instead of the system's error where the disk is full."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or nothing: written under another name, then renamed."""
+    """Write a file whole or not at all: under another name first, which is then replaced in one step."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -188,7 +188,7 @@ def write_text(path: Path, text: str) -> None:
 def write_corpus(
     folder: Path, rows: list[dict], pictures: UInt8[np.ndarray, "n h w 3"], recipe: dict, texts: Mapping[str, str] = {}
 ) -> None:
-    """Write a corpus: whoever looks sees the old one, none, or the new one, never half of one.
+    """Write a corpus. At every moment the folder holds the old one, none, or the new one, never half of one.
 
     rows: one dict per picture, with at least file_name (images/...) and text. recipe: what tells this corpus from
     others. texts: further files, {name: content}. The images/ that are there are replaced: `corpus_folder` says first
@@ -197,8 +197,8 @@ def write_corpus(
     if len(rows) != len(pictures):
         raise ValueError(f"{len(rows)} rows cannot describe {len(pictures)} pictures.")
     metadata, scratch = folder / "metadata.jsonl", folder / unfinished_by(made_by(recipe))
-    # While there is half a corpus, scratch has to stay, whatever happens: without it the same command, given again,
-    # would be refused.
+    # The scratch folder must stay for as long as there is half a corpus: without it, the same command would be refused
+    # when it is run again.
     half = scratch.exists() and not metadata.exists()
     with disk_errors(folder):
         try:
@@ -210,7 +210,7 @@ def write_corpus(
                 Image.fromarray(picture).save(path)
             np.save(scratch / "pictures.npy", pictures)
             half = True
-            metadata.unlink(missing_ok=True)  # until its successor stands there is no corpus
+            metadata.unlink(missing_ok=True)  # from here to its successor there is no corpus
             shutil.rmtree(folder / "images", ignore_errors=True)
             os.replace(scratch / "images", folder / "images")
             os.replace(scratch / "pictures.npy", folder / "pictures.npy")

@@ -79,14 +79,15 @@ def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[t
             raise ValueError(f"{source} has no column {column}, but {', '.join(columns)}: name the one that is meant.")
     if not isinstance(stream.features[image], Image):
         raise ValueError(f"the column {image} of {source} holds no pictures: name the one that does.")
-    for row in stream.cast_column(image, Image(decode=False)):  # as bytes: one broken picture must not end it all
+    # As bytes: decoded by `datasets`, one broken picture would end the whole run.
+    for row in stream.cast_column(image, Image(decode=False)):
         captions, picture = row[text], row[image] or {}
         caption = captions[0] if isinstance(captions, list) and captions else captions
         yield _bytes(picture), " ".join(caption.split()) if isinstance(caption, str) else ""
 
 
 def _bytes(picture: dict) -> bytes:
-    """A picture stands in the table, or beside it as a file."""
+    """The bytes of a picture, which is in the table itself or in a file beside it."""
     if picture.get("bytes") is not None:
         return picture["bytes"]
     path = Path(picture.get("path") or "")

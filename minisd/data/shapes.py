@@ -49,12 +49,12 @@ class Item:
 @dataclass(frozen=True)
 class Scene:
     caption: str
-    kind: str  # "size", "place", "count" or "relation": what the caption speaks of beside colour and shape
+    kind: str  # "size", "place", "count" or "relation": what the caption states besides colour and shape
     items: tuple[Item, ...]
 
     @property
     def split(self) -> str:
-        """`test_pair` where a held-out (colour, shape) is in the picture."""
+        """`test_pair` if a held-out (colour, shape) is in the picture, else `train`."""
         return "test_pair" if any(item.name in HELD_OUT for item in self.items) else "train"
 
 
@@ -82,7 +82,7 @@ def scene(seed: int, k: int) -> Scene:
         return list(options)[rng.integers(len(options))]
 
     def item(colour: str, shape: str, place: tuple[float, float], radius: float) -> Item:
-        x, y = place + rng.uniform(-0.04, 0.04, 2)  # not always to the pixel in the same place
+        x, y = place + rng.uniform(-0.04, 0.04, 2)  # jitter, so that the place is not the same to the pixel
         return Item(colour, shape, float(x), float(y), radius * float(rng.uniform(0.93, 1.07)))
 
     colour, shape = pick(COLOURS), pick(SHAPES)
@@ -163,7 +163,7 @@ def metadata(k: int, scene: Scene) -> dict:
 
 
 def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: int = 32, seed: int = 0) -> Path:
-    """Write shapes to a folder that `CaptionedPictures` reads, and return it; nothing is done where it is all there.
+    """Write shapes to a folder that `CaptionedPictures` reads, and return it; a complete corpus is left as it is.
 
     Each row has, beside file_name and text: kind ("size", "place", "count", "relation"), concept ("red circle",
     the first shape's), items (each shape's colour, shape, x, y and radius) and split ("train", or "test_pair" where

@@ -55,8 +55,10 @@ def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str],
 
 
 def in_known_words(rows: Iterable[dict]) -> list[dict]:
-    """The rows of `test_concept` that say nothing but words of training captions: to be reported apart, because of the
-    others no model can know what the words mean."""
+    """The rows of `test_concept` whose every word occurs in training captions.
+
+    They are reported apart, because no model can know what the words of the others mean.
+    """
     rows = list(rows)
     known = {word for row in rows if row["split"] == "train" for word in row["concept"].split()}
     return [row for row in rows if row["split"] == "test_concept" and known.issuperset(row["concept"].split())]
