@@ -294,3 +294,28 @@ def test_a_seed_that_has_drawn_already_draws_what_comes_next():
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         drawn = [minisd.latent_diffusion.randn((2, 4, 8, 8), generators) for _ in range(2)]
     assert torch.equal(drawn[0], first) and torch.equal(drawn[1], second)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("ddpm_step", {"clip_denoised": True}),
+        ("q_posterior_mean", {"clip_denoised": True}),
+        ("q_posterior_variance", {"clip_denoised": True}),
+        ("dpmpp_2m_step", {"set_alpha_to_one": False, "lower_order_final": False}),
+    ],
+)
+def test_the_options_of_a_sampler_are_heeded(runs, name, options):
+    def drawn(options):
+        return runs.shipped.txt2img("a red circle", steps=3, sampler=SAMPLER_OF[name], **options).pictures
+
+    before, last = drawn(options), list(options)[-1]
+    assert not torch.allclose(before, drawn(options | {last: not options[last]}), atol=1e-2)
+    with swapped(name):
+        assert torch.allclose(drawn(options), before, atol=1e-3)
+
+
+def test_a_swapped_loop_is_that_of_sampling_too():
+    with swap("sampling_loop", lambda eps_model, x_T, timesteps, alphas_cumprod: eps_model(x_T, torch.tensor([7]))):
+        *_, last = minisd.sampling.ddim(lambda x, t: 2 * x, torch.ones(1, 4), minisd.NoiseSchedule.scaled_linear(), 1)
+    assert torch.equal(last.x, torch.full((1, 4), 2.0))

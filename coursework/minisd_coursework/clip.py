@@ -29,8 +29,7 @@ def _put_merge_step(f, real, self, prompts, max_length):
             while len(merged := list(f(list(pieces), dict(ranks)))) < len(pieces):
                 pieces = merged
             kept += [self.vocab.get(piece, self.end_token) for piece in pieces]
-        kept = kept[: max_length - 2]
-        ids.append([self.start_token, *kept] + [self.end_token] * (max_length - 1 - len(kept)))
+        ids.append(pad_tokens(kept, self.start_token, self.end_token, max_length))
     return Tokens(torch.tensor(ids), real(self, prompts, max_length).lost)
 
 
@@ -206,7 +205,7 @@ def _put_contrastive(f):
     def forward(self, input_ids, pixels):
         images, texts = self.get_image_features(pixels), self.get_text_features(input_ids)
         logits = (self.logit_scale.exp().clamp(max=100.0) * images @ texts.T).float()  # which training asks for
-        logits.features = images, texts, self.logit_scale
+        logits.features = images.float(), texts.float(), self.logit_scale
         return logits
 
     def contrastive_loss(logits):

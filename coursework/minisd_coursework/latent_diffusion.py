@@ -210,8 +210,7 @@ def _put_loop(f):
 
         timesteps = timesteps or sampling.make_timesteps(steps, schedule.timesteps, spacing)
         last = f(listens, x_T.clone(), list(timesteps), schedule.alphas_cumprod.to(x_T.device)).to(x_T)
-        after = [*after[1:], last]
-        for i, ((x_t, t, answer), x) in enumerate(zip(seen, after, strict=True)):
+        for i, ((x_t, t, answer), x) in enumerate(zip(seen, [*after[1:], last], strict=True)):
             x0 = sampling.predict_x0(x_t, answer.eps, schedule.alpha_bar(t))
             yield sampling.Step(i, t, x_t, answer.eps, x0, x, answer.cond, answer.uncond)
 

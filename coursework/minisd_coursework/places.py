@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisd.latent_diffusion import Cond
 from minisd.noising import NoiseSchedule
-from minisd.sampling import SAMPLERS
+from minisd.sampling import SAMPLERS, predict_x0
 
 Swap = Callable[[Callable], list[tuple[Any, str, Any]]]
 
@@ -98,8 +98,11 @@ def rule_of(sampler: str) -> Callable[[Callable], Swap]:
         def swap(f: Callable) -> list:
             real = SAMPLERS[sampler].rule
 
-            def rule(x_t, *args, **named):
-                return call(f, real, x_t, *args, **named).to(x_t)
+            def rule(x_t, eps, a_t, *args, clip_denoised=False, **named):
+                if clip_denoised:  # into the ε that leads to the clamped x̂_0
+                    x0 = predict_x0(x_t, eps, a_t).clamp(-1, 1)
+                    eps = (x_t - a_t**0.5 * x0) / (1 - a_t) ** 0.5
+                return call(f, real, x_t, eps, a_t, *args, **named).to(x_t)
 
             rule.__signature__ = own
             return [(SAMPLERS[sampler], "rule", rule)]

@@ -233,10 +233,10 @@ def guided_eps(
 
 
 @rule_of("dpmpp_2m")
-def _put_dpmpp(f, real, x_t, eps, a_t, a_prev, past, i, steps):
+def _put_dpmpp(f, real, x_t, eps, a_t, a_prev, past, i, steps, *, lower_order_final=True):
     before = list(past)
-    x_prev, x0, _ = real(x_t, eps, a_t, a_prev, past, i, steps)
-    first_order = not before or a_prev == 1 or (i == steps - 1 and steps < 15)
+    x_prev, x0, _ = real(x_t, eps, a_t, a_prev, past, i, steps, lower_order_final=lower_order_final)
+    first_order = not before or a_prev == 1 or (lower_order_final and i == steps - 1 and steps < 15)
     return x_prev if first_order else f(x_t, x0, *before, a_t, a_prev)
 
 
