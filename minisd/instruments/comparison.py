@@ -15,7 +15,9 @@ as one extra layer, and does not shift all that follow (the alignment of Needlem
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -191,42 +193,38 @@ def _run(net: Network, inputs: Inputs) -> _Run:
     module = getattr(net, "__self__", net)
     if not isinstance(module, nn.Module):
         raise TypeError(f"compare takes two modules, or methods of modules, not a {type(net).__name__}")
-    run, inside, counts = _Run(module), [], {}
+    run, inside, times = _Run(module), [], Counter()
     names = {layer: name or type(layer).__name__ for name, layer in module.named_modules()}
 
     def enter(layer, args, kwargs):
-        call = _Call(names[layer], layer, _tensor((args, kwargs)))
-        call.input = _copy(call.input) if call.parameters else call.input
-        inside.append(call)
+        inside.append(_Call(names[layer], layer, _copy(_tensor((args, kwargs)))))
 
     def leave(layer, args, kwargs, output):
         while (call := inside.pop()).module is not layer:
             pass  # a layer that raised an error, which the network caught
-        output = _tensor(output)
-        if call.parameters and output is not None:
-            counts[layer] = counts.get(layer, 0) + 1
-            call.name += f" (call {counts[layer]})" if counts[layer] > 1 else ""
-            keep(call, output)
-
-    def keep(call, output):
-        call.output, call.dtype = _copy(output), output.dtype
-        run.calls.append(call)
+        if call.parameters and (output := _tensor(output)) is not None:
+            times[layer] += 1
+            call.name += f" (call {times[layer]})" if times[layer] > 1 else ""
+            call.output, call.dtype = _copy(output), output.dtype
+            run.calls.append(call)
 
     def fresh(value):  # a network that writes into its input must not spoil the other's
         return value.clone() if isinstance(value, Tensor) else value
 
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     args = (args,) if isinstance(args, Tensor) else args
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in names]
-    hooks += [layer.register_forward_hook(leave, with_kwargs=True) for layer in names]
     cards = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=cards), torch.no_grad():
+    with torch.random.fork_rng(devices=cards), torch.no_grad(), ExitStack() as restore:
+        for layer in names:
+            restore.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            restore.enter_context(layer.register_forward_hook(leave, with_kwargs=True))
+        for buffer in module.buffers():
+            restore.callback(buffer.copy_, buffer.clone())
         try:
             result = net(*map(fresh, args), **{name: fresh(value) for name, value in kwargs.items()})
             if (output := _tensor(result)) is None:
                 raise TypeError(f"it returned no tensor, but a {type(result).__name__}: is a return missing?")
-            keep(_Call("output", None, _copy(output)), output)
+            run.calls.append(_Call("output", None, _copy(output), _copy(output), output.dtype))
         except Exception as error:  # of any kind: where one's own network stops is what one wants to know
             run.error = f"with {type(error).__name__}: {str(error).strip()}"
             if inside:
@@ -234,11 +232,6 @@ def _run(net: Network, inputs: Inputs) -> _Run:
                 name = f"{call.name} ({call.kind})" if call.name != call.kind else call.name
                 run.error = f"in {name}, which was given {_shape(call.input)}, {run.error}"
                 run.calls += [call] if call.parameters else []
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for buffer, value in buffers:
-                buffer.copy_(value)
     return run
 
 
