@@ -1,5 +1,6 @@
 """The three loops, and what they share: one run, whatever kills it and however many processes it has."""
 
+import copy
 import fcntl
 import json
 import os
@@ -426,6 +427,24 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, part
     train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path / "unet", engine, *parts)
     with refused:
         train_unet(config, UNetRecipe(steps=1, **SHORT), others, tmp_path / "unet", engine, *parts)
+
+
+def test_a_run_goes_on_with_the_templates_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+    (clip, _), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
+    tower = CLIPRecipe(steps=3, **SHORT)
+    train_unet(config, recipe, shapes, tmp_path, engine, *parts)
+    others = copy.copy(shapes)
+    others.templates = ("a drawing of {}",)
+    with pytest.raises(ValueError, match=r"holds another run \(templates was .*, now \('a drawing of {}',\)\)"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], tower, others, clip, engine)
+    with pytest.raises(ValueError, match=r"holds another run \(prompts was .*, now 1 for each picture"):
+        train_unet(config, recipe, others, tmp_path, engine, *parts)
+    # a checkpoint of an older version says nothing of them, so its run goes on
+    path = RunFolder(tmp_path).checkpoints()[-1]
+    state = torch.load(path, weights_only=True)
+    del state["given"]["prompts"]
+    torch.save(state, path)
+    train_unet(config, recipe, others, tmp_path, engine, *parts)
 
 
 def test_a_unet_goes_on_with_the_networks_beside_it_and_what_it_is_to_predict(shapes, engine, parts, tmp_path):

@@ -495,16 +495,21 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
+def digest(content) -> str:
+    """A hash of what can be written down: texts, numbers, tuples and lists of them, configurations."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
 def fingerprint(network: Callable) -> str:
     """What tells two networks apart: the class, and a hash over the weights. Of a function, only the name."""
     if not isinstance(network, nn.Module):
         return getattr(network, "__name__", type(network).__name__)
     known_as = getattr(network, "recorded_as", type(network).__name__)
-    digest = hashlib.sha256()
+    weights = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return f"{known_as} ({digest.hexdigest()[:12]})"
+        weights.update(name.encode())
+        weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return f"{known_as} ({weights.hexdigest()[:12]})"
 
 
 @contextlib.contextmanager
