@@ -21,10 +21,28 @@ is not the clean picture but the picture after the first small step. The clean p
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator]  # one for the whole batch, or one for each picture
+
+
+def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
+    """Draw ε ~ N(0, I) in float32 on the CPU, so that one seed means one noise on every device.
+
+    With a generator for each picture, picture k of a batch gets the same noise as it would get alone.
+    Raises ValueError if their number is not that of the pictures.
+    """
+    if not isinstance(generator, Sequence):
+        return torch.randn(tuple(shape), generator=generator, device="cpu")
+    if len(generator) != shape[0]:
+        raise ValueError(
+            f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures: pass one for each."
+        )
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
 
 
 def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:

@@ -53,7 +53,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minisd.noising import NoiseSchedule
+from minisd.noising import Generators, NoiseSchedule, randn
 
 X = Float[Tensor, "b *d"]  # a batch of pictures, of latents, or of points on a line
 
@@ -71,7 +71,6 @@ Ask = Callable[[X], Guided]
 Context = Tensor | Mapping[str, Tensor]  # [b n d], or such tensors by name: see classifier_free_guidance
 BeforeStep = Callable[[X, int], X]
 Timesteps = Sequence[int] | Int[Tensor, "steps"]
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +178,11 @@ def _walk(
         # again, it is about the timestep of the next step. (The last step has none, and asks about its own.)
         offered["i"] = i
         if "noise" in takes:
-            is_drawn = a_t < a_prev < 1 and (eta > 0 or "eta" not in takes)
-            offered["noise"] = _noise_for(x_t, eps, generator) if is_drawn else no_noise
+            offered["noise"] = no_noise
+            if a_t < a_prev < 1 and (eta > 0 or "eta" not in takes):
+                # It is added to a sum of x_t and ε, so it gets the dtype that such a sum has.
+                dtype = torch.result_type(x_t, eps)
+                offered["noise"] = randn(x_t.shape, generator).to(x_t.device, dtype, non_blocking=True)
         if "ask" in takes:
             t_next = path[min(i + 1, len(path) - 1)][1]
             offered["ask"] = partial(_ask_again, eps_model, i=i, t=t_next)
@@ -242,24 +244,6 @@ def predict_x0(x_t: X, eps: X, a_t: float) -> X:
     """The picture in x_t, if ε is the noise in it: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, solved for x_0."""
     # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                               (DDPM, eq. 15; DDIM, eq. 9)
     return (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
-
-
-def randn(shape: Sequence[int], generator: Generators | None = None) -> X:
-    """Draw N(0, I) in float32 on the CPU, so that one seed means one noise on every device.
-
-    With a generator for each picture, picture k of a batch gets the same noise as it would get alone.
-    """
-    if not isinstance(generator, Sequence):
-        return torch.randn(tuple(shape), generator=generator, device="cpu")
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures.")
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
-
-
-def _noise_for(x_t: X, eps: X, generator: Generators | None) -> X:
-    """Fresh noise on the device of x_t, in the dtype that a sum of x_t and ε has, since it is added to one."""
-    z = randn(x_t.shape, generator)
-    return z.to(x_t.device, torch.result_type(x_t, eps), non_blocking=True)
 
 
 # -- how a rule becomes a sampler -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import attention
+from .noising import Generators, randn
 
 
 @dataclass(frozen=True)
@@ -266,8 +267,6 @@ class Decoder(nn.Module):
 
 # --- what lies between them -------------------------------------------------------------------------------------------
 
-Generators = torch.Generator | list[torch.Generator] | None  # one for the whole batch, or one for each picture
-
 
 class DiagonalGaussianDistribution:
     """q(z | x) = N(mean, diag(std²)): the encoder's prediction of the latent, with its uncertainty.
@@ -291,22 +290,13 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)  # σ = exp(½ log σ²)
         self.var = torch.exp(self.logvar)
 
-    def sample(self, generator: Generators = None) -> Float[Tensor, "b c h w"]:
+    def sample(self, generator: Generators | None = None) -> Float[Tensor, "b c h w"]:
         """z = mean + std · ε with ε ~ N(0, I).
 
         Args:
-            generator: of the CPU. With a list, each picture has its own noise, whatever else is in the batch.
-
-        Raises:
-            ValueError: a list with another number of generators than there are pictures.
+            generator: of the CPU, or one for each picture: see `noising.randn`.
         """
-        b, *shape = self.mean.shape
-        generators = generator if isinstance(generator, list) else [generator]
-        if isinstance(generator, list) and len(generators) != b:
-            raise ValueError(f"{len(generators)} generators cannot draw noise for {b} pictures: pass one for each")
-        size = (b // len(generators), *shape)
-        # The noise is drawn on the CPU, so that a seed gives the same picture on every device.
-        noise = torch.cat([torch.randn(size, generator=one, dtype=torch.float32, device="cpu") for one in generators])
+        noise = randn(self.mean.shape, generator)
         # The reparametrisation trick: all randomness is in ε, so the gradient reaches mean and std as if they were
         # ordinary activations (Kingma & Welling, section 2.4).
         return self.mean + self.std * noise.to(self.mean)
@@ -438,7 +428,7 @@ class AutoencoderKL(FirstStage):
         self,
         x: Float[Tensor, "b 3 H W"],
         sample_posterior: bool = True,
-        generator: Generators = None,
+        generator: Generators | None = None,
         noise: Float[Tensor, "b c h w"] | None = None,
     ) -> tuple[Float[Tensor, "b 3 H W"], DiagonalGaussianDistribution]:
         """Reconstruction and posterior, from which the training loss is computed.

@@ -28,7 +28,7 @@ STANDS_ON = {
     "pictures": [],
     "viz": ["pictures"],  # takes tensors and trajectories, never a model
     "unet": ["attention"],
-    "vae": ["attention"],
+    "vae": ["attention", "noising"],  # the noise of a sample is drawn as all noise is, by noising.randn
     "vq": ["vae"],
     "tokenizer": [],
     "clip": ["attention", "tokenizer"],
