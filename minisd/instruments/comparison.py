@@ -304,7 +304,9 @@ def _fingerprint(call: _Call) -> tuple:
     """
     kind = "Linear" if set(getattr(call.module, "kernel_size", ())) == {1} else call.kind
     weights = sum(p.detach().double().abs().sum().item() for p in call.parameters.values())
-    size, output = (None, 0.0) if call.output is None else (call.output.numel(), call.output.double().abs().sum().item())
+    size, output = None, 0.0
+    if call.output is not None:
+        size, output = call.output.numel(), call.output.double().abs().sum().item()
     return kind, size, call.name, weights, output
 
 
