@@ -319,3 +319,10 @@ def test_a_swapped_loop_is_that_of_sampling_too():
     with swap("sampling_loop", lambda eps_model, x_T, timesteps, alphas_cumprod: eps_model(x_T, torch.tensor([7]))):
         *_, last = minisd.sampling.ddim(lambda x, t: 2 * x, torch.ones(1, 4), minisd.NoiseSchedule.scaled_linear(), 1)
     assert torch.equal(last.x, torch.full((1, 4), 2.0))
+
+
+def test_a_side_that_cannot_be_halved_comes_back_as_it_was(sd):
+    """A latent of 5 x 5 has a map of 3 x 3 below, and twice that is not what the skip connection needs."""
+    before = sd.txt2img("a red fox", steps=2, height=20, width=20).pictures
+    with swapped("upsample"):
+        assert torch.allclose(sd.txt2img("a red fox", steps=2, height=20, width=20).pictures, before, atol=1e-4)
