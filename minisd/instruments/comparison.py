@@ -327,9 +327,9 @@ def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> R
 # -- comparing numbers -------------------------------------------------------------------------------------------------
 
 
-def _layouts(x: Tensor, like: Tensor) -> list[Tensor]:
+def _layouts(x: Tensor | None, like: Tensor | None) -> list[Tensor]:
     """x in the shape of `like`, in all ways that fit: [b c h w] from [b hw c] or [b c hw], [b c] from [b c 1 1]."""
-    if x.numel() != like.numel():
+    if x is None or like is None or not x.numel() or x.numel() != like.numel():
         return []
     if [n for n in x.shape if n > 1] == [n for n in like.shape if n > 1]:
         return [x.reshape(like.shape)]
@@ -340,7 +340,7 @@ def _layouts(x: Tensor, like: Tensor) -> list[Tensor]:
 
 def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
     """The largest difference and the largest number of two tensors; nan if they cannot be compared."""
-    ways = [] if x is None or y is None or not x.numel() else _layouts(y, x)
+    ways = _layouts(y, x)
     if not ways:
         return math.nan, math.nan
     differences = [(x - way).abs().nan_to_num(math.inf, math.inf).max().item() for way in ways]
@@ -510,7 +510,7 @@ def _operation(call: _Call, before: list[_Call], tolerance: float) -> str | None
 def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> str | None:
     """The term that one of them leaves out, such as a residual connection or an embedding."""
     for sign, lacks in ((1, "ours"), (-1, "theirs")):
-        for way in _layouts(b.input, a.input) if a.input is not None and b.input is not None else []:
+        for way in _layouts(b.input, a.input):
             rest = sign * (way - a.input)
             for earlier, _ in reversed(before):
                 for verb, term in (("comes out of", earlier.output), ("goes into", earlier.input)):
