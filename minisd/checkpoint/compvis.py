@@ -156,8 +156,7 @@ def _cond_stage(params: Mapping[str, Any], state: Mapping[str, Tensor], name: st
 def tokenizer_folder(params: Mapping[str, Any], base: Path) -> Path | None:
     """The folder that a YAML names as its CLIP (`version`), if it is on this disk; usually it is a name on the hub."""
     part = params.get("cond_stage_config")
-    given = part.get("params") if isinstance(part, Mapping) else None
-    version = (given or {}).get("version")
+    version = (part.get("params") or {}).get("version") if isinstance(part, Mapping) else None
     return None if version is None or not (base / str(version)).is_dir() else base / str(version)
 
 
@@ -171,11 +170,10 @@ def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTe
     positions = state.get(prefix + "embeddings.position_embedding.weight")
     if tokens is None or positions is None or tokens.ndim != 2 or positions.ndim != 2:
         return CLIPTextConfig()
-    layers = _count(state, prefix + "encoder.layers.")
-    heads = heads or max(1, tokens.shape[1] // 64)
+    width = tokens.shape[1]
     return CLIPTextConfig(
-        vocab_size=tokens.shape[0], max_length=positions.shape[0], width=tokens.shape[1], layers=layers, heads=heads,
-        projection_dim=tokens.shape[1],
+        vocab_size=tokens.shape[0], max_length=positions.shape[0], width=width, projection_dim=width,
+        layers=_count(state, prefix + "encoder.layers."), heads=heads or max(1, width // 64),
     )  # fmt: skip
 
 

@@ -218,8 +218,8 @@ def _marks(variant: str | None) -> list[str]:
 
 def _check_variant(folder: Path, variant: str) -> None:
     """At least one part has to have the variant. A part without it takes its ordinary weights, with a warning."""
-    found = {part: find_weights(folder / part, variant) for part in STEMS}
-    without = [part for part, file in found.items() if file is not None and f".{variant}" not in file.name]
+    mark = f".{variant}"
+    without = [part for part in STEMS if (file := find_weights(folder / part, variant)) and mark not in file.name]
     if len(without) == len(STEMS):
         raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r}: leave variant out")
     if without:

@@ -106,12 +106,13 @@ class Evaluator:
             if name in groups and len(indices) >= FEWEST
         }
         if "test_concept" in self.groups:
+            whole = self.groups["test_concept"]
             known = in_known_words(dict(row, split=row.get("split", "train")) for row in data.rows)
-            known, whole = {row["file_name"] for row in known}, self.groups["test_concept"]
-            chosen = self.known_words = [i for i, row in enumerate(whole.rows) if row["file_name"] in known]
-            if len(chosen) >= FEWEST:
-                rows = [whole.rows[i] for i in chosen]
-                self.groups["known_words"] = Group(rows, whole.real[chosen], whole.decoded[chosen])
+            names = {row["file_name"] for row in known}
+            self.known_words = some = [i for i, row in enumerate(whole.rows) if row["file_name"] in names]
+            if len(some) >= FEWEST:
+                rows = [whole.rows[i] for i in some]
+                self.groups["known_words"] = Group(rows, whole.real[some], whole.decoded[some])
         self.training = data.batch(members["train"])
         self.tower = ImageTowerJudge(*clip, data)
         self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
