@@ -99,9 +99,7 @@ if engine.is_main_process:  # go on with what one process began
 engine.wait_for_everyone()
 data, vae = CaptionedPictures(shapes, 32, "train"), folder / "one" / "vae"
 recipe = replace(recipes.UNET["tiny"], steps=int(steps), batch_size=8, warmup=2, log_every=1, save_every=1)
-train_unet(
-    PRESETS["tiny"], recipe, data, folder / "two", engine, folder / "one" / "clip", vae, keep_at=(int(steps),)
-)
+train_unet(PRESETS["tiny"], recipe, data, folder / "two", engine, folder / "one" / "clip", vae, keep_at=(int(steps),))
 # a condition that is trained along with the UNet
 train_unet(
     PRESETS["tiny"], recipe, data, folder / "classes" / "ddp", engine, None, vae, condition="classes", column="concept"

@@ -1,5 +1,6 @@
 """The three loops, and what they share: one run, whatever kills it and however many processes it has."""
 
+import copy
 import fcntl
 import json
 import os
@@ -379,6 +380,31 @@ def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engi
     assert another_process_may_train_here()
 
 
+def test_a_checkpoint_whose_optimiser_names_its_parameters_is_gone_on_with(tmp_path, engine):
+    """As minisd 0.1 wrote them."""
+
+    def go_on():
+        trainer = Trainer(nn.Linear(2, 1), Recipe(steps=4, batch_size=4, save_every=2, log_every=1), tmp_path, engine)
+        began = trainer.step
+        for _ in trainer.steps():
+            take_step(trainer)
+        return began, trainer.model.weight.clone()
+
+    torch.manual_seed(0)
+    _, expected = go_on()
+    lines, folder = log(tmp_path), RunFolder(tmp_path)
+    (tmp_path / "checkpoint_000004.pt").unlink()
+    state = folder.load()
+    weights, optimizer = state["networks"]["model"]
+    names = ["weight", "bias"]  # in the order of the two groups, matrices and vectors
+    named = {name: optimizer["state"][number] for number, name in enumerate(names)}
+    groups = [g | {"params": [names[p] for p in g["params"]]} for g in optimizer["param_groups"]]
+    state["networks"]["model"] = (weights, {"state": named, "param_groups": groups})
+    folder.save(2, state)
+    began, weight = go_on()
+    assert began == 2 and torch.equal(weight, expected) and log(tmp_path) == lines
+
+
 def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     recipe = Recipe(steps=5)
     Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
@@ -401,6 +427,24 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, part
     train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path / "unet", engine, *parts)
     with refused:
         train_unet(config, UNetRecipe(steps=1, **SHORT), others, tmp_path / "unet", engine, *parts)
+
+
+def test_a_run_goes_on_with_the_templates_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+    (clip, _), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
+    tower = CLIPRecipe(steps=3, **SHORT)
+    train_unet(config, recipe, shapes, tmp_path, engine, *parts)
+    others = copy.copy(shapes)
+    others.templates = ("a drawing of {}",)
+    with pytest.raises(ValueError, match=r"holds another run \(templates was .*, now \('a drawing of {}',\)\)"):
+        train_clip(config.cond_stage, recipes.VISION["tiny"], tower, others, clip, engine)
+    with pytest.raises(ValueError, match=r"holds another run \(prompts was .*, now 1 for each picture"):
+        train_unet(config, recipe, others, tmp_path, engine, *parts)
+    # a checkpoint of an older version says nothing of them, so its run goes on
+    path = RunFolder(tmp_path).checkpoints()[-1]
+    state = torch.load(path, weights_only=True)
+    del state["given"]["prompts"]
+    torch.save(state, path)
+    train_unet(config, recipe, others, tmp_path, engine, *parts)
 
 
 def test_a_unet_goes_on_with_the_networks_beside_it_and_what_it_is_to_predict(shapes, engine, parts, tmp_path):

@@ -3,6 +3,7 @@
 The pictures are real ones, those of `minisd.data.sample`.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -169,6 +170,11 @@ def test_a_run_goes_on_with_the_classes_that_it_was_begun_with(pictures, engine,
     train("classes", tmp_path, pictures, engine, parts)
     with pytest.raises(ValueError, match="condition was ClassEmbedder"):
         train_unet(PRESETS["tiny"], RECIPE, pictures, tmp_path, engine, *parts, condition="classes", column="style")
+    swapped = copy.copy(pictures)
+    concepts = reversed(pictures.column("concept"))
+    swapped.rows = [row | {"concept": concept} for row, concept in zip(pictures.rows, concepts, strict=True)]
+    with pytest.raises(ValueError, match=r"holds another run \(prompts was 1 for each picture"):
+        train("classes", tmp_path, swapped, engine, parts)
     with pytest.raises(ValueError, match="captions are not read from a column"):
         train_unet(PRESETS["tiny"], RECIPE, pictures, tmp_path / "other", engine, *parts, column="style")
 

@@ -19,7 +19,7 @@ from .places import instead_of, method
 
 @instead_of("__call__", BPETokenizer)
 def _put_merge_step(f, real, self, prompts, max_length):
-    ids, lost = [], []
+    ids = []
     ranks = {pair: rank for rank, pair in enumerate(self.merges)}
     for prompt in prompts:
         text = self.engine.normalizer.normalize_str(prompt)
@@ -29,10 +29,8 @@ def _put_merge_step(f, real, self, prompts, max_length):
             while len(merged := list(f(list(pieces), dict(ranks)))) < len(pieces):
                 pieces = merged
             kept += [self.vocab.get(piece, self.end_token) for piece in pieces]
-        lost.append("" if len(kept) <= max_length - 2 else prompt)
-        kept = kept[: max_length - 2]
-        ids.append([self.start_token, *kept] + [self.end_token] * (max_length - 1 - len(kept)))
-    return Tokens(torch.tensor(ids), lost)
+        ids.append(pad_tokens(kept, self.start_token, self.end_token, max_length))
+    return Tokens(torch.tensor(ids), real(self, prompts, max_length).lost)
 
 
 _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low", "er</w>"): 4, ("a", "a"): 5,
@@ -108,15 +106,14 @@ def pad_tokens(ids: list[int], start: int, end: int, max_length: int) -> list[in
     # END SOLUTION
 
 
+def _embed_case(ids: list[list[int]], vocab_size: int, max_length: int, d: int) -> tuple:
+    return torch.tensor(ids), torch.randn(vocab_size, d), torch.randn(max_length, d)
+
+
 @exercise(swap=method(clip_module.CLIPTextEmbeddings, "forward", "token_embedding.weight", "position_embedding.weight"))
-@case(
-    "two sentences", lambda: (torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]), torch.randn(10, 4), torch.randn(8, 4))
-)  # fmt: skip
-@case("one sentence", lambda: (torch.tensor([[7, 7, 0]]), torch.randn(8, 6), torch.randn(5, 6)))
-@case(
-    "as many sentences as tokens, as wide as long",
-    lambda: (torch.tensor([[0, 1, 2], [3, 4, 5], [5, 4, 3]]), torch.randn(6, 3), torch.randn(3, 3)),
-)
+@case("two sentences", lambda: _embed_case([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], 10, 8, 4))
+@case("one sentence", lambda: _embed_case([[7, 7, 0]], 8, 5, 6))
+@case("as many sentences as tokens, as wide as long", lambda: _embed_case([[0, 1, 2], [3, 4, 5], [5, 4, 3]], 6, 3, 3))
 def embed_tokens(
     input_ids: Int[Tensor, "b n"], token_table: Float[Tensor, "vocab d"], position_table: Float[Tensor, "max_length d"]
 ) -> Float[Tensor, "b n d"]:
@@ -173,17 +170,18 @@ def _put_pooled(f, real, self, input_ids):
     return F.normalize(self.text_projection(f(self.text_model(input_ids), input_ids, self.end_token)), dim=-1)
 
 
+def _pool_case(ids: list[list[int]], d: int, end_token: int) -> tuple:
+    return torch.randn(len(ids), len(ids[0]), d), torch.tensor(ids), end_token
+
+
 @exercise(swap=_put_pooled)
-@case("two sentences", lambda: (torch.randn(2, 6, 4), torch.tensor([[50, 3, 7, 51, 51, 51], [50, 9, 2, 8, 4, 51]]), 51))
-@case("the empty sentence", lambda: (torch.randn(1, 4, 5), torch.tensor([[50, 51, 51, 51]]), 51))
+@case("two sentences", lambda: _pool_case([[50, 3, 7, 51, 51, 51], [50, 9, 2, 8, 4, 51]], 4, 51))
+@case("the empty sentence", lambda: _pool_case([[50, 51, 51, 51]], 5, 51))
 @case(
     "an end token that is not the largest id",
-    lambda: (torch.randn(3, 5, 5), torch.tensor([[0, 7, 1, 1, 1], [0, 9, 3, 1, 1], [0, 1, 1, 1, 1]]), 1),
+    lambda: _pool_case([[0, 7, 1, 1, 1], [0, 9, 3, 1, 1], [0, 1, 1, 1, 1]], 5, 1),
 )
-@case(
-    "as many sentences as tokens",
-    lambda: (torch.randn(4, 4, 4), torch.tensor([[0, 2, 1, 1], [0, 3, 9, 1], [0, 1, 1, 1], [0, 4, 1, 1]]), 1),
-)
+@case("as many sentences as tokens", lambda: _pool_case([[0, 2, 1, 1], [0, 3, 9, 1], [0, 1, 1, 1], [0, 4, 1, 1]], 4, 1))
 def pooled_state(
     hidden: Float[Tensor, "b n d"], input_ids: Int[Tensor, "b n"], end_token: int
 ) -> Float[Tensor, "b d"]:
@@ -205,15 +203,14 @@ def _put_contrastive(f):
     real = clip_module.contrastive_loss
 
     def forward(self, input_ids, pixels):
-        scale = self.logit_scale.exp().clamp(max=100.0)
-        logits = scale * self.get_image_features(pixels) @ self.get_text_features(input_ids).T
-        logits.features = self.get_image_features(pixels), self.get_text_features(input_ids), self.logit_scale
+        images, texts = self.get_image_features(pixels), self.get_text_features(input_ids)
+        logits = (self.logit_scale.exp().clamp(max=100.0) * images @ texts.T).float()  # which training asks for
+        logits.features = images.float(), texts.float(), self.logit_scale
         return logits
 
     def contrastive_loss(logits):
-        if hasattr(logits, "features"):
-            return f(*logits.features)
-        return real(logits)  # logits of another model: what they were made of is not known
+        # what the logits of another model were made of is not known
+        return f(*logits.features) if hasattr(logits, "features") else real(logits)
 
     return [(CLIPModel, "forward", forward), (clip_module, "contrastive_loss", contrastive_loss),
             (training_clip, "contrastive_loss", contrastive_loss)]  # fmt: skip

@@ -85,8 +85,11 @@ def _encoding_case(b: int, h: int, w: int, scale: float) -> tuple:
 
 @instead_of("get_first_stage_encoding", LatentDiffusion)
 def _put_encoding(f, real, self, encoder_posterior, generator=None):
-    noise = torch.randn(encoder_posterior.mean.shape, generator=generator, device="cpu").to(encoder_posterior.mean)
-    return f(encoder_posterior.mean, encoder_posterior.logvar, noise, self.scale_factor).to(noise)
+    if isinstance(encoder_posterior, Tensor):  # of a VQModel: there is nothing to draw
+        return real(self, encoder_posterior)
+    mean = encoder_posterior.mean
+    noise = sampling.randn(mean.shape, generator).to(mean)
+    return f(mean, encoder_posterior.logvar, noise, self.scale_factor).float()
 
 
 @exercise(swap=_put_encoding)
@@ -160,11 +163,12 @@ def to_uint8(x: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b 3 h w"]:
 
 @instead_of("randn", latent_diffusion_module)
 def _put_noise(f, real, shape, generator=None):
-    if isinstance(generator, list) and len({g.initial_seed() for g in generator}) == len(generator):
-        drawn = f([g.initial_seed() for g in generator], list(shape[1:]))
-        real(shape, generator)  # the generators move on, as if they had drawn
-        return drawn.float()
-    return real(shape, generator)
+    """In the place of x_T, the first that each generator draws."""
+    seeds = [g.initial_seed() for g in generator]
+    fresh = [torch.Generator().manual_seed(seed).get_state() for seed in seeds]
+    is_first = all(map(torch.equal, fresh, (g.get_state() for g in generator)))
+    drawn = real(shape, generator)  # the generators move on
+    return f(seeds, list(shape[1:])).float() if is_first else drawn
 
 
 @exercise(tolerance=1e-6, swap=_put_noise)
@@ -193,23 +197,24 @@ class ToyEps(torch.nn.Module):
 
 def _put_loop(f):
     @wraps(SAMPLERS["ddim"])
-    def sampler(eps_model, x_T, schedule, steps=50, eta=0.0, *, spacing="leading", timesteps=None, **_):
-        seen = []
+    def sampler(eps_model, x_T, schedule, steps=50, *, spacing="leading", timesteps=None, before_step=None, **_):
+        seen, after = [], []
 
         def listens(x, t):
+            after.append(x.clone())
+            if before_step:
+                x.copy_(before_step(x, int(t[0])))  # in place: the step is made from this x
             answer = sampling._ask_again(eps_model, x, len(seen), int(t[0]))
-            seen.append((x, int(t[0]), answer))
+            seen.append((x.clone(), int(t[0]), answer))
             return answer.eps
 
         timesteps = timesteps or sampling.make_timesteps(steps, schedule.timesteps, spacing)
-        last = f(listens, x_T, list(timesteps), schedule.alphas_cumprod.to(x_T.device)).to(x_T)
-        after = [x for x, *_ in seen[1:]] + [last]
-        for i, ((x_t, t, answer), x) in enumerate(zip(seen, after, strict=True)):
-            a_t = schedule.alpha_bar(t)
-            x0 = (x_t - (1 - a_t) ** 0.5 * answer.eps) / a_t**0.5
+        last = f(listens, x_T.clone(), list(timesteps), schedule.alphas_cumprod.to(x_T.device)).to(x_T)
+        for i, ((x_t, t, answer), x) in enumerate(zip(seen, [*after[1:], last], strict=True)):
+            x0 = sampling.predict_x0(x_t, answer.eps, schedule.alpha_bar(t))
             yield sampling.Step(i, t, x_t, answer.eps, x0, x, answer.cond, answer.uncond)
 
-    return [(SAMPLERS, "ddim", sampler)]
+    return [(SAMPLERS, "ddim", sampler), (sampling, "ddim", sampler)]
 
 
 @exercise(swap=_put_loop)

@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minisd import loss
-from minisd.loss import LOSSES
+from minisd.latent_diffusion import LatentDiffusion
 from minisd.noising import NoiseSchedule
 from minisd.training import unet as training_unet
 
 from .exercise import case, exercise
-from .noising import alphas_cumprod_of, of_t, pictures
-from .places import function, instead_of
+from .noising import alphas_cumprod_of, of_t, pictures, points
+from .places import context_of, function, instead_of
 
 
 class ToyUNet(nn.Module):
@@ -34,18 +34,30 @@ def _loss_case(t: list[int], T: int, h: int = 4, w: int = 5) -> tuple:
     return *given, torch.tensor(t), pictures(b, h, w), alphas_cumprod_of(T)
 
 
+@instead_of("_loss", loss)
+def _put_loss(f, real, model, schedule, x_0, cond, t, noise, parameterization, min_snr_gamma, reduction):
+    """The function returns the mean over a batch. Where the loss of each sample is wanted, it is called for each."""
+    if parameterization != "eps" or min_snr_gamma is not None:
+        return real(model, schedule, x_0, cond, t, noise, parameterization, min_snr_gamma, reduction)
+    t = torch.randint(schedule.timesteps, (len(x_0),), device=x_0.device) if t is None else t
+    noise = torch.randn_like(x_0) if noise is None else noise
+
+    def mean_over(samples: slice) -> Tensor:
+        context, told = context_of(model, cond, samples)
+        bars = schedule.alphas_cumprod.to(x_0.device)
+        return f(told, x_0[samples], context, t[samples], noise[samples], bars)
+
+    if reduction == "mean":
+        return mean_over(slice(None))
+    return torch.stack([mean_over(slice(k, k + 1)) for k in range(len(x_0))])
+
+
 def _put_epsilon_loss(f):
-    real = LOSSES["eps"]
+    def p_losses(self, x_start, cond, t, noise=None, reduction="mean"):
+        kind = self.config.parameterization
+        return loss._loss(self.apply_model, self.schedule, x_start, cond, t, noise, kind, None, reduction)
 
-    def epsilon_loss(model, schedule, x_0, context=None, t=None, noise=None, min_snr_gamma=None):
-        if min_snr_gamma is not None:
-            return real(model, schedule, x_0, context, t, noise, min_snr_gamma)
-        if t is None:
-            t = torch.randint(0, schedule.timesteps, (len(x_0),), device=x_0.device)
-        noise = torch.randn_like(x_0) if noise is None else noise
-        return f(model, x_0, context, t, noise, schedule.alphas_cumprod.to(x_0.device))
-
-    return [(LOSSES, "eps", epsilon_loss), (loss, "epsilon_loss", epsilon_loss)]
+    return [*_put_loss(f), (LatentDiffusion, "p_losses", p_losses)]
 
 
 @exercise(gradients=("model",), swap=_put_epsilon_loss)
@@ -97,7 +109,7 @@ def text_dropout(
     # END SOLUTION
 
 
-@instead_of("min_snr_weight", loss)
+@instead_of("min_snr_weight", loss, training_unet)
 def _put_min_snr(f, real, snr, gamma=5.0, parameterization="eps"):
     return f(snr, gamma) if parameterization == "eps" else real(snr, gamma, parameterization)
 
@@ -116,21 +128,16 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float) -> Float[Tensor, "b"]:
     # END SOLUTION
 
 
-@exercise(
-    linear=("x_t", "v"),
-    quantities=of_t,
-    swap=lambda f: [
-        (NoiseSchedule, "predict_noise_from_v",
-         lambda self, x_t, t, v: f(x_t.flatten(1), t, v.flatten(1),
-                                   self.alphas_cumprod.to(x_t.device)).to(x_t).view_as(x_t)),
-    ],
-)  # fmt: skip
-@case("three points", lambda: (torch.randn(3, 6), torch.tensor([3, 8, 5]), torch.randn(3, 6), alphas_cumprod_of(12)))
-@case("one point", lambda: (torch.randn(1, 4), torch.tensor([6]), torch.randn(1, 4), alphas_cumprod_of(12)))
-@case(
-    "as many points as coordinates",
-    lambda: (torch.randn(4, 4), torch.tensor([1, 9, 4, 6]), torch.randn(4, 4), alphas_cumprod_of(11)),
-)
+@instead_of("predict_noise_from_v", NoiseSchedule)
+def _put_noise_from_v(f, real, self, x_t, t, v):
+    bars = self.alphas_cumprod.to(x_t.device)
+    return f(x_t.flatten(1), t, v.flatten(1), bars).to(x_t).view_as(x_t)
+
+
+@exercise(linear=("x_t", "v"), quantities=of_t, swap=_put_noise_from_v)
+@case("three points", lambda: points([3, 8, 5], 3, 6, 12))
+@case("one point", lambda: points([6], 1, 4, 12))
+@case("as many points as coordinates", lambda: points([1, 9, 4, 6], 4, 4, 11))
 def predict_noise_from_v(
     x_t: Float[Tensor, "b d"], t: Int[Tensor, "b"], v: Float[Tensor, "b d"], alphas_cumprod: Float[Tensor, "T"]
 ) -> Float[Tensor, "b d"]:

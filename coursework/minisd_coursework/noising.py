@@ -74,13 +74,14 @@ def of_t_and_betas(t: Tensor, betas: Tensor, **_) -> dict[str, Tensor]:
 # --- the exercises ---------------------------------------------------------------------------------------------------
 
 
-@exercise(
-    swap=lambda f: [
-        (NoiseSchedule, "scaled_linear",
-         classmethod(lambda cls, beta_start=0.00085, beta_end=0.012,
-                     timesteps=1000: cls(f(beta_start, beta_end, timesteps)))),
-    ],
-)  # fmt: skip
+def _put_betas(f):
+    def scaled_linear(beta_start=0.00085, beta_end=0.012, timesteps=1000):
+        return NoiseSchedule(f(beta_start, beta_end, timesteps))
+
+    return [(NoiseSchedule, "scaled_linear", staticmethod(scaled_linear))]
+
+
+@exercise(swap=_put_betas)
 @case("Stable Diffusion's 1000 steps", lambda: (0.00085, 0.012, 1000))
 @case("10 steps of other numbers", lambda: (0.01, 0.3, 10))
 @case("7 steps", lambda: (0.02, 0.5, 7))
@@ -324,16 +325,14 @@ def _put_posterior_variance(f, real, x_t, eps, a_t, a_prev, noise):
     return mean + f(t, _longer(a_t, a_prev).to(x_t)).to(x_t).reshape(-1, 1, 1, 1).sqrt() * noise
 
 
+def points(t: list[int], n: int, d: int, T: int) -> tuple:
+    return torch.randn(len(t), d), torch.tensor(t), torch.randn(n, d), alphas_cumprod_of(T)
+
+
 @exercise(swap=lambda f: [*_put_exact_x0(f), *_put_exact_pair(f)])
-@case(
-    "five pictures, three noisy ones",
-    lambda: (torch.randn(3, 2), torch.tensor([3, 8, 5]), torch.randn(5, 2), alphas_cumprod_of(12)),
-)
-@case("two points, one noisy", lambda: (torch.randn(1, 2), torch.tensor([4]), torch.randn(2, 2), alphas_cumprod_of(12)))
-@case(
-    "as many points as noisy ones",
-    lambda: (torch.randn(4, 3), torch.tensor([2, 6, 9, 4]), torch.randn(4, 3), alphas_cumprod_of(11)),
-)
+@case("five pictures, three noisy ones", lambda: points([3, 8, 5], 5, 2, 12))
+@case("two points, one noisy", lambda: points([4], 2, 2, 12))
+@case("as many points as noisy ones", lambda: points([2, 6, 9, 4], 4, 3, 11))
 def exact_x0(
     x: Float[Tensor, "b d"], t: Int[Tensor, "b"], data: Float[Tensor, "n d"], alphas_cumprod: Float[Tensor, "T"]
 ) -> Float[Tensor, "b d"]:

@@ -4,13 +4,17 @@ Each makes a `swap`, which takes the student's function and returns (object, att
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from minisd.latent_diffusion import Cond
 from minisd.noising import NoiseSchedule
-from minisd.sampling import SAMPLERS
+from minisd.sampling import SAMPLERS, predict_x0
 
 Swap = Callable[[Callable], list[tuple[Any, str, Any]]]
 
@@ -67,6 +71,23 @@ def instead_of(name: str, *owners: type | ModuleType) -> Callable[[Callable], Sw
     return decorate
 
 
+def context_of(model: Callable, cond: Cond, samples: slice = slice(None)) -> tuple[Tensor | None, Callable]:
+    """What some samples are told: the context, which an exercise is about, and a model that knows the rest already."""
+    cond = cond if isinstance(cond, Mapping) else {"c_crossattn": cond}
+    context, maps = (
+        part if part is None else (part if isinstance(part, Tensor) else torch.cat(list(part), dim=1))[samples]
+        for part in (cond.get("c_crossattn"), cond.get("c_concat"))
+    )
+    if maps is None:
+        return context, model
+
+    def told(x, t, context):
+        # for guidance, a student asks about each sample twice in one call
+        return model(x, t, {"c_crossattn": context, "c_concat": maps.repeat(len(x) // len(maps), 1, 1, 1)})
+
+    return context, told
+
+
 def rule_of(sampler: str) -> Callable[[Callable], Swap]:
     """The same for the rule of a sampler."""
 
@@ -77,8 +98,11 @@ def rule_of(sampler: str) -> Callable[[Callable], Swap]:
         def swap(f: Callable) -> list:
             real = SAMPLERS[sampler].rule
 
-            def rule(x_t, *args, **named):
-                return call(f, real, x_t, *args, **named).to(x_t)
+            def rule(x_t, eps, a_t, *args, clip_denoised=False, **named):
+                if clip_denoised:  # into the ε that leads to the clamped x̂_0
+                    x0 = predict_x0(x_t, eps, a_t).clamp(-1, 1)
+                    eps = (x_t - a_t**0.5 * x0) / (1 - a_t) ** 0.5
+                return call(f, real, x_t, eps, a_t, *args, **named).to(x_t)
 
             rule.__signature__ = own
             return [(SAMPLERS[sampler], "rule", rule)]

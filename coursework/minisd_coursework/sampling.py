@@ -13,7 +13,7 @@ from minisd.sampling import Guided, predict_x0
 
 from .exercise import case, cases, exercise
 from .noising import alphas_cumprod_of
-from .places import function, instead_of, rule_of
+from .places import context_of, function, instead_of, rule_of
 
 # --- what they are tried on ------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def ddim_step(
     # END SOLUTION
 
 
-@instead_of("make_timesteps", sampling)
+@instead_of("make_timesteps", sampling, latent_diffusion)
 def _put_timesteps(f, real, steps, T, spacing="leading"):
     if spacing != "leading" or T % steps or steps == T:
         return real(steps, T, spacing)
@@ -151,10 +151,12 @@ def plms_combine(old_eps: list[Float[Tensor, "b c h w"]]) -> Float[Tensor, "b c 
 
 @instead_of("classifier_free_guidance", sampling)
 def _put_guidance(f, real, model, context, uncond_context, scale):
+    guided = real(model, context, uncond_context, scale)
+
     def eps_model(x, t):
         if scale == 1.0:
-            return model(x, t, context.expand(len(x), *context.shape[1:]))
-        _, cond, uncond = real(model, context, uncond_context, scale)(x, t)
+            return guided(x, t)
+        _, cond, uncond = guided(x, t)
         return Guided(f(uncond, cond, scale).to(x), cond, uncond)
 
     return eps_model
@@ -191,25 +193,25 @@ class ToyModel(torch.nn.Module):
 
 @instead_of("classifier_free_guidance", sampling)
 def _put_guided_eps(f, real, model, context, uncond_context, scale):
+    context, told = context_of(model, context)
+    uncond_context, _ = context_of(model, uncond_context)
+
     def eps_model(x, t):
         both = [c.expand(len(x), *c.shape[1:]) for c in (context, uncond_context)]
-        return f(model, x, t, *both, scale).to(x)
+        return f(told, x, t, *both, scale).to(x)
 
     return eps_model
 
 
+def _guided_case(t: list[int], words: int, scale: float) -> tuple:
+    b = len(t)
+    return ToyModel(), latents(b), torch.tensor(t), torch.randn(b, words, 6), torch.randn(b, words, 6), scale
+
+
 @exercise(swap=_put_guided_eps)
-@case(
-    "two pictures",
-    lambda: (ToyModel(), latents(2), torch.tensor([3, 7]), torch.randn(2, 5, 6), torch.randn(2, 5, 6), 4.0),
-)
-@case(
-    "one picture", lambda: (ToyModel(), latents(1), torch.tensor([5]), torch.randn(1, 5, 6), torch.randn(1, 5, 6), 7.5)
-)  # fmt: skip
-@case(
-    "three pictures, a small scale",
-    lambda: (ToyModel(), latents(3), torch.tensor([1, 9, 4]), torch.randn(3, 4, 6), torch.randn(3, 4, 6), 0.5),
-)
+@case("two pictures", lambda: _guided_case([3, 7], 5, 4.0))
+@case("one picture", lambda: _guided_case([5], 5, 7.5))
+@case("three pictures, a small scale", lambda: _guided_case([1, 9, 4], 4, 0.5))
 def guided_eps(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Float[Tensor, "b c h w"],
@@ -231,10 +233,10 @@ def guided_eps(
 
 
 @rule_of("dpmpp_2m")
-def _put_dpmpp(f, real, x_t, eps, a_t, a_prev, past, i, steps):
+def _put_dpmpp(f, real, x_t, eps, a_t, a_prev, past, i, steps, *, lower_order_final=True):
     before = list(past)
-    x_prev, x0, _ = real(x_t, eps, a_t, a_prev, past, i, steps)
-    first_order = not before or a_prev == 1 or (i == steps - 1 and steps < 15)
+    x_prev, x0, _ = real(x_t, eps, a_t, a_prev, past, i, steps, lower_order_final=lower_order_final)
+    first_order = not before or a_prev == 1 or (lower_order_final and i == steps - 1 and steps < 15)
     return x_prev if first_order else f(x_t, x0, *before, a_t, a_prev)
 
 
@@ -322,13 +324,14 @@ def _put_blend(f, real, self, x_t, z, noise, mask, t):
     return f(x_t, z, noise, mask.bool(), self.schedule.alpha_bar(int(t[0]))).to(x_t)
 
 
+def _blend_case(b: int, h: int, w: int, kept: float, a_t: float) -> tuple:
+    return *(latents(b, h, w) for _ in range(3)), torch.rand(b, 1, h, w) > kept, a_t
+
+
 @exercise(swap=_put_blend)
-@case("two pictures", lambda: (latents(), latents(), latents(), torch.rand(2, 1, 3, 5) > 0.5, 0.4))
-@case("one picture, little noise", lambda: (latents(1), latents(1), latents(1), torch.rand(1, 1, 3, 5) > 0.5, 0.9))
-@case(
-    "square latents, much noise",
-    lambda: (latents(3, 4, 4), latents(3, 4, 4), latents(3, 4, 4), torch.rand(3, 1, 4, 4) > 0.3, 0.05),
-)
+@case("two pictures", lambda: _blend_case(2, 3, 5, 0.5, 0.4))
+@case("one picture, little noise", lambda: _blend_case(1, 3, 5, 0.5, 0.9))
+@case("square latents, much noise", lambda: _blend_case(3, 4, 4, 0.3, 0.05))
 def inpaint_blend(
     x_t: Float[Tensor, "b c h w"],
     z_0: Float[Tensor, "b c h w"],

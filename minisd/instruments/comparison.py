@@ -15,9 +15,12 @@ as one extra layer, and does not shift all that follow (the alignment of Needlem
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +140,7 @@ def compare(
         where = _agreement([rows[i] for i in agree], bool(errors))
     else:
         before = [i for i in agree if i < differs]
-        inputs_agree = _inputs_agree(*pairs[differs], tolerance)
+        inputs_agree = _close(*(call.input for call in pairs[differs]), tolerance)
         if not inputs_agree:  # then a layer just before, which the other lacks, explains it
             first = next((i for i in range(max(differs - 4, 0), differs) if "only" in rows[i].verdict), differs)
         where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
@@ -191,42 +194,38 @@ def _run(net: Network, inputs: Inputs) -> _Run:
     module = getattr(net, "__self__", net)
     if not isinstance(module, nn.Module):
         raise TypeError(f"compare takes two modules, or methods of modules, not a {type(net).__name__}")
-    run, inside, counts = _Run(module), [], {}
+    run, inside, times = _Run(module), [], Counter()
     names = {layer: name or type(layer).__name__ for name, layer in module.named_modules()}
 
     def enter(layer, args, kwargs):
-        call = _Call(names[layer], layer, _tensor((args, kwargs)))
-        call.input = _copy(call.input) if call.parameters else call.input
-        inside.append(call)
+        inside.append(_Call(names[layer], layer, _copy(_tensor((args, kwargs)))))
 
     def leave(layer, args, kwargs, output):
         while (call := inside.pop()).module is not layer:
             pass  # a layer that raised an error, which the network caught
-        output = _tensor(output)
-        if call.parameters and output is not None:
-            counts[layer] = counts.get(layer, 0) + 1
-            call.name += f" (call {counts[layer]})" if counts[layer] > 1 else ""
-            keep(call, output)
-
-    def keep(call, output):
-        call.output, call.dtype = _copy(output), output.dtype
-        run.calls.append(call)
+        if call.parameters and (output := _tensor(output)) is not None:
+            times[layer] += 1
+            call.name += f" (call {times[layer]})" if times[layer] > 1 else ""
+            call.output, call.dtype = _copy(output), output.dtype
+            run.calls.append(call)
 
     def fresh(value):  # a network that writes into its input must not spoil the other's
         return value.clone() if isinstance(value, Tensor) else value
 
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     args = (args,) if isinstance(args, Tensor) else args
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in names]
-    hooks += [layer.register_forward_hook(leave, with_kwargs=True) for layer in names]
     cards = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=cards), torch.no_grad():
+    with torch.random.fork_rng(devices=cards), torch.no_grad(), ExitStack() as restore:
+        for layer in names:
+            restore.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            restore.enter_context(layer.register_forward_hook(leave, with_kwargs=True))
+        for buffer in module.buffers():
+            restore.callback(buffer.copy_, buffer.clone())
         try:
             result = net(*map(fresh, args), **{name: fresh(value) for name, value in kwargs.items()})
             if (output := _tensor(result)) is None:
                 raise TypeError(f"it returned no tensor, but a {type(result).__name__}: is a return missing?")
-            keep(_Call("output", None, _copy(output)), output)
+            run.calls.append(_Call("output", None, _copy(output), _copy(output), output.dtype))
         except Exception as error:  # of any kind: where one's own network stops is what one wants to know
             run.error = f"with {type(error).__name__}: {str(error).strip()}"
             if inside:
@@ -234,11 +233,6 @@ def _run(net: Network, inputs: Inputs) -> _Run:
                 name = f"{call.name} ({call.kind})" if call.name != call.kind else call.name
                 run.error = f"in {name}, which was given {_shape(call.input)}, {run.error}"
                 run.calls += [call] if call.parameters else []
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for buffer, value in buffers:
-                buffer.copy_(value)
     return run
 
 
@@ -268,41 +262,39 @@ def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _C
     if {call.name for call in ours} == by_name.keys():
         return [(call, by_name[call.name]) for call in ours]
 
-    # The fingerprints of ours are the rows, those of theirs the columns. An empty last column stands for "no partner".
+    # Needleman & Wunsch: best[i][j] is the best alignment of ours[i:] with theirs[j:], as how much its pairs are alike
+    # in sum, and its pairs as a chain (i, j, the rest of the chain).
     a, b = ([_fingerprint(call) for call in calls] for calls in (ours, theirs))
-    n, m = len(a), len(b)
-    like = [[_likeness(x, y) for y in b] + [0] for x in a]
-    best = [[0] * (m + 1) for _ in range(n + 1)]  # [i][j]: the most likeness that ours[i:] and theirs[j:] can have
-    for i in reversed(range(n)):
-        for j in reversed(range(m)):
-            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + like[i][j])
-    partner, i, j = {}, 0, 0  # {index in ours: index in theirs}
-    while i < n and j < m:
-        if like[i][j] and best[i][j] == best[i + 1][j + 1] + like[i][j]:
-            partner[i] = j
-            i, j = i + 1, j + 1
-        elif best[i][j] == best[i + 1][j]:
-            i += 1
-        else:
-            j += 1
+    like = [[_likeness(x, y) for y in b] + [0] for x in a]  # the last column: without a partner
+    best = [[(0, ())] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, j in product(reversed(range(len(a))), reversed(range(len(b)))):
+        alignments = [best[i + 1][j], best[i][j + 1]]  # ours[i] has no partner, or theirs[j] has none
+        if like[i][j]:
+            alike, chain = best[i + 1][j + 1]
+            alignments.insert(0, (alike + like[i][j], (i, j, chain)))
+        best[i][j] = max(alignments, key=itemgetter(0))
+    partner, chain = {}, best[0][0][1]  # {index in ours: index in theirs}
+    while chain:
+        i, j, chain = chain
+        partner[i] = j
 
     # Layers that hold the same numbers belong together even if they are called at another time: k before q, the skip
     # connection first. Each layer of theirs that is left over takes the place of a partner that is less alike.
-    left_over = [j for j in range(m) if j not in partner.values()]
+    left_over = [j for j in range(len(b)) if j not in partner.values()]
     while left_over:
         j = left_over.pop()
-        i = next((i for i in range(n) if like[i][j] > 3 >= like[i][partner.get(i, m)]), None)
+        i = next((i for i in range(len(a)) if like[i][j] > 3 >= like[i][partner.get(i, -1)]), None)
         if i is not None:
             left_over += [partner[i]] if i in partner else []
             partner[i] = j
 
     # In the order of ours. A layer that only theirs has comes after the one that precedes it there.
-    pairs = [(i, -1, (call, theirs[partner[i]] if i in partner else None)) for i, call in enumerate(ours)]
-    place, back = -1, {j: i for i, j in partner.items()}
-    for j in range(m):
-        place = back.get(j, place)
-        pairs += [] if j in back else [(place, j, (None, theirs[j]))]
-    return [pair for *_, pair in sorted(pairs, key=lambda entry: entry[:2])]
+    pairs = [(call, theirs[partner[i]] if i in partner else None) for i, call in enumerate(ours)]
+    for j, call in enumerate(theirs):
+        if j not in partner.values():
+            place = [other for _, other in pairs].index(theirs[j - 1]) + 1 if j else 0
+            pairs.insert(place, (None, call))
+    return pairs
 
 
 def _fingerprint(call: _Call) -> tuple:
@@ -312,9 +304,10 @@ def _fingerprint(call: _Call) -> tuple:
     """
     kind = "Linear" if set(getattr(call.module, "kernel_size", ())) == {1} else call.kind
     weights = sum(p.detach().double().abs().sum().item() for p in call.parameters.values())
-    if call.output is None:
-        return kind, None, call.name, weights, 0.0
-    return kind, call.output.numel(), call.name, weights, call.output.double().abs().sum().item()
+    size, output = None, 0.0
+    if call.output is not None:
+        size, output = call.output.numel(), call.output.double().abs().sum().item()
+    return kind, size, call.name, weights, output
 
 
 def _likeness(a: tuple, b: tuple) -> int:
@@ -334,7 +327,7 @@ def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> R
         verdict = f"error in {' and '.join(stopped)}"
     else:
         numbers = [*_compare(a.output, b.output), _compare(a.input, b.input)[0]]
-        same = _close(a.output, b.output, tolerance) and _inputs_agree(a, b, tolerance) is not False
+        same = _close(a.output, b.output, tolerance) and _close(a.input, b.input, tolerance) is not False
         verdict = "agree" if same else "differ"
     kind = " / ".join(dict.fromkeys(call.kind for call in calls))
     shape = " / ".join(dict.fromkeys(_shape(call.output) for call in calls if call.output is not None))
@@ -364,16 +357,10 @@ def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
     return min(differences), max(t.nan_to_num(0.0, 0.0, 0.0).abs().max().item() for t in (x, y))
 
 
-def _close(x: Tensor | None, y: Tensor | None, tolerance: float) -> bool:
-    difference, size = _compare(x, y)
-    return difference <= tolerance * max(1.0, size)
-
-
-def _inputs_agree(a: _Call | None, b: _Call | None, tolerance: float) -> bool | None:
+def _close(x: Tensor | None, y: Tensor | None, tolerance: float) -> bool | None:
     """None if they cannot be compared."""
-    if a is None or b is None or math.isnan(_compare(a.input, b.input)[0]):
-        return None
-    return _close(a.input, b.input, tolerance)
+    difference, size = _compare(x, y)
+    return None if math.isnan(difference) else difference <= tolerance * max(1.0, size)
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
@@ -415,10 +402,8 @@ def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | 
         return f"{text}. Its inputs agree, so look at its weights or at what it computes."
     how = f"differ already, by {_number(row.input_difference)}" if inputs_agree is False else "have another shape"
     where = f"between {before[-1].name} and it" if before else "to the inputs before it"
-    return (
-        f"{text}. Its inputs {how}, so look at what happens {where}, outside of the layers: an activation, "
-        "an addition, a reshape, a scale."
-    )
+    where += ", outside of the layers: an activation, an addition, a reshape, a scale"
+    return f"{text}. Its inputs {how}, so look at what happens {where}."
 
 
 def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[str]) -> list[str]:
@@ -521,15 +506,14 @@ def _settings(a: _Call, b: _Call) -> str | None:
     return next((f"{name} is {x} in ours and {y} in theirs" for name, x, y in both if x != y), None)
 
 
-def _operation(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str | None]:
-    """What enters each of the two: the output of which layer shortly before, and what was done to it."""
-    found: list[str | None] = [None, None]
-    for pair in before[-8:]:
+def _operation(call: _Call, before: list[_Call], tolerance: float) -> str | None:
+    """What enters a layer: the output of which layer shortly before, and what was done to it."""
+    found = None
+    for earlier in before[-8:]:
         for words, function in OPERATIONS.items():
-            for side, (call, earlier) in enumerate(zip((a, b), pair, strict=True)):
-                out = earlier.output
-                if out.ndim and out.any() and _close(call.input, function(out), tolerance):
-                    found[side] = words.format(earlier.name)
+            out = earlier.output
+            if out.ndim and out.any() and _close(call.input, function(out), tolerance):
+                found = words.format(earlier.name)
     return found
 
 
@@ -555,12 +539,12 @@ def _hints(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: flo
             hints.append(f"{name} gives NaN or infinity")
     if a.dtype != b.dtype:
         hints.append(f"ours computes in {a.dtype} and theirs in {b.dtype}".replace("torch.", ""))
-    if _inputs_agree(a, b, tolerance):
-        causes = [hint for hint in (_weights(a, b), _settings(a, b)) if hint]
+    if _close(a.input, b.input, tolerance):
+        causes = [cause for cause in (_weights(a, b), _settings(a, b)) if cause]
         if not causes and (how := _relation(a.output, b.output, tolerance)):
             causes = [f"what comes out: {how}"]
         return hints + causes
-    done = _operation(a, b, before, tolerance)
+    done = [_operation(call, [pair[side] for pair in before], tolerance) for side, call in enumerate((a, b))]
     what = "what goes in" if a.module is not None else "what comes out"
     if lacking := _addition(a, b, before, tolerance):
         hints.append(lacking)

@@ -81,7 +81,8 @@ def train_clip(
     tokenizer = BPETokenizer.train([form.format(c) for c in data.captions for form in data.templates], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, data.templates, text.max_length)  # [n forms max_length]
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
-    trainer = Trainer(towers, recipe, folder, engine, given={"data": data.fingerprint}, describe=data.describe)
+    given = {"data": data.fingerprint, "templates": str(data.templates)}
+    trainer = Trainer(towers, recipe, folder, engine, given=given, describe=data.describe)
     for _ in trainer.steps():
         for batch in trainer.batches(len(data)):
             form = batch.randint(len(data.templates))  # for each caption, the form in which it is read this time

@@ -1,8 +1,8 @@
-"""A codebook in use: which codes are chosen, and what becomes of those that never are.
+"""A codebook in use: which codes are chosen, and what happens to those that never are.
 
-A code learns from the vectors that choose it. One that lies where no vectors are is never chosen, so never moved: it
+A code learns from the vectors that choose it. One that lies where no vectors are is never chosen, so it never moves: it
 is dead, and a codebook may collapse to a handful of codes. The remedy is that of Jukebox (Dhariwal et al. 2020,
-arXiv:2005.00341, section 3.1): put each dead code onto a vector of the encoder's, where it is somebody's nearest.
+arXiv:2005.00341, section 3.1): put each dead code onto a vector of the encoder, which then chooses it.
 """
 
 import numpy as np
@@ -14,33 +14,34 @@ from ..data import CaptionedPictures
 from ..vq import VQModelInterface
 from .engine import Engine
 
-PER_CODE = 16  # vectors are looked at for each code; one that none of them chooses is called dead
+PER_CODE = 16  # so many vectors are looked at for each code; a code that none of them chooses is called dead
 
 
 @torch.no_grad()
 def revive_dead_codes(
     vae: VQModelInterface, data: CaptionedPictures, mean_codes: Float[Tensor, "n d"], seed: list[int], engine: Engine
 ) -> int:
-    """Look at some pictures, and put each code that is nobody's nearest there onto a vector of theirs.
+    """Look at some pictures, and put each code that none of their vectors chooses onto one of these vectors.
 
-    Nothing has to be remembered from step to step, so that a run that was interrupted goes on as if it had not been.
+    Nothing is remembered from step to step, so that a run that was interrupted goes on as if it had not been.
 
     Args:
-        mean_codes: the running mean of the codes (EMA), which is put there as well, as it would take long to follow.
-        seed: of the pictures and the vectors.
+        mean_codes: the running mean of the codes (EMA). It is moved as well, because it would take long to follow.
+        seed: of the choice of pictures and vectors.
 
-    Returns how many there were.
+    Returns how many codes were moved.
     """
     random, codes = np.random.default_rng(seed), vae.quantize.embedding.weight
-    a_picture = (data.size // vae.config.downsampling) ** 2  # vectors
+    a_picture = (data.size // vae.config.downsampling) ** 2  # the vectors of one picture: h · w
     count = min(len(data), -(-PER_CODE * len(codes) // a_picture))
     h = vectors_of(vae, data, torch.from_numpy(random.choice(len(data), count, replace=False)), engine)
+    # A code is dead if it is the nearest one to no vector of these pictures.
     dead = vae.quantize.usage(vae.quantize.nearest(h)) == 0
     vectors = h.movedim(1, -1).flatten(0, -2)
     drawn = vectors[torch.from_numpy(random.integers(len(vectors), size=int(dead.sum()))).to(vectors.device)]
     moved = torch.stack([codes, mean_codes])
     moved[:, dead] = drawn
-    # all processes look at the same pictures; should one round otherwise, the first is right
+    # All processes look at the same pictures. If one of them rounds differently, the first one counts.
     for ours, given in zip((codes, mean_codes), engine.gather(moved[None])[0], strict=True):
         ours.copy_(given)
     return len(drawn)
@@ -50,7 +51,7 @@ def revive_dead_codes(
 def vectors_of(
     vae: VQModelInterface, data: CaptionedPictures, indices: Int[Tensor, "n"], engine: Engine
 ) -> Float[Tensor, "n d h w"]:
-    """What the encoder says of these pictures, before it is quantised."""
+    """The encoder's answers to these pictures, before they are quantised."""
     return torch.cat([vae.encode(data.batch(part).to(engine.device)) for part in indices.split(64)])
 
 

@@ -1,14 +1,14 @@
-"""Do two pictures look alike? The distance between what a network that has learned to see makes of them.
+"""Do two pictures look alike? The distance between the activations of a network that was trained to recognise things.
 
 A mean error compares pixel by pixel: a sharp edge that is off by one pixel costs more than no edge at all. The maps of
-a network that was trained to recognise things say what is where, and how sharp it is. Zhang et al. 2018
-(arXiv:1801.03924) found this distance to follow people's judgement, and called the best form of it LPIPS:
+a network that recognises things say what is where, and how sharp it is. Zhang et al. 2018 (arXiv:1801.03924) found that
+this distance agrees with people's judgement, and called the best form of it LPIPS:
 
     d(x, x̂) = Σ_l mean over places of Σ_c w_lc (f_lc(x) - f_lc(x̂))²            (f_l: map of layer l, of unit length)
 
 (Their eq. 1 has w within the square; the weights that they published are these w.) `CLIPPerceptual` is that distance
-with minisd's own image tower for the network, and all w alike, since nobody has asked people about it. `LPIPS` is the
-published one, which CompVis trains with; it needs two files of weights.
+in minisd's own image tower, with equal w, because no people have judged it. `LPIPS` is the published one, which CompVis
+trains with; it needs two files of weights.
 """
 
 from pathlib import Path
@@ -25,8 +25,8 @@ from ..clip import CLIPModel
 class CLIPPerceptual(nn.Module):
     """The distance in the image tower of a CLIP that minisd trained: between 0 and 4, mostly far below 1.
 
-    Of each layer the tokens of the patches are compared; the class token is no place. The last layer is left out:
-    CLIP reads its class token alone, so what it makes of the patches was never trained. The tower is frozen.
+    It compares the tokens of the patches in each layer; the class token belongs to no place. The last layer is left
+    out, because CLIP reads only the class token there, so its patch tokens were never trained. The tower is frozen.
     """
 
     def __init__(self, clip: CLIPModel):
@@ -36,9 +36,10 @@ class CLIPPerceptual(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 H W"], x_hat: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b"]:
         """Pictures in [-1, 1], as the tower was trained on, of any size → a distance for each pair."""
-        with torch.no_grad():
+        with torch.no_grad():  # the picture is given; only the reconstruction is to change
             wanted = self.features(x)
         pairs = zip(wanted, self.features(x_hat), strict=True)
+        # Between vectors of unit length, ‖a - b‖² is between 0 and 4: twice one minus their cosine.
         return torch.stack([(a - b).square().sum(dim=-1).mean(dim=1) for a, b in pairs]).mean(dim=0)
 
     def features(self, x: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "b n d"]]:
@@ -53,10 +54,10 @@ class CLIPPerceptual(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """The published distance: VGG16 that was trained on ImageNet, and weights w learned from what people judged.
+    """The published distance: VGG16 that was trained on ImageNet, and weights w learned from people's judgements.
 
-    The networks are no part of minisd. Whoever has the two files, torchvision's VGG16 (`vgg16-….pth`) and the weights w
-    of LPIPS version 0.1 (`vgg.pth`), reads them with `from_files`. CompVis taming-transformers `lpips.py: LPIPS`.
+    minisd does not contain the networks. If you have the two files, torchvision's VGG16 (`vgg16-….pth`) and the weights
+    w of LPIPS version 0.1 (`vgg.pth`), `from_files` reads them. CompVis taming-transformers `lpips.py: LPIPS`.
     """
 
     STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16: so many convolutions to so many channels
@@ -71,7 +72,7 @@ class LPIPS(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)  # numbered as in torchvision
         self.lin = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width, _ in self.STAGES)
-        # [-1, 1] → what VGG was trained on: colours in [0, 1], minus ImageNet's mean and over its standard deviation
+        # From [-1, 1] to what VGG was trained on: colours in [0, 1], minus ImageNet's mean, over its deviation.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -101,7 +102,7 @@ class LPIPS(nn.Module):
         """What each stage ends with, before it is halved; of unit length at each place."""
         h, maps = (x - self.shift) / self.scale, []
         for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
+            if isinstance(layer, nn.MaxPool2d):  # each stage ends with one
                 maps.append(F.normalize(h.float(), dim=1, eps=1e-10))
             h = layer(h)
         return maps

@@ -1,12 +1,12 @@
 """The folder that a run lives in, and how nothing in it is ever lost.
 
     checkpoint_000500.pt     all that the run needs to go on; the newest `keep` of them
-    log.jsonl                a line of figures every so many steps
+    log.jsonl                a line of figures for each `log_every` steps
     tensorboard/             the same figures, if asked for
     model/                   the finished model
 
-A process may be killed at any moment, a disk may be full: the newest whole checkpoint and the lines up to it are what
-counts, and whatever came later is made again.
+A process may be killed at any moment, and a disk may be full. What counts is the newest whole checkpoint and the lines
+of the log up to it. Whatever came later is made again.
 """
 
 import importlib.util
@@ -31,13 +31,13 @@ class RunFolder:
 
     def __init__(self, path: str | Path, keep: int = 1, tensorboard: bool = False):
         if tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise ImportError('curves for TensorBoard take a package: pip install "minisd[train]"')
+            raise ImportError('curves for TensorBoard need a package: pip install "minisd[train]"')
         self.path, self.keep, self.tensorboard = Path(path), keep, tensorboard
         self.log = self.path / "log.jsonl"
         self._curves = None  # TensorBoard's writer
 
     def open(self) -> None:
-        """Make the folder and hold it: another process that would write into it is refused, until this one is gone.
+        """Make the folder and hold it, so that another process can't train in it at the same time.
 
         Raises ValueError where another process holds it.
         """
@@ -67,11 +67,11 @@ class RunFolder:
         """Write a checkpoint, and only then delete the oldest. Raises OSError, which says what still stands."""
         before = self.checkpoints()
         if self.log.exists():
-            on_disk(self.log)  # a checkpoint says that the lines up to it are there
+            on_disk(self.log)  # a checkpoint means that the lines up to it are there, even after a power cut
         standing = before[-1].name if before else "there was no checkpoint before, and what else is in the folder"
         with written_whole(self.path / f"checkpoint_{step:06d}.pt", before=standing) as unfinished:
             torch.save(state, unfinished)
-        for path in self.checkpoints()[: -self.keep]:
+        for path in self.checkpoints()[: -self.keep]:  # only now, when the new one is whole
             path.unlink()
 
     def load(self, is_main_process: bool = True) -> dict | None:
@@ -80,7 +80,7 @@ class RunFolder:
         Raises ValueError where there are checkpoints and none is whole.
         """
         broken = {}
-        for path in reversed(self.checkpoints()):
+        for path in reversed(self.checkpoints()):  # the newest first
             try:
                 state = _read(path)
             except Exception as error:
@@ -110,7 +110,7 @@ class RunFolder:
         if self._curves is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # what a run that was killed drew of later steps is forgotten
+            # A run that was killed may have drawn steps that will be made again: TensorBoard forgets those.
             self._curves = SummaryWriter(self.path / "tensorboard", purge_step=line["step"])
         for name, value in line.items():
             if value is not None:
@@ -118,7 +118,7 @@ class RunFolder:
         self._curves.flush()
 
     def forget_lines_after(self, step: int) -> None:
-        """Those steps will be made, and logged, again; so will a line that was cut off."""
+        """Delete the lines of later steps, which will be made again, and a line that was cut off."""
         if not self.log.exists():
             return
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -129,7 +129,8 @@ class RunFolder:
 
 
 def _read(path: Path) -> dict:
-    """torch.load would not see that a number has changed on the disk; the checksums of the zip file show it."""
+    """Read a checkpoint. Raises an error where it is damaged."""
+    # torch.load would not notice that a number has changed on the disk, but the checksums of the zip file show it.
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -137,7 +138,7 @@ def _read(path: Path) -> dict:
 
 
 def _step_of(line: str) -> int:
-    """The step that a line of the log tells of; 0 if it is no whole line."""
+    """The step that a line of the log is about; 0 if it is no whole line."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else 0
     except (ValueError, KeyError, TypeError):

@@ -65,8 +65,8 @@ class Recipe:
     tensorboard: bool = False  # write the figures of log.jsonl for TensorBoard, too
 
     def __post_init__(self):
-        numbers = ("steps", "batch_size", "accumulate", "log_every", "sample_every", "save_every", "keep_checkpoints")
-        for name in numbers:
+        every = [name for name in vars(self) if name.endswith("_every")]
+        for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", *every):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         self._check_share("ema_decay")
@@ -129,11 +129,6 @@ class EMA:
         """Names and mean weights, in the CPU's memory."""
         for name, weight in self.weights.items():
             yield name, weight.cpu()
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over mean weights."""
-        for name, weight in self.weights.items():
-            weight.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -443,7 +438,8 @@ class Trainer:
                 weights, optimizer = state["networks"][name]
                 self.engine.unwrap_model(model).load_state_dict(weights)
                 self.optimizers[name].load_state_dict(_numbered(optimizer))
-            self.ema.load(state["ema"])
+            for name, mean in self.ema.weights.items():
+                mean.copy_(state["ema"][name])
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(
@@ -499,16 +495,21 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
+def digest(content) -> str:
+    """A hash of what can be written down: texts, numbers, tuples and lists of them, configurations."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
 def fingerprint(network: Callable) -> str:
     """What tells two networks apart: the class, and a hash over the weights. Of a function, only the name."""
     if not isinstance(network, nn.Module):
         return getattr(network, "__name__", type(network).__name__)
     known_as = getattr(network, "recorded_as", type(network).__name__)
-    digest = hashlib.sha256()
+    weights = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return f"{known_as} ({digest.hexdigest()[:12]})"
+        weights.update(name.encode())
+        weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return f"{known_as} ({weights.hexdigest()[:12]})"
 
 
 @contextlib.contextmanager

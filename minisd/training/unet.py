@@ -1,4 +1,4 @@
-"""Training the UNet: guess the noise in the latent, given what the model is told about the picture.
+"""Training the UNet: guess the noise in the latent, given a condition: a caption, a class, or the rest of the picture.
 
 The autoencoder is finished and stays as it is, so the latent of each picture is computed once, at the start. So does a
 condition that was trained before, such as CLIP's text encoder; a table of classes is trained along with the UNet. A
@@ -11,7 +11,6 @@ step is then algorithm 1 of DDPM (Ho et al. 2020, arXiv:2006.11239) and three li
 """
 
 import contextlib
-import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, fingerprint
+from .trainer import Batch, Recipe, Trainer, digest, fingerprint
 from .vae import encode_all, posterior_of, read_first_stage
 
 
@@ -66,7 +65,7 @@ def train_unet(
 
     Args:
         clip, vae: the folders of those runs.
-        condition: what the model is told, a name in `CONDITIONS`.
+        condition: what the UNet is conditioned on, a name in `CONDITIONS`.
         column: for classes, the column of the data's rows that says them; the names of the folders if left out.
         The others, what is returned and what is raised: as in `finetune_unet`.
     """
@@ -100,22 +99,22 @@ def finetune_unet(
     Raises:
         ValueError: a model, pictures or steps that do not fit together.
     """
-    folder, told = Path(folder), sd.cond_stage_model
+    folder, condition = Path(folder), sd.cond_stage_model
     _check(sd, recipe, data, keep_at)
 
     # What is trained: the UNet, and with it the condition unless that was trained before. Only these get gradients.
     sd.to(engine.device, torch.float32).model.train()
-    told.requires_grad_(not told.frozen)
+    condition.requires_grad_(not condition.frozen)
     sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
-    network = sd.model.diffusion_model if told.frozen else UNetAndCondition(sd)
-    trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data), describe=data.describe)
+    network = sd.model.diffusion_model if condition.frozen else UNetAndCondition(sd)
+    prompts = condition.prompts(data)  # for each picture, one or several forms of its prompt
+    trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data, prompts), describe=data.describe)
 
     # What no step changes is computed once, before the first: the moments of q(z given x) of all pictures, and the
     # contexts of all prompts if their encoder is frozen. A step then costs one pass through the UNet and back.
     moments = encode_all(sd.first_stage_model, data, engine)
-    prompts = told.prompts(data)  # for each picture, one or several forms of its prompt
     contexts = encode_prompts(sd, prompts, engine)
-    nothing = sd.get_learned_conditioning([told.unconditional])
+    nothing = sd.get_learned_conditioning([condition.unconditional])
 
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
@@ -130,18 +129,18 @@ def finetune_unet(
                 noise = batch.randn(*sd.latent_shape()).to(engine.device)
                 posterior = posterior_of(moments[batch.indices].to(engine.device))
                 z = sd.get_first_stage_encoding(posterior, batch.generators)
-                maps = told.maps(sd, data, batch)  # for inpainting, a mask and what it leaves of the picture
+                maps = condition.maps(sd, data, batch)  # for inpainting, a mask and what it leaves of the picture
 
                 # `autocast` computes convolutions and matrix products in bfloat16, if the engine was asked for it. The
                 # sums in norms and in the loss stay in float32, where bfloat16's three digits would not be enough.
                 with engine.autocast():
-                    if told.frozen:
+                    if condition.frozen:
                         context = contexts[batch.indices, form].to(engine.device)  # [b n d]
                         context = text_dropout(context, nothing, forget.to(engine.device))
                     else:  # its encoder has changed since the last step, and is to get gradients
-                        drawn = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
-                        said = [told.unconditional if forgotten else prompts[i][k] for i, k, forgotten in drawn]
-                        context = sd.get_learned_conditioning(said)
+                        choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
+                        kept = [condition.unconditional if forgotten else prompts[i][k] for i, k, forgotten in choices]
+                        context = sd.get_learned_conditioning(kept)
                     # z_t = √ᾱ_t z + √(1-ᾱ_t) ε, then ‖ε - ε_θ(z_t, t, cond)‖² of each picture [b] (DDPM, eq. 14)
                     losses = sd.p_losses(z, {"c_crossattn": context, "c_concat": maps}, t, noise, reduction="none")
 
@@ -157,7 +156,7 @@ def finetune_unet(
             trainer.update()
             trainer.sheet(lambda: _drawings(sd, data, prompts, engine, recipe.guidance_scale))
             if step + 1 in keep_at and engine.is_main_process:
-                prefix = "model.diffusion_model." if told.frozen else ""
+                prefix = "model.diffusion_model." if condition.frozen else ""
                 weights = {prefix + name: weight for name, weight in trainer.ema.items()}
                 write_weights(cast(weights, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
@@ -165,9 +164,9 @@ def finetune_unet(
     # the engine and torch.compile have put around the one that was trained.
     with trainer.finishing():
         sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
-        trained = sd.model.diffusion_model if told.frozen else sd
-        trained.load_state_dict(dict(trainer.ema.items()), strict=told.frozen)
-        told.requires_grad_(False)
+        trained = sd.model.diffusion_model if condition.frozen else sd
+        trained.load_state_dict(dict(trainer.ema.items()), strict=condition.frozen)
+        condition.requires_grad_(False)
         save_model(sd, clip, folder / "model", engine)
     return sd.eval()
 
@@ -215,15 +214,16 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, kee
         )
 
 
-def _given(sd: LatentDiffusion, data: CaptionedPictures) -> dict[str, str | int | float]:
+def _given(sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list]) -> dict[str, str | int | float]:
     """What a run is given beside its recipe, and is only continued with: data, networks, and the model's settings."""
-    told = sd.cond_stage_model
+    condition = sd.cond_stage_model
     given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
-    if told.frozen:
-        given["text tower"] = fingerprint(told)
+    # The prompts depend on more than the data's captions: on their templates, or on the column that has the classes.
+    given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
+    if condition.frozen:
+        given["text tower"] = fingerprint(condition)
     else:  # its weights change, but not what it is, such as the names of the classes
-        digest = hashlib.sha256(repr(sd.config.cond_stage).encode()).hexdigest()
-        given["condition"] = f"{type(told).__name__} ({digest[:12]})"
+        given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
     return given | {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
 
 
@@ -293,6 +293,6 @@ def _drawings(
     batch = Batch(indices, [torch.Generator().manual_seed(seed) for seed in range(len(indices))])
     maps = sd.cond_stage_model.maps(sd, data, batch)
     with engine.autocast():
-        said = [prompts[i][0] for i in indices]
-        out = sd.txt2img(said, steps=20, guidance_scale=guidance_scale, seed=0, c_concat=maps)
+        shown = [prompts[i][0] for i in indices]
+        out = sd.txt2img(shown, steps=20, guidance_scale=guidance_scale, seed=0, c_concat=maps)
     return torch.cat([data.batch(indices), out.pictures.cpu()])

@@ -68,11 +68,6 @@ class VAERecipe(Recipe):
     # each picture gets a random part of it. A sampler ends near a latent, never exactly on it: the decoder learns that.
     latent_noise: float = 0.0
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.revive_every < 1:
-            raise ValueError(f"revive_every must be at least 1, not {self.revive_every}")
-
     def betas(self, network: str) -> tuple[float, float]:
         """The discriminator's are CompVis's."""
         return (0.5, 0.9) if network == "discriminator" else super().betas(network)
@@ -235,26 +230,16 @@ def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, mos
     return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)
 
 
+@dataclass
 class AutoencoderLoss:
-    """What the autoencoder is to lower: the sum at the top of this page.
+    """What the autoencoder is to lower: the sum at the top of this page."""
 
-    Args:
-        perceptual, discriminator: None where the recipe gives them no weight.
-        last_layer: the weights of the decoder's last convolution, where λ is measured.
-        limit: the largest λ.
-    """
-
-    def __init__(
-        self,
-        recipe: VAERecipe,
-        engine: Engine,
-        perceptual: Perceptual | None,
-        discriminator: nn.Module | None,
-        last_layer: nn.Parameter,
-        limit: float = 1e4,
-    ):
-        self.recipe, self.engine, self.perceptual, self.discriminator = recipe, engine, perceptual, discriminator
-        self.last_layer, self.limit = last_layer, limit
+    recipe: VAERecipe
+    engine: Engine
+    perceptual: Perceptual | None  # None if the recipe gives it no weight
+    discriminator: nn.Module | None  # the same
+    last_layer: nn.Parameter  # the weights of the decoder's last convolution, where λ is measured
+    limit: float = 1e4  # the largest λ
 
     def __call__(
         self, x: Float[Tensor, "b c H W"], x_hat: Float[Tensor, "b c H W"], latent_loss: Float[Tensor, ""], step: int
