@@ -107,7 +107,7 @@ def ddim_step(
     # END SOLUTION
 
 
-@instead_of("make_timesteps", sampling, latent_diffusion)
+@instead_of("make_timesteps", sampling)
 def _put_timesteps(f, real, steps, T, spacing="leading"):
     if spacing != "leading" or T % steps or steps == T:
         return real(steps, T, spacing)
