@@ -527,7 +527,9 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} pictures")
         if len(negatives) > 1:  # one for each prompt, so for each of its pictures
             negatives = _prompts(negatives, len(prompts) // len(negatives))
-        both = ({"c_crossattn": c} | maps for c in (context, self.get_learned_conditioning(negatives)))
+        both = (context, self.get_learned_conditioning(negatives))
+        if maps:
+            both = ({"c_crossattn": c} | maps for c in both)
         return sampling.classifier_free_guidance(model, *both, scale)
 
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
