@@ -96,7 +96,7 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
-def suggests_names(method: Callable) -> Callable:
+def _suggests_names(method: Callable) -> Callable:
     """Let a method that is called with a name that it does not have say which one was probably meant."""
     names = [name for name in inspect.signature(method).parameters if name != "self"]
 
@@ -240,7 +240,7 @@ class LatentDiffusion(nn.Module):
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
-    @suggests_names
+    @_suggests_names
     def sample(
         self,
         prompt: Prompt,
@@ -286,7 +286,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
-    @suggests_names
+    @_suggests_names
     def txt2img(
         self,
         prompt: Prompt,
@@ -350,7 +350,7 @@ class LatentDiffusion(nn.Module):
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
-    @suggests_names
+    @_suggests_names
     def img2img(
         self,
         prompt: Prompt,
@@ -406,7 +406,7 @@ class LatentDiffusion(nn.Module):
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
-    @suggests_names
+    @_suggests_names
     def inpaint(
         self,
         prompt: Prompt,
