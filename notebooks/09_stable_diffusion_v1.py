@@ -728,7 +728,7 @@ reading(
     ("instantiate_from_config (ldm/util.py)", "the YAML's `target` is imported and called with `params`: any class",
      "checkpoint/compvis._one_of", "if kind not in known"),
     ("main: --plms, else DDIM", "the sampler is an object that holds the model",
-     "latent_diffusion._sampler", "return SAMPLERS[name]"),
+     "latent_diffusion._sampler", "return sampling.SAMPLERS[sampler]"),
     ("main: start_code, x_T", "noise [n 4 H/8 W/8]; one for all pictures with --fixed_code",
      "latent_diffusion.LatentDiffusion.sample", "randn((len(prompts)"),
     ("main: ema_scope", "draw with the running means, if the model keeps some; v1's YAML says it keeps none",
