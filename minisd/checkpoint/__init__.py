@@ -117,9 +117,7 @@ def _build_compvis(
         use_ema = params.get("use_ema", False) if use_ema is None else use_ema
         config = compvis.config_from_yaml(params, state, name, base)
     elif config is None:
-        first = state.get("model.diffusion_model.input_blocks.0.0.weight")
-        inpainting = first is not None and first.ndim == 4 and first.shape[1] == 9  # latent, mask, masked latent
-        config = PRESETS["sd-v1-inpainting" if inpainting else "sd-v1"]
+        config = _without_yaml(state)
     names = {name: name for name in state if not files.set_aside(name)}
     if use_ema:
         names |= compvis.ema_names(state, path)
@@ -132,6 +130,13 @@ def _build_compvis(
     files.check_names(expected, given, path, compvis.what_would_fit(state))
     compvis.check_schedule(state, config, path)
     return sd, names
+
+
+def _without_yaml(state: Mapping[str, Tensor]) -> LatentDiffusionConfig:
+    """What a CompVis file is taken for if nothing says what it is: Stable Diffusion v1, or its model for inpainting."""
+    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
+    inpainting = first is not None and first.ndim == 4 and first.shape[1] == 9  # latent, mask and masked latent
+    return PRESETS["sd-v1-inpainting" if inpainting else "sd-v1"]
 
 
 def _in_minisd_folder(file: Path) -> bool:
