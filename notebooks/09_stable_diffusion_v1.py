@@ -763,7 +763,7 @@ reading(
      "√ᾱ z + √(1-ᾱ) ε, with the ᾱ of index t_enc: one step noisier than decode expects",
      "latent_diffusion.LatentDiffusion._remaining", "noise_ahead and ahead"),
     ("DDIMSampler.decode", "p_sample_ddim for the first t_enc timesteps, from the largest down",
-     "latent_diffusion.LatentDiffusion.img2img", '"timesteps": timesteps'),
+     "latent_diffusion.LatentDiffusion.img2img", 'timesteps=left'),
 )  # fmt: skip
 
 # %% [markdown]
@@ -805,7 +805,7 @@ reading(
     ("DDPM.p_mean_variance", "clamps x̂_0 to [-1, 1] if clip_denoised: right for pixels, off for latents",
      "sampling.ddpm", "x0 = x0.clamp(-1, 1)"),
     ("DDPM.p_losses, get_loss", "mean squared error per picture, then the mean",
-     "loss._loss", ".square().reshape"),
+     "loss.squared_error", ".square().reshape"),
     ("DDPM.forward", "t evenly from 0 … 999, one for each picture",
      "loss._loss", "torch.randint(0, schedule.timesteps"),
     ("DDPM.ema_scope", "swap in the means, and put the weights back whatever happens",
@@ -873,7 +873,7 @@ reading(
     ("LatentDiffusion.decode_first_stage", "z / scale_factor, then the decoder",
      "latent_diffusion.LatentDiffusion.decode_first_stage", "z / self.scale_factor"),
     ("LatentDiffusion.get_input", "batch[first_stage_key] → encoder → z; batch[cond_stage_key] → c",
-     "training/unet._fit", "z = sd.scale_factor *"),
+     "training/unet.finetune_unet", "z = sd.get_first_stage_encoding("),
     ("LatentDiffusion.apply_model", "wraps cond into {c_crossattn: [cond]}, then self.model(x, t, **cond)",
      "latent_diffusion.LatentDiffusion.apply_model", "return self.model("),
     ("DiffusionWrapper.forward: 'crossattn'", "the contexts joined along the tokens, handed on as context=",
@@ -881,7 +881,7 @@ reading(
     ("DiffusionWrapper.forward: 'concat', 'hybrid'", "further channels behind the noisy latent: inpainting",
      "latent_diffusion.DiffusionWrapper.forward", "torch.cat([x, c_concat], dim=1)"),
     ("LatentDiffusion.p_losses", "q_sample, apply_model, and |ε - ε̂|²",
-     "latent_diffusion.LatentDiffusion.p_losses", "LOSSES[self.config.parameterization]"),
+     "latent_diffusion.LatentDiffusion.p_losses", "loss_target(self.config.parameterization"),
     ("LatentDiffusion.p_sample_loop", "all 1,000 steps; a mask is put back after each",
      "sampling._walk", "for i, t, a_t, a_prev"),
     ("LatentDiffusion.configure_optimizers", "AdamW over the UNet, the learning rate warmed up",
@@ -915,7 +915,7 @@ reading(
     ("(nothing)", "10% of the captions are replaced by the empty one",
      "loss.text_dropout", "torch.where(drop"),
     ("(nothing)", "where it is called",
-     "training/unet._fit", "context = text_dropout("),
+     "training/unet.finetune_unet", "context = text_dropout("),
 )  # fmt: skip
 
 # %% [markdown]
@@ -1175,13 +1175,13 @@ reading(
     ("lr_scheduler.py: LambdaLinearScheduler", "the factor rises from 1e-6 to 1 in 10,000 steps, then stays",
      "training/trainer.Recipe.lr_at", "warm = min(1.0"),
     ("DDPM.training_step, shared_step", "get_input, then forward: a loss",
-     "training/unet._fit", "losses = loss_of("),
+     "training/unet.finetune_unet", "losses = sd.p_losses("),
     ("main.py: data (DataModuleFromConfig)", "shuffled, another order in each epoch",
      "training/trainer._order", "permutation(n)"),
     ("main.py: accumulate_grad_batches", "several batches make one step", "training/trainer.Trainer.backward",
      "loss / self.recipe.accumulate"),
     ("main.py: ImageLogger → log_images", "draw samples now and then, with the means (ema_scope)",
-     "training/unet._fit", "trainer.ema.applied_to"),
+     "training/trainer.Trainer.sheet", "self.ema.applied_to"),
     ("main.py: --resume", "go on from the newest checkpoint", "training/trainer.Trainer._resume", "self.folder.load"),
     ("main.py: melk, on SIGUSR1 or an error", "save a checkpoint before it ends",
      "training/trainer.Trainer.steps", "self.save()"),
