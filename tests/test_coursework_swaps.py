@@ -18,6 +18,7 @@ from minisd.sampling import SAMPLERS
 from minisd.training import (
     CLIPRecipe,
     SingleDevice,
+    Trainer,
     UNetRecipe,
     VAERecipe,
     finetune_unet,
@@ -25,7 +26,6 @@ from minisd.training import (
     train_clip,
     train_vae,
 )
-from minisd.training import unet as training_unet
 
 ONE_STEP = {"steps": 1, "batch_size": 4, "warmup": 1, "log_every": 1}
 DRAWINGS = ["txt2img", "img2img", "inpaint"]  # made with every exercise, by the sampler that it is about, or by ddim
@@ -189,7 +189,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Sheets of samples are drawn by txt2img, which is run anyway.
-        patch.setattr(training_unet, "_sample_sheet", lambda *args: None)
+        patch.setattr(Trainer, "sheet", lambda *args: None)
         yield Runs(tmp_path_factory.mktemp("swaps"))
 
 
