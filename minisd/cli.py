@@ -33,9 +33,9 @@ from .viz import sheet
 Sampler = Literal[tuple(SAMPLERS)]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Dtype = Literal[tuple(DTYPES)]
-Preset = Literal[tuple(recipes.UNET)]
+Preset = Literal[tuple(recipes.UNET)]  # those of PRESETS that have a recipe
+Condition = Literal[tuple(CONDITIONS)]
 Commands = TypeVar("Commands")
-Told = Literal[tuple(CONDITIONS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Txt2Img:
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
         out = self.draw(
             sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
-            negative_prompt=self.negative, num_images=self.num_images, height=self.height, width=self.width,
-            progress=True,
+            negative_prompt=self.negative, num_images=self.num_images, height=self.height or sd.config.image_size,
+            width=self.width or sd.config.image_size, progress=True,
         )  # fmt: skip
         scale = self.scale or max(1, 128 // out.images[0].width)
         sheet(out.images, scale=scale).save(self.out)
@@ -90,7 +90,7 @@ class Img2Img(Txt2Img):
     strength: float = 0.75  # how far it may go from the picture: 0 nowhere, 1 anywhere
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
-        return sd.img2img(self.prompt, self.image, strength=self.strength, **_sized(sd, options))
+        return sd.img2img(self.prompt, self.image, strength=self.strength, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +102,7 @@ class Inpaint(Txt2Img):
     strength: float = 1.0  # how far that part may go from what was there
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
-        return sd.inpaint(self.prompt, self.image, self.mask, strength=self.strength, **_sized(sd, options))
-
-
-def _sized(sd: LatentDiffusion, options: dict) -> dict:
-    """With the size that the model was trained at, where none was asked for."""
-    return options | {side: options[side] or sd.config.image_size for side in ("height", "width")}
+        return sd.inpaint(self.prompt, self.image, self.mask, strength=self.strength, **options)
 
 
 @dataclass(frozen=True)
@@ -215,20 +210,18 @@ class TrainVAE(Training):
     def perceptual(self) -> CLIPPerceptual | LPIPS:
         if self.lpips:
             return LPIPS.from_files(*self.lpips)
-        if self.init and not self.clip:
-            if not has_clip(self.init):
-                raise FileNotFoundError(
-                    f"{self.init} has no clip.json, the rest of its CLIP, whose eyes perceptual_weight needs: give "
-                    "another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth, or do without: --perceptual-weight 0"
-                )
-            return CLIPPerceptual(load_clip(self.init)[0])
-        folder = self.clip or self.out / "clip"
-        if not (folder / "clip.json").exists():
+        clip = self.clip or self.init or self.out / "clip"
+        if clip == self.init and not has_clip(clip):
             raise FileNotFoundError(
-                f"there is no finished clip in {folder}, and perceptual_weight needs its eyes: run `minisd train clip "
+                f"{self.init} has no clip.json, the rest of its CLIP, whose eyes perceptual_weight needs: give "
+                "another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth, or do without: --perceptual-weight 0"
+            )
+        if clip != self.init and not (clip / "clip.json").exists():
+            raise FileNotFoundError(
+                f"there is no finished clip in {clip}, and perceptual_weight needs its eyes: run `minisd train clip "
                 f"--out {self.out}` first, or give another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth"
             )
-        return CLIPPerceptual(load_clip(folder)[0])
+        return CLIPPerceptual(load_clip(clip)[0])
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ class TrainUNet(Training):
     # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
     # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
     init: str | None = None
-    condition: Told | None = None  # what the model is told about a picture, if it is trained from scratch
+    condition: Condition | None = None  # what the model is told about a picture, if it is trained from scratch
     class_column: str | None = None  # of metadata.jsonl, which says the class; the folders' names if left out
     parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet is to predict, if it is trained from scratch
     keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model

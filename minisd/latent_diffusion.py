@@ -22,22 +22,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from . import sampling
 from .clip import CLIPTextConfig, Tokenizer
 from .conditions import condition_of
 from .loss import loss_target, squared_error
-from .noising import NoiseSchedule
+from .noising import Generators, NoiseSchedule, randn
 from .pictures import Drawing, Picture, Trajectory, read_mask, read_picture
-from .sampling import (
-    SAMPLERS,
-    BeforeStep,
-    Generators,
-    Step,
-    Timesteps,
-    classifier_free_guidance,
-    make_timesteps,
-    randn,
-    remaining_timesteps,
-)
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
 from .vq import VQConfig, VQModelInterface
@@ -106,7 +96,7 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
-def suggests_names(method: Callable) -> Callable:
+def _suggests_names(method: Callable) -> Callable:
     """Let a method that is called with a name that it does not have say which one was probably meant."""
     names = [name for name in inspect.signature(method).parameters if name != "self"]
 
@@ -210,10 +200,10 @@ class LatentDiffusion(nn.Module):
             part if part is None or isinstance(part, Tensor) else torch.cat(list(part), dim=1)
             for part in (cond.get("c_crossattn"), cond.get("c_concat"))
         )
-        given = 0 if concat is None else concat.shape[1]
-        if given != self.config.concat_channels:
+        channels = 0 if concat is None else concat.shape[1]
+        if channels != self.config.concat_channels:
             raise ValueError(
-                f"this model takes {self.config.concat_channels} channels beside the noisy latent, and {given} were "
+                f"this model takes {self.config.concat_channels} channels beside the noisy latent, and {channels} were "
                 "given: c_concat of apply_model and sample"
             )
         # A UNet in half precision computes in it, but x_t and ε come and go in float32: a sampler adds up many small
@@ -250,13 +240,13 @@ class LatentDiffusion(nn.Module):
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
-    @suggests_names
+    @_suggests_names
     def sample(
         self,
         prompt: Prompt,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        sampler: str | Callable[..., Iterator[Step]] = "ddim",
+        sampler: str | sampling.Sampler = "ddim",
         seed: int = 0,
         num_images: int = 1,
         height: int | None = None,
@@ -265,15 +255,15 @@ class LatentDiffusion(nn.Module):
         *,
         eta: float | None = None,
         spacing: str | None = None,
-        timesteps: Timesteps | None = None,
+        timesteps: sampling.Timesteps | None = None,
         set_alpha_to_one: bool | None = None,
         lower_order_final: bool | None = None,
         clip_denoised: bool | None = None,
-        before_step: BeforeStep | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: list[torch.Generator] | None = None,
-    ) -> Iterator[Step]:
+    ) -> Iterator[sampling.Step]:
         """The steps from noise to latent, one at a time: what `txt2img` runs through. Arguments as there.
 
         generator: one for each picture, in place of those of the seed.
@@ -286,23 +276,23 @@ class LatentDiffusion(nn.Module):
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler knows neither prompts nor guidance: it gets one function, which answers ε for an x and a t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
-        asked = {
+        options = {
             "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
             "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
         }  # fmt: skip
-        # Where nothing is asked for, each sampler uses its own default.
-        asked = {name: value for name, value in asked.items() if value is not None}
-        if unknown := asked.keys() - inspect.signature(draw).parameters.keys():
+        # An option that is left out is the sampler's own default.
+        options = {name: value for name, value in options.items() if value is not None}
+        if unknown := options.keys() - inspect.signature(draw).parameters.keys():
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
-        return draw(eps_model, x_T, self.schedule, steps, generator=generators, **asked)
+        return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
-    @suggests_names
+    @_suggests_names
     def txt2img(
         self,
         prompt: Prompt,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        sampler: str | Callable[..., Iterator[Step]] = "ddim",
+        sampler: str | sampling.Sampler = "ddim",
         seed: int = 0,
         num_images: int = 1,
         height: int | None = None,
@@ -311,11 +301,11 @@ class LatentDiffusion(nn.Module):
         *,
         eta: float | None = None,
         spacing: str | None = None,
-        timesteps: Timesteps | None = None,
+        timesteps: sampling.Timesteps | None = None,
         set_alpha_to_one: bool | None = None,
         lower_order_final: bool | None = None,
         clip_denoised: bool | None = None,
-        before_step: BeforeStep | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         progress: bool = False,
@@ -360,7 +350,7 @@ class LatentDiffusion(nn.Module):
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
-    @suggests_names
+    @_suggests_names
     def img2img(
         self,
         prompt: Prompt,
@@ -369,7 +359,7 @@ class LatentDiffusion(nn.Module):
         noise_ahead: bool = False,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        sampler: str | Callable[..., Iterator[Step]] = "ddim",
+        sampler: str | sampling.Sampler = "ddim",
         seed: int = 0,
         num_images: int = 1,
         height: int | None = None,
@@ -381,7 +371,7 @@ class LatentDiffusion(nn.Module):
         set_alpha_to_one: bool | None = None,
         lower_order_final: bool | None = None,
         clip_denoised: bool | None = None,
-        before_step: BeforeStep | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         progress: bool = False,
     ) -> Drawing:
@@ -416,7 +406,7 @@ class LatentDiffusion(nn.Module):
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
-    @suggests_names
+    @_suggests_names
     def inpaint(
         self,
         prompt: Prompt,
@@ -426,7 +416,7 @@ class LatentDiffusion(nn.Module):
         blend: str = "after",
         steps: int = 50,
         guidance_scale: float = 7.5,
-        sampler: str | Callable[..., Iterator[Step]] = "ddim",
+        sampler: str | sampling.Sampler = "ddim",
         seed: int = 0,
         num_images: int = 1,
         height: int | None = None,
@@ -468,9 +458,8 @@ class LatentDiffusion(nn.Module):
         nine = self.config.concat_channels > 0
 
         # Everything random is drawn in the order of diffusers: the latent, the noise, the latent of what is kept.
-        z = None
-        if not (nine and strength == 1):
-            z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators)
+        needs_latent = not nine or strength < 1  # to put parts of the picture back, or to start from it
+        z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators) if needs_latent else None
         noise = randn((count, *self.latent_shape(*pictures.shape[-2:])), generators).to(pictures)
         at = functools.partial(torch.full, (count,), device=noise.device)
         x = noise if strength == 1 else self.q_sample(z, at(start), noise)
@@ -533,16 +522,15 @@ class LatentDiffusion(nn.Module):
             return lambda x, t: model(x, t, maps)
         if negative is None:
             negative = self.cond_stage_model.unconditional
-        if isinstance(negative, str | int):
-            negatives = [negative]
-        elif len(prompts) % len(negative):
-            raise ValueError(f"{len(negative)} negative prompts do not fit {len(prompts)} pictures")
-        else:  # one for each prompt, so for each of its pictures
-            negatives = [n for n in negative for _ in range(len(prompts) // len(negative))]
+        negatives = _prompts(negative, 1)
+        if len(prompts) % len(negatives):
+            raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} pictures")
+        if len(negatives) > 1:  # one for each prompt, so for each of its pictures
+            negatives = _prompts(negatives, len(prompts) // len(negatives))
         both = (context, self.get_learned_conditioning(negatives))
         if maps:
-            both = ({"c_crossattn": told} | maps for told in both)
-        return classifier_free_guidance(model, *both, scale)
+            both = ({"c_crossattn": c} | maps for c in both)
+        return sampling.classifier_free_guidance(model, *both, scale)
 
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """ε, whichever of ε, v and x_0 the UNet predicts."""
@@ -558,8 +546,8 @@ class LatentDiffusion(nn.Module):
     ) -> tuple[list[int], int]:
         """The timesteps that are left at that strength, and the one to noise a picture to."""
         spacing = spacing or inspect.signature(_sampler(sampler)).parameters["spacing"].default
-        timesteps = make_timesteps(steps, self.schedule.timesteps, spacing)
-        left = remaining_timesteps(timesteps, strength)
+        timesteps = sampling.make_timesteps(steps, self.schedule.timesteps, spacing)
+        left = sampling.remaining_timesteps(timesteps, strength)
         ahead = timesteps[: -len(left)]
         return left, ahead[-1] if noise_ahead and ahead else left[0]
 
@@ -597,15 +585,15 @@ def _repeated(x: Float[Tensor, "n ..."], count: int, what: str) -> Float[Tensor,
     return x.repeat_interleave(count // len(x), dim=0)
 
 
-def _sampler(sampler: str | Callable[..., Iterator[Step]]) -> Callable[..., Iterator[Step]]:
+def _sampler(sampler: str | sampling.Sampler) -> sampling.Sampler:
     if callable(sampler):
         return sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler]
+    if sampler not in sampling.SAMPLERS:
+        raise ValueError(f"there is no sampler {sampler!r}: choose one of {', '.join(sampling.SAMPLERS)}")
+    return sampling.SAMPLERS[sampler]
 
 
-def _shown(run: Iterator[Step], count: int, progress: bool) -> Iterator[Step]:
+def _shown(run: Iterator[sampling.Step], count: int, progress: bool) -> Iterator[sampling.Step]:
     """The same steps, with a progress bar if one is wanted."""
     from tqdm import tqdm
 

@@ -1,6 +1,6 @@
 """What the models are, by name: the sizes of their three networks. `training/recipes.py` says how they are trained."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from .clip import CLIPTextConfig, CLIPVisionConfig
 from .latent_diffusion import LatentDiffusionConfig
@@ -8,8 +8,22 @@ from .unet import UNetConfig
 from .vae import AutoencoderConfig
 from .vq import VQConfig
 
-# What reads the captions of emoji, at whichever size they are drawn.
-EMOJI_TEXT = CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192)
+# 32x32 emoji in seven styles, small enough to be trained from scratch on a laptop
+EMOJI = LatentDiffusionConfig(
+    unet=UNetConfig(
+        model_channels=96,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(2,),
+        num_heads=None,
+        num_head_channels=64,
+        context_dim=192,
+    ),
+    first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
+    cond_stage=CLIPTextConfig(vocab_size=3072, max_length=24, width=192, layers=3, heads=3, projection_dim=192),
+    image_size=32,
+    scale_factor=1.0,  # measured when the autoencoder is trained
+)
 # What the models that ship are made of, and Stable Diffusion v1.
 PRESETS = {
     # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
@@ -26,39 +40,15 @@ PRESETS = {
         first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
         cond_stage=CLIPTextConfig(vocab_size=640, max_length=16, width=32, layers=2, heads=2, projection_dim=32),
         image_size=32,
-        scale_factor=1.0,  # measured when the autoencoder is trained
-    ),
-    # 32x32 emoji in seven styles, small enough to be trained from scratch on a laptop
-    "emoji": LatentDiffusionConfig(
-        unet=UNetConfig(
-            model_channels=96,
-            num_res_blocks=1,
-            channel_mult=(1, 2),
-            attention_resolutions=(2,),
-            num_heads=None,
-            num_head_channels=64,
-            context_dim=192,
-        ),
-        first_stage=AutoencoderConfig(ch=32, ch_mult=(1, 2, 3), num_res_blocks=1),
-        cond_stage=EMOJI_TEXT,
-        image_size=32,
         scale_factor=1.0,
     ),
+    "emoji": EMOJI,
     # the same pictures at 64x64, for a GPU: latents of 16x16, and a wider autoencoder for their detail
-    "emoji-64": LatentDiffusionConfig(
-        unet=UNetConfig(
-            model_channels=64,
-            num_res_blocks=1,
-            channel_mult=(1, 2, 2),
-            attention_resolutions=(2, 4),
-            num_heads=None,
-            num_head_channels=64,
-            context_dim=192,
-        ),
-        first_stage=AutoencoderConfig(ch=64, ch_mult=(1, 1, 2), num_res_blocks=1),
-        cond_stage=EMOJI_TEXT,
+    "emoji-64": replace(
+        EMOJI,
+        unet=replace(EMOJI.unet, model_channels=64, channel_mult=(1, 2, 2), attention_resolutions=(2, 4)),
+        first_stage=replace(EMOJI.first_stage, ch=64, ch_mult=(1, 1, 2)),
         image_size=64,
-        scale_factor=1.0,
     ),
     "sd-v1": LatentDiffusionConfig(),
     # the same with five channels more to look at: the mask, and what is left of the picture

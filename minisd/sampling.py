@@ -173,19 +173,15 @@ def _walk(
             answer = eps_model(x_t, _batch_of(t, x_t))
         eps, eps_cond, eps_uncond = _checked(answer, x_t, i, t)
 
-        # What else the rule may need. Noise is drawn only if the step has a use for it. A step to the clean picture,
-        # ᾱ_prev = 1, has none, and neither has one that stays where it is, from t = 0 to ᾱ_0. If the model is asked
-        # again, it is about the timestep of the next step. (The last step has none, and asks about its own.)
-        offered["i"] = i
-        if "noise" in takes:
-            offered["noise"] = no_noise
-            if a_t < a_prev < 1 and (eta > 0 or "eta" not in takes):
-                # It is added to a sum of x_t and ε, so it gets the dtype that such a sum has.
-                dtype = torch.result_type(x_t, eps)
-                offered["noise"] = randn(x_t.shape, generator).to(x_t.device, dtype, non_blocking=True)
-        if "ask" in takes:
-            t_next = path[min(i + 1, len(path) - 1)][1]
-            offered["ask"] = partial(_ask_again, eps_model, i=i, t=t_next)
+        # What else the rule may need. If the model is asked again, it is about the timestep of the next step. (The last
+        # step has none, and asks about its own.)
+        t_next = path[min(i + 1, len(path) - 1)][1]
+        offered |= {"i": i, "ask": partial(_ask_again, eps_model, i=i, t=t_next), "noise": no_noise}
+        # Noise is drawn only if the step has a use for it. A step to the clean picture, ᾱ_prev = 1, has none, and
+        # neither has one that stays where it is, from t = 0 to ᾱ_0.
+        if "noise" in takes and a_t < a_prev < 1 and (eta > 0 or "eta" not in takes):
+            dtype = torch.result_type(x_t, eps)  # noise is added to a sum of x_t and ε
+            offered["noise"] = randn(x_t.shape, generator).to(x_t.device, dtype, non_blocking=True)
 
         # The rule makes the step. Where it returns x_prev alone, it may be somebody's first attempt, so we check it.
         made = rule(x_t, eps, a_t, a_prev, **{name: offered[name] for name in takes}, **options)
@@ -330,8 +326,9 @@ def _check_eta(name: str, eta: float, takes: list[str]) -> None:
     if "eta" in takes and not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
     if "eta" not in takes and eta != 0:
-        others = "ddim and euler_ancestral take an eta"
-        raise ValueError(f"{name} draws no noise, so eta must be 0, but it is {eta}; {others}.")
+        raise ValueError(
+            f"{name} draws no noise, so eta must be 0, but it is {eta}; ddim and euler_ancestral take an eta."
+        )
 
 
 # -- the rules ------------------------------------------------------------------------------------------------

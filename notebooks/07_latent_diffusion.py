@@ -620,12 +620,12 @@ viz.captioned(pictures, [*known[some], *unknown], columns=12, size=0.7)
 # The upper row: 12 of the 84 captions of the training. The lower row: the 12 captions with a held-out pair.
 #
 # Read the table from the top. The judge can be trusted: real pictures that went through the autoencoder it reads
-# without a mistake. And the model listens: after 2,000 steps 98% of its drawings show colour, shape and size of their
+# without a mistake. And the model listens: after 2,000 steps 99% of its drawings show colour, shape and size of their
 # prompts; where chance would give one colour in eight, one shape in six, one size in two. As to the order: after 100
-# steps it is hardly better than chance, after 300 the size is there and half of the colours and shapes, after 1,000
+# steps it is hardly better than chance, after 300 most sizes are there and half of the colours and shapes, after 1,000
 # nearly all.
 #
-# The held-out pairs come out as well, eleven of twelve (one has another colour): it has not learned 96 pictures by
+# The held-out pairs come out as well, ten of twelve (two have another colour): it has not learned 96 pictures by
 # heart, but a word for each colour and each shape. (Twelve drawings are few. Train with another seed, and expect
 # other slips.)
 #

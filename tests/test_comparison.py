@@ -305,6 +305,16 @@ def test_an_extra_layer_that_changes_nothing_is_named(unet, theirs):
     ]
 
 
+def test_a_missing_and_an_extra_layer_elsewhere_are_not_taken_for_a_pair(unet, theirs, randomise):
+    ours = copy.deepcopy(unet)
+    ours.middle_block[2].in_layers.append(randomise(nn.Conv2d(64, 64, 1), seed=5))
+    theirs.middle_block[0].in_layers.append(randomise(nn.Conv2d(64, 64, 1), seed=6))
+    rows = compare(ours, theirs, INPUTS).rows
+    alone = {row.name: row.verdict for row in rows if "only" in row.verdict}
+    assert alone == {"middle_block.2.in_layers.3": "only in ours", "middle_block.0.in_layers.3": "only in theirs"}
+    assert all(row.ours == row.theirs for row in rows if row.name not in alone)
+
+
 class Net(nn.Module):
     """Attention, with a layer that is used twice. With `first`: keys before queries, the skip first, other names."""
 

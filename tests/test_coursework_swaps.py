@@ -18,6 +18,7 @@ from minisd.sampling import SAMPLERS
 from minisd.training import (
     CLIPRecipe,
     SingleDevice,
+    Trainer,
     UNetRecipe,
     VAERecipe,
     finetune_unet,
@@ -25,7 +26,6 @@ from minisd.training import (
     train_clip,
     train_vae,
 )
-from minisd.training import unet as training_unet
 
 ONE_STEP = {"steps": 1, "batch_size": 4, "warmup": 1, "log_every": 1}
 DRAWINGS = ["txt2img", "img2img", "inpaint"]  # made with every exercise, by the sampler that it is about, or by ddim
@@ -189,7 +189,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Sheets of samples are drawn by txt2img, which is run anyway.
-        patch.setattr(training_unet, "_sample_sheet", lambda *args: None)
+        patch.setattr(Trainer, "sheet", lambda *args: None)
         yield Runs(tmp_path_factory.mktemp("swaps"))
 
 
@@ -319,3 +319,10 @@ def test_a_swapped_loop_is_that_of_sampling_too():
     with swap("sampling_loop", lambda eps_model, x_T, timesteps, alphas_cumprod: eps_model(x_T, torch.tensor([7]))):
         *_, last = minisd.sampling.ddim(lambda x, t: 2 * x, torch.ones(1, 4), minisd.NoiseSchedule.scaled_linear(), 1)
     assert torch.equal(last.x, torch.full((1, 4), 2.0))
+
+
+def test_a_side_that_cannot_be_halved_comes_back_as_it_was(sd):
+    """A latent of 5 x 5 has a map of 3 x 3 below, and twice that is not what the skip connection needs."""
+    before = sd.txt2img("a red fox", steps=2, height=20, width=20).pictures
+    with swapped("upsample"):
+        assert torch.allclose(sd.txt2img("a red fox", steps=2, height=20, width=20).pictures, before, atol=1e-4)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd"
 COURSEWORK = ROOT / "coursework" / "minisd_coursework"
 # Lines of code that one person can hold in the head: blank lines, comments and docstrings do not count.
-MOST_LINES = {PACKAGE: 7_300, COURSEWORK: 3_000}
+MOST_LINES = {PACKAGE: 8_100, COURSEWORK: 3_000}
 # Comment lines for each line in the body of a function. A stage is read by students, line by line.
 LEAST_COMMENTS = 0.12
 

@@ -20,21 +20,16 @@ from torch import Tensor
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..presets import PRESETS
-from . import compvis, diffusers, minisd_folder
+from . import compvis, diffusers, files, minisd_folder
 from .files import (
     CheckpointError,
-    build,
     cast,
-    check_names,
-    check_numbers,
     folder_written_whole,
     load_weights,
     on_disk,
     read_json,
-    read_tokenizer,
     read_weights,
     remove_unfinished,
-    set_aside,
     write_json,
     write_weights,
     written_whole,
@@ -49,7 +44,6 @@ __all__ = [
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
 Layout = Literal["minisd", "diffusers", "compvis"]
-CONFIGS = ("sd-v1", "sd-v1-inpainting")  # the presets that a CompVis file without a YAML may be
 
 
 def load(
@@ -104,7 +98,7 @@ def load(
             "another configuration instead"
         ) from None
     # Search what is loaded for NaN, and only that: an EMA or a discriminator that is set aside can do no harm.
-    check_numbers(path, [*names.values(), *(name for name in ("scale_factor",) if name in state)], state)
+    files.check_numbers(path, [*names.values(), *(name for name in ("scale_factor",) if name in state)], state)
     if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
         sd.scale_factor = float(state["scale_factor"])
     load_weights(sd, {ours: state[theirs] for ours, theirs in names.items()}, path, device, dtype)
@@ -123,29 +117,30 @@ def _build_compvis(
         use_ema = params.get("use_ema", False) if use_ema is None else use_ema
         config = compvis.config_from_yaml(params, state, name, base)
     elif config is None:
-        config = next((PRESETS[name] for name in CONFIGS if _fits(PRESETS[name], state)), PRESETS["sd-v1"])
-    names = {name: name for name in state if not set_aside(name)}
+        config = _without_yaml(state)
+    names = {name: name for name in state if not files.set_aside(name)}
     if use_ema:
         names |= compvis.ema_names(state, path)
     reader = None
     if isinstance(config.cond_stage, CLIPTextConfig):
-        reader = BPETokenizer.clip() if tokenizer is None else read_tokenizer(Path(tokenizer))
-    sd = build(config, reader, path)
+        reader = BPETokenizer.clip() if tokenizer is None else files.read_tokenizer(Path(tokenizer))
+    sd = files.build(config, reader, path)
     expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
     given = {ours: state[theirs].shape for ours, theirs in names.items()}
-    if expected != given:
-        check_names(expected, given, path, compvis.what_would_fit(state))
+    files.check_names(expected, given, path, compvis.what_would_fit(state))
     compvis.check_schedule(state, config, path)
     return sd, names
 
 
+def _without_yaml(state: Mapping[str, Tensor]) -> LatentDiffusionConfig:
+    """What a CompVis file is taken for if nothing says what it is: Stable Diffusion v1, or its model for inpainting."""
+    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
+    inpainting = first is not None and first.ndim == 4 and first.shape[1] == 9  # latent, mask and masked latent
+    return PRESETS["sd-v1-inpainting" if inpainting else "sd-v1"]
+
+
 def _in_minisd_folder(file: Path) -> bool:
     return (file.parent / "config.json").is_file() and (file.parent / "model.safetensors").is_file()
-
-
-def _fits(config: LatentDiffusionConfig, state: Mapping[str, Tensor]) -> bool:
-    first = state.get("model.diffusion_model.input_blocks.0.0.weight")
-    return first is not None and first.ndim == 4 and first.shape[1] == config.unet.in_channels
 
 
 def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> None:
@@ -190,7 +185,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     """What is in a file of weights or a model folder: parts, numbers of parameters, kind of numbers, configuration."""
     path = _find(path, variant)
     if (path / "model_index.json").is_file():
-        parts = {part: diffusers.read_part(path / part, variant) for part in ("unet", "vae", "text_encoder")}
+        parts = {part: diffusers.read_part(path / part, variant) for part in diffusers.STEMS}
         state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         config, layout = diffusers.read_config(path), "diffusers' layout"
     else:

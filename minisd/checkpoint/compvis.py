@@ -12,7 +12,7 @@ CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,10 @@ BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": 
 # The classes that a YAML may name as its first stage.
 FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
-# What a UNet's configuration may say beside the fields of UNetConfig: what has to be so, and what may be anything.
-UNET_ALSO = {
-    "dims": 2, "num_classes": None, "resblock_updown": False, "use_scale_shift_norm": False, "conv_resample": True,
-    "n_embed": None, "num_heads_upsample": -1, "use_linear_in_transformer": False,
-}  # fmt: skip
-UNET_WHATEVER = {"image_size", "legacy", "use_fp16", "use_checkpoint"}
+# "unet": what its configuration may say beside the fields of UNetConfig (what has to be so, and what may be anything),
+# and which fields it may leave out: their defaults are those of CompVis's class, not those of SD v1. "strangers": names
+# that give a file away as something else.
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 # --- YAML → configuration ---------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def config_from_yaml(
     Raises:
         CheckpointError: a part that minisd does not have, by its name in the YAML.
     """
-    with files.refused_as(f"{name} does not describe a model", OverflowError):
+    with files.refused_as(f"{name} does not describe a model"):
         unet = _unet(params["unet_config"]["params"], name)
         first_stage = _first_stage(params["first_stage_config"], name)
         betas = params.get("beta_schedule", "linear")
@@ -102,7 +100,7 @@ def config_from_yaml(
         return LatentDiffusionConfig(
             unet=unet,
             first_stage=first_stage,
-            cond_stage=_cond_stage(params, unet, state, name, base),
+            cond_stage=_cond_stage(params, state, name, base),
             # of the latent; v1's YAML has one more in unet_config, which nobody reads
             image_size=int(params.get("image_size", 64)) * first_stage.downsampling,
             scale_factor=float(params.get("scale_factor", 1.0)),
@@ -115,18 +113,14 @@ def config_from_yaml(
 
 
 def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
-    for key in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions"):
-        params[key]
-    own = {field.name for field in fields(UNetConfig)}
+    own, must = [field.name for field in fields(UNetConfig)], TABLES["unet"]["must"]
     for key, value in params.items():
-        if key in UNET_ALSO and value != UNET_ALSO[key] and value is not None:
-            raise CheckpointError(f"{name}: unet_config has {key}: {value}, and minisd's UNet only {UNET_ALSO[key]}")
-        if key not in own | UNET_ALSO.keys() | UNET_WHATEVER:
+        if key in must and value != must[key] and value is not None:
+            raise CheckpointError(f"{name}: unet_config has {key}: {value}, and minisd's UNet only {must[key]}")
+        if key not in (*own, *must, *TABLES["unet"]["ignored"]):
             raise CheckpointError(f"{name}: unet_config has {key}: {value}, which minisd's UNet does not know")
-    # What is left out has the default of CompVis's class, which is not that of SD v1.
-    given = {"num_heads": -1, "num_head_channels": -1, "context_dim": None, "transformer_depth": 1, "dropout": 0.0,
-             "channel_mult": (1, 2, 4, 8), "use_spatial_transformer": False}  # fmt: skip
-    given |= {key: value for key, value in params.items() if key in own}
+    params = TABLES["unet"]["left_out"] | params
+    given = {key: params[key] for key in own}
     if isinstance(given["context_dim"], list):  # OmegaConf makes lists of some
         (given["context_dim"],) = given["context_dim"]
     for key in ("num_heads", "num_head_channels"):  # -1 is CompVis's "take the other"
@@ -147,7 +141,7 @@ def _first_stage(part: Mapping[str, Any], name: str) -> AutoencoderConfig | VQCo
     return kind(**given)
 
 
-def _cond_stage(params: Mapping[str, Any], unet: UNetConfig, state: Mapping[str, Tensor], name: str, base: Path):
+def _cond_stage(params: Mapping[str, Any], state: Mapping[str, Tensor], name: str, base: Path):
     part = params.get("cond_stage_config")
     if part is None or isinstance(part, str):  # "__is_unconditional__", "__is_first_stage__": no network of its own
         return None
@@ -162,10 +156,8 @@ def _cond_stage(params: Mapping[str, Any], unet: UNetConfig, state: Mapping[str,
 def tokenizer_folder(params: Mapping[str, Any], base: Path) -> Path | None:
     """The folder that a YAML names as its CLIP (`version`), if it is on this disk; usually it is a name on the hub."""
     part = params.get("cond_stage_config")
-    given = part.get("params") if isinstance(part, Mapping) else None
-    version = (given or {}).get("version")
-    folder = None if version is None else base / str(version)
-    return folder if folder is not None and folder.is_dir() else None
+    version = (part.get("params") or {}).get("version") if isinstance(part, Mapping) else None
+    return None if version is None or not (base / str(version)).is_dir() else base / str(version)
 
 
 def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTextConfig:
@@ -178,11 +170,10 @@ def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTe
     positions = state.get(prefix + "embeddings.position_embedding.weight")
     if tokens is None or positions is None or tokens.ndim != 2 or positions.ndim != 2:
         return CLIPTextConfig()
-    layers = _count(state, prefix + "encoder.layers.")
-    heads = heads or max(1, tokens.shape[1] // 64)
+    width = tokens.shape[1]
     return CLIPTextConfig(
-        vocab_size=tokens.shape[0], max_length=positions.shape[0], width=tokens.shape[1], layers=layers, heads=heads,
-        projection_dim=tokens.shape[1],
+        vocab_size=tokens.shape[0], max_length=positions.shape[0], width=width, projection_dim=width,
+        layers=_count(state, prefix + "encoder.layers."), heads=heads or max(1, width // 64),
     )  # fmt: skip
 
 
@@ -308,12 +299,7 @@ def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, s
 
 def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
     """The schedule as CompVis keeps it among the weights (`DDPM.register_schedule`)."""
-    names = (
-        "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-        "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-    )  # fmt: skip
-    buffers = {name: getattr(schedule, name) for name in names}
+    buffers = {name: value for name, value in vars(schedule).items() if isinstance(value, Tensor)}
     return buffers | {"log_one_minus_alphas_cumprod": 2 * schedule.sqrt_one_minus_alphas_cumprod.log()}
 
 
@@ -335,8 +321,7 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
     text, version = sd.config.cond_stage, "openai/clip-vit-large-patch14"
     if isinstance(text, CLIPTextConfig):
         tokenizer = sd.cond_stage_model.tokenizer
-        ordinary = tokenizer.vocab == BPETokenizer.clip().vocab and text.heads == max(1, text.width // 64)
-        if not ordinary:
+        if tokenizer.vocab != BPETokenizer.clip().vocab or text.heads != max(1, text.width // 64):
             version = f"{path.stem}.clip"
             with files.folder_written_whole(path.with_name(version)) as unfinished:
                 tokenizer.save(unfinished, text.max_length)
@@ -349,13 +334,10 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
 
 # --- which configuration would have fitted? ---------------------------------------------------------------------------
 
-# Names that give a file away as something else.
-STRANGERS = json.loads(Path(__file__).with_name("strangers.json").read_text("utf-8"))
-
 
 def what_would_fit(state: Mapping[str, Tensor]) -> str:
     """A sentence on what the weights are, read off their names and shapes; "" where they are nothing known."""
-    for prefix, what in STRANGERS.items():
+    for prefix, what in TABLES["strangers"].items():
         if any(name.startswith(prefix) for name in state):
             return f"By its names, {what}"
     try:
@@ -363,21 +345,20 @@ def what_would_fit(state: Mapping[str, Tensor]) -> str:
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
         return ""  # not even the outline of such a model
     brief = {name: _brief(part) for name, part in parts.items()}
-    said = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))
-    if not said:
+    changed = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))
+    if not changed:
         return "By its shapes, it is Stable Diffusion v1"
     return (
-        f"By its shapes, this configuration would fit: LatentDiffusionConfig({said}); the number of heads can't be "
+        f"By its shapes, this configuration would fit: LatentDiffusionConfig({changed}); the number of heads can't be "
         "told from weights"
     )
 
 
 def _brief(config) -> str:
     """A config by what it has that is not the default."""
-    default = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(config)}
-    values = {name: getattr(config, name) for name in default}
-    said = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != default[name])
-    return f"{type(config).__name__}({said})"
+    default = vars(type(config)())
+    changed = ", ".join(f"{name}={value!r}" for name, value in vars(config).items() if value != default[name])
+    return f"{type(config).__name__}({changed})"
 
 
 def _unet_of(state: Mapping[str, Tensor]) -> UNetConfig:

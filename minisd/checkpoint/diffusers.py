@@ -17,6 +17,7 @@ diffusers: `pipelines/stable_diffusion/pipeline_stable_diffusion.py`, `models/un
 import json
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,27 @@ from ..attention import SpatialTransformer
 from ..clip import BPETokenizer, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample
-from ..vae import AttnBlock, AutoencoderConfig, AutoencoderKL, ResnetBlock
+from ..vae import AutoencoderConfig, AutoencoderKL
 from . import files
 from .files import CheckpointError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-# The same thing in two languages.
+# What diffusers calls a schedule or a prediction, and what minisd calls it.
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-# "must": what the configurations may say of other models, and what it has to be here (it is so where it is left out);
-# "pipeline": what model_index.json says; "ddim": the settings with which diffusers' DDIM takes the same steps as ours.
+# What is data, in diffusers.json:
+#   stems      how the files of weights are called, by part; transformers has another name for .bin
+#   names      what CompVis calls a layer of a network or block, and what diffusers does; the others have one name
+#   old_names  what diffusers called a layer in 2022, and what it does today
+#   must       what the configurations may say of other models, and what it has to be here; left out, it is so
+#   fields     the fields of our configurations, and what the same number is called in theirs
+#   left_out   what a configuration may leave out beside that, and what it is then
+#   pipeline   what model_index.json says
+#   ddim       the settings with which diffusers' DDIM takes the same steps as ours
 FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+STEMS, OLD_NAMES = FIXED["stems"], FIXED["old_names"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -61,7 +70,8 @@ def read_folder(
         )
     config, tokenizer = read_config(folder), files.read_tokenizer(folder / "tokenizer")
     sd = files.build(config, tokenizer, folder)
-    variant = _variant(folder, variant)
+    if variant is not None:
+        _check_variant(folder, variant)
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name
         given = read_part(source, variant)
@@ -79,67 +89,62 @@ def read_config(folder: Path) -> LatentDiffusionConfig:
     Raises:
         FileNotFoundError, CheckpointError: as `read_folder`.
     """
-    unet, vae, text = (files.read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
-    scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
-    with files.refused_as(f"the configurations in {folder} do not describe a model", IndexError, ZeroDivisionError):
-        return _config(unet, vae, text, scheduler, folder)
+    configs = {part: files.read_json(folder / part / "config.json") for part in STEMS}
+    configs["scheduler"] = files.read_json(folder / "scheduler" / "scheduler_config.json")
+    with files.refused_as(f"the configurations in {folder} do not describe a model"):
+        return _config(configs, folder)
 
 
-def _config(unet: dict, vae: dict, text: dict, scheduler: dict, folder: Path) -> LatentDiffusionConfig:
-    text = text.get("text_config", text)  # that of a whole CLIPModel
-    for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
-        for key, value in FIXED["must"][part].items():
-            if config.get(key, value) != value:
+def _config(configs: dict[str, dict], folder: Path) -> LatentDiffusionConfig:
+    configs["text_encoder"] = configs["text_encoder"].get("text_config", configs["text_encoder"])  # of a whole CLIP
+    for part, must in FIXED["must"].items():
+        for key, value in must.items():
+            if configs[part].get(key, value) != value:
                 raise CheckpointError(
-                    f"{folder / part} has {key}: {config[key]!r}, and Stable Diffusion v1 has {value!r}"
+                    f"{folder / part} has {key}: {configs[part][key]!r}, and Stable Diffusion v1 has {value!r}"
                 )
+    unet, vae, text, scheduler = (FIXED["left_out"][part] | configs[part] for part in FIXED["must"])
+    text["projection_dim"] = text.get("projection_dim") or text["hidden_size"]
     channels, down, up = unet["block_out_channels"], unet["down_block_types"], unet["up_block_types"]
     attends = _attends(down, up, "CrossAttn", ("DownBlock2D", "UpBlock2D"), folder / "unet")
     if any(c % channels[0] for c in channels):
         raise CheckpointError(f"{folder / 'unet'} has levels of {channels} channels, no multiples of the first")
     first_stage = AutoencoderConfig(
-        in_channels=vae["in_channels"],
-        out_ch=vae["out_channels"],
         ch=vae["block_out_channels"][0],
         ch_mult=tuple(c // vae["block_out_channels"][0] for c in vae["block_out_channels"]),
-        num_res_blocks=vae["layers_per_block"],
-        z_channels=vae["latent_channels"],
-        embed_dim=vae["latent_channels"],
+        **_ours("vae", vae),
         **_vae_attention(vae, folder / "vae"),
     )
-    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
+    schedule, prediction = scheduler["beta_schedule"], scheduler["prediction_type"]
     if schedule not in SCHEDULES or prediction not in PREDICTIONS:
         raise CheckpointError(f"{folder / 'scheduler'} has the schedule {schedule!r} and predicts {prediction!r}")
+    side = unet.get("sample_size") or 64
     return LatentDiffusionConfig(
         unet=UNetConfig(
-            in_channels=unet["in_channels"],
-            out_channels=unet["out_channels"],
             model_channels=channels[0],
-            num_res_blocks=unet["layers_per_block"],
             channel_mult=tuple(c // channels[0] for c in channels),
             attention_resolutions=tuple(2**level for level, attend in reversed(list(enumerate(attends))) if attend),
-            transformer_depth=unet.get("transformer_layers_per_block", 1),
-            context_dim=unet["cross_attention_dim"],
-            dropout=unet.get("dropout", 0.0),
+            **_ours("unet", unet),
             **_heads(unet, channels, attends, folder / "unet"),
         ),
         first_stage=first_stage,
-        cond_stage=CLIPTextConfig(
-            vocab_size=text["vocab_size"],
-            max_length=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            projection_dim=text.get("projection_dim") or text["hidden_size"],
-        ),
-        image_size=_side(unet.get("sample_size") or 64) * first_stage.downsampling,
-        scale_factor=vae.get("scaling_factor", 0.18215),
+        cond_stage=CLIPTextConfig(**_ours("text_encoder", text)),
+        image_size=(side if isinstance(side, int) else max(side)) * first_stage.downsampling,
+        scale_factor=vae["scaling_factor"],
         beta_schedule=SCHEDULES[schedule],
-        linear_start=scheduler.get("beta_start", 1e-4),
-        linear_end=scheduler.get("beta_end", 2e-2),
-        timesteps=scheduler.get("num_train_timesteps", 1000),
         parameterization=PREDICTIONS[prediction],
+        **_ours("scheduler", scheduler),
     )
+
+
+def _ours(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are numbers in both configurations, under our names."""
+    return {ours: config[theirs] for ours, theirs in FIXED["fields"][part].items()}
+
+
+def _theirs(part: str, config) -> dict[str, Any]:
+    """The other way round."""
+    return {theirs: getattr(config, ours) for ours, theirs in FIXED["fields"][part].items()}
 
 
 def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], folder: Path) -> dict[str, int | None]:
@@ -172,17 +177,7 @@ def _attends(down: list[str], up: list[str], mark: str, plain: tuple[str, str], 
     return attends
 
 
-def _side(sample_size) -> int:
-    return sample_size if isinstance(sample_size, int) else max(sample_size)
-
-
 # --- files of a part --------------------------------------------------------------------------------------------------
-
-
-STEMS = {  # of the files, by the part that they are of; transformers has another for .bin
-    "unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}  # fmt: skip
 
 
 def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
@@ -209,28 +204,26 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
     """The file of a part's weights, or the index of its files: .safetensors before .bin, the variant if it is there."""
-    stems = STEMS[folder.name]
-    for kind in (f".{variant}", "") if variant else ("",):
-        for stem, suffix in [(stem, s) for s in (".safetensors", ".bin") for stem in stems]:
-            mark = kind.removeprefix(".")
-            for name in (f"{stem}{kind}{suffix}", f"{stem}{suffix}.index{mark and '.' + mark}.json"):
-                if (folder / name).is_file():
-                    return folder / name
+    for mark, suffix, stem in product(_marks(variant), (".safetensors", ".bin"), STEMS[folder.name]):
+        for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
+            if (folder / name).is_file():
+                return folder / name
     return None
 
 
-def _variant(folder: Path, variant: str | None) -> str | None:
-    """The variant, if any part has it; a part without it takes its ordinary weights, with a warning."""
-    if variant is None:
-        return None
-    networks = ("unet", "vae", "text_encoder")
-    found = {part: find_weights(folder / part, variant) for part in networks}
-    without = [part for part in networks if found[part] is not None and f".{variant}" not in found[part].name]
-    if len(without) == len(networks):
+def _marks(variant: str | None) -> list[str]:
+    """What the names of the files may have before their suffix, from the most wanted on."""
+    return [f".{variant}", ""] if variant else [""]
+
+
+def _check_variant(folder: Path, variant: str) -> None:
+    """At least one part has to have the variant. A part without it takes its ordinary weights, with a warning."""
+    mark = f".{variant}"
+    without = [part for part in STEMS if (file := find_weights(folder / part, variant)) and mark not in file.name]
+    if len(without) == len(STEMS):
         raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r}: leave variant out")
     if without:
         warnings.warn(f"{folder} has no {variant} weights for {' and '.join(without)}; took the others", stacklevel=4)
-    return variant
 
 
 def fetch(name: str, variant: str | None = None) -> Path:
@@ -245,8 +238,7 @@ def fetch(name: str, variant: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def patterns(suffix: str) -> list[str]:
-        marks = ([f".{variant}"] if variant else []) + [""]
-        ends = [mark + shard for mark in marks for shard in ("", "-0*-of-0*")]
+        ends = [mark + shard for mark in _marks(variant) for shard in ("", "-0*-of-0*")]
         return [f"{part}/{stem}{end}{suffix}" for part, stems in STEMS.items() for stem in stems for end in ends]
 
     about = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt"]
@@ -264,16 +256,6 @@ def fetch(name: str, variant: str | None = None) -> Path:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-# Inside a block: what CompVis calls a layer, and what diffusers calls it. What is not named is called the same.
-RES_BLOCK = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-VAE_RES_BLOCK = {"nin_shortcut": "conv_shortcut"}
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-# … and what diffusers called it in 2022.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 def parts_of(sd: LatentDiffusion) -> dict[str, tuple[nn.Module, dict[str, str]]]:
     """The three networks under diffusers' names, and for each the names of its tensors, by ours."""
@@ -289,12 +271,7 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
 
     CompVis numbers the blocks through, input_blocks.0 … 11; diffusers counts by level, and within a level by kind.
     """
-    names = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-        "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-    }  # fmt: skip
+    names = dict(FIXED["names"]["UNetModel"])
     for way, blocks in (("down", "input_blocks"), ("up", "output_blocks")):
         level = count = 0
         for i, block in enumerate(getattr(unet, blocks)):
@@ -307,7 +284,7 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
                 level, count = level + 1, 0
             elif isinstance(block[0], ResBlock):
                 count += 1
-    return _translated(unet, names, {ResBlock: RES_BLOCK, Downsample: {"op": "conv"}})
+    return _translated(unet, names)
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:
@@ -327,24 +304,20 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
     for half in ("encoder", "decoder"):
         names |= {f"{half}.mid.block_{i}": f"{half}.mid_block.resnets.{i - 1}" for i in (1, 2)}
         names |= {f"{half}.mid.attn_1": f"{half}.mid_block.attentions.0", f"{half}.norm_out": f"{half}.conv_norm_out"}
-    return _translated(vae, names, {ResnetBlock: VAE_RES_BLOCK, AttnBlock: VAE_ATTENTION})
+    return _translated(vae, names)
 
 
-def _translated(
-    network: nn.Module, names: Mapping[str, str], inside: Mapping[type, Mapping[str, str]]
-) -> dict[str, str]:
-    """Each tensor's name: the part that `names` has, translated, and behind it what `inside` has for such a block."""
+def _translated(network: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Each tensor's name: that of its block, translated by `names`, and behind it that of its layer in the block."""
     table = {}
     for ours in network.state_dict():
-        parts = ours.split(".")
-        cuts = [i for i in range(len(parts), 0, -1) if ".".join(parts[:i]) in names]
-        if not cuts:
+        block = max((name for name in names if ours.startswith(f"{name}.")), key=len, default=None)
+        if block is None:
             table[ours] = ours
             continue
-        block, rest = ".".join(parts[: cuts[0]]), ".".join(parts[cuts[0] :])
-        words = inside.get(type(network.get_submodule(block)), {})
-        layer, _, kind = rest.rpartition(".")
-        table[ours] = f"{names[block]}.{words[layer]}.{kind}" if layer in words else f"{names[block]}.{rest}"
+        layer, dot, kind = ours.removeprefix(f"{block}.").rpartition(".")
+        layers = FIXED["names"].get(type(network.get_submodule(block)).__name__, {})
+        table[ours] = f"{names[block]}.{layers.get(layer, layer)}{dot}{kind}"
     return table
 
 
@@ -397,18 +370,15 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
             files.write_json(content, unfinished / name)
         for part, (network, names) in parts_of(sd).items():
             state = {names[ours]: _as_theirs(ours, tensor) for ours, tensor in network.state_dict().items()}
-            file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            files.write_weights(files.cast(state, dtype), unfinished / part / f"{file}.safetensors")
+            files.write_weights(files.cast(state, dtype), unfinished / part / f"{STEMS[part][0]}.safetensors")
         sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", config.cond_stage.max_length)
 
 
 def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict[str, dict]:
     """The JSON files of the folder, by their places in it."""
-    vae = config.first_stage
-    inpainting = "Inpaint" if config.concat_channels else ""
-    index = {"_class_name": f"StableDiffusion{inpainting}Pipeline", **FIXED["pipeline"]}
+    vae, inpainting = config.first_stage, "Inpaint" if config.concat_channels else ""
     return {
-        "model_index.json": index,
+        "model_index.json": {"_class_name": f"StableDiffusion{inpainting}Pipeline", **FIXED["pipeline"]},
         "unet/config.json": {"sample_size": config.image_size // vae.downsampling, **unet_config_json(config.unet)},
         "vae/config.json": {
             "sample_size": config.image_size,
@@ -418,10 +388,8 @@ def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict
         "text_encoder/config.json": text_config_json(config.cond_stage, tokenizer),
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
-            "num_train_timesteps": config.timesteps,
+            **_theirs("scheduler", config),
             "beta_schedule": {ours: theirs for theirs, ours in SCHEDULES.items()}[config.beta_schedule],
-            "beta_start": config.linear_start,
-            "beta_end": config.linear_end,
             "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.parameterization],
             **FIXED["ddim"],
         },
@@ -435,16 +403,11 @@ def unet_config_json(unet: UNetConfig) -> dict:
     heads = unet.num_heads if unet.num_head_channels is None else [unet.heads(c) for c in channels]
     return {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
+        **_theirs("unet", unet),
         "block_out_channels": channels,
-        "layers_per_block": unet.num_res_blocks,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "attention_head_dim": heads,  # which is their number
-        "transformer_layers_per_block": unet.transformer_depth,
-        "cross_attention_dim": unet.context_dim,
-        "dropout": unet.dropout,
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
     }
@@ -455,11 +418,8 @@ def vae_config_json(vae: AutoencoderConfig) -> dict:
     attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": vae.in_channels,
-        "out_channels": vae.out_ch,
-        "latent_channels": vae.embed_dim,
+        **_theirs("vae", vae),
         "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-        "layers_per_block": vae.num_res_blocks,
         "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
         "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
         "act_fn": "silu",
@@ -472,13 +432,8 @@ def text_config_json(text: CLIPTextConfig, tokenizer: BPETokenizer) -> dict:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.max_length,
-        "hidden_size": text.width,
+        **_theirs("text_encoder", text),
         "intermediate_size": 4 * text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "projection_dim": text.projection_dim,
         "bos_token_id": tokenizer.start_token,
         "eos_token_id": tokenizer.end_token,
         "pad_token_id": tokenizer.pad_token,

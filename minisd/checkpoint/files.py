@@ -222,13 +222,13 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def refused_as(sentence: str, *also: type[Exception]) -> Iterator[None]:
+def refused_as(sentence: str) -> Iterator[None]:
     """While a configuration is read: makes one CheckpointError of what a malformed one may raise, with the reason."""
     try:
         yield
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, *also) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise CheckpointError(f"{sentence} ({reason})") from None
 

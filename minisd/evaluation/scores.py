@@ -52,7 +52,6 @@ def score(
     n = len(model)
     drawn, true = model.diagonal().astype(float), real.diagonal().astype(float)
     chance = (model.sum(axis=1) - drawn) / (n - 1)  # the mean over all shuffles, computed exactly
-    means = drawn.mean(), true.mean(), chance.mean()
 
     # Sums over each concept; a resample draws as many concepts as there are, and takes all pictures of each.
     _, member = np.unique(concepts, return_inverse=True)
@@ -63,7 +62,5 @@ def score(
     scale = (r - c) / size
     clear = scale.min() > 0 and scale.mean() > 3 * scale.std()
     error = np.std((m - c) / size / scale) if clear else np.nan
-    return Score(
-        split, judge, question, n, *(float(x) for x in means[:2]), float(decoded.diagonal().mean()), float(means[2]),
-        error=float(error),
-    )  # fmt: skip
+    means = (float(x.mean()) for x in (drawn, true, decoded.diagonal(), chance))
+    return Score(split, judge, question, n, *means, error=float(error))

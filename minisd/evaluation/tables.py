@@ -14,7 +14,7 @@ from ..checkpoint import write_json
 from ..viz import histograms, save_sheet, with_errors
 from .copies import COPY
 from .distances import Distance
-from .run import Evaluation, Setting
+from .run import Evaluation, Setting, Sweep
 from .scores import Score
 
 COLUMNS = 16  # of the sheets
@@ -32,8 +32,7 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
     folder = Path(folder)
     record = {
         "setting": asdict(setting),
-        "scores": [_score_json(s) for s in result.scores],
-        "distances": [asdict(d) for d in result.distances],
+        **_record(result.scores, result.distances),
         "nearness": [asdict(n) for n in result.nearness],
     }
     write_json(record, folder / "scores.json")
@@ -43,7 +42,9 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
         save_sheet(rows, folder / f"{split}.png", columns=COLUMNS)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
-    _score_figure(result.scores).savefig(folder / "scores.png")
+    groups = list(result.drawings)
+    panels = _panels([s for s in result.scores if s.split == group] for group in groups)
+    with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1)).savefig(folder / "scores.png")
     panel = {"distance to the nearest training picture": result.to_training}
     histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     print(f"wrote {folder}")
@@ -54,12 +55,7 @@ def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
     return F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0)
 
 
-def report_sweep(
-    what: str,
-    found: dict[str, tuple[list[Score], list[Distance]]],
-    setting: Setting,
-    folder: str | Path | None = None,
-) -> None:
+def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path | None = None) -> None:
     """Print the table of a sweep; with a folder, also write it, sweep_WHAT.json, and its curves, sweep_WHAT.png."""
     table: dict[str, list[str]] = {}
     for scores, distances in found.values():
@@ -73,10 +69,7 @@ def report_sweep(
     if folder is None:
         return
     folder = Path(folder)
-    record = {
-        value: {"scores": [_score_json(s) for s in scores], "distances": [asdict(d) for d in distances]}
-        for value, (scores, distances) in found.items()
-    }
+    record = {value: _record(*measured) for value, measured in found.items()}
     write_json({"sweep": what, "setting": asdict(setting), "found": record}, folder / f"sweep_{what}.json")
     panels = _panels(scores for scores, _ in found.values())
     for _, distances in found.values():
@@ -111,10 +104,11 @@ def _pm(value: float, error: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f} ± {error:.2f}"
 
 
-def _score_json(s: Score) -> dict:
-    """A score as JSON, with null for NaN, which JSON does not have."""
-    record = asdict(s) | {"score": s.score}
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
+def _record(scores: list[Score], distances: list[Distance]) -> dict[str, list[dict]]:
+    """As JSON. The score of a `Score`, and its error, are null instead of NaN, which JSON does not have."""
+    none = {"error": None, "score": None}
+    records = [asdict(s) | (none if math.isnan(s.score) else {"score": s.score}) for s in scores]
+    return {"scores": records, "distances": [asdict(d) for d in distances]}
 
 
 def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -125,9 +119,3 @@ def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[fl
             if s.question in ("concept", "style"):
                 panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
     return panels
-
-
-def _score_figure(scores: list[Score]):
-    groups = list(dict.fromkeys(s.split for s in scores))
-    panels = _panels([s for s in scores if s.split == group] for group in groups)
-    return with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1))

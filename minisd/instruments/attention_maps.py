@@ -11,7 +11,7 @@ Diffusion.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -174,20 +174,16 @@ def record_attention(
 
         return keep
 
-    hooks = [embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True)]
-    hooks += [unet.register_forward_pre_hook(when_called)]
-    transformers = [module for module in unet.modules() if isinstance(module, SpatialTransformer)]
-    hooks += [module.register_forward_pre_hook(when_transformed) for module in transformers]
-    before = {name: layer.record for name, layer in watched.items()}
-    try:
+    with ExitStack() as restore:
+        restore.enter_context(embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True))
+        restore.enter_context(unet.register_forward_pre_hook(when_called))
+        for module in unet.modules():
+            if isinstance(module, SpatialTransformer):
+                restore.enter_context(module.register_forward_pre_hook(when_transformed))
         for name, layer in watched.items():
-            layer.record = keeper(name, before[name])
+            restore.callback(setattr, layer, "record", layer.record)
+            layer.record = keeper(name, layer.record)
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, layer in watched.items():
-            layer.record = before[name]
 
 
 def _readable(pieces: list[str]) -> list[str]:

@@ -8,8 +8,8 @@ place to look. If the inputs of that layer agree, the fault is in the layer: in 
 not, the fault lies between the layers, where no module stands: an activation, an addition, a reshape.
 
 The names may be different, as they are in CompVis, in diffusers and in your own network. Then the layers are paired as
-`diff` pairs the lines of two files: in order, by kind, size and weights. So an extra layer in one network is reported
-as one extra layer, and does not shift all that follow (the alignment of Needleman & Wunsch, 1970).
+`diff` pairs the lines of two files: in order, by weights, kind and size. So an extra layer in one network is reported
+as one extra layer, and does not shift all that follow.
 """
 
 import math
@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import combinations, product
-from operator import itemgetter
+from difflib import SequenceMatcher
+from itertools import combinations
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -171,10 +172,20 @@ class _Call:
     input: Tensor | None
     output: Tensor | None = None  # None if it raised an error
     dtype: torch.dtype | None = None
+    time: int = 1  # which call of this layer
 
     @property
     def kind(self) -> str:
         return type(self.module).__name__ if self.module is not None else "output"
+
+    @property
+    def operation(self) -> str:
+        """Its kind, where a convolution of 1x1 is a Linear layer."""
+        return "Linear" if set(getattr(self.module, "kernel_size", ())) == {1} else self.kind
+
+    @property
+    def size(self) -> int | None:
+        return None if self.output is None else self.output.numel()
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -206,7 +217,7 @@ def _run(net: Network, inputs: Inputs) -> _Run:
         if call.parameters and (output := _tensor(output)) is not None:
             times[layer] += 1
             call.name += f" (call {times[layer]})" if times[layer] > 1 else ""
-            call.output, call.dtype = _copy(output), output.dtype
+            call.output, call.dtype, call.time = _copy(output), output.dtype, times[layer]
             run.calls.append(call)
 
     def fresh(value):  # a network that writes into its input must not spoil the other's
@@ -255,67 +266,46 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 # -- pairing the layers ------------------------------------------------------------------------------------------------
 
+# What two layers may have in common, from the surest sign to the weakest.
+SIGNS = ("operation", "size", "name"), ("operation", "size"), ("operation",), ("size",), ("name",)
+
 
 def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _Call | None]]:
-    """By name if all the names are the same, else by the alignment in which the pairs are most alike."""
-    by_name = {call.name: call for call in theirs}
-    if {call.name for call in ours} == by_name.keys():
-        return [(call, by_name[call.name]) for call in ours]
+    """By name if all the names are the same, else by the weights, and then by what else they have in common."""
+    a, b = ({call.name: call for call in calls} for calls in (ours, theirs))
+    if a.keys() != b.keys():
+        # Layers that hold the same weights belong together even if they are called at another time: k before q, the
+        # skip connection first.
+        a, b = ({_weights_key(call): call for call in calls} for calls in (ours, theirs))
+    pair = {call: a[key] for calls in (a, b) for key, call in calls.items() if key in a.keys() & b.keys()}
 
-    # Needleman & Wunsch: best[i][j] is the best alignment of ours[i:] with theirs[j:], as how much its pairs are alike
-    # in sum, and its pairs as a chain (i, j, the rest of the chain).
-    a, b = ([_fingerprint(call) for call in calls] for calls in (ours, theirs))
-    like = [[_likeness(x, y) for y in b] + [0] for x in a]  # the last column: without a partner
-    best = [[(0, ())] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, j in product(reversed(range(len(a))), reversed(range(len(b)))):
-        alignments = [best[i + 1][j], best[i][j + 1]]  # ours[i] has no partner, or theirs[j] has none
-        if like[i][j]:
-            alike, chain = best[i + 1][j + 1]
-            alignments.insert(0, (alike + like[i][j], (i, j, chain)))
-        best[i][j] = max(alignments, key=itemgetter(0))
-    partner, chain = {}, best[0][0][1]  # {index in ours: index in theirs}
-    while chain:
-        i, j, chain = chain
-        partner[i] = j
-
-    # Layers that hold the same numbers belong together even if they are called at another time: k before q, the skip
-    # connection first. Each layer of theirs that is left over takes the place of a partner that is less alike.
-    left_over = [j for j in range(len(b)) if j not in partner.values()]
-    while left_over:
-        j = left_over.pop()
-        i = next((i for i in range(len(a)) if like[i][j] > 3 >= like[i][partner.get(i, -1)]), None)
-        if i is not None:
-            left_over += [partner[i]] if i in partner else []
-            partner[i] = j
+    # The others are paired as `diff` pairs the lines of two files: those that stand between the same pairs. Both lists
+    # are read from the end, which also finds a k of other weights that theirs calls before q.
+    for signs in SIGNS:
+        lists = ours[::-1], theirs[::-1]
+        marks = ([pair.get(call) or attrgetter(*signs)(call) for call in calls] for calls in lists)
+        for i, j, length in SequenceMatcher(None, *marks, autojunk=False).get_matching_blocks():
+            for x, y in zip(lists[0][i : i + length], lists[1][j : j + length], strict=True):
+                pair[x] = pair[y] = x
 
     # In the order of ours. A layer that only theirs has comes after the one that precedes it there.
-    pairs = [(call, theirs[partner[i]] if i in partner else None) for i, call in enumerate(ours)]
+    partner = {pair[call]: call for call in theirs if call in pair}
+    pairs = [(call, partner.get(call)) for call in ours]
     for j, call in enumerate(theirs):
-        if j not in partner.values():
+        if call not in pair:
             place = [other for _, other in pairs].index(theirs[j - 1]) + 1 if j else 0
             pairs.insert(place, (None, call))
     return pairs
 
 
-def _fingerprint(call: _Call) -> tuple:
-    """What identifies a layer: kind, size of the output, name, and the sums of its weights and of its output.
+def _weights_key(call: _Call):
+    """The sum of its weights, which is the same in any order of the numbers: [c_out c_in] or [c_out c_in 1 1].
 
-    The sums are the same in any order of the numbers: [b c h w] or [b hw c], Linear or convolution of 1x1.
+    Only matrices identify a layer, because fresh norms all hold the same, and some layers start at zero. Any other
+    layer is its own key, which equals no other.
     """
-    kind = "Linear" if set(getattr(call.module, "kernel_size", ())) == {1} else call.kind
-    weights = sum(p.detach().double().abs().sum().item() for p in call.parameters.values())
-    size, output = None, 0.0
-    if call.output is not None:
-        size, output = call.output.numel(), call.output.double().abs().sum().item()
-    return kind, size, call.name, weights, output
-
-
-def _likeness(a: tuple, b: tuple) -> int:
-    """0 if two layers have nothing in common; over 3 if they hold the same numbers and something else is the same."""
-    if "output" in (a[0], b[0]):
-        return 100 * (a[0] == b[0])
-    same_numbers = any(x and abs(x - y) <= 1e-6 * x for x, y in ((a[3], b[3]), (a[4], b[4])))
-    return 2 * (a[0] == b[0]) + (a[1] == b[1]) + (a[2] == b[2]) + 3 * same_numbers
+    total = sum(p.detach().double().abs().sum().item() for p in call.parameters.values() if p.ndim > 1)
+    return (f"{total:.6e}", call.time) if total else call
 
 
 def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> Row:
@@ -337,9 +327,9 @@ def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> R
 # -- comparing numbers -------------------------------------------------------------------------------------------------
 
 
-def _layouts(x: Tensor, like: Tensor) -> list[Tensor]:
+def _layouts(x: Tensor | None, like: Tensor | None) -> list[Tensor]:
     """x in the shape of `like`, in all ways that fit: [b c h w] from [b hw c] or [b c hw], [b c] from [b c 1 1]."""
-    if x.numel() != like.numel():
+    if x is None or like is None or not x.numel() or x.numel() != like.numel():
         return []
     if [n for n in x.shape if n > 1] == [n for n in like.shape if n > 1]:
         return [x.reshape(like.shape)]
@@ -350,7 +340,7 @@ def _layouts(x: Tensor, like: Tensor) -> list[Tensor]:
 
 def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
     """The largest difference and the largest number of two tensors; nan if they cannot be compared."""
-    ways = [] if x is None or y is None or not x.numel() else _layouts(y, x)
+    ways = _layouts(y, x)
     if not ways:
         return math.nan, math.nan
     differences = [(x - way).abs().nan_to_num(math.inf, math.inf).max().item() for way in ways]
@@ -520,7 +510,7 @@ def _operation(call: _Call, before: list[_Call], tolerance: float) -> str | None
 def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> str | None:
     """The term that one of them leaves out, such as a residual connection or an embedding."""
     for sign, lacks in ((1, "ours"), (-1, "theirs")):
-        for way in _layouts(b.input, a.input) if a.input is not None and b.input is not None else []:
+        for way in _layouts(b.input, a.input):
             rest = sign * (way - a.input)
             for earlier, _ in reversed(before):
                 for verb, term in (("comes out of", earlier.output), ("goes into", earlier.input)):

@@ -285,11 +285,9 @@ def encode_all(vae: FirstStage, data: CaptionedPictures, engine: Engine, batch_s
 
     def moments(indices: Int[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
         latent = vae.encode(data.batch(indices).to(engine.device))
-        if isinstance(latent, DiagonalGaussianDistribution):
-            mean, logvar = latent.mean, latent.logvar
-        else:
-            mean, logvar = latent, torch.full_like(latent, -torch.inf)
-        return torch.cat([mean, logvar], dim=1).float()
+        if not isinstance(latent, DiagonalGaussianDistribution):
+            return torch.cat([latent, torch.full_like(latent, -torch.inf)], dim=1).float()
+        return torch.cat([latent.mean, latent.logvar], dim=1).float()
 
     return encode_shared(moments, len(data), batch_size, engine)
 

@@ -121,8 +121,7 @@ def _static(name: str) -> "tuple[Figure, Axes]":
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":
     """A page to draw on, in inches from the lower left."""
     figure = empty_figure(width, height)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.axis("off")
     return figure, axes
 

@@ -34,8 +34,7 @@ def maps(
         *places, scale = cells[i][before:]
         for axes, values in zip(places, row, strict=True):
             image = axes.imshow(page.as_array(values), **page.shades(row), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
         figure.colorbar(image, cax=scale).ax.tick_params(labelsize=6, length=2, pad=2)
     return figure
 
@@ -79,7 +78,7 @@ def attention_maps(
     for (first, *others), row, shown in zip(cells, rows, pictures, strict=True):
         page.show_picture(first, shown)
         row = row.detach().float().cpu()
-        grey = (shown.detach().float().cpu().mean(0).clamp(-1, 1) + 1) / 2
+        grey = page.from_0_to_1(shown.detach().float().cpu().mean(0))
         h, w = grey.shape
         place = {"extent": (0, w, h, 0), "interpolation": "nearest"}
         for axes, weights in zip(others, row, strict=True):
@@ -108,12 +107,11 @@ def plane(
         axes.tick_params(labelsize=7)
         ny, nx = pictures.shape[:2]
         half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # of what one picture covers
-        mosaic = rearrange((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2, "y x c h w -> (y h) (x w) c")
+        mosaic = rearrange(page.from_0_to_1(pictures), "y x c h w -> (y h) (x w) c")
         extent = (x0 - half_x, x1 + half_x, y0 - half_y, y1 + half_y)
         axes.imshow(mosaic.numpy(), extent=extent, aspect="auto", interpolation="nearest")
         xs, ys = page.as_array(points).T
         axes.plot(xs, ys, "o", color=page.COLOURS[0], markersize=4, markeredgecolor="white", markeredgewidth=0.8)
-        axes.set_xlim(extent[:2])
-        axes.set_ylim(extent[2:])
+        axes.set(xlim=extent[:2], ylim=extent[2:])
         page.name_axes(axes, title, "$z_1$", "$z_2$", upright=True)
     return figure

@@ -53,10 +53,8 @@ def side_by_side(
 
 
 def without_scale(axes: "Axes") -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("0.8")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("0.8")
 
 
 def grid(
@@ -96,6 +94,11 @@ def grid(
     return figure, rows
 
 
+def line_style(i: int) -> dict:
+    """Colour and dashes of the i-th line of a panel."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+
+
 def label_below(axes: "Axes", text: str, fontsize: float = 7, gap: float = 0.04) -> None:
     axes.text(0.5, -gap, text, transform=axes.transAxes, ha="center", va="top", fontsize=fontsize)
 
@@ -118,10 +121,14 @@ def show_picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
     if picture.shape[0] not in (1, 3):
         shape = list(picture.shape)
         raise ValueError(f"a picture has 1 channel or 3, but this has the shape {shape}: decode a latent first.")
-    pixels = (picture.detach().float().cpu().clamp(-1, 1) + 1) / 2
-    pixels = rearrange(pixels.expand(3, -1, -1), "c h w -> h w c").numpy()
+    pixels = rearrange(from_0_to_1(picture).expand(3, -1, -1), "c h w -> h w c").numpy()
     axes.imshow(pixels, interpolation="nearest")  # the default would blur what is drawn a little larger than it is
     without_scale(axes)
+
+
+def from_0_to_1(pictures: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Pictures in [-1, 1] (clamped) as matplotlib takes them."""
+    return (pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2
 
 
 def as_array(x):

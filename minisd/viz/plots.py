@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .page import COLOURS, DASHES, as_array, legend_below, name_axes, side_by_side
+from .page import COLOURS, as_array, legend_below, line_style, name_axes, side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +29,7 @@ def curves(
     named = []  # the lines that the last legend explains: the next panel has one only if it shows others
     for axes, title, lines in row:
         for i, (name, (x, y)) in enumerate(lines.items()):
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
-            axes.plot(as_array(x), as_array(y), label=name, **style)
+            axes.plot(as_array(x), as_array(y), label=name, linewidth=1.6, **line_style(i))
         if any(lines) and list(lines) != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
             named = list(lines)
@@ -139,11 +138,9 @@ def convergence(
             axes.plot([x[0], end], guide, color="0.75", lw=1)
             axes.text(end, guide[1], f" slope {p}", color="0.45", fontsize=7, va="center")
         for i, (name, calls, errors) in enumerate(zip(lines, xs, ys, strict=True)):
-            colour, marker = COLOURS[i % len(COLOURS)], "os^Dv*"[i % 6]
-            style = {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.2, "markersize": 4}
-            axes.plot(calls, errors, color=colour, marker=marker, label=name, **style)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+            style = line_style(i) | {"marker": "os^Dv*"[i % 6], "linewidth": 1.2, "markersize": 4}
+            axes.plot(calls, errors, label=name, **style)
+        axes.set(xscale="log", yscale="log")
         ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x[0] <= n <= x[1]]
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -164,8 +161,7 @@ def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: f
         for t in timesteps if len(timesteps) <= 12 else (timesteps[0], timesteps[-1]):
             axes.annotate(str(t), (t, y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axes.text(-0.03 * T, y, end, va="center", fontsize=8)
-    axes.set_xlim(1.03 * T, -0.16 * T)
-    axes.set_ylim(-0.4, len(rows) - 0.4)
+    axes.set(xlim=(1.03 * T, -0.16 * T), ylim=(-0.4, len(rows) - 0.4))
     axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -193,8 +189,8 @@ def with_errors(
         for i, (name, numbers) in enumerate(named.items()):
             x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # side by side, so that bars don't cover
             y, error = torch.tensor(numbers, dtype=torch.float).T
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)] if lines else "none"}
-            style |= {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
+            style = line_style(i) | {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
+            style |= {} if lines else {"linestyle": "none"}
             axes.errorbar(as_array(x), as_array(y), as_array(error), label=name, **style)
         for height in marks:
             axes.axhline(height, color="0.8", lw=0.8, zorder=0)

@@ -128,9 +128,9 @@ def vector_field(
 
 def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
     """Square panels of the plane, row by row, without a scale."""
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    options = {"xlim": (-reach, reach), "ylim": (-reach, reach), "aspect": "equal"}
+    panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw=options).ravel())
     for axes in panels:
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         without_scale(axes)
     return panels
 
@@ -177,7 +177,7 @@ def pursuit(
     """
     figure, row = side_by_side(panels, width, height, sharey=True)
     for i, (axes, title, (x, y)) in enumerate(row):
-        axes.plot(as_array(exact[0]), as_array(exact[1]), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
+        axes.plot(*map(as_array, exact), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
         axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(xlabel, fontsize=8)

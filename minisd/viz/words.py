@@ -50,8 +50,7 @@ def token_table(
 
     reach = max(x + wide for x, _, wide, *_ in boxes) + 0.05
     figure = empty_figure(reach, y)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, reach), ylim=(y, 0))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, reach), ylim=(y, 0))
     axes.axis("off")
     for label, y in starts:
         axes.text(left - 0.1, y + high / 2, label, ha="right", va="center", fontsize=8)
