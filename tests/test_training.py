@@ -792,9 +792,9 @@ def test_what_would_only_fail_in_the_end_is_refused_at_the_start(shapes, engine,
     with pytest.raises(ValueError, match="no step 9 in a run of 8: keep_at"):
         train_unet(config, UNetRecipe(steps=8, **SHORT), shapes, *run, *parts, keep_at=(8, 9))
     sd = load("tiny", "cpu")
-    masked = replace(sd.config, unet=replace(sd.config.unet, in_channels=9))
+    masked = replace(sd.config, unet=replace(sd.config.unet, in_channels=7))
     sd = LatentDiffusion(masked, sd.cond_stage_model.tokenizer)
-    with pytest.raises(ValueError, match="takes 5 channels beside the noisy latent, such as a mask"):
+    with pytest.raises(ValueError, match="takes 3 channels beside the noisy latent, such as a mask"):
         finetune_unet(sd, UNetRecipe(**SHORT), shapes, *run)
     assert not list(tmp_path.iterdir())
 
