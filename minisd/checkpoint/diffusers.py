@@ -203,7 +203,7 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
-    """The file of a part's weights, or the index of its files. The variant is preferred, and then .safetensors to .bin."""
+    """The file of a part's weights, or the index of its files. Preferred: the variant, and then .safetensors to .bin."""
     for mark, suffix, stem in product(_marks(variant), (".safetensors", ".bin"), STEMS[folder.name]):
         for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
             if (folder / name).is_file():
@@ -338,7 +338,7 @@ def _text_name(name: str) -> str:
 
 
 def _as_theirs(name: str, tensor: Tensor) -> Tensor:
-    """Drop the 1x1 of the VAE's attention projections, which are convolutions in CompVis and Linear layers in diffusers."""
+    """Drop the 1x1 of the VAE's attention projections: they are convolutions in CompVis, Linear layers in diffusers."""
     in_attention = any(part.startswith("attn") for part in name.split(".")) and "transformer_blocks" not in name
     return tensor.flatten(1) if in_attention and tensor.ndim == 4 else tensor
 

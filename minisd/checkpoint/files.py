@@ -1,6 +1,6 @@
 """Files of weights: read without running code, checked for names, shapes and NaN, and never left half written.
 
-A `.ckpt` is a pickle, and a pickle is a program: unpickling it can run any code. Here, only tensors and plain containers
+A `.ckpt` is a pickle, and a pickle is a program: reading it can run any code. Here, only tensors and plain containers
 are unpickled (`weights_only=True`). Everything else in the file is refused, or replaced by an object that does nothing.
 """
 
@@ -107,7 +107,10 @@ PIECE = 2**22  # how many numbers of a file are in memory at a time while it is 
 
 
 def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All numbers of a file, piece by piece. They are not read from its memory map, because all of it would stay in memory."""
+    """All numbers of a file, piece by piece.
+
+    They are read from the file and not from its memory map, because all of the map would then stay in memory.
+    """
     places = _places(path, state) if state else {}
     if places is None:
         yield from state.items()
@@ -147,7 +150,7 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether a file is a zip without compression, so that its tensors can be mapped. PyTorch before 1.6 wrote no zips."""
+    """Whether a file is an uncompressed zip, so that its tensors can be mapped. PyTorch before 1.6 wrote no zips."""
     try:
         with zipfile.ZipFile(path) as archive:
             return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
@@ -227,7 +230,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def refused_as(sentence: str) -> Iterator[None]:
-    """Turn whatever reading a malformed configuration may raise into a CheckpointError: the sentence, and the reason."""
+    """Turn whatever a malformed configuration raises inside the `with` into a CheckpointError with the reason."""
     try:
         yield
     except CheckpointError:
@@ -391,7 +394,7 @@ def on_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions that new files of this user do not get. The system only tells the mask when it is set."""
+    """The permissions that this user's new files do not get. The system only returns the mask when one is set."""
     mask = os.umask(0o22)
     os.umask(mask)
     return mask
