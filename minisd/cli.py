@@ -56,7 +56,7 @@ class Txt2Img:
     height: int | None = None  # pixels; if left out, the size that the model was trained at
     width: int | None = None
     out: Path = Path("out.png")  # all pictures side by side
-    scale: int | None = None  # each pixel becomes a square of this side; if left out, small pictures come to about 128 pixels
+    scale: int | None = None  # enlarges each pixel to a square of this side; if left out, up to 128 pixels in all
     trajectory: Path | None = None  # a film of the estimated final pictures, step by step (.webp or .gif)
     device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
     dtype: Dtype = "fp32"  # what the networks compute in
@@ -152,7 +152,7 @@ class Training:
 
     preset: Preset  # the sizes of the networks, and the recipe that the other flags change
     data: Path  # a folder of pictures with captions, or with what --condition needs instead
-    out: Path  # the folder of the run: clip/, vae/ and unet/ side by side; a run that is there is continued
+    out: Path  # the run's folder, with clip/, vae/ and unet/; a run that is there is continued
     recipe: training.Recipe
     device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
@@ -270,7 +270,7 @@ class Evaluate:
     """Measure whether a model draws what the prompt says, or copies training pictures; or draw curves over a flag."""
 
     model: str = "emoji"  # "emoji", or a folder
-    # a model's folder, or a run of `minisd train clip`, whose image tower gives the scores; if left out, the model's own
+    # a model's folder, or a run of `minisd train clip`, whose image tower gives the scores; if left out, the model's
     clip: str | None = None
     data: Path = Path("data/emoji")  # the corpus that it was trained on
     count: int = 1000  # how many captions of each kind, at most
@@ -278,7 +278,7 @@ class Evaluate:
     guidance: float = 4.0
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0
-    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this flag, instead
+    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this flag on held-out pairs, instead
     out: Path | None = None  # a folder for scores.json, sheets of the drawings beside the real pictures, and figures
     device: str | None = None
 

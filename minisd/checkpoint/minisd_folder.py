@@ -70,7 +70,7 @@ def part_from_json(part: str, values: dict | None):
     """Build the configuration of a part, of the class that "kind" names. JSON's lists become tuples.
 
     Raises:
-        KeyError, TypeError, ValueError: there is no such kind, it has no such field, or the field does not take this value.
+        KeyError, TypeError, ValueError: there is no such kind, or it does not take these fields or values.
     """
     if values is None:
         return None

@@ -191,7 +191,7 @@ class CaptionedPictures(Dataset):
     captions: whether a picture needs a caption. If False, a picture without one is used too, with the caption "".
 
     Attributes: `rows` (list of dicts, at least file_name), `captions` (list of str), `templates` (tuple of str: the
-    forms in which a caption is trained on, where "{}" stands for it), `images` (uint8 [n h w 3], all of them at `size`),
+    forms in which a caption is trained on, where "{}" stands for it), `images` (uint8 [n h w 3], all at `size`),
     `size`, `skipped` (list of (path, reason); a warning sums them up). `column("concept")` is one entry of each row.
 
     Raises FileNotFoundError if there is no such folder, ValueError if nothing in it can be used.
