@@ -184,7 +184,7 @@ class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
     recipe: training.VAERecipe
-    first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: latents from a codebook
+    first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: from a codebook
     # a finished model whose decoder is trained further: "emoji", or anything else that --model of txt2img takes; the
     # rest of the model does not change
     init: str | None = None

@@ -1,8 +1,9 @@
 """CLIP: two transformers, one for text and one for pictures, that learn to agree.
 
 Each turns its input into one vector. Training pulls the vectors of a picture and of its caption together, and pushes
-all others apart, so that the text tower learns what words look like. Stable Diffusion keeps the text tower, and uses the
-whole sequence of its hidden states [b n d] instead of the one vector, so that the UNet can look at every word.
+all others apart, so that the text tower learns how the things that a text names look. Stable Diffusion keeps the text
+tower, and uses the whole sequence of its hidden states [b n d] instead of the one vector, so that the UNet can look at
+every word.
 
     "a red fox" ─► tokens [b n] ─► CLIPTextTransformer ─► last hidden state [b n d]   (the context)
                                                      └──► state at the end token ─► text_projection ──► ┐

@@ -36,7 +36,7 @@ class Condition(nn.Module):
     """What all conditions have. `sd.cond_stage_model` is one of them."""
 
     Config: type  # a frozen dataclass: the `cond_stage` of a model's configuration. The class is built from it
-    unconditional: str | int = ""  # the empty prompt ∅, which guidance needs, and which training with dropped prompts uses
+    unconditional: str | int = ""  # the empty prompt ∅, for guidance and for training with dropped prompts
     frozen = False  # True: it is trained already, so all prompts are encoded once. False: it is trained with the UNet
     needs_captions = False  # True: each picture of the training data needs a caption
     reads_column = False  # True: its prompts come from a column of the data's rows, which can be chosen
@@ -74,7 +74,7 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def maps(self, sd, data, batch) -> Float[Tensor, "b c h w"] | None:
-        """The channels to concatenate to the latents of a training batch (`batch.indices`, `batch.generators`), if any."""
+        """The channels to add to the latents of a training batch (`batch.indices`, `batch.generators`), or None."""
         return None
 
 
@@ -129,8 +129,8 @@ class Inpainting(Captions):
 def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tensor, "b 1 size size"]:
     """A mask for each generator: 1 in a random rectangle, where the model is to draw. One mask in four is 1 everywhere.
 
-    From masks that are 1 everywhere, the model also learns to draw without a given picture. (One in four: the model card
-    of Stable Diffusion v1.5 for inpainting.)
+    From masks that are 1 everywhere, the model also learns to draw without a given picture. (One in four: the model
+    card of Stable Diffusion v1.5 for inpainting.)
     """
     masks = torch.zeros(len(generators), 1, size, size)
     for mask, generator in zip(masks[:, 0], generators, strict=True):

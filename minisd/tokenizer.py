@@ -190,7 +190,8 @@ def _engine(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] |
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     # Split, because a merge must not reach across words. In this order: special tokens, English contractions, runs of
-    # letters, single digits, and runs of any other characters but spaces. Spaces are dropped: "</w>" says where a word ends.
+    # letters, single digits, and runs of any characters except spaces. Spaces are dropped, because "</w>" says where a
+    # word ends.
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [

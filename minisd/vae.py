@@ -145,8 +145,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        # A column of zeros on the right and a row below, because CompVis ported this from TensorFlow, which pads this way at
-        # stride 2. With zeros on all four sides, as the UNet has them, every map would be shifted by a pixel.
+        # A column of zeros on the right and a row below, because CompVis ported this from TensorFlow, which pads like
+        # this at stride 2. With zeros on all four sides, as the UNet has them, every map would be shifted by a pixel.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -352,7 +352,7 @@ class FirstStage(nn.Module):
         return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), z, scale_in=1, scale_out=f)
 
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-        """network(x), in slices and tiles if asked. The scales: pixels of input and output for each one of the latent."""
+        """network(x), in slices and tiles if asked. The scales: pixels of input and output per pixel of the latent."""
 
         def run(part: Tensor) -> Tensor:
             if self.tiling is None or max(part.shape[-2:]) <= self.tiling[0] * scale_in:

@@ -76,8 +76,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         indices = self.nearest(z)  # k = argmin_j ‖z - e_j‖, one for each pixel: [b d h w] -> [b h w] (eq. 1)
         codes = self.embedding(indices).movedim(-1, 1)  # e_k: [b h w] -> [b h w d] -> [b d h w] (eq. 2)
-        # The argmin has no gradient, so two others replace it. The decoder's error reaches the encoder straight through the
-        # codes, and the loss below trains the codebook, which that error does not reach.
+        # The argmin passes no gradient on, so two others replace it. The decoder's error reaches the encoder straight
+        # through the codes, and the loss below trains the codebook, which that error does not reach.
         return Quantized(straight_through(z, codes), self.loss(z, codes), indices)
 
     def loss(self, z: Float[Tensor, "b d h w"], codes: Float[Tensor, "b d h w"]) -> Float[Tensor, ""]:
@@ -192,7 +192,7 @@ class VQModelInterface(VQModel):
     """A VQModel as diffusion uses it: the quantiser is part of the decoder. CompVis `autoencoder.py: VQModelInterface`.
 
     Noise can be added to numbers, but not to a choice among codes, so diffusion works on the continuous h from before
-    the quantiser. The result is close to codes but equal to none. Moving each vector to the nearest code before decoding
+    the quantiser. Its result is close to codes, but not equal. Moving each vector to the nearest code before decoding
     removes that small error.
     """
 
