@@ -56,7 +56,7 @@ class Txt2Img:
     height: int | None = None  # pixels; if left out, the size that the model was trained at
     width: int | None = None
     out: Path = Path("out.png")  # all pictures side by side
-    scale: int | None = None  # enlarges each pixel to a square of this side; if left out, up to 128 pixels in all
+    scale: int | None = None  # enlarges each pixel to a square; if left out, small pictures get up to 128 pixels
     trajectory: Path | None = None  # a film of the estimated final pictures, step by step (.webp or .gif)
     device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
     dtype: Dtype = "fp32"  # what the networks compute in
@@ -267,7 +267,7 @@ class TrainUNet(Training):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure whether a model draws what the prompt says, or copies training pictures; or draw curves over a flag."""
+    """Measure how well a model draws what prompts say: scores, distances, copies of its data; or curves over a flag."""
 
     model: str = "emoji"  # "emoji", or a folder
     # a model's folder, or a run of `minisd train clip`, whose image tower gives the scores; if left out, the model's

@@ -135,7 +135,7 @@ def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scal
 class Trajectory:
     """All steps of a drawing. They hold latents, which are decoded to pictures only when you ask for those."""
 
-    steps: list  # a `sampling.Step` for each; not imported, so that this module needs no other
+    steps: list  # a `sampling.Step` for each; typed as a list, so that this module imports no other
     decode: Callable[[Tensor], Tensor]  # latents → pictures in [-1, 1]
 
     def __len__(self) -> int:

@@ -110,7 +110,7 @@ def load(
 def _build_compvis(
     state: Mapping[str, Tensor], path: Path, config, use_ema: bool | None, tokenizer: str | Path | None
 ) -> tuple[LatentDiffusion, dict[str, str]]:
-    """Build the model of a CompVis file on the meta device, and {name of a tensor: its name in the file}."""
+    """Build the model of a CompVis file on the meta device. Return it and {name of a tensor: its name in the file}."""
     if isinstance(config, str | Path | Mapping):
         params = compvis.read_yaml(config)
         of_file = not isinstance(config, Mapping)

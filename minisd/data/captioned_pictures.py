@@ -1,8 +1,8 @@
 """Captioned pictures from any folder, as tensors.
 
 One class reads every folder: one with a `metadata.jsonl` (the Hugging Face imagefolder convention, which `build_emoji`
-and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Files of any mode, size
-and quality come out as square RGB pictures of one size. A file that can't be used is left out and listed in `skipped`.
+and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Files of any mode, size and quality come
+out as square RGB pictures of one size. A file that can't be used is left out and listed in `skipped`.
 """
 
 import hashlib

@@ -23,7 +23,8 @@ from .tables import read_table
 _WORDS = read_table("shapes.toml")
 SHAPES = tuple(_WORDS["shapes"])
 COLOURS = {name: tuple(rgb) for name, rgb in _WORDS["colours"].items()}
-SIZES = _WORDS["sizes"]  # half the width of a shape; all lengths are fractions of the picture's width
+# Lengths are fractions of the picture's width, and y grows downwards.
+SIZES = _WORDS["sizes"]  # half the width of a shape
 PLACES = {phrase: tuple(centre) for phrase, centre in _WORDS["places"].items()}
 RELATIONS = {phrase: tuple(map(tuple, centres)) for phrase, centres in _WORDS["relations"].items()}
 NUMBERS = {word: tuple(map(tuple, centres)) for word, centres in _WORDS["numbers"].items()}

@@ -15,7 +15,7 @@ PAIRS = 0.13  # share of the cells that may be held out; MIN_LEFT reduces it to 
 CONCEPTS = 0.05  # share of the families in each group
 MIN_LEFT = 3  # styles in which a concept must remain in training
 
-# Styles by the same artists: a model that has seen one has nearly seen the other, so they are held out together.
+# Near twins by the same artists: a model that has seen one has nearly seen the other, so they are held out together.
 TWINS = {style.name: style.twin_of for style in STYLES.values() if style.twin_of}
 
 
