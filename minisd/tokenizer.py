@@ -1,9 +1,9 @@
 """The tokenizer: a prompt becomes a row of numbers, the ids of words and of pieces of words.
 
 A table of whole words would be endless and would still lack the next name; single letters would make prompts long and
-mean little. Byte-pair encoding (BPE) lies between. It learns a list of merges from text: beginning with single bytes,
-the most frequent pair of neighbours becomes one piece, again and again. Frequent words end up as one piece, and a rare
-word is spelled with several. With CLIP's vocabulary:
+carry little meaning. Byte-pair encoding (BPE) lies between. It learns a list of merges from text: beginning with single
+bytes, the most frequent pair of neighbours becomes one piece, again and again. Frequent words end up as one piece, and
+a rare word is spelled with several. With CLIP's vocabulary:
 
     "a red Axolotl" ─► clean      "a red axolotl"
                     ─► split      "a"  "red"  "axolotl"
@@ -190,8 +190,8 @@ def _engine(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] |
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     # Split, because a merge must not reach across words. In this order: special tokens, English contractions, runs of
-    # letters, single digits, and runs of any characters except spaces. Spaces are dropped, because "</w>" says where a
-    # word ends.
+    # letters, single digits, and runs of other characters except spaces. Spaces are dropped, because "</w>" says where
+    # a word ends.
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -203,7 +203,7 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
-    """The file of a part's weights, or the index of its files. Preferred: the variant, then .safetensors to .bin."""
+    """The file of a part's weights, or the index of its files: the variant before others, .safetensors before .bin."""
     for mark, suffix, stem in product(_marks(variant), (".safetensors", ".bin"), STEMS[folder.name]):
         for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
             if (folder / name).is_file():

@@ -91,13 +91,13 @@ def icon_names(package: str) -> dict[str, dict[str, str]]:
 def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: str = "") -> dict[str, str]:
     """Which icon draws which concept: {concept's code point: icon's name}.
 
-    icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} where it has none. An
-    icon is matched by code point, else by our own table, else by CLDR name, else by the code point's Unicode name, from
-    the most to the least reliable. It is used at most once.
+    icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} if it has none. An icon
+    is matched by code point, else by our own table, else by CLDR name, else by the code point's Unicode name: from the
+    most to the least reliable. It is used at most once.
     """
     by_codepoint = {bare(code): name for code, name in chars.items()}
     known = icons["icons"] | icons.get("aliases", {})
-    # Compared without spaces, because fxemoji has none. Where two names are then the same, the first one counts.
+    # Compared without spaces, because fxemoji has none. If two names are then the same, the first one counts.
     by_name = {squashed(name): name for name in reversed(known)}
     table = icon_names(package)
     own = {concept: icon for icon, concept in table["draws"].items()}
@@ -111,7 +111,7 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
         lambda c: by_name.get(squashed(unicode_name(c.codepoint))),
     )
     # Each way is tried for all concepts before the next way. Otherwise a concept could take, by a former name, an icon
-    # that is the present name of another concept.
+    # whose name is now that of another concept.
     for way in ways:
         for concept in concepts:
             icon = way(concept)

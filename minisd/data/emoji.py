@@ -81,7 +81,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     """The rows of metadata.jsonl for (concept, style) cells.
 
     everything: all concepts, whether there is a picture or not. The test concepts are chosen among them, so that they
-    are the same whatever styles are built.
+    do not depend on which styles are built.
     """
     unseen = held_out_families((concept.group, concept.family) for concept in everything)
     styles: dict[str, list[str]] = {}
