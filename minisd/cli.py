@@ -1,4 +1,4 @@
-"""The command line. Every command is a dataclass: its fields are the flags, the comments beside them their help.
+"""The command line. Every command is a dataclass: its fields are the flags, and the comments beside them are the help.
 
 minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data shapes | data hub OWNER/NAME --out FOLDER
@@ -42,27 +42,27 @@ Commands = TypeVar("Commands")
 class Txt2Img:
     """Draw pictures from a prompt."""
 
-    prompt: Annotated[str, tyro.conf.Positional]  # what to draw; "" draws whatever comes
-    # "emoji" or "tiny", which ship; a folder of minisd or of diffusers; a CompVis .ckpt or .safetensors; owner/name of
-    # the Hugging Face hub
+    prompt: Annotated[str, tyro.conf.Positional]  # what to draw; "" leaves it to the model
+    # "emoji" or "tiny", which come with minisd; a folder in minisd's or in diffusers' layout; a CompVis .ckpt or
+    # .safetensors; or owner/name on the Hugging Face hub
     model: str = "emoji"
-    config: Path | None = None  # the YAML of a CompVis file; left out, the one beside it, else SD v1
-    steps: int = 25  # calls of the network; heun makes two in each
-    guidance: float = 4.0  # 1: by the prompt as it is; larger: exaggerate what the prompt changes
+    config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
+    steps: int = 25  # denoising steps: one call of the network in each, or two with heun
+    guidance: float = 4.0  # 1: no guidance; larger: exaggerates what the prompt changes
     negative: str = ""  # what not to draw
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0  # picture k is drawn from seed + k
     num_images: int = 4
-    height: int | None = None  # pixels; as the model was trained if left out
+    height: int | None = None  # pixels; if left out, the size that the model was trained at
     width: int | None = None
     out: Path = Path("out.png")  # all pictures side by side
-    scale: int | None = None  # enlarges each pixel of the sheet to a square; small pictures to 128 pixels if left out
-    trajectory: Path | None = None  # a film of what the model has in mind, step by step (.webp or .gif)
-    device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
+    scale: int | None = None  # enlarges each pixel to a square; if left out, small pictures get up to 128 pixels
+    trajectory: Path | None = None  # a film of the estimated final pictures, step by step (.webp or .gif)
+    device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
     dtype: Dtype = "fp32"  # what the networks compute in
 
     def run(self) -> None:
-        _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # better now than after the drawing
+        _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
@@ -84,10 +84,10 @@ class Txt2Img:
 
 @dataclass(frozen=True, kw_only=True)
 class Img2Img(Txt2Img):
-    """Draw over a picture, under a prompt."""
+    """Draw over a picture, guided by a prompt."""
 
-    image: Annotated[Path, tyro.conf.Positional]  # the picture; resized to what the model draws
-    strength: float = 0.75  # how far it may go from the picture: 0 nowhere, 1 anywhere
+    image: Annotated[Path, tyro.conf.Positional]  # the picture; it is resized to the size that is drawn
+    strength: float = 0.75  # how far the drawing may depart from the picture: 0 not at all, 1 freely
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
         return sd.img2img(self.prompt, self.image, strength=self.strength, **options)
@@ -95,11 +95,11 @@ class Img2Img(Txt2Img):
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint(Txt2Img):
-    """Draw a part of a picture anew, under a prompt."""
+    """Redraw a part of a picture, guided by a prompt."""
 
-    image: Annotated[Path, tyro.conf.Positional]  # the picture; resized to what the model draws
-    mask: Annotated[Path, tyro.conf.Positional]  # white where it is to be drawn anew, black where it is kept
-    strength: float = 1.0  # how far that part may go from what was there
+    image: Annotated[Path, tyro.conf.Positional]  # the picture; it is resized to the size that is drawn
+    mask: Annotated[Path, tyro.conf.Positional]  # white where the picture is redrawn, black where it is kept
+    strength: float = 1.0  # how far the redrawn part may depart from what was there: 0 not at all, 1 freely
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
         return sd.inpaint(self.prompt, self.image, self.mask, strength=self.strength, **options)
@@ -107,7 +107,7 @@ class Inpaint(Txt2Img):
 
 @dataclass(frozen=True)
 class DataEmoji:
-    """Bring the emoji corpus: about 9,600 captioned pictures of 1,641 concepts in seven styles."""
+    """Fetch and render the emoji corpus: about 9,600 captioned pictures of 1,641 concepts in seven styles."""
 
     out: Path = Path("data/emoji")
     size: int = 64  # pixels along each side
@@ -132,15 +132,15 @@ class DataShapes:
 
 @dataclass(frozen=True)
 class DataHub:
-    """Bring a data set of the Hugging Face hub, or of parquet files."""
+    """Fetch a data set from the Hugging Face hub, or from parquet files."""
 
     source: Annotated[str, tyro.conf.Positional]  # "owner/name" on the hub, or a folder of parquet files
-    out: Path  # the folder that is made, for --data
+    out: Path  # the folder to make, which --data then takes
     split: str = "train"
     image: str = "image"  # the column of pictures
     text: str = "text"  # the column of captions
     size: int = 64  # pixels along each side
-    count: int | None = None  # rows that are read; all if left out
+    count: int | None = None  # how many rows to read; all if left out
 
     def run(self) -> None:
         fetch_dataset(self.source, self.out, self.split, self.image, self.text, self.size, self.count)
@@ -148,19 +148,19 @@ class DataHub:
 
 @dataclass(frozen=True)
 class Training:
-    """What the three trainings have in common. Where they start from: see `commands`."""
+    """What the three trainings have in common. `Start.commands` sets the defaults."""
 
-    preset: Preset  # what the networks are, and where the recipe starts
-    data: Path  # a folder of pictures: with captions, or with what --condition says
-    out: Path  # the run: clip/, vae/ and unet/ side by side; gone on with if it is there
+    preset: Preset  # the sizes of the networks, and the recipe that the other flags change
+    data: Path  # a folder of pictures with captions, or with what --condition needs instead
+    out: Path  # the run's folder, with clip/, vae/ and unet/; a run that is there is continued
     recipe: training.Recipe
-    device: str | None = None  # "cuda", "mps" or "cpu"; the best if left out
+    device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
     precision: Literal["bf16", "no"] = "bf16"  # "no": everything in float32
 
     def run(self) -> None:
         engine = training.make_engine(self.device, self.precision)
         wrote = self.train(engine)
-        if engine.is_main_process:  # once, however many processes there are
+        if engine.is_main_process:  # only one of several processes prints
             print(f"wrote {wrote}")
 
     def pictures(self, size: int, captions: bool = True) -> CaptionedPictures:
@@ -184,14 +184,14 @@ class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
     recipe: training.VAERecipe
-    first_stage: Literal["kl", "vq"] = "kl"  # latents near N(0, I), as in Stable Diffusion; or of a codebook
-    # a finished model whose decoder is trained further, "emoji" or whatever else --model of txt2img takes; the rest of
-    # it stays as it is
+    first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: from a codebook
+    # a finished model whose decoder is trained further: "emoji", or anything else that --model of txt2img takes; the
+    # rest of the model does not change
     init: str | None = None
-    # a finished run of CLIP, whose image tower tells for perceptual_weight whether pictures look alike; if left out
-    # OUT/clip, or that of the model that is trained further
+    # a finished run of CLIP, whose image tower measures for perceptual_weight how alike pictures look; if left out,
+    # OUT/clip, or the CLIP of the model that --init names
     clip: Path | None = None
-    # LPIPS in its place: the files of torchvision's VGG16 and of LPIPS' own weights
+    # LPIPS instead of CLIP: the files of torchvision's VGG16 and of LPIPS' own weights
     lpips: tuple[Path, Path] | None = None
 
     def train(self, engine: Engine) -> Path:
@@ -229,13 +229,13 @@ class TrainUNet(Training):
     """Train the UNet on top of a finished autoencoder and, for captions, a finished CLIP."""
 
     recipe: training.UNetRecipe
-    # a finished model to go on with, on your own pictures: "emoji", or whatever else --model of txt2img takes; its text
-    # tower and autoencoder stay as they are, so that neither `train clip` nor `train vae` is needed
+    # a finished model to fine-tune on your own pictures: "emoji", or anything else that --model of txt2img takes; its
+    # text tower and autoencoder do not change, so that neither `train clip` nor `train vae` is needed
     init: str | None = None
-    condition: Condition | None = None  # what the model is told about a picture, if it is trained from scratch
-    class_column: str | None = None  # of metadata.jsonl, which says the class; the folders' names if left out
-    parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet is to predict, if it is trained from scratch
-    keep_at: tuple[int, ...] = ()  # steps after which the UNet as it is then is kept beside the finished model
+    condition: Condition | None = None  # what the model is conditioned on, if it is trained from scratch
+    class_column: str | None = None  # the column of metadata.jsonl with the class; if left out, the folders' names
+    parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet predicts, if it is trained from scratch
+    keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
         folder = self.out / "unet"
@@ -267,18 +267,18 @@ class TrainUNet(Training):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Does it draw what the prompt says, and not from memory? Scores, distances, near copies; or curves over a flag."""
+    """Measure how well a model draws what prompts say: scores, distances, copies of its data; or curves over a flag."""
 
     model: str = "emoji"  # "emoji", or a folder
-    # a model's folder, or a run of `minisd train clip`, whose image tower judges; the model's own if left out
+    # a model's folder, or a run of `minisd train clip`, whose image tower gives the scores; if left out, the model's
     clip: str | None = None
     data: Path = Path("data/emoji")  # the corpus that it was trained on
-    count: int = 1000  # captions of each kind, at most
+    count: int = 1000  # how many captions of each kind, at most
     steps: int = 25
     guidance: float = 4.0
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0
-    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this one, of held-out pairs, instead
+    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this flag on held-out pairs, instead
     out: Path | None = None  # a folder for scores.json, sheets of the drawings beside the real pictures, and figures
     device: str | None = None
 
@@ -304,10 +304,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Info:
-    """What is in a file of weights, or in a model folder."""
+    """Describe a file of weights or a model folder."""
 
     path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file, a folder, "emoji" or "tiny"
-    variant: str | None = None  # of a diffusers folder, such as fp16
+    variant: str | None = None  # which weights of a diffusers folder, such as fp16
 
     def run(self) -> None:
         print(describe(self.path, self.variant))
@@ -317,12 +317,12 @@ class Info:
 class Convert:
     """Read a model in one layout and write it in another."""
 
-    source: Annotated[str, tyro.conf.Positional]  # whatever --model of txt2img takes
+    source: Annotated[str, tyro.conf.Positional]  # anything that --model of txt2img takes
     target: Annotated[Path, tyro.conf.Positional]  # a folder; or, for CompVis, a file .safetensors or .ckpt
-    layout: Literal["minisd", "diffusers", "compvis"] | None = None  # CompVis for such a file, else minisd, if left out
-    config: Path | None = None  # the YAML of a CompVis file; left out, the one beside it, else SD v1
-    use_ema: bool | None = None  # the EMA weights of a CompVis file; as its YAML says if left out
-    variant: str | None = None  # of a diffusers folder, such as fp16
+    layout: Literal["minisd", "diffusers", "compvis"] | None = None  # if left out, compvis for a file, else minisd
+    config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
+    use_ema: bool | None = None  # whether to take the EMA weights of a CompVis file; if left out, its YAML decides
+    variant: str | None = None  # which weights of a diffusers folder, such as fp16
     dtype: Dtype = "fp32"  # of the numbers in the file
 
     def run(self) -> None:
@@ -346,11 +346,11 @@ class Data(Group[Commands]):
 
 
 class Train(Group[Commands]):
-    """Train a model from scratch, first clip and vae, then unet; or go on with a finished one (--init)."""
+    """Train a model from scratch, first clip and vae, then unet; or continue from a finished one (--init)."""
 
 
 def one_of(**commands):
-    """A type for tyro: one of these commands. Each is a class; or an instance of one, which has the defaults."""
+    """A type for tyro: one of these commands. Each is a class, or an instance whose fields are the defaults."""
     given = {name: {} if isinstance(c, type) or get_origin(c) else {"default": c} for name, c in commands.items()}
     classes = {name: type(c) if given[name] else c for name, c in commands.items()}
     return Union[*(Annotated[c, tyro.conf.subcommand(name, **given[name])] for name, c in classes.items())]
@@ -364,7 +364,7 @@ class Start:
     init: str | None = None
 
     def commands(self):
-        """All commands; the flags of the trainings start from the recipes of this preset, or from those of `--init`."""
+        """All commands. The defaults of the trainings' flags are this preset's recipes, or the recipes for `--init`."""
         data = Path("data", "shapes" if self.preset == "tiny" else "emoji")
         given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
         unet, vae, told = recipes.UNET[self.preset], recipes.VAE[self.preset], "captions"
@@ -399,7 +399,7 @@ def _corpus(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a mistake of the user's ends in one sentence, not in a traceback."""
+    """Run a command. If the user made a mistake, print one sentence instead of a traceback."""
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
     command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
@@ -409,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
             warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             command.run()
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        # what ends a training ends it on all processes alike: one of them says so
+        # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"minisd: {error}")

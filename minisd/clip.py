@@ -1,8 +1,9 @@
 """CLIP: two transformers, one for text and one for pictures, that learn to agree.
 
 Each turns its input into one vector. Training pulls the vectors of a picture and of its caption together, and pushes
-all others apart, so that the text tower learns what can be seen. Stable Diffusion keeps the text tower, and uses the
-whole sequence of its hidden states [b n d] instead of the one vector, so that the UNet can look at every word.
+all others apart, so that the text tower learns how the things that a text names look. Stable Diffusion keeps the text
+tower, and uses the whole sequence of its hidden states [b n d] instead of the one vector, so that the UNet can look at
+every word.
 
     "a red fox" ─► tokens [b n] ─► CLIPTextTransformer ─► last hidden state [b n d]   (the context)
                                                      └──► state at the end token ─► text_projection ──► ┐
@@ -154,7 +155,7 @@ class CLIPTextTransformer(nn.Module):
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(config)
         # The mask of a language model, which OpenAI chose so that the tower could start from one (section 2.4). With
-        # it, a token knows nothing of those behind it, and the end token is the first that has seen the whole sentence.
+        # it, a token does not see those after it, and the end token is the first that has seen the whole sentence.
         self.encoder = CLIPEncoder(config.width, config.heads, config.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
@@ -229,7 +230,7 @@ class FrozenCLIPEmbedder(nn.Module):
     def forward(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
         """Prompts → context: the states of all tokens, those of the padding included."""
         # There is no mask for the padding. Stable Diffusion was trained without one, and its UNet uses those places,
-        # too: behind the end token, every state describes the whole sentence.
+        # too: after the end token, every state describes the whole sentence.
         device = next(self.transformer.parameters()).device
         return self.transformer(self.tokenize(prompts).to(device))  # [b n] -> [b n d]
 
@@ -237,7 +238,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
 
 class _TransformersText(nn.Module):
-    """transformers' CLIPTextModel with the call of ours: ids → last hidden state."""
+    """transformers' CLIPTextModel, called as ours is: ids → last hidden state."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -248,7 +249,7 @@ class _TransformersText(nn.Module):
 
 
 class _TransformersTokenizer:
-    """transformers' CLIPTokenizer with the call of ours: see `Tokenizer`."""
+    """transformers' CLIPTokenizer, called as ours is: see `Tokenizer`."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.end_token = tokenizer, tokenizer.eos_token_id
@@ -256,7 +257,7 @@ class _TransformersTokenizer:
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
         options = {"truncation": True, "max_length": max_length, "padding": "max_length", "return_tensors": "pt"}
         ids = self.tokenizer(prompts, **options)["input_ids"]
-        # transformers cuts without a word, so a second pass without a limit finds what was lost.
+        # transformers does not say what it cuts off, so a second pass without a limit finds what was lost.
         whole = self.tokenizer(prompts)["input_ids"]
         lost = [self.tokenizer.decode(w[max_length - 1 : -1]) if len(w) > max_length else "" for w in whole]
         return Tokens(ids, lost)
@@ -269,7 +270,7 @@ class _TransformersTokenizer:
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """Cut the picture into patches, one token each, behind a class token that will gather the whole.
+    """Cut the picture into patches, one token each, after a class token that gathers information from all of them.
 
     Dosovitskiy et al. 2020 (arXiv:2010.11929), eq. 1.
     """
@@ -285,7 +286,7 @@ class CLIPVisionEmbeddings(nn.Module):
         # A convolution whose stride is its size maps each patch on its own, as a linear layer would do with its pixels.
         # In ViT-L/14: [b 3 224 224] -> [b 1024 16 16] -> [b 256 1024].
         patches = rearrange(self.patch_embedding(pixels), "b d h w -> b (h w) d")
-        # The class token starts the same for every picture, and attention fills it with what the patches have to say.
+        # The class token starts the same for every picture. Attention then adds information from the patches to it.
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         tokens = torch.cat([class_token, patches], dim=1)  # [b 256 1024] -> [b 257 1024]
         return tokens + self.position_embedding.weight.to(tokens.dtype)
@@ -350,8 +351,8 @@ class CLIPModel(nn.Module):
 
     def forward(self, input_ids: Int[Tensor, "b n"], pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b b"]:
         """Logits of all pairs: row i says how well picture i fits each of the captions."""
-        # The product of unit vectors is their cosine, in [-1, 1]: too small a range for a softmax to be sure of
-        # anything. The scale 1/τ widens it, up to 100, because training is unstable beyond (section 2.5).
+        # The product of unit vectors is their cosine, in [-1, 1]: too small a range for a softmax to become
+        # confident. The scale 1/τ widens it, up to 100, because training is unstable beyond that (section 2.5).
         scale = self.logit_scale.exp().clamp(max=100.0)
         return scale * self.get_image_features(pixels) @ self.get_text_features(input_ids).T
 
@@ -359,7 +360,7 @@ class CLIPModel(nn.Module):
 def contrastive_loss(logits: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
     """Which caption belongs to which picture, and the other way round (Radford et al., figure 3).
 
-    A model that guesses has ln b; 0 is perfect.
+    A model that guesses at random has a loss of ln b, and a perfect one of 0.
     """
     # Picture i was given with caption i, so the right answers are on the diagonal. A row is a classification of one
     # picture among all captions of the batch, a column one of a caption among all pictures.
@@ -379,8 +380,8 @@ def initialise(clip: CLIPModel) -> None:
 
 def _initialise_layers(encoder: CLIPEncoder, width: int) -> None:
     for layer in encoder.layers:
-        # A sum of d products has a variance d times as large, so a weight's variance is 1/d: outputs are of the size of
-        # inputs. fc1 has half of that.
+        # A sum of d products has a variance d times as large, so a weight's variance is 1/d. Outputs then have the size
+        # of inputs. fc1 has half of that variance.
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             nn.init.normal_(projection.weight, std=width**-0.5)
         nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)

@@ -1,10 +1,10 @@
-"""What a model is told about the picture that it is to draw: a caption, a class, the rest of the picture, or nothing.
+"""Conditions: what a model knows about the picture to draw. A caption, a class, the rest of the picture, or nothing.
 
 A condition turns prompts into a context [b n d], which the UNet reads by cross-attention, or it makes maps [b c h w],
-which lie on the noisy latent as further channels (`DiffusionWrapper`), or both. A new one is one class with
-`@condition("its name")` before it: that name is then a choice of `minisd train unet --condition`, its `Config` is
-written into config.json and read from it, and `txt2img` takes its prompts. `tests/test_training_conditions.py` has one
-that is told the main colour of the picture.
+which are concatenated to the noisy latent as further channels (`DiffusionWrapper`), or both. To add one, write a class
+with `@condition("its name")` before it. Its name is then a choice of `minisd train unet --condition`, its `Config` is
+written into config.json and read from it, and `txt2img` takes its prompts. `tests/test_training_conditions.py` has an
+example, which conditions the model on the main colour of the picture.
 
 Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis `ldm/modules/encoders/modules.py`.
 """
@@ -23,7 +23,7 @@ CONDITIONS: dict[str, type["Condition"]] = {}
 
 
 def condition(name: str) -> Callable[[type["Condition"]], type["Condition"]]:
-    """Enter a class into CONDITIONS, from where config.json, training and the command line take it."""
+    """Register a class in CONDITIONS, where config.json, training and the command line find it."""
 
     def enter(cls: type["Condition"]) -> type["Condition"]:
         CONDITIONS[name] = cls
@@ -36,26 +36,26 @@ class Condition(nn.Module):
     """What all conditions have. `sd.cond_stage_model` is one of them."""
 
     Config: type  # a frozen dataclass: the `cond_stage` of a model's configuration. The class is built from it
-    unconditional: str | int = ""  # the prompt that says nothing: guidance and training with dropped prompts need it
-    frozen = False  # True: it was trained before, so training encodes all prompts once. False: it is trained too
+    unconditional: str | int = ""  # the empty prompt ∅, for guidance and for training with dropped prompts
+    frozen = False  # True: it is trained already, so all prompts are encoded once. False: it is trained with the UNet
     needs_captions = False  # True: each picture of the training data needs a caption
-    reads_column = False  # True: it says what a column of the data's rows says, and one may be named
+    reads_column = False  # True: its prompts come from a column of the data's rows, which can be chosen
 
     @classmethod
     def fits(cls, config) -> bool:
-        """Is a model of this `LatentDiffusionConfig` told this?"""
+        """Whether a model of this `LatentDiffusionConfig` has this condition."""
         return isinstance(config.cond_stage, cls.Config)
 
     @classmethod
     def build(cls, config, tokenizer: Tokenizer | None) -> "Condition":
-        """The condition that a `Config` describes. `tokenizer`: that of the model, if it reads text."""
+        """Build the condition that a `Config` describes. `tokenizer`: that of the model, if it reads text."""
         return cls(config)
 
     @classmethod
     def configure(cls, config, data, column: str | None = None):
-        """The `LatentDiffusionConfig` of a preset, changed so that its model is told this about these pictures.
+        """The `LatentDiffusionConfig` of a preset, changed so that its model has this condition for these pictures.
 
-        data: the `CaptionedPictures` that it will be trained on. column: the column of their rows that says it, where
+        data: the `CaptionedPictures` that it will be trained on. column: the column of their rows to condition on, if
         there is a choice (`reads_column`).
         """
         return config
@@ -66,7 +66,7 @@ class Condition(nn.Module):
         return 0
 
     def prompts(self, data) -> list[list[str | int]]:
-        """For each picture of the data, what may be said about it: one prompt, or as many forms of one for each."""
+        """The prompts of each picture of the data: one, or several forms of one. Every picture has the same number."""
         raise NotImplementedError
 
     def encode(self, prompts: Sequence[str | int]) -> Float[Tensor, "b n d"] | None:
@@ -74,12 +74,12 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def maps(self, sd, data, batch) -> Float[Tensor, "b c h w"] | None:
-        """The channels that lie on the latents of a training batch (`batch.indices`, `batch.generators`), if any."""
+        """The channels to add to the latents of a training batch (`batch.indices`, `batch.generators`), or None."""
         return None
 
 
 def condition_of(config) -> type[Condition]:
-    """The condition that a model of this `LatentDiffusionConfig` has. The one that was entered last comes first."""
+    """The condition that a model of this `LatentDiffusionConfig` has; if several fit, the one registered last."""
     for cls in reversed(CONDITIONS.values()):
         if cls.fits(config):
             return cls
@@ -127,16 +127,16 @@ class Inpainting(Captions):
 
 
 def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tensor, "b 1 size size"]:
-    """A mask for each generator: 1 where the model is to draw, in a rectangle at random; one in four is 1 everywhere.
+    """A mask for each generator: 1 in a random rectangle, where the model is to draw. One mask in four is 1 everywhere.
 
-    Where everything is masked, the model learns to draw without a picture, too. (One in four: the model card of Stable
-    Diffusion v1.5 for inpainting.)
+    From masks that are 1 everywhere, the model also learns to draw without a given picture. (One in four: the model
+    card of Stable Diffusion v1.5 for inpainting.)
     """
     masks = torch.zeros(len(generators), 1, size, size)
     for mask, generator in zip(masks[:, 0], generators, strict=True):
         everything = torch.rand((), generator=generator) < 0.25
         sides = torch.randint(max(1, size // 4), size + 1, (2,), generator=generator)
-        places = (torch.rand(2, generator=generator) * (size + 1 - sides)).long()  # where the rectangle stays inside
+        places = (torch.rand(2, generator=generator) * (size + 1 - sides)).long()  # so that it is inside the mask
         (top, left), (height, width) = places.tolist(), sides.tolist()
         mask[top : top + height, left : left + width] = 1
         if everything:
@@ -146,12 +146,12 @@ def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tens
 
 @dataclass(frozen=True)
 class ClassConfig:
-    """What a `ClassEmbedder` is. The defaults are those of CompVis's ImageNet model."""
+    """The sizes and names of a `ClassEmbedder`. The defaults are those of CompVis's ImageNet model."""
 
-    n_classes: int = 1001  # the last one stands for "no class": guidance needs it, no picture has it
+    n_classes: int = 1001  # the last one stands for "no class", which guidance needs and no picture has
     embed_dim: int = 512  # width of the context
-    names: tuple[str, ...] = ()  # of the classes, except for "no class"; empty where they have numbers alone
-    column: str = "folder"  # of the rows of the training data, which says the class of a picture
+    names: tuple[str, ...] = ()  # of the classes, except for "no class"; empty if they only have numbers
+    column: str = "folder"  # the column of the training data's rows that holds the class
 
 
 @condition("classes")
@@ -168,7 +168,7 @@ class ClassEmbedder(Condition):
 
     @property
     def unconditional(self) -> int:
-        """The class that stands for none."""
+        """The number of "no class"."""
         return self.config.n_classes - 1
 
     @classmethod
@@ -185,7 +185,7 @@ class ClassEmbedder(Condition):
         """Look the classes up, by their names or their numbers.
 
         Raises:
-            ValueError: a class that there is not.
+            ValueError: there is no such class.
         """
         ids = torch.tensor([self.number(c) for c in classes], device=self.embedding.weight.device)
         return self.embedding(ids)[:, None]
@@ -206,7 +206,7 @@ class ClassEmbedder(Condition):
 
 @condition("none")
 class Nothing(Condition):
-    """No condition: the model draws whatever comes, and its UNet has no cross-attention."""
+    """No condition: the model draws anything like its training pictures, and its UNet has no cross-attention."""
 
     Config = type(None)
 

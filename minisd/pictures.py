@@ -1,9 +1,9 @@
-"""Pictures on their way in and out: read from files, made into tensors, laid side by side, kept step by step.
+"""Read pictures, convert them to tensors and back, lay them out on sheets, and keep all steps of a drawing.
 
     open_picture      a file, its bytes or a PIL image → an upright RGB image without transparency: the one place where
                       minisd reads a picture
     read_picture      the same, or a tensor → [b c H W] in [-1, 1], as the autoencoder takes it
-    read_mask         a picture in black and white → [b 1 H W], 1 where something new is to be drawn
+    read_mask         a picture in black and white → [b 1 H W], 1 where something new is drawn
     to_pil, sheet     tensors → PIL images, and many of them on one page
     Drawing           what `txt2img`, `img2img` and `inpaint` return, with the `Trajectory` that led to it
 """
@@ -57,8 +57,8 @@ def read_picture(
     """A picture as the model takes it: values in [-1, 1], the channels first.
 
     Args:
-        image: a PIL image or the path of one, which is resized where a size is given; or a tensor [c H W] or
-            [b c H W] in [-1, 1], which is taken as it is.
+        image: a PIL image or the path of one, which is resized if a size is given; or a tensor [c H W] or
+            [b c H W] in [-1, 1], which is not resized.
 
     Raises:
         ValueError: a tensor of another shape, or with other values. OSError: as in `open_picture`.
@@ -123,19 +123,19 @@ def sheet(images: list[Image.Image], columns: int | None = None, gap: int = 2, s
 
 
 def save_sheet(x: Float[Tensor, "b 3 h w"], path: str | Path, columns: int, scale: int = 2) -> None:
-    """Write a sheet of pictures in [-1, 1] as PNG, and make its folder where there is none."""
+    """Write a sheet of pictures in [-1, 1] as PNG, and make its folder if there is none."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet(to_pil(x), columns, scale=scale).save(path)
 
 
-# --- what a drawing leaves --------------------------------------------------------------------------------------------
+# --- what drawing returns ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All steps of a drawing. They hold latents; pictures are decoded from them when somebody asks."""
+    """All steps of a drawing. They hold latents, which are decoded to pictures only when you ask for those."""
 
-    steps: list  # a `sampling.Step` for each; a list, so that this module stands on no other
+    steps: list  # a `sampling.Step` for each; typed as a list, so that this module imports no other
     decode: Callable[[Tensor], Tensor]  # latents → pictures in [-1, 1]
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class Trajectory:
         return [to_pil(self.decode(step.x_t)) for step in self.steps]
 
     def save(self, path: str | Path, frame_ms: int = 80, scale: int = 4) -> None:
-        """Write the estimates x̂_0 as a film, .webp or .gif. The last frame stays for twenty times as long."""
+        """Write the estimates x̂_0 as a film, .webp or .gif. The last frame is shown twenty times as long."""
         frames = [sheet(images, scale=scale) for images in self.x0_images()]
         durations = [frame_ms] * (len(frames) - 1) + [20 * frame_ms]
         options = {"lossless": True} if Path(path).suffix == ".webp" else {}

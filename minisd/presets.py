@@ -1,4 +1,4 @@
-"""What the models are, by name: the sizes of their three networks. `training/recipes.py` says how they are trained."""
+"""The presets: the sizes of a model's three networks, by name. `training/recipes.py` says how they are trained."""
 
 from dataclasses import asdict, replace
 
@@ -24,12 +24,12 @@ EMOJI = LatentDiffusionConfig(
     image_size=32,
     scale_factor=1.0,  # measured when the autoencoder is trained
 )
-# What the models that ship are made of, and Stable Diffusion v1.
+# The models that ship, some larger ones to train, and Stable Diffusion v1.
 PRESETS = {
     # 32x32 pictures of coloured shapes: for notebooks, tests, the first lesson
     "tiny": LatentDiffusionConfig(
         unet=UNetConfig(
-            model_channels=64,  # with 32, GroupNorm has one channel in each group, and takes the time out again
+            model_channels=64,  # with 32, GroupNorm's groups have one channel each, and it removes the time embedding
             num_res_blocks=0,  # a ResBlock, a transformer and a ResBlock in the middle, and one ResBlock on the way up
             channel_mult=(1,),
             attention_resolutions=(),
@@ -51,11 +51,11 @@ PRESETS = {
         image_size=64,
     ),
     "sd-v1": LatentDiffusionConfig(),
-    # the same with five channels more to look at: the mask, and what is left of the picture
+    # the same with five more input channels: the mask, and the latent of the picture without the masked part
     "sd-v1-inpainting": LatentDiffusionConfig(unet=UNetConfig(in_channels=9)),
 }
 
-# The image towers that the text towers of the presets are trained against.
+# The image towers that the text towers of the presets are trained with.
 VISION = {
     "tiny": CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, projection_dim=32),
     "emoji": CLIPVisionConfig(image_size=32, patch_size=8, width=192, layers=4, heads=3, projection_dim=192),
@@ -63,8 +63,8 @@ VISION = {
     "sd-v1": CLIPVisionConfig(),
 }
 
-# The first stages with a codebook, `--first-stage vq`: the preset's autoencoder, with so many codes in place of the
-# variance. (Those of CompVis' VQ-f8 for the 512x512 pixels of Stable Diffusion.)
+# The first stages with a codebook, `--first-stage vq`: the preset's autoencoder, with n_embed codes instead of a
+# variance. (For the 512x512 pixels of Stable Diffusion, as many codes as in CompVis's VQ-f8.)
 VQ = {
     name: VQConfig(**asdict(PRESETS[name].first_stage) | {"double_z": False}, n_embed=n_embed)
     for name, n_embed in {"tiny": 256, "emoji": 1024, "emoji-64": 1024, "sd-v1": 16_384}.items()

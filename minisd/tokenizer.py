@@ -1,9 +1,9 @@
 """The tokenizer: a prompt becomes a row of numbers, the ids of words and of pieces of words.
 
 A table of whole words would be endless and would still lack the next name; single letters would make prompts long and
-say little. Byte-pair encoding (BPE) lies between. It learns a list of merges from text: beginning with single bytes,
-the most frequent pair of neighbours becomes one piece, again and again. Frequent words end up as one piece, and a rare
-word is spelled with several. With CLIP's vocabulary:
+carry little meaning. Byte-pair encoding (BPE) lies between. It learns a list of merges from text: beginning with single
+bytes, the most frequent pair of neighbours becomes one piece, again and again. Frequent words end up as one piece, and
+a rare word is spelled with several. With CLIP's vocabulary:
 
     "a red Axolotl" ─► clean      "a red axolotl"
                     ─► split      "a"  "red"  "axolotl"
@@ -35,12 +35,12 @@ class Tokens(NamedTuple):
     """Prompts as ids, all of one length."""
 
     ids: Int[Tensor, "b n"]  # int64: the start token, the pieces, the end token, and padding up to the length
-    lost: list[str]  # what did not fit, in the words of each prompt; "" where everything did
+    lost: list[str]  # the end of each prompt that did not fit, as it was written; "" if all of it did
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Whatever turns prompts into tokens: BPETokenizer, or a wrapper around another library's."""
+    """Anything that turns prompts into tokens: BPETokenizer, or a wrapper around another library's."""
 
     end_token: int
 
@@ -69,7 +69,7 @@ class BPETokenizer:
         self.vocab, self.merges, self.pad = vocab, merges, pad
         self.start_token, self.end_token, self.pad_token = vocab[START], vocab[END], vocab[pad]
         self.engine = _engine(vocab, merges)
-        # In CLIP, a prompt in which somebody writes a special token contains that token, and not its letters.
+        # As in CLIP, a special token that is written out in a prompt becomes that token, and not its letters.
         self.engine.add_special_tokens([START, END])
 
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
@@ -190,7 +190,8 @@ def _engine(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] |
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     # Split, because a merge must not reach across words. In this order: special tokens, English contractions, runs of
-    # letters, single digits, and runs of whatever else is no space. Spaces are dropped: "</w>" says where a word ends.
+    # letters, single digits, and runs of other characters except spaces. Spaces are dropped, because "</w>" says where
+    # a word ends.
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [

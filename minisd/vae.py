@@ -70,7 +70,7 @@ class AutoencoderConfig:
 
 
 def Normalize(channels: int) -> nn.GroupNorm:
-    """The norm of the whole autoencoder: 32 groups, and the 1e-6 of the checkpoint where the UNet has 1e-5.
+    """The norm of the whole autoencoder: 32 groups, and ε = 1e-6, with which SD v1 was trained. (The UNet has 1e-5.)
 
     Mean and variance are those of one picture alone (Wu & He 2018, arXiv:1803.08494), so the result does not depend on
     the rest of the batch, which is small when pictures are large. CompVis `model.py: Normalize`.
@@ -82,7 +82,7 @@ def nonlinearity(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """SiLU, also called swish: x · sigmoid(x). Overwrites x when no gradient is recorded.
 
     Decoding needs most of its memory for the feature maps at full resolution, 134 MB each in SD v1 at 512x512. Writing
-    the result into x saves one of them. Every caller passes the fresh output of a norm, so nobody else reads x.
+    the result into x saves one of them. Every caller passes the fresh output of a norm, so nothing else reads x.
     """
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
@@ -145,8 +145,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        # A column of zeros on the right and a row below, because CompVis ported this from TensorFlow, which pads so at
-        # stride 2. With zeros on all four sides, as the UNet has them, every map would be shifted by a pixel.
+        # A column of zeros on the right and a row below, because CompVis ported this from TensorFlow, which pads like
+        # this at stride 2. With zeros on all four sides, as the UNet has them, every map would be shifted by a pixel.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -328,7 +328,7 @@ class FirstStage(nn.Module):
 
     Tiling cuts each picture into overlapping squares, works on one after the other, and fades each into the next. The
     feature maps are then never larger than those of a tile, so that SD v1 decodes any size in about the memory of
-    256x256. There are two costs. It takes longer, half as long again at 512x512, because the overlaps are computed
+    256x256. There are two costs. It takes longer, about 1.5 times as long at 512x512, because the overlaps are computed
     twice. And the result is only close to that of the whole picture, because GroupNorm and the attention see a single
     tile: colours may drift from tile to tile, and a seam may be faintly visible.
 
@@ -352,7 +352,7 @@ class FirstStage(nn.Module):
         return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), z, scale_in=1, scale_out=f)
 
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-        """network(x), in slices and tiles if asked. The scales: pixels of input and output to one of the latent."""
+        """network(x), in slices and tiles if asked. The scales: pixels of input and output per pixel of the latent."""
 
         def run(part: Tensor) -> Tensor:
             if self.tiling is None or max(part.shape[-2:]) <= self.tiling[0] * scale_in:
@@ -363,7 +363,7 @@ class FirstStage(nn.Module):
         return torch.cat([run(part) for part in x.split(1)]) if self.slicing and len(x) > 1 else run(x)
 
     def enable_tiling(self, tile_size: int = 256, overlap: float = 0.25) -> None:
-        """Encode and decode in tiles whatever is larger than `tile_size` pixels.
+        """Encode and decode in tiles anything that is larger than `tile_size` pixels.
 
         Args:
             tile_size: side of a tile in pixels of the picture, a multiple of the downsampling factor.
@@ -441,7 +441,7 @@ class AutoencoderKL(FirstStage):
         """
         posterior = self.encode(x)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        # The UNet's latents are never quite exact. A decoder that is trained on noisy ones learns to forgive that.
+        # The UNet's latents are never quite exact. A decoder that is trained on noisy ones learns to tolerate that.
         return self.decode(z if noise is None else z + noise), posterior
 
 
@@ -495,7 +495,7 @@ def in_tiles(
         tile_out, overlap_out: side and overlap of what the network makes of them.
     """
     step, keep = tile - overlap, tile_out - overlap_out
-    rows, above = [], []  # finished rows; the tiles of the row above, uncropped, to fade out of
+    rows, above = [], []  # finished rows; the uncropped tiles of the row above, which fade out into the next
     for i in range(0, x.shape[-2], step):
         row = []
         for j in range(0, x.shape[-1], step):

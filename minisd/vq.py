@@ -38,7 +38,7 @@ class Quantized(NamedTuple):
     """What the quantiser makes of a map of vectors."""
 
     z: Float[Tensor, "b d h w"]  # the nearest codes, with the gradient of the straight-through estimator
-    loss: Float[Tensor, ""]  # draws codes and vectors together
+    loss: Float[Tensor, ""]  # pulls codes and vectors together
     indices: Int[Tensor, "b h w"]  # which codes those are, 0..n_embed-1
 
 
@@ -76,12 +76,12 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         indices = self.nearest(z)  # k = argmin_j ‖z - e_j‖, one for each pixel: [b d h w] -> [b h w] (eq. 1)
         codes = self.embedding(indices).movedim(-1, 1)  # e_k: [b h w] -> [b h w d] -> [b d h w] (eq. 2)
-        # Two gradients train what the argmin cuts apart. The decoder's error reaches the encoder straight through the
-        # codes, and the loss below trains the codebook, which that error does not reach.
+        # The argmin passes no gradient on, so two others replace it. The decoder's error reaches the encoder straight
+        # through the codes, and the loss below trains the codebook, which that error does not reach.
         return Quantized(straight_through(z, codes), self.loss(z, codes), indices)
 
     def loss(self, z: Float[Tensor, "b d h w"], codes: Float[Tensor, "b d h w"]) -> Float[Tensor, ""]:
-        """Draw codes and vectors together: ‖sg[z] - e‖² + β ‖z - sg[e]‖² (van den Oord et al., eq. 3).
+        """Pull codes and vectors together: ‖sg[z] - e‖² + β ‖z - sg[e]‖² (van den Oord et al., eq. 3).
 
         sg means "no gradient through here", and the squares are averaged over all numbers. `legacy` multiplies the
         first term by β instead. CompVis did this by mistake, and kept it because models had been trained with it. The
@@ -96,7 +96,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Float[Tensor, "b d h w"]) -> Int[Tensor, "b h w"]:
-        """The index of the code with the smallest squared distance to each vector; the first among equals."""
+        """The index of the code with the smallest squared distance to each vector; the first if several are equal."""
         vectors = z.movedim(1, -1)  # [b d h w] -> [b h w d]
         # ‖z - e‖² = ‖z‖² - 2 z·e + ‖e‖², so a matrix product does it, without a table of all differences. ‖z‖² is the
         # same for all codes and is left out: it changes no argmin, and if it is large, rounding would swallow the rest.
@@ -125,7 +125,7 @@ class VectorQuantizer(nn.Module):
         return self.embedding(indices).movedim(-1, 1)
 
     def usage(self, indices: Int[Tensor, "*shape"]) -> Int[Tensor, "n_embed"]:
-        """How often each code was chosen. Many zeros mean a collapsed codebook, most of which is never the nearest."""
+        """How often each code was chosen. Many zeros mean a collapsed codebook: most codes are never the nearest."""
         return torch.bincount(indices.flatten(), minlength=self.embedding.num_embeddings)
 
     def perplexity(self, indices: Int[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -192,7 +192,7 @@ class VQModelInterface(VQModel):
     """A VQModel as diffusion uses it: the quantiser is part of the decoder. CompVis `autoencoder.py: VQModelInterface`.
 
     Noise can be added to numbers, but not to a choice among codes, so diffusion works on the continuous h from before
-    the quantiser. Its result lies close to codes but on none. Moving each vector to the nearest code before decoding
+    the quantiser. Its result is close to codes, but not equal. Moving each vector to the nearest code before decoding
     removes that small error.
     """
 

@@ -5,8 +5,9 @@
     sd = load("stable-diffusion-v1-5", variant="fp16") diffusers: a folder, or "owner/name" on the Hugging Face hub
     save(sd, "folder", layout="diffusers")
 
-`files.py` reads and writes weights safely and whole; `compvis.py`, `diffusers.py` and `minisd_folder.py` each know one
-layout, both ways. The parameters are named as in CompVis's checkpoints, so those load as they are.
+`files.py` reads weights without running code, and never leaves half a file behind. `compvis.py`, `diffusers.py` and
+`minisd_folder.py` each read and write one layout. minisd names its parameters as CompVis's checkpoints do, so those
+load without renaming.
 """
 
 from collections.abc import Mapping
@@ -56,23 +57,24 @@ def load(
     tokenizer: str | Path | None = None,
     variant: str | None = None,
 ) -> LatentDiffusion:
-    """Read a model, ready to draw.
+    """Read a model and return it ready to draw.
 
     Args:
-        path: "emoji" (the default) or "tiny", which ship; a minisd folder, or a file of weights in one, whose tensors
-            take the place of those of its `model.safetensors`; a CompVis `.ckpt` or `.safetensors`; a folder in
-            diffusers' layout; or "owner/name", such a folder on the Hugging Face hub.
-        device: "cuda", "mps" or "cpu"; the best that is there where it is left out.
+        path: "emoji" (the default) or "tiny", which come with minisd; a minisd folder; a file of weights in such a
+            folder, whose tensors replace those of its `model.safetensors`; a CompVis `.ckpt` or `.safetensors`; a
+            folder in diffusers' layout; or "owner/name", such a folder on the Hugging Face hub.
+        device: "cuda", "mps" or "cpu"; if left out, the fastest that this machine has.
         dtype: what the networks compute in: float32, float16 or bfloat16.
-        config: what a CompVis file is: a CompVis YAML, or a LatentDiffusionConfig. Where it is left out, the YAML that
-            lies beside the file under the same name (`.yaml` or `.yml`) is read; where there is none, the file is taken
-            for Stable Diffusion v1 (with 4 or, for inpainting, 9 channels).
-        use_ema: take the EMA weights of a CompVis file that has both. Left out: as the YAML says, or else not.
-        tokenizer: a folder with the vocabulary of a CompVis file that does not read prompts by CLIP's.
-        variant: of a diffusers folder, such as "fp16".
+        config: describes a CompVis file: its YAML, or a LatentDiffusionConfig. If left out, the YAML beside the file
+            with the same name (`.yaml` or `.yml`) is read. If there is none, the file is read as Stable Diffusion v1
+            (with 4 input channels, or 9 for inpainting).
+        use_ema: whether to load the EMA weights of a CompVis file that has both kinds. If left out, its YAML decides;
+            without a YAML, they are not used.
+        tokenizer: a folder with the vocabulary, for a CompVis file whose vocabulary is not CLIP's.
+        variant: which weights of a diffusers folder to read, such as "fp16".
 
     Raises:
-        FileNotFoundError: nothing is there. CheckpointError: what is there can't be used; nothing has been loaded.
+        FileNotFoundError: there is no model at this path. CheckpointError: it can't be used; nothing has been loaded.
     """
     path, device = _find(path, variant), device or best_device()
     if path.is_dir():
@@ -97,7 +99,7 @@ def load(
             f"{error}; {beside.name} was read because it lies beside {path.name} under the same name: config= takes "
             "another configuration instead"
         ) from None
-    # Search what is loaded for NaN, and only that: an EMA or a discriminator that is set aside can do no harm.
+    # Only what is loaded is searched for NaN. An EMA or a discriminator that is not loaded can do no harm.
     files.check_numbers(path, [*names.values(), *(name for name in ("scale_factor",) if name in state)], state)
     if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
         sd.scale_factor = float(state["scale_factor"])
@@ -108,7 +110,7 @@ def load(
 def _build_compvis(
     state: Mapping[str, Tensor], path: Path, config, use_ema: bool | None, tokenizer: str | Path | None
 ) -> tuple[LatentDiffusion, dict[str, str]]:
-    """The model in a CompVis file, without memory yet, and {name of a tensor: its name in the file}."""
+    """Build the model of a CompVis file on the meta device. Return it and {name of a tensor: its name in the file}."""
     if isinstance(config, str | Path | Mapping):
         params = compvis.read_yaml(config)
         of_file = not isinstance(config, Mapping)
@@ -133,7 +135,7 @@ def _build_compvis(
 
 
 def _without_yaml(state: Mapping[str, Tensor]) -> LatentDiffusionConfig:
-    """What a CompVis file is taken for if nothing says what it is: Stable Diffusion v1, or its model for inpainting."""
+    """The configuration of a CompVis file without a YAML: Stable Diffusion v1, or its model for inpainting."""
     first = state.get("model.diffusion_model.input_blocks.0.0.weight")
     inpainting = first is not None and first.ndim == 4 and first.shape[1] == 9  # latent, mask and masked latent
     return PRESETS["sd-v1-inpainting" if inpainting else "sd-v1"]
@@ -147,14 +149,16 @@ def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dt
     """Write a model, whole or not at all.
 
     Args:
-        path: a folder; or, for CompVis's layout, a file ending in `.safetensors` or `.ckpt`. Beside the file are
-            written its YAML, and a folder with the tokenizer where it is not CLIP's own.
-        layout: "minisd"; "diffusers", for `StableDiffusionPipeline.from_pretrained`; or "compvis". Left out, the path
-            tells: CompVis's for such a file, else minisd's.
-        dtype: of the numbers in the file: float16 halves it and changes no picture visibly. As they are, if left out.
+        path: a folder; or, for CompVis's layout, a file ending in `.safetensors` or `.ckpt`. The YAML is written
+            beside the file, and so is a folder with the tokenizer if that is not CLIP's own.
+        layout: "minisd"; "diffusers", for `StableDiffusionPipeline.from_pretrained`; or "compvis". If left out, it is
+            "compvis" for a file with such an ending, and "minisd" for any other path.
+        dtype: of the numbers in the file. float16 halves its size and does not change pictures visibly. If left out,
+            the numbers keep the dtype that they have.
 
     Raises:
-        OSError: it could not be written; what was there before still is. ValueError: the layout has no place for it.
+        OSError: it could not be written, and what was there before is unchanged.
+        ValueError: this model can't be written in that layout.
     """
     path = Path(path)
     if layout is None:
@@ -177,12 +181,12 @@ def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
 
 
 def has_clip(path: str | Path) -> bool:
-    """Can `load_clip` read this? Not where it is a model without the rest of CLIP, such as one of diffusers' layout."""
+    """Whether `load_clip` can read this. It can't if the rest of CLIP is missing, as in diffusers' layout."""
     return (_find(path) / "clip.json").is_file()
 
 
 def describe(path: str | Path, variant: str | None = None) -> str:
-    """What is in a file of weights or a model folder: parts, numbers of parameters, kind of numbers, configuration."""
+    """Describe a file of weights or a model folder: parts, numbers of parameters, dtypes, configuration."""
     path = _find(path, variant)
     if (path / "model_index.json").is_file():
         parts = {part: diffusers.read_part(path / part, variant) for part in diffusers.STEMS}

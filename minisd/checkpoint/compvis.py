@@ -3,9 +3,9 @@
     v1-5-pruned.ckpt      {"state_dict": {"model.diffusion_model.…", "first_stage_model.…", "cond_stage_model.…", …}}
     v1-inference.yaml     model.params: linear_start, …, unet_config, first_stage_config, cond_stage_config
 
-The weights need no translation: their names are the specification that minisd follows. The configuration does, and what
-minisd can't build is refused by name. The other direction writes both files, and beside them a folder that says what a
-CompVis YAML has no words for: how many heads the text tower has, and its tokenizer.
+The weights need no translation, because minisd uses the same names. The configuration is translated, and if it asks for
+a part that minisd does not have, the error names that part. Writing makes both files. A CompVis YAML can't say how many
+heads the text tower has, or hold a tokenizer, so if these differ from CLIP's, a folder with them is written beside it.
 
 CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate_from_config`, `ldm/modules/ema.py`.
 """
@@ -30,15 +30,16 @@ from . import files
 from .diffusers import text_config_json
 from .files import CheckpointError
 
-# Our names of the schedules, by CompVis's. "sqrt_linear" has no root in it, and "linear" has.
+# {CompVis's name of a schedule: our name}. CompVis's names mislead: its "linear" interpolates √β, and its "sqrt_linear"
+# interpolates β itself.
 BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
 
 # The classes that a YAML may name as its first stage.
 FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
-# "unet": what its configuration may say beside the fields of UNetConfig (what has to be so, and what may be anything),
-# and which fields it may leave out: their defaults are those of CompVis's class, not those of SD v1. "strangers": names
-# that give a file away as something else.
+# "unet": keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or
+# with any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
+# CompVis's class, not those of SD v1. "strangers": beginnings of names that only other kinds of models have.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -54,7 +55,8 @@ def read_yaml(source: str | Path | Mapping) -> dict:
     """The `model.params` of a CompVis YAML, from its file or as the mapping that was read from it.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: no YAML, or of something else than a latent diffusion model.
+        FileNotFoundError: no such file. CheckpointError: it is not YAML, or does not describe a latent diffusion
+            model.
     """
     import yaml
 
@@ -63,8 +65,8 @@ def read_yaml(source: str | Path | Mapping) -> dict:
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no configuration at {source}")
         try:
-            source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))  # safe: names no classes, runs nothing
-        # PyYAML raises errors of many kinds at a malformed date or number
+            source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))  # safe_load runs no code
+        # PyYAML raises many kinds of errors if a date or a number is malformed
         except (yaml.YAMLError, OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:120]
             raise CheckpointError(f"{name} is no YAML that can be read ({reason})") from None
@@ -84,12 +86,12 @@ def read_yaml(source: str | Path | Mapping) -> dict:
 def config_from_yaml(
     params: Mapping[str, Any], state: Mapping[str, Tensor], name: str, base: Path
 ) -> LatentDiffusionConfig:
-    """What a CompVis YAML describes; what it names on the disk is looked for from the folder `base`.
+    """The configuration that a CompVis YAML describes. Paths in the YAML are relative to the folder `base`.
 
-    It leaves the text tower's sizes to the name of a CLIP model: here, they are read off the weights.
+    The YAML names a CLIP model and does not give the sizes of its text tower, so they are read off the weights.
 
     Raises:
-        CheckpointError: a part that minisd does not have, by its name in the YAML.
+        CheckpointError: the YAML asks for a part that minisd does not have. The message names it.
     """
     with files.refused_as(f"{name} does not describe a model"):
         unet = _unet(params["unet_config"]["params"], name)
@@ -101,7 +103,7 @@ def config_from_yaml(
             unet=unet,
             first_stage=first_stage,
             cond_stage=_cond_stage(params, state, name, base),
-            # of the latent; v1's YAML has one more in unet_config, which nobody reads
+            # CompVis's image_size is that of the latent; v1's YAML has another in unet_config, which is not used
             image_size=int(params.get("image_size", 64)) * first_stage.downsampling,
             scale_factor=float(params.get("scale_factor", 1.0)),
             beta_schedule=BETA_SCHEDULES[betas],
@@ -121,9 +123,9 @@ def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
             raise CheckpointError(f"{name}: unet_config has {key}: {value}, which minisd's UNet does not know")
     params = TABLES["unet"]["left_out"] | params
     given = {key: params[key] for key in own}
-    if isinstance(given["context_dim"], list):  # OmegaConf makes lists of some
+    if isinstance(given["context_dim"], list):  # some YAMLs have a list of one number
         (given["context_dim"],) = given["context_dim"]
-    for key in ("num_heads", "num_head_channels"):  # -1 is CompVis's "take the other"
+    for key in ("num_heads", "num_head_channels"):  # CompVis writes -1 if the other one is given
         given[key] = None if given[key] == -1 else given[key]
     if given["num_head_channels"] is not None:
         given["num_heads"] = None
@@ -154,16 +156,17 @@ def _cond_stage(params: Mapping[str, Any], state: Mapping[str, Tensor], name: st
 
 
 def tokenizer_folder(params: Mapping[str, Any], base: Path) -> Path | None:
-    """The folder that a YAML names as its CLIP (`version`), if it is on this disk; usually it is a name on the hub."""
+    """The folder that a YAML gives as the `version` of its CLIP; None if that is a name on the hub, as it mostly is."""
     part = params.get("cond_stage_config")
     version = (part.get("params") or {}).get("version") if isinstance(part, Mapping) else None
     return None if version is None or not (base / str(version)).is_dir() else base / str(version)
 
 
 def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> CLIPTextConfig:
-    """The text tower of a checkpoint, from the shapes of its weights; ViT-L/14's where there are none.
+    """The configuration of a checkpoint's text tower, from the shapes of its weights; ViT-L/14's if it has none.
 
-    Weights don't tell the number of heads. Left out, it is one for each 64 channels, as in all of OpenAI's.
+    The number of heads does not follow from the shapes. If it is left out, there is one head for every 64 channels, as
+    in all of OpenAI's models.
     """
     prefix = "cond_stage_model.transformer.text_model."
     tokens = state.get(prefix + "embeddings.token_embedding.weight")
@@ -189,7 +192,7 @@ def _tuple(value):
 
 
 def _count(state: Mapping[str, Any], prefix: str) -> int:
-    """How many there are of `prefix0.…`, `prefix1.…`, …"""
+    """How many modules are numbered after the prefix: `prefix0.…`, `prefix1.…`, …"""
     return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
@@ -205,7 +208,7 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     unet = params(config.unet, leave_out=("num_heads", "num_head_channels")) | {
-        "image_size": config.image_size // config.first_stage.downsampling,  # its class wants one, and ignores it
+        "image_size": config.image_size // config.first_stage.downsampling,  # CompVis requires it, and ignores it
         "num_heads": -1 if config.unet.num_heads is None else config.unet.num_heads,
         "num_head_channels": -1 if config.unet.num_head_channels is None else config.unet.num_head_channels,
         "legacy": False,
@@ -225,7 +228,7 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
         text = {"version": version, "max_length": config.cond_stage.max_length}
         cond_stage = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text}
     elif isinstance(config.cond_stage, ClassConfig):
-        table = params(config.cond_stage, leave_out=("names", "column"))  # CompVis's classes have numbers alone
+        table = params(config.cond_stage, leave_out=("names", "column"))  # CompVis's classes have no names
         cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": table}
     elif config.cond_stage is not None:
         raise ValueError(
@@ -256,11 +259,11 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
 def ema_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, str]:
     """{name of a tensor of the UNet: name of its running mean in the same file}.
 
-    `LitEma` keeps them under the UNet's names without their dots (PyTorch allows none in the name of a buffer), so that
-    they can't be taken apart, only looked for: `model_ema.diffusion_modelinput_blocks00weight`.
+    `LitEma` removes the dots from the UNet's names, because PyTorch allows none in the name of a buffer. The dots can't
+    be put back, so each name is formed from that of the UNet's tensor: `model_ema.diffusion_modelinput_blocks00weight`.
 
     Raises:
-        CheckpointError: the file has none, or lacks some.
+        CheckpointError: the file has no EMA weights, or lacks some of them.
     """
     own = [name for name in state if name.startswith("model.diffusion_model.")]
     means = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
@@ -277,7 +280,7 @@ def check_schedule(state: Mapping[str, Tensor], config: LatentDiffusionConfig, s
     """Compare the schedule that a file has in its buffers with that of the configuration.
 
     Raises:
-        CheckpointError: they differ: the weights were trained with another noise than they would be used with.
+        CheckpointError: they differ, so the weights were trained with other noise levels than they would be used with.
     """
     theirs = state.get("betas")
     ours = config.schedule().betas
@@ -313,10 +316,11 @@ def as_compvis(sd: LatentDiffusion) -> dict[str, Tensor]:
 
 
 def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> None:
-    """Write a model as CompVis has it: the weights in one file, the YAML beside it.
+    """Write a model in CompVis's layout: the weights in one file, and the YAML beside it.
 
-    A tokenizer that is not CLIP's, or a text tower with other heads than CLIP's, goes into a folder beside them, which
-    the YAML names as its `version`: the files of a CLIP in transformers' layout, without weights.
+    If the tokenizer is not CLIP's, or the text tower has another number of heads than CLIP's, both are described in a
+    folder beside the YAML, which names it as the `version` of its CLIP. The folder has the files of a CLIP in
+    transformers' layout, without weights.
     """
     text, version = sd.config.cond_stage, "openai/clip-vit-large-patch14"
     if isinstance(text, CLIPTextConfig):
@@ -332,18 +336,18 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
     write(files.cast(as_compvis(sd), dtype), path)
 
 
-# --- which configuration would have fitted? ---------------------------------------------------------------------------
+# --- which configuration would fit? -----------------------------------------------------------------------------------
 
 
 def what_would_fit(state: Mapping[str, Tensor]) -> str:
-    """A sentence on what the weights are, read off their names and shapes; "" where they are nothing known."""
+    """A sentence that says which model the weights belong to, from their names and shapes; "" if that is not known."""
     for prefix, what in TABLES["strangers"].items():
         if any(name.startswith(prefix) for name in state):
             return f"By its names, {what}"
     try:
         parts = {"unet": _unet_of(state), "first_stage": _first_stage_of(state), "cond_stage": text_config(state)}
     except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return ""  # not even the outline of such a model
+        return ""  # the names or shapes are not those of a latent diffusion model
     brief = {name: _brief(part) for name, part in parts.items()}
     changed = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))
     if not changed:
@@ -355,7 +359,7 @@ def what_would_fit(state: Mapping[str, Tensor]) -> str:
 
 
 def _brief(config) -> str:
-    """A config by what it has that is not the default."""
+    """A config, written with only those fields that differ from the default."""
     default = vars(type(config)())
     changed = ", ".join(f"{name}={value!r}" for name, value in vars(config).items() if value != default[name])
     return f"{type(config).__name__}({changed})"

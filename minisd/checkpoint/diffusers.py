@@ -1,4 +1,4 @@
-"""The folder of diffusers: five parts, each with its own files and with names of its own.
+"""diffusers' layout: a folder of five parts, each with its own files, and with other names for the layers.
 
     model_index.json                    which class each part is of
     unet/ vae/                          config.json, diffusion_pytorch_model.safetensors
@@ -6,9 +6,9 @@
     tokenizer/                          vocab.json and merges.txt, or tokenizer.json
     scheduler/                          scheduler_config.json: the noise schedule
 
-It is read and written without diffusers: the names of the layers are one table, made by walking over the network, and
-serve both directions. The weights may lie in one file or in several (an index says where), in `.safetensors` or `.bin`,
-and in a variant ("fp16").
+minisd reads and writes it without diffusers. One table, which is made by walking over the network, translates the names
+of the layers in both directions. The weights may be in one file or in several (an index says which tensor is in which),
+as `.safetensors` or `.bin`, and in a variant such as "fp16".
 
 diffusers: `pipelines/stable_diffusion/pipeline_stable_diffusion.py`, `models/unets/unet_2d_condition.py`,
 `models/autoencoders/autoencoder_kl.py`.
@@ -38,14 +38,14 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
-# What is data, in diffusers.json:
-#   stems      how the files of weights are called, by part; transformers has another name for .bin
-#   names      what CompVis calls a layer of a network or block, and what diffusers does; the others have one name
-#   old_names  what diffusers called a layer in 2022, and what it does today
-#   must       what the configurations may say of other models, and what it has to be here; left out, it is so
-#   fields     the fields of our configurations, and what the same number is called in theirs
-#   left_out   what a configuration may leave out beside that, and what it is then
-#   pipeline   what model_index.json says
+# The tables in diffusers.json:
+#   stems      names of the files of weights of each part, without the suffix; transformers has another one for .bin
+#   names      CompVis's name of a layer and diffusers' name, for each class of network or block; other names are equal
+#   old_names  the name that diffusers gave a layer in 2022, and the name that it gives it today
+#   must       keys that have another value in other models, and the value that Stable Diffusion v1 has (the default)
+#   fields     the fields of our configurations, and diffusers' keys for the same numbers
+#   left_out   further keys that a configuration may leave out, and the values that they then have
+#   pipeline   the contents of model_index.json
 #   ddim       the settings with which diffusers' DDIM takes the same steps as ours
 FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 STEMS, OLD_NAMES = FIXED["stems"], FIXED["old_names"]
@@ -60,7 +60,7 @@ def read_folder(
     """The model in a folder of diffusers' layout.
 
     Raises:
-        FileNotFoundError: a part is missing. CheckpointError: a part is broken, or is not of Stable Diffusion v1.
+        FileNotFoundError: a part is missing. CheckpointError: a part is broken, or is not that of Stable Diffusion v1.
     """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
@@ -84,7 +84,7 @@ def read_folder(
 
 
 def read_config(folder: Path) -> LatentDiffusionConfig:
-    """The four configurations in a folder as one.
+    """Read the four configurations in a folder as one.
 
     Raises:
         FileNotFoundError, CheckpointError: as `read_folder`.
@@ -96,7 +96,7 @@ def read_config(folder: Path) -> LatentDiffusionConfig:
 
 
 def _config(configs: dict[str, dict], folder: Path) -> LatentDiffusionConfig:
-    configs["text_encoder"] = configs["text_encoder"].get("text_config", configs["text_encoder"])  # of a whole CLIP
+    configs["text_encoder"] = configs["text_encoder"].get("text_config", configs["text_encoder"])  # a whole CLIP
     for part, must in FIXED["must"].items():
         for key, value in must.items():
             if configs[part].get(key, value) != value:
@@ -143,7 +143,7 @@ def _ours(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _theirs(part: str, config) -> dict[str, Any]:
-    """The other way round."""
+    """The same fields of our configuration, under diffusers' names."""
     return {theirs: getattr(config, ours) for ours, theirs in FIXED["fields"][part].items()}
 
 
@@ -151,7 +151,7 @@ def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], fo
     """The number of heads, which diffusers calls `attention_head_dim`: one number for all levels, or one for each."""
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
     heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
-    # where there is no attention, the number says nothing; in the middle, it is the last level's
+    # a level without attention does not use its number; the middle block uses that of the last level
     counts = [(h, c) for h, c, attend in zip(heads, channels, [*attends[:-1], True], strict=True) if attend]
     if len({h for h, _ in counts}) == 1:
         return {"num_heads": counts[0][0], "num_head_channels": None}
@@ -164,12 +164,12 @@ def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], fo
 def _vae_attention(vae: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     down, up = vae["down_block_types"], vae["up_block_types"]
     attends = _attends(down, up, "Attn", ("DownEncoderBlock2D", "UpDecoderBlock2D"), folder)
-    side = 2 ** (len(down) + 7)  # any size whose halves have all different sides
+    side = 2 ** (len(down) + 7)  # any side that can be halved at each level
     return {"resolution": side, "attn_resolutions": tuple(side // 2**i for i, attend in enumerate(attends) if attend)}
 
 
 def _attends(down: list[str], up: list[str], mark: str, plain: tuple[str, str], folder: Path) -> list[bool]:
-    """At which levels there is attention, by the names of their blocks on the way down; on the way up, the same."""
+    """Which levels have attention, by the names of their down blocks. The up blocks must have it at the same levels."""
     attends = [kind == mark + plain[0] for kind in down]
     for kinds, name, order in ((down, plain[0], attends), (up, plain[1], attends[::-1])):
         if list(kinds) != [mark + name if attend else name for attend in order]:
@@ -184,7 +184,7 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The weights of one part, from one file or several.
 
     Raises:
-        FileNotFoundError: none there, or one of several is missing.
+        FileNotFoundError: there are no weights, or one of several files is missing.
     """
     file = find_weights(folder, variant)
     if file is None:
@@ -196,14 +196,14 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{file} does not say in which file each tensor is (weight_map)")
     for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard:  # an index says which file beside it, and no other place
+        if Path(shard).name != shard:  # an index may only name files in its own folder
             raise CheckpointError(f"{file} points out of its folder, to {shard}")
         state |= files.read_weights(folder / shard)
     return state
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
-    """The file of a part's weights, or the index of its files: .safetensors before .bin, the variant if it is there."""
+    """The file of a part's weights, or the index of its files: the variant before others, .safetensors before .bin."""
     for mark, suffix, stem in product(_marks(variant), (".safetensors", ".bin"), STEMS[folder.name]):
         for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
             if (folder / name).is_file():
@@ -212,7 +212,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path | None:
 
 
 def _marks(variant: str | None) -> list[str]:
-    """What the names of the files may have before their suffix, from the most wanted on."""
+    """What may stand before the suffix in a file's name, the preferred one first."""
     return [f".{variant}", ""] if variant else [""]
 
 
@@ -227,12 +227,12 @@ def _check_variant(folder: Path, variant: str) -> None:
 
 
 def fetch(name: str, variant: str | None = None) -> Path:
-    """Bring a model of the Hugging Face hub, "owner/name", and return the folder that it lies in.
+    """Download a model from the Hugging Face hub, "owner/name", and return its folder.
 
-    Only what is read is fetched. What was fetched once is not fetched again; HF_HUB_OFFLINE=1 never asks.
+    Only the files that are read are downloaded, and only once. With HF_HUB_OFFLINE=1, the hub is never asked.
 
     Raises:
-        FileNotFoundError: no such model, or no way to it.
+        FileNotFoundError: there is no such model, or the hub can't be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -244,7 +244,7 @@ def fetch(name: str, variant: str | None = None) -> Path:
     about = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=about + patterns(".safetensors")))
-        if (folder / "unet").is_dir() and find_weights(folder / "unet", variant) is None:  # as in 2022
+        if (folder / "unet").is_dir() and find_weights(folder / "unet", variant) is None:  # a model from 2022
             folder = Path(snapshot_download(name, allow_patterns=about + patterns(".bin")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -258,7 +258,7 @@ def fetch(name: str, variant: str | None = None) -> Path:
 
 
 def parts_of(sd: LatentDiffusion) -> dict[str, tuple[nn.Module, dict[str, str]]]:
-    """The three networks under diffusers' names, and for each the names of its tensors, by ours."""
+    """The three networks by diffusers' names, each with {our name: diffusers' name} of its tensors."""
     return {
         "unet": (sd.model.diffusion_model, unet_names(sd.model.diffusion_model)),
         "vae": (sd.first_stage_model, vae_names(sd.first_stage_model)),
@@ -269,7 +269,8 @@ def parts_of(sd: LatentDiffusion) -> dict[str, tuple[nn.Module, dict[str, str]]]
 def unet_names(unet: UNetModel) -> dict[str, str]:
     """{our name: diffusers' name} of each tensor of a UNet.
 
-    CompVis numbers the blocks through, input_blocks.0 … 11; diffusers counts by level, and within a level by kind.
+    CompVis numbers all blocks in one sequence, input_blocks.0 … 11. diffusers numbers the levels, and in each level the
+    layers of each kind.
     """
     names = dict(FIXED["names"]["UNetModel"])
     for way, blocks in (("down", "input_blocks"), ("up", "output_blocks")):
@@ -288,7 +289,10 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:
-    """{our name: diffusers' name} of each tensor of an autoencoder. diffusers numbers the decoder as it runs."""
+    """{our name: diffusers' name} of each tensor of an autoencoder.
+
+    diffusers numbers the decoder's levels in the order in which they run, CompVis the other way round.
+    """
     names = {}
     last = len(vae.config.ch_mult) - 1
     for level in range(last + 1):
@@ -308,7 +312,7 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
 
 
 def _translated(network: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Each tensor's name: that of its block, translated by `names`, and behind it that of its layer in the block."""
+    """Translate each tensor's name: `names` translates its block, and FIXED["names"] the layer in the block."""
     table = {}
     for ours in network.state_dict():
         block = max((name for name in names if ours.startswith(f"{name}.")), key=len, default=None)
@@ -322,7 +326,7 @@ def _translated(network: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _layer_name(name: str) -> str:
-    """The name of a layer as diffusers calls it today."""
+    """The name that diffusers uses for a layer today, given one of today or of 2022."""
     *place, layer, kind = ["", *name.split(".")]
     layer = OLD_NAMES.get(layer, layer) if "attentions" in place else layer
     return ".".join([*place, layer, kind]).lstrip(".")
@@ -334,7 +338,7 @@ def _text_name(name: str) -> str:
 
 
 def _as_theirs(name: str, tensor: Tensor) -> Tensor:
-    """The VAE's attention projects by 1x1 convolutions in CompVis, by Linear layers, without the 1x1, in diffusers."""
+    """Drop the 1x1 of the VAE's attention projections: they are convolutions in CompVis, Linear layers in diffusers."""
     in_attention = any(part.startswith("attn") for part in name.split(".")) and "transformer_blocks" not in name
     return tensor.flatten(1) if in_attention and tensor.ndim == 4 else tensor
 
@@ -345,10 +349,10 @@ def _as_theirs(name: str, tensor: Tensor) -> Tensor:
 def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a model so that `diffusers.StableDiffusionPipeline.from_pretrained(folder)` draws with it.
 
-    Its scheduler is DDIM as `sd.txt2img` has it: the same steps, ending at ᾱ_0.
+    Its scheduler is DDIM, set so that it takes the same steps as DDIM in `sd.txt2img`, down to ᾱ_0.
 
     Raises:
-        ValueError: a model that diffusers' pipeline has no place for.
+        ValueError: diffusers' pipeline can't run such a model.
     """
     config = sd.config
     kinds = (type(config.first_stage), type(config.cond_stage), type(getattr(sd.cond_stage_model, "tokenizer", None)))
@@ -375,7 +379,7 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
 
 
 def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict[str, dict]:
-    """The JSON files of the folder, by their places in it."""
+    """The contents of the folder's JSON files, by their paths in it."""
     vae, inpainting = config.first_stage, "Inpaint" if config.concat_channels else ""
     return {
         "model_index.json": {"_class_name": f"StableDiffusion{inpainting}Pipeline", **FIXED["pipeline"]},
@@ -407,7 +411,7 @@ def unet_config_json(unet: UNetConfig) -> dict:
         "block_out_channels": channels,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": heads,  # which is their number
+        "attention_head_dim": heads,  # despite its name, the number of heads
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
     }

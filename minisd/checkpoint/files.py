@@ -1,7 +1,7 @@
-"""Files of weights: read safely, checked by name and shape and for NaN, written whole.
+"""Files of weights: read without running code, checked for names, shapes and NaN, and never left half written.
 
-A `.ckpt` is a pickle, and a pickle is a program: reading one may run anything. Here, only tensors and plain containers
-are let in (`weights_only=True`), and what is not read is not run.
+A `.ckpt` is a pickle, and a pickle is a program: reading it can run any code. Here, only tensors and plain containers
+are unpickled (`weights_only=True`). Everything else in the file is refused, or replaced by an object that does nothing.
 """
 
 import json
@@ -25,16 +25,17 @@ from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 
 
 class CheckpointError(ValueError):
-    """A file of weights that is not what it should be; the message says what, and what to do."""
+    """A file of weights is not what it should be. The message says what is wrong, and what to do."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def set_aside(name: str) -> bool:
-    """Is this one of the names that a CompVis checkpoint has beyond the three networks?
+    """Whether a name is one of those that a CompVis checkpoint has in addition to the weights of the three networks.
 
-    The schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's loss.
+    These are the schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …) and the networks of the autoencoder's
+    loss.
     """
     of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
     return (
@@ -49,14 +50,15 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Names and tensors of a `.safetensors` file or of a PyTorch checkpoint (`.ckpt`, `.pt`, `.pth`, `.bin`).
 
-    The tensors lie in the file, mapped into memory, where the format allows it: they cost memory once they are used.
+    If the format allows it, the file is mapped into memory, so that a tensor takes up memory only once it is used.
 
-    check: which names to search for NaN and infinity. By default those that are loaded, and not those that are set
-        aside: an optimiser's state or an EMA that is not used may hold what it likes. It reads the tensors once, and
-        keeps none of them in memory.
+    check: which names to search for NaN and infinity. By default, these are the names that are loaded and not those of
+        `set_aside`, because NaN in an optimiser's state or in an EMA that is not used does no harm. The search reads
+        the tensors once, and keeps none of them in memory.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: broken, truncated, holding more than tensors, or NaN.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is broken or truncated, or it holds something else than tensors, or NaN.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,14 +80,15 @@ def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor])
     for name, piece in _pieces(path, {name: state[name] for name in names}):
         if not piece.is_floating_point():
             continue
-        piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't add up numbers of eight bits
-        # A sum is NaN or infinite if a term is, and quicker; as it may also overflow, it only raises the suspicion.
+        piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't sum 8-bit floats
+        # A sum is NaN or infinite if one of its terms is, and it is fast to compute. Because it may also overflow, the
+        # numbers themselves are tested only if the sum is not finite.
         if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
             raise CheckpointError(f"{name} in {path} holds NaN or infinity: the file, or its training, was damaged")
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name; or, if it was renamed, by its content: eight bytes that give a length, then a header in JSON."""
+    """Whether a file is safetensors, by its suffix or its content: eight bytes that give a length, then JSON."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
@@ -100,11 +103,14 @@ def _table(content, path: Path) -> dict[str, Tensor]:
     return state
 
 
-PIECE = 2**22  # numbers: so much of a file is in memory at a time while it is looked through
+PIECE = 2**22  # how many numbers of a file are in memory at a time while it is searched
 
 
 def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All numbers of a file, piece by piece. To read them off the map would make all of it resident."""
+    """All numbers of a file, piece by piece.
+
+    They are read from the file and not from its memory map, because all of the map would then stay in memory.
+    """
     places = _places(path, state) if state else {}
     if places is None:
         yield from state.items()
@@ -132,10 +138,11 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
         return {name: 8 + length + header[name]["data_offsets"][0] for name in state}
     if not _can_be_mapped(path):
         return None
-    outline = _table(_unpickle(path, "meta"), path)  # not the tensors, but what and where they are
+    outline = _table(_unpickle(path, "meta"), path)  # on "meta": their shapes and places, without numbers
     outline = {name: outline[name] for name in state}
     storages = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in outline.items()}
-    # PyTorch calculates these places from how it packs a zip itself; another program that packed it anew did otherwise.
+    # PyTorch computes these places from the way in which it packs a zip itself. If another program has packed the file
+    # again, they are wrong.
     reader = torch._C.PyTorchFileReader(str(path))
     if not {reader.get_record_offset(record) for record in reader.get_all_records()}.issuperset(storages.values()):
         return None
@@ -143,7 +150,7 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Do the tensors lie in the file as they are? In a zip that compresses nothing; PyTorch before 1.6 wrote none."""
+    """Whether a file is an uncompressed zip, so that its tensors can be mapped. PyTorch before 1.6 wrote no zips."""
     try:
         with zipfile.ZipFile(path) as archive:
             return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
@@ -152,10 +159,10 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 class Inert:
-    """What stands in for a class of Lightning's: instead of an object that may act, it makes a mapping that can't.
+    """Takes the place of a class of Lightning's while a file is unpickled, and makes a plain mapping that runs no code.
 
-    The official v1 checkpoints carry the state of Lightning's callbacks beside the weights, under their classes. (A
-    plain mapping, since that is all that PyTorch's careful unpickler lets a file put things into.)
+    The official v1 checkpoints hold the state of Lightning's callbacks beside the weights, under the names of their
+    classes. It has to be a mapping, because PyTorch's restricted unpickler only lets a file fill plain containers.
     """
 
     def __new__(cls, *args, **kwargs):
@@ -163,11 +170,11 @@ class Inert:
 
 
 class InertNumber:
-    """What stands in for a number of numpy's and for its dtype: it accepts everything and keeps nothing.
+    """Takes the place of a numpy number and of its dtype while a file is unpickled. It accepts and ignores everything.
 
-    CompVis's learning rate follows `np.cumsum` (`ldm/lr_scheduler.py`), so the official v1 checkpoints hold numpy's
-    numbers in `lr_schedulers`, beside the weights. Nobody reads them here, so numpy itself is not let in:
-    `numpy.dtype` makes every type there is, and its `__setstate__` trusts the sizes and flags that a file gives it.
+    CompVis computes its learning rate with `np.cumsum` (`ldm/lr_scheduler.py`), so the official v1 checkpoints hold
+    numpy numbers in `lr_schedulers`, beside the weights. minisd does not need them, so it does not let a file call
+    numpy: `numpy.dtype` can make any type, and its `__setstate__` trusts the sizes and flags that the file gives it.
     """
 
     def __new__(cls, *args):
@@ -177,14 +184,14 @@ class InertNumber:
         pass
 
 
-# The names in a pickled number, as numpy 1 and numpy 2 write it. (`_codecs.encode`, for its bytes, PyTorch allows.)
+# The names in a pickled number, as numpy 1 and 2 write it. (PyTorch itself allows `_codecs.encode`, for its bytes.)
 NUMPY_NUMBER = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
 
 
 def _unpickle(path: Path, device: str = "cpu"):
-    """torch.load, of tensors and plain containers alone.
+    """torch.load, restricted to tensors and plain containers.
 
-    Names from Lightning are read as `Inert`, and numpy's numbers as `InertNumber`. All others are refused.
+    Lightning's classes are replaced by `Inert`, and numpy's numbers by `InertNumber`. Any other name is refused.
     """
     stand_ins = [(InertNumber, name) for name in NUMPY_NUMBER]
     while True:
@@ -204,12 +211,12 @@ def _unpickle(path: Path, device: str = "cpu"):
             stand_ins.append((Inert, what[1]))
         except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = str(error).split("\n")[0].split(". ")[0][:120]
-            reason = f" ({reason})" if " " in reason else ""  # else it is a number from the unpickler's depths
+            reason = f" ({reason})" if " " in reason else ""  # a single word is an internal code, of no help
             raise CheckpointError(f"{path} is no whole checkpoint{reason}: fetch or save it again") from None
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file, or one sentence on what is wrong with it."""
+    """Read a JSON object from a file. Raises FileNotFoundError, or CheckpointError if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -223,7 +230,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def refused_as(sentence: str) -> Iterator[None]:
-    """While a configuration is read: makes one CheckpointError of what a malformed one may raise, with the reason."""
+    """Turn whatever a malformed configuration raises inside the `with` into a CheckpointError with the reason."""
     try:
         yield
     except CheckpointError:
@@ -242,10 +249,10 @@ def read_tokenizer(folder: Path) -> BPETokenizer:
 
 
 def build(config: LatentDiffusionConfig, tokenizer: BPETokenizer | None, source: str | Path) -> LatentDiffusion:
-    """The model of a configuration, without memory yet.
+    """Build the model of a configuration on PyTorch's "meta" device, so that it takes up no memory yet.
 
     Raises:
-        CheckpointError: there can be no such model, or the vocabulary is larger than the text encoder's.
+        CheckpointError: such a model can't be built, or the vocabulary is larger than the text encoder's.
     """
     if isinstance(config.cond_stage, CLIPTextConfig) and len(tokenizer.vocab) > config.cond_stage.vocab_size:
         raise CheckpointError(
@@ -272,11 +279,10 @@ def load_weights(
 ) -> None:
     """Put weights into a model if, and only if, every name and shape is right.
 
-    The tensors take the place of the model's own and are not copied, unless `device` or `dtype` asks for others: a
-    model that was built on PyTorch's "meta" device, where tensors have a shape and no memory, is filled without ever
-    being there twice.
+    The tensors replace the model's own and are not copied, unless `device` or `dtype` differs from theirs. A model that
+    was built on PyTorch's "meta" device, where tensors have a shape and no memory, is therefore never in memory twice.
 
-    Names that a checkpoint may have beyond the model's are those of `set_aside`.
+    The names of `set_aside` are ignored. Any other name that the model does not have is an error.
 
     Raises:
         CheckpointError: names the first few that are missing, superfluous or of another shape.
@@ -322,15 +328,15 @@ def check_names(
 
 @contextmanager
 def written_whole(path: Path, before: str = "what was there before") -> Iterator[Path]:
-    """Gives another name to write a file to, and renames it to `path` once that is done: no half file is left behind.
+    """Yield another name to write a file to, and rename the file to `path` at the end: no half file is left behind.
 
     Raises:
-        OSError: it could not be written; what stood at `path`, which the message calls `before`, still stands there.
+        OSError: it could not be written. What was at `path`, which the message calls `before`, is still there.
     """
     with _unfinished(path, before) as unfinished:
         yield unfinished
-        unfinished.chmod(0o666 & ~_umask())  # some libraries write files that nobody else may read
-        on_disk(unfinished)  # else a crash of the machine may leave the new name on an empty file
+        unfinished.chmod(0o666 & ~_umask())  # some libraries write files that only their owner may read
+        on_disk(unfinished)  # otherwise a crash of the machine may leave an empty file under the new name
         os.replace(unfinished, path)
         on_disk(path.parent)
 
@@ -355,20 +361,20 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _unfinished(path: Path, before: str = "what was there before") -> Iterator[Path]:
-    """The name that a file or folder has until it is whole. Whatever is left under that name is deleted."""
+    """Yield the name that a file or folder has until it is complete, and delete what is left under that name."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        remove_unfinished(unfinished)  # of a process that was killed
+        remove_unfinished(unfinished)  # left by a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError on a full disk
         raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
     finally:
         remove_unfinished(unfinished)
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete what is there under an unfinished name: nothing, a file, or a folder with all that is in it."""
+    """Delete an unfinished file, or an unfinished folder with all that is in it, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -376,10 +382,10 @@ def remove_unfinished(path: Path) -> None:
 
 
 def on_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, has left the system's memory for the disk."""
+    """Wait until the system has written a file, or a folder's list of names, from its memory to the disk."""
     windows = os.name == "nt"
     if windows and path.is_dir():
-        return  # it opens no folders
+        return  # Windows can't open a folder
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -388,7 +394,7 @@ def on_disk(path: Path) -> None:
 
 
 def _umask() -> int:
-    """What the user keeps from others in new files. It can't be read without setting it."""
+    """The permissions that this user's new files do not get. The system only returns the mask when one is set."""
     mask = os.umask(0o22)
     os.umask(mask)
     return mask
@@ -397,7 +403,7 @@ def _umask() -> int:
 def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a `.safetensors` file whole."""
     with written_whole(Path(path)) as unfinished:
-        # "pt" is what transformers asks a file for before it trusts it to hold PyTorch's weights
+        # transformers only reads a file whose metadata say "pt": that it holds PyTorch's weights
         save_file({name: _plain(tensor) for name, tensor in state.items()}, unfinished, {"format": "pt"})
 
 
@@ -412,7 +418,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The same tensors, those of real numbers in another dtype; None leaves them as they are."""
+    """The same tensors, the floating-point ones in another dtype; None leaves them unchanged."""
     return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""minisd's own folder: what the models that ship, and those that `minisd train` makes, lie in.
+"""minisd's own layout: the folder of the models that ship, and of those that `minisd train` makes.
 
 config.json          what the model is: the three networks, the schedule, the latent scale factor
 model.safetensors    its weights, under the names of `sd-v1-4.ckpt`
@@ -21,14 +21,14 @@ from ..vq import VQConfig
 from . import files
 from .files import CheckpointError
 
-# What config.json may have for a part. Each says which it is by its "kind"; without one, it is the first.
+# The classes of configuration that each part may have. "kind" in config.json names one; without it, the first is meant.
 KINDS = {
     "unet": (UNetConfig,),
     "first_stage": (AutoencoderConfig, VQConfig, IdentityConfig),
-    "cond_stage": (),  # the Config of any condition, whenever it was entered into CONDITIONS
+    "cond_stage": (),  # the Config of each condition; looked up when it is needed, because conditions can be added
 }
 
-# What config.json may name although minisd has it no longer, since it never changed a number: how a UNet saves memory.
+# Fields of older config.json files that are ignored. This one said how a UNet saves memory, which changes no result.
 NO_LONGER = {"unet": {"use_checkpoint"}}
 
 
@@ -37,7 +37,7 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
     config = read_config(folder)
     state, usual = files.read_weights(file), folder / "model.safetensors"
     if file.name != usual.name and usual.exists():
-        # What the file takes the place of is not loaded, so it is not searched for NaN either.
+        # Tensors that `file` replaces are not loaded, so they are not searched for NaN either.
         others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))
         state = others | state
     tokenizer = files.read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
@@ -67,10 +67,10 @@ def read_config(folder: Path) -> LatentDiffusionConfig:
 
 
 def part_from_json(part: str, values: dict | None):
-    """The configuration of a part of a model, of the kind that it says it is. (JSON has lists for its tuples.)
+    """Build the configuration of a part, of the class that "kind" names. JSON's lists become tuples.
 
     Raises:
-        KeyError, TypeError, ValueError: there is no such kind, or it has no such field, or not this value.
+        KeyError, TypeError, ValueError: there is no such kind, or it does not take these fields or values.
     """
     if values is None:
         return None
@@ -85,7 +85,7 @@ def part_from_json(part: str, values: dict | None):
 
 
 def part_to_json(config) -> dict | None:
-    """The other way round."""
+    """The inverse of `part_from_json`."""
     return None if config is None else {"kind": type(config).__qualname__, **asdict(config)}
 
 
@@ -105,7 +105,7 @@ def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
 
 
 def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:
-    """Write both CLIP towers and their tokenizer; beside a model that holds the text tower, only what it lacks."""
+    """Write both CLIP towers and their tokenizer, without the text tower if a model in the folder holds it already."""
     folder = Path(folder)
     beside_model = (folder / "model.safetensors").exists()
     state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}

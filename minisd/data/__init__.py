@@ -1,7 +1,7 @@
 """Captioned pictures: the class that reads them, and the corpora that this project trains on.
 
 - `CaptionedPictures(folder)`: any folder of captioned pictures, as tensors
-- `sample()`: real pictures that come with the package; `photograph()`: and a photograph
+- `sample()`: real pictures that come with the package; `photograph()`: one photograph
 - `draw_shapes(folder)`: coloured shapes with exact captions, drawn in seconds
 - `build_emoji(folder)`: 1,641 concepts in seven styles, fetched and rendered in minutes
 - `fetch_dataset(source, folder)`: any data set of the Hugging Face hub, or of parquet files

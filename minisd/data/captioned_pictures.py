@@ -1,8 +1,8 @@
 """Captioned pictures from any folder, as tensors.
 
 One class reads every folder: one with a `metadata.jsonl` (the Hugging Face imagefolder convention, which `build_emoji`
-and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Whatever the mode, size and quality of
-the files, what comes out is RGB, square, of one size; what can't be used is named and left out.
+and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Files of any mode, size and quality come
+out as square RGB pictures of one size. A file that can't be used is left out and listed in `skipped`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ..pictures import open_picture, sheet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 IN_MEMORY = 2**30  # bytes: if all pictures fit, they are decoded once and kept; if not, they are read when asked for
-SHEET_COLUMNS = 32  # of a `pictures.webp`
+SHEET_COLUMNS = 32  # pictures in a row of `pictures.webp`
 
 Skipped = list[tuple[str, str]]  # what was left out, and why
 
@@ -34,7 +34,7 @@ Skipped = list[tuple[str, str]]  # what was left out, and why
 
 
 def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarray, "n size size 3"]:
-    """Square pictures at another size: the mean of whole pixels where it divides the old one, else Lanczos."""
+    """Resize square pictures: average blocks of whole pixels if the new size divides the old one, else use Lanczos."""
     old = pictures.shape[1]
     if old == size:
         return pictures
@@ -50,7 +50,7 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
 def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
     """The picture in a file's bytes, as `open_picture` reads it: its central square, resized (None: not resized).
 
-    Raises ValueError, in words for people, where the bytes are not a picture that can be read.
+    Raises ValueError, with the reason in plain words, if the bytes are not a picture that can be read.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -58,7 +58,7 @@ def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "side side
         picture = open_picture(data)
     except ValueError:
         raise
-    except Exception as error:  # PIL raises nearly everything: OSError, SyntaxError, struct.error, its own bomb error
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, DecompressionBombError
         raise ValueError(f"not a readable picture ({type(error).__name__})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -67,7 +67,7 @@ def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "side side
 
 
 def decode_file(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
-    """`decode` the picture in a file; raises ValueError as that does, and where the file can't be read."""
+    """`decode` the picture in a file. Raises ValueError as `decode` does, and if the file can't be read."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def decode_file(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, 
 
 
 def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped]:
-    """The rows of metadata.jsonl, and what is wrong with the others. captions: whether a row needs one."""
+    """The valid rows of metadata.jsonl, and what is wrong with the others. captions: whether a row needs a caption."""
     rows, skipped = [], []
     for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -141,7 +141,7 @@ def read_templates(folder: Path) -> tuple[str, ...]:
 
 
 def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] | None:
-    """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, where one is there and fits the rows."""
+    """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, if one of them is there and fits the rows."""
     some = {i: folder / rows[i]["file_name"] for i in (0, len(rows) // 2, len(rows) - 1)}
     try:
         if (folder / "pictures.npy").exists():
@@ -153,11 +153,11 @@ def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] 
         size = packed.shape[1] if packed.ndim == 4 else 0
         if packed.dtype != np.uint8 or packed.shape != (len(rows), size, size, 3):
             return None
-        # Are these still the pictures of the files, in the same order? There may be no files, as in the sample.
+        # Three of them are compared with their files, which may have changed since. The sample has no such files.
         for i, path in some.items():
             if path.exists() and not np.array_equal(decode_file(path, size), packed[i]):
                 return None
-    except (ValueError, OSError, EOFError):  # half a file or another one: let the files be looked into, and named
+    except (ValueError, OSError, EOFError):  # it is broken: the files are read instead, and errors name them
         return None
     return packed
 
@@ -188,13 +188,13 @@ class CaptionedPictures(Dataset):
         so that none is enlarged.
     split: only the rows whose "split" says so ("train", "test_pair", "test_concept" in our corpora); a row without
         one is in "train". None: all rows.
-    captions: whether a picture needs a caption. False: one without is taken too, and its caption is "".
+    captions: whether a picture needs a caption. If False, a picture without one is used too, with the caption "".
 
     Attributes: `rows` (list of dicts, at least file_name), `captions` (list of str), `templates` (tuple of str: the
-    forms in which a caption is trained on, "{}" standing for it), `images` (uint8 [n h w 3], all pictures at `size`),
+    forms in which a caption is trained on, where "{}" stands for it), `images` (uint8 [n h w 3], all at `size`),
     `size`, `skipped` (list of (path, reason); a warning sums them up). `column("concept")` is one entry of each row.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where nothing in it can be used.
+    Raises FileNotFoundError if there is no such folder, ValueError if nothing in it can be used.
     """
 
     def __init__(self, folder: str | Path, size: int | None = None, split: str | None = None, captions: bool = True):
@@ -228,7 +228,7 @@ class CaptionedPictures(Dataset):
         self._report(captions)
 
     def _open_files(self, size: int | None) -> None:
-        """Read every file once. Those that can be read stay, as pixels if there is memory for all of them."""
+        """Read every file once. Keep the rows of those that can be read, and all pixels if there is memory for them."""
         if size is None:
             sides = [(row, len(picture)) for row, picture in self._readable(None)]
             self.rows, size = [row for row, _ in sides], min((side for _, side in sides), default=1)
@@ -253,7 +253,7 @@ class CaptionedPictures(Dataset):
                 yield row, picture
 
     def _report(self, captions: bool) -> None:
-        """One sentence on what was left out, or the error that nothing is left."""
+        """Warn in one sentence of what was left out, or raise ValueError if nothing is left."""
         named = [f"{name} ({reason})" for name, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
             named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
@@ -275,7 +275,7 @@ class CaptionedPictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
         """Picture i, float32 in [-1, 1], and its caption."""
-        return self.batch([range(len(self))[i]])[0], self.captions[i]  # range: IndexError past the end, -1 the last
+        return self.batch([range(len(self))[i]])[0], self.captions[i]  # range checks i, and takes -1 as the last
 
     def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
         """The pictures at these indices: float32 in [-1, 1]."""
@@ -284,9 +284,9 @@ class CaptionedPictures(Dataset):
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
     def column(self, name: str) -> list:
-        """One entry of each row, such as "concept", or "folder" where the pictures lie in subfolders.
+        """One entry of each row, such as "concept", or "folder" if the pictures are in subfolders.
 
-        Raises ValueError, in one sentence, where a row has no such entry.
+        Raises ValueError, in one sentence, if a row has no such entry.
         """
         lacking = [row["file_name"] for row in self.rows if row.get(name) is None]
         if not lacking:
@@ -299,7 +299,7 @@ class CaptionedPictures(Dataset):
         )
 
     def describe(self, i: int) -> str:
-        """Which picture that is, for people: index, file and caption."""
+        """Picture i in words, for a message: its index, file and caption."""
         return f"{i} ({self.rows[i]['file_name']}: {self.captions[i]!r})"
 
     @property

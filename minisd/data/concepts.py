@@ -1,8 +1,8 @@
-"""What an emoji is called: CLDR names and keywords, joined to the icons of each package.
+"""The names of emoji: CLDR names and keywords, matched to the icons of each package.
 
-The names are the English ones of Unicode's CLDR, by way of emojibase-data. An icon finds its concept by code point
-where its package lists them, and by name where it doesn't; the sets are of different ages, so one concept can
-carry its present CLDR name, a former one, or the name of its code point.
+The names are the English ones of Unicode's CLDR, from the package emojibase-data. If an icon package lists code points,
+its icons are matched to concepts by code point, otherwise by name. The packages are of different ages, so an icon can
+have the present CLDR name of its concept, a former one, or the Unicode name of its code point.
 """
 
 import re
@@ -22,7 +22,7 @@ class Concept:
     group: str  # one of CLDR's ten: "food-drink"
     subgroup: str  # "food-fruit"
     keywords: tuple[str, ...]
-    family: str  # what it is held out together with: "man astronaut" and "astronaut" are one family
+    family: str  # concepts of one family are held out together: "man astronaut" and "astronaut"
 
 
 # Names whose only distinguishing character is lost in plain text.
@@ -40,7 +40,7 @@ def plain(label: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as file names and Iconify have it: "men's room" -> "mens-room"."""
+    """A name as it is written in file names and by Iconify: "men's room" -> "mens-room"."""
     return re.sub(r"[^a-z0-9]+", "-", plain(name).replace("'", "")).strip("-")
 
 
@@ -67,7 +67,7 @@ def concepts(data: list[dict], groups: dict, tones: bool = False, flags: bool = 
 
 
 def bare(codepoint: str) -> str:
-    """A code point sequence without joiners and variation selectors, on whose presence the packages disagree."""
+    """A code point sequence without joiners and variation selectors, because only some packages write them."""
     return "-".join(c for c in codepoint.lower().split("-") if c not in ("fe0f", "200d"))
 
 
@@ -76,14 +76,14 @@ def squashed(name: str) -> str:
 
 
 def unicode_name(codepoint: str) -> str:
-    """The name that Unicode gave a single code point. It never changes, while names of CLDR do."""
+    """The name that Unicode gave a single code point. It never changes, unlike CLDR's names."""
     codes = [c for c in codepoint.split("-") if c != "FE0F"]
     return unicodedata.name(chr(int(codes[0], 16)), "") if len(codes) == 1 else ""
 
 
 @cache
 def icon_names(package: str) -> dict[str, dict[str, str]]:
-    """Our own table on the icons of a package: `draws`, `left_out` and `shows`, as icon_names.toml explains."""
+    """Our own table for the icons of a package: `draws`, `left_out` and `shows`, as icon_names.toml explains."""
     table = read_table("icon_names.toml").get(package, {})
     return {"draws": {}, "left_out": {}, "shows": {}} | table
 
@@ -91,12 +91,13 @@ def icon_names(package: str) -> dict[str, dict[str, str]]:
 def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: str = "") -> dict[str, str]:
     """Which icon draws which concept: {concept's code point: icon's name}.
 
-    icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} where it has none. In order of
-    trust: code point, our own table, CLDR name, the code point's Unicode name. An icon is used at most once.
+    icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} if it has none. An icon
+    is matched by code point, else by our own table, else by CLDR name, else by the code point's Unicode name: from the
+    most to the least reliable. It is used at most once.
     """
     by_codepoint = {bare(code): name for code, name in chars.items()}
     known = icons["icons"] | icons.get("aliases", {})
-    # Compared without spaces, because fxemoji has none. Where two names are then the same, the first one counts.
+    # Compared without spaces, because fxemoji has none. If two names are then the same, the first one counts.
     by_name = {squashed(name): name for name in reversed(known)}
     table = icon_names(package)
     own = {concept: icon for icon, concept in table["draws"].items()}
@@ -109,7 +110,9 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
         lambda c: by_name.get(squashed(c.name)),
         lambda c: by_name.get(squashed(unicode_name(c.codepoint))),
     )
-    for way in ways:  # each for all concepts before the next, so that no former name takes a present one's icon
+    # Each way is tried for all concepts before the next way. Otherwise a concept could take, by a former name, an icon
+    # whose name is now that of another concept.
+    for way in ways:
         for concept in concepts:
             icon = way(concept)
             if icon in known and icon not in used and concept.codepoint not in found:

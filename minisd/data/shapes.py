@@ -1,9 +1,10 @@
-"""Coloured shapes with exact captions: a corpus that draws itself.
+"""Coloured shapes with exact captions: a corpus that is drawn by this module, without a download.
 
-Small enough for a laptop, and harder than it looks: a model has to bind a colour to a shape, to count, and to place.
-Everything that a caption says is true, and six (colour, shape) pairs never occur in training.
+It is small enough for a laptop, but not trivial: a model has to bind each colour to its shape, to count the shapes, and
+to put them in their places. Everything that a caption says is true, and six (colour, shape) pairs never occur in
+training.
 
-Picture k depends on the seed and on k alone: a longer corpus begins with the shorter one.
+Picture k depends only on the seed and on k, so a longer corpus begins with the pictures of a shorter one.
 """
 
 import math
@@ -22,7 +23,8 @@ from .tables import read_table
 _WORDS = read_table("shapes.toml")
 SHAPES = tuple(_WORDS["shapes"])
 COLOURS = {name: tuple(rgb) for name, rgb in _WORDS["colours"].items()}
-SIZES = _WORDS["sizes"]  # half the width of a shape; lengths are shares of the picture's width, y grows downwards
+# Lengths are fractions of the picture's width, and y grows downwards.
+SIZES = _WORDS["sizes"]  # half the width of a shape
 PLACES = {phrase: tuple(centre) for phrase, centre in _WORDS["places"].items()}
 RELATIONS = {phrase: tuple(map(tuple, centres)) for phrase, centres in _WORDS["relations"].items()}
 NUMBERS = {word: tuple(map(tuple, centres)) for word, centres in _WORDS["numbers"].items()}
@@ -33,7 +35,7 @@ NUMBERS = {word: tuple(map(tuple, centres)) for word, centres in _WORDS["numbers
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: centre and radius as shares of the picture's width, y downwards."""
+    """One shape: centre and radius as fractions of the picture's width. y grows downwards."""
 
     colour: str
     shape: str
@@ -59,7 +61,7 @@ class Scene:
 
 
 def held_out_pairs() -> frozenset[str]:
-    """One colour for each shape, by hash, and no colour twice: what is left shows every colour and every shape."""
+    """One colour for each shape, by hash, and no colour twice, so that training shows every colour and every shape."""
     chosen: dict[str, str] = {}
     for shape in SHAPES:
         free = [colour for colour in COLOURS if colour not in chosen]
@@ -128,7 +130,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """A scene as pixels: at four times the size first, then each 4 x 4 block is averaged, so that edges are smooth."""
+    """Draw a scene at four times the size, then average each block of 4 x 4 pixels, so that edges are smooth."""
     canvas = Image.new("RGB", (4 * size, 4 * size), "white")
     pencil = ImageDraw.Draw(canvas)
     for item in scene.items:
@@ -166,8 +168,8 @@ def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: i
     """Write shapes to a folder that `CaptionedPictures` reads, and return it; a complete corpus is left as it is.
 
     Each row has, beside file_name and text: kind ("size", "place", "count", "relation"), concept ("red circle",
-    the first shape's), items (each shape's colour, shape, x, y and radius) and split ("train", or "test_pair" where
-    a (colour, shape) pair is in the picture that training never shows).
+    the first shape's), items (each shape's colour, shape, x, y and radius) and split ("train", or "test_pair" if
+    the picture has a (colour, shape) pair that is never in training).
     """
     folder = Path(folder).expanduser()
     recipe = {"made_by": "draw_shapes", "count": count, "size": size, "seed": seed}

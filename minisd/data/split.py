@@ -1,8 +1,8 @@
-"""Which pictures a model never sees: a split that is decided by hashes of names, so that it never moves.
+"""The split into training and test pictures. It is decided by hashes of names, so it never changes.
 
-Two questions, two test sets. `test_pair`: (concept, style) pairs that are held out while the concept is seen in
-other styles and the style on other concepts: does the model compose what it knows? `test_concept`: concepts that
-are held out in every style: what does it make of words that it has never seen together?
+There are two test sets, for two questions. `test_pair` holds out (concept, style) pairs, while training shows the
+concept in other styles and the style on other concepts: can the model combine what it knows? `test_concept` holds out
+concepts in every style: what does the model draw for words that it has never seen together?
 """
 
 import hashlib
@@ -11,16 +11,16 @@ from collections.abc import Iterable, Sequence
 
 from .packages import STYLES
 
-PAIRS = 0.13  # of the cells that may be held out; the rule of MIN_LEFT takes it down to about a tenth of all cells
-CONCEPTS = 0.05  # of the families of each group
+PAIRS = 0.13  # share of the cells that may be held out; MIN_LEFT reduces it to about a tenth of all cells
+CONCEPTS = 0.05  # share of the families in each group
 MIN_LEFT = 3  # styles in which a concept must remain in training
 
-# Near twins by the same hands: a model that has seen one has nearly seen the other, so they are held out together.
+# Near twins by the same artists: a model that has seen one has nearly seen the other, so they are held out together.
 TWINS = {style.name: style.twin_of for style in STYLES.values() if style.twin_of}
 
 
 def unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(f"minisd/{key}".encode()).digest()[:8]) / 2**64
 
 
@@ -39,8 +39,8 @@ def held_out_families(families: Iterable[tuple[str, str]], share: float = CONCEP
 def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str], share: float = PAIRS) -> set[str]:
     """The styles of one concept that go to `test_pair`.
 
-    Twins go together, and at least MIN_LEFT of the styles in `counted` stay in training: only those count, so that
-    a style added on request moves no picture of the default styles.
+    Twins are held out together, and at least MIN_LEFT of the styles in `counted` stay in training. Other styles do not
+    count, so that building them too does not move a picture of the default styles to another split.
     """
     pairs: dict[str, set[str]] = defaultdict(set)
     for style in styles:
@@ -57,7 +57,7 @@ def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str],
 def in_known_words(rows: Iterable[dict]) -> list[dict]:
     """The rows of `test_concept` whose every word occurs in training captions.
 
-    They are reported apart, because no model can know what the words of the others mean.
+    They are reported separately, because the other rows have words whose meaning the model can't have learned.
     """
     rows = list(rows)
     known = {word for row in rows if row["split"] == "train" for word in row["concept"].split()}
