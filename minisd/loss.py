@@ -94,7 +94,7 @@ def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gam
     # The mean squared error of each sample, [b].
     loss = squared_error(prediction, loss_target(parameterization, schedule, x_0, noise, t), reduction="none")
     # A squared error in ε is SNR times the squared error in x_0, and the SNR is above 1000 at the first timesteps. So
-    # the timesteps with little noise would dominate the gradient. The factor limits their weight (min-SNR, section 3.4).
+    # the timesteps with little noise would dominate the gradient. This factor limits their weight (min-SNR, sec. 3.4).
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.snr(t), min_snr_gamma, parameterization).to(loss)
     return loss.mean() if reduction == "mean" else loss
