@@ -118,7 +118,7 @@ class Evaluator:
         self.training = data.batch(members["train"])
         self.tower = ImageTowerJudge(*clip, data)
         self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
-        stretch = self.tower.texts.shape[1] ** 0.5  # scale CLIP's unit vectors to length √d, so that x·y/d is the cosine
+        stretch = self.tower.texts.shape[1] ** 0.5  # scales CLIP's unit vectors to length √d, so that x·y/d is a cosine
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
         self._yardsticks: dict = {}  # the judges' predictions for real pictures, by group; computed only once
