@@ -49,7 +49,7 @@ def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutl
         block.register_forward_hook(watch(name))
     unet(x, t, context)
 
-    skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # a stack: the last skip connection is used first
+    skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # the last is used first
     return [
         BlockOutline(
             name,
