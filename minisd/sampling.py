@@ -480,7 +480,7 @@ def _lambda(a: float) -> float:
 # So ε is the slope of the curve x̄(σ). The model predicts the slope, and the sampler follows the curve down to σ = 0. In
 # the code, x.add(y, alpha=w) is x + w y, computed in one pass over memory.
 #
-# x_T ~ N(0, I) stands for x, which has the variance of x_t, so x̄ starts as √(1+σ²) x_T. k-diffusion starts from
+# x_T ~ N(0, I) is a value of x, which has the variance of x_t, so x̄ starts as √(1+σ²) x_T. k-diffusion starts from
 # σ x_T, as if there were no picture in it, and so does diffusers, except with "leading". To get the same pictures, pass
 # √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ at fractional timesteps. Here t is always a
 # timestep that the model was trained with.
