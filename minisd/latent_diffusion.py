@@ -4,9 +4,9 @@
                caption ─ get_learned_conditioning ─► context ────────────────┴ apply_model ─► eps ─► p_losses
     drawing    prompt ─ get_learned_conditioning ─► context ─► sample: x_T … x_0 ─ decode_first_stage ─► picture
     img2img    picture ─ encode_first_stage ─► z ─ q_sample ─► z_t, and from there as in drawing
-    inpaint    the same, and what the mask keeps is put back at every step
+    inpaint    the same, and at every step the unmasked part of the picture is put back
 
-Training and drawing go through the same methods, which have the names of CompVis `ldm/models/diffusion/ddpm.py:
+Training and drawing use the same methods. Their names are those of CompVis `ldm/models/diffusion/ddpm.py:
 LatentDiffusion`. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
@@ -35,13 +35,13 @@ from .vq import VQConfig, VQModelInterface
 
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
-    """What a whole model is. The defaults are Stable Diffusion v1."""
+    """The configuration of a whole model. The defaults are those of Stable Diffusion v1."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig | VQConfig | IdentityConfig = field(default_factory=AutoencoderConfig)
     cond_stage: Any = field(default_factory=CLIPTextConfig)  # the Config of a condition: prompts, classes …; None: none
-    image_size: int = 512  # pixels along each side, as it was trained
-    scale_factor: float = 0.18215  # latents times this have variance 1; measured on the training pictures
+    image_size: int = 512  # width and height of the training pictures, in pixels
+    scale_factor: float = 0.18215  # scales the latents to variance 1; measured on the training pictures
     beta_schedule: str = "scaled_linear"  # how β grows: the name of a constructor of NoiseSchedule
     linear_start: float = 0.00085  # β of the first timestep; √β grows linearly …
     linear_end: float = 0.012  # … to that of the last ("cosine" reads neither)
@@ -50,7 +50,7 @@ class LatentDiffusionConfig:
 
     @property
     def concat_channels(self) -> int:
-        """Channels that the UNet takes in beside the noisy latent: 5 in Stable Diffusion v1 for inpainting, else 0."""
+        """Input channels of the UNet beside the noisy latent: 5 in Stable Diffusion v1 for inpainting, otherwise 0."""
         return self.unet.in_channels - self.first_stage.embed_dim
 
     def schedule(self) -> NoiseSchedule:
@@ -63,11 +63,12 @@ class LatentDiffusionConfig:
 
 
 class DiffusionWrapper(nn.Module):
-    """Holds the UNet under the name that the checkpoint gives it, `model.diffusion_model`, and hands the conditions on.
+    """Holds the UNet under its name in the checkpoint, `model.diffusion_model`, and passes the conditions to it.
 
-    There are two ways in. `c_crossattn` [b n d] is a sequence that every pixel may look at: words, a class. `c_concat`
-    [b c h w] is a map that lies on the noisy latent, pixel by pixel, as further channels: a mask, a sketch. Both
-    together are CompVis's "hybrid", neither is an unconditional model. CompVis `ddpm.py: DiffusionWrapper`.
+    There are two kinds of conditions. `c_crossattn` [b n d] is a sequence that every pixel can attend to, such as words
+    or a class. `c_concat` [b c h w] is a map of the same size as the noisy latent, such as a mask or a sketch, which
+    becomes further input channels. CompVis calls both together "hybrid". With neither, the model is unconditional.
+    CompVis `ddpm.py: DiffusionWrapper`.
     """
 
     def __init__(self, diffusion_model: nn.Module):
@@ -81,23 +82,23 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: Float[Tensor, "b n d"] | None = None,
         c_concat: Float[Tensor, "b c2 h w"] | None = None,
     ) -> Float[Tensor, "b c3 h w"]:
-        # A map is told pixel by pixel: it becomes further channels of the UNet's first convolution, after those of the
-        # noisy latent. [b c h w] and [b c2 h w] -> [b c+c2 h w]
+        # A map has a value for every pixel. It becomes further input channels of the UNet's first convolution, after
+        # those of the noisy latent. [b c h w] and [b c2 h w] -> [b c+c2 h w]
         if c_concat is not None:
             x = torch.cat([x, c_concat], dim=1)
-        # A sequence has no place in the picture. Cross-attention lets each pixel choose which words to read.
+        # A sequence has no position in the picture. Cross-attention lets each pixel choose which words to attend to.
         return self.diffusion_model(x, t, c_crossattn)
 
 
-# What a model may be asked to draw: a prompt or a class, or several. None: a model that is told nothing.
+# What a model is asked to draw: a prompt or a class, or several of them. None for an unconditional model.
 Prompt = str | int | None | Sequence[str | int | None]
-# One conditioning, or several under their names in CompVis: {"c_crossattn": …, "c_concat": …}.
+# The context alone, or both kinds of conditions under their names in CompVis: {"c_crossattn": …, "c_concat": …}.
 Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
 def _suggests_names(method: Callable) -> Callable:
-    """Let a method that is called with a name that it does not have say which one was probably meant."""
+    """If a method is called with an argument that does not exist, suggest in the error which one was probably meant."""
     names = [name for name in inspect.signature(method).parameters if name != "self"]
 
     @functools.wraps(method)
@@ -112,7 +113,7 @@ def _suggests_names(method: Callable) -> Callable:
     return checked
 
 
-# What diffusers and the scripts of CompVis call the arguments that a name alone would not lead to.
+# Names of arguments in diffusers and CompVis's scripts that are too different from ours to be found by similarity.
 ELSEWHERE = {
     "num_inference_steps": "steps", "ddim_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale",
     "scale": "guidance_scale", "num_images_per_prompt": "num_images", "n_samples": "num_images",
@@ -122,27 +123,29 @@ ELSEWHERE = {
 
 
 class LatentDiffusion(nn.Module):
-    """A diffusion model in the latent space of an autoencoder, told by a text encoder what to draw.
+    """A diffusion model in the latent space of an autoencoder, conditioned on the output of a text encoder.
 
-    Its `state_dict()` has the names of `sd-v1-4.ckpt`. The autoencoder and the text encoder are trained before, each on
-    its own, and stay as they are. CompVis `ddpm.py: LatentDiffusion`.
+    Its `state_dict()` has the names of `sd-v1-4.ckpt`. The autoencoder and the text encoder are each trained before the
+    UNet, and are frozen while it is trained. CompVis `ddpm.py: LatentDiffusion`.
     """
 
     def __init__(self, config: LatentDiffusionConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
-        # The three networks, under their names in the checkpoint. The UNet is the only one that learns here.
+        # The three networks, under their names in the checkpoint. Only the UNet gets gradients, unless training
+        # unfreezes the condition (a table of class embeddings).
         self.model = DiffusionWrapper(UNetModel(config.unet))
         first_stage = FIRST_STAGES[type(config.first_stage)]
         self.first_stage_model = first_stage(config.first_stage).eval().requires_grad_(False)
-        # The condition turns what the model is told into what the UNet reads: CLIP's text encoder, in SD v1.
+        # The condition encodes a prompt or a class as the context for cross-attention. In SD v1 it is CLIP's text
+        # encoder.
         condition = condition_of(config).build(config.cond_stage, tokenizer)
         self.cond_stage_model = condition.eval().requires_grad_(False)
-        # The schedule holds numbers and no weights. It stays on the CPU even where `torch.device("meta")` is set, to
-        # build the networks without memory.
+        # The schedule has numbers but no weights. It is on the CPU even inside `torch.device("meta")`, which is used to
+        # build the networks without allocating memory.
         with torch.device("cpu"):
             self.schedule = config.schedule()
-        # A property of the autoencoder that is measured once, and belongs to the model as its weights do.
+        # 1 / std of the autoencoder's latents. It is measured once and saved with the model.
         self.scale_factor = config.scale_factor
 
     @property
@@ -151,29 +154,29 @@ class LatentDiffusion(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks compute in. The latents between them, and what the samplers do, stay in float32."""
+        """The dtype of the networks. The latents and all computations of the samplers are in float32."""
         return next(self.parameters(), torch.empty(0)).dtype
 
     # --- the stages, under their names in CompVis ------------------------------------------------------------------
 
     def get_learned_conditioning(self, c: Sequence[str | int | None]) -> Float[Tensor, "b n d"] | None:
-        """Prompts, of whichever condition the model has → context, a sequence of n vectors for each; None without."""
+        """Prompts (or classes) → context, a sequence of n vectors for each; None for an unconditional model."""
         return self.cond_stage_model.encode(c)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Float[Tensor, "b c H W"]) -> DiagonalGaussianDistribution | Tensor:
-        """Pictures in [-1, 1] → their latents, not scaled yet: a distribution, or (VQ, none) a tensor [b d h w]."""
+        """Pictures in [-1, 1] → unscaled latents: a distribution, or a tensor [b d h w] (VQ, or no autoencoder)."""
         return self.first_stage_model.encode(x.to(self.dtype))
 
     def get_first_stage_encoding(
         self, encoder_posterior: DiagonalGaussianDistribution | Tensor, generator: Generators | None = None
     ) -> Float[Tensor, "b d h w"]:
-        """z = scale_factor · sample: a latent as the UNet sees it.
+        """z = scale_factor · sample: a latent, scaled for the UNet.
 
-        The encoder's latents have a standard deviation of about 5 in SD v1. Noise of standard deviation 1 would hardly
-        touch them, so they are divided by it: scale_factor = 1/5.49 = 0.18215 (Rombach et al., appendix G).
+        The encoder's latents have a standard deviation of about 5.5 in SD v1. Noise of standard deviation 1 would
+        hardly change them, so they are divided by it: scale_factor = 1/5.49 = 0.18215 (Rombach et al., appendix G).
         """
-        # AutoencoderKL answers with a Gaussian over latents, and one sample is taken. VQModel answers with one latent.
+        # AutoencoderKL returns a Gaussian over latents, from which one sample is drawn. VQModel returns one latent.
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
             encoder_posterior = encoder_posterior.sample(generator)
         return self.scale_factor * encoder_posterior.float()
@@ -181,21 +184,21 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def decode_first_stage(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         """Scaled latents → pictures in about [-1, 1]."""
-        # The decoder was trained on latents as they are, so the scale is taken out again first.
+        # The decoder was trained on unscaled latents, so z is first divided by the scale factor.
         return self.first_stage_model.decode((z / self.scale_factor).to(self.dtype)).float()
 
     def apply_model(
         self, x_noisy: Float[Tensor, "b d h w"], t: Int[Tensor, "b"], cond: Cond = None
     ) -> Float[Tensor, "b d h w"]:
-        """What the UNet says about noisy latents: the noise in them (or v, or x_0, if it was trained so).
+        """The UNet's prediction for noisy latents: the noise in them (or v or x_0, if it was trained for that).
 
         cond: a context [b n d]; or, as in CompVis, {"c_crossattn": context, "c_concat": map [b c h w]}, each a tensor
-        or a list of tensors. Computed in the model's dtype, returned in that of x_noisy.
+        or a list of tensors. The UNet computes in its own dtype. The result has the dtype of x_noisy.
         """
         if not isinstance(cond, Mapping):
             cond = {"c_crossattn": cond}
-        # CompVis passes lists of tensors, so that several conditions can share one way in: sequences are joined word
-        # after word, maps channel after channel.
+        # CompVis passes lists of tensors, so that there can be several conditions of one kind. Sequences are
+        # concatenated along their length n, maps along their channels.
         context, concat = (
             part if part is None or isinstance(part, Tensor) else torch.cat(list(part), dim=1)
             for part in (cond.get("c_crossattn"), cond.get("c_concat"))
@@ -206,15 +209,15 @@ class LatentDiffusion(nn.Module):
                 f"this model takes {self.config.concat_channels} channels beside the noisy latent, and {channels} were "
                 "given: c_concat of apply_model and sample"
             )
-        # A UNet in half precision computes in it, but x_t and ε come and go in float32: a sampler adds up many small
-        # steps, and 11 bits would lose them.
+        # The UNet may compute in half precision, but x_t and ε are float32: a sampler adds up many small steps, and
+        # float16's 11 bits would round them away.
         inputs = (part if part is None else part.to(self.dtype) for part in (context, concat))
         return self.model(x_noisy.to(self.dtype), t, *inputs).to(x_noisy.dtype)
 
     def q_sample(
         self, x_start: Float[Tensor, "b d h w"], t: Int[Tensor, "b"], noise: Float[Tensor, "b d h w"] | None = None
     ) -> Float[Tensor, "b d h w"]:
-        """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε: the latents, noised to the timesteps t (DDPM, eq. 4)."""
+        """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε: the latents with the noise of the timesteps t (DDPM, eq. 4)."""
         return self.schedule.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
 
     def p_losses(
@@ -225,15 +228,15 @@ class LatentDiffusion(nn.Module):
         noise: Float[Tensor, "b d h w"] | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> Float[Tensor, "*b"]:
-        """The training loss at the timesteps t: noise the latents, ask the UNet, compare (DDPM, Algorithm 1).
+        """The training loss at the timesteps t: add noise, predict it, take the squared error (DDPM, Algorithm 1).
 
-        reduction: "mean" over the batch; "none" leaves a loss for each picture [b].
+        reduction: "mean" over the batch; "none" for the loss of each picture [b].
         """
         noise = torch.randn_like(x_start) if noise is None else noise
-        # Each latent is noised to its own timestep, and the UNet has to find out what was added.
+        # Each latent gets the noise of its own timestep, and the UNet has to predict what was added.
         x_noisy = self.q_sample(x_start, t, noise)
         prediction = self.apply_model(x_noisy, t, cond)
-        # What it should have answered: ε in Stable Diffusion v1, v in the 768-pixel Stable Diffusion 2.
+        # The correct prediction: ε in Stable Diffusion v1, v in the 768-pixel version of Stable Diffusion 2.
         target = loss_target(self.config.parameterization, self.schedule, x_start, noise, t)
         # ‖ε - ε_θ(z_t, t, c)‖²                                                              (Rombach et al., eq. 3)
         return squared_error(prediction, target, reduction)
@@ -264,23 +267,23 @@ class LatentDiffusion(nn.Module):
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: list[torch.Generator] | None = None,
     ) -> Iterator[sampling.Step]:
-        """The steps from noise to latent, one at a time: what `txt2img` runs through. Arguments as there.
+        """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
 
-        generator: one for each picture, in place of those of the seed.
+        generator: a random generator for each picture, instead of those made from the seed.
         """
         prompts, draw = _prompts(prompt, num_images), _sampler(sampler)
         generators = _generators(seed, len(prompts)) if generator is None else generator
-        # The start is pure noise, x_T [b d h w]. The seed decides on it, and it decides on the layout of the picture.
+        # The start is pure noise, x_T [b d h w]. It depends on the seed, and largely determines the picture's layout.
         if start_code is None:
             start_code = randn((len(prompts), *self.latent_shape(height, width)), generators)
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
-        # The sampler knows neither prompts nor guidance: it gets one function, which answers ε for an x and a t.
+        # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
         options = {
             "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
             "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
         }  # fmt: skip
-        # An option that is left out is the sampler's own default.
+        # For an option that is left out, the sampler uses its own default.
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := options.keys() - inspect.signature(draw).parameters.keys():
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
@@ -313,32 +316,32 @@ class LatentDiffusion(nn.Module):
         """Draw pictures from prompts.
 
         Args:
-            prompt: what to draw; or several. The empty prompt asks for nothing in particular. (A class or several, for
-                a model of classes; None for a model that is told nothing.)
-            steps: between 1 and the schedule's timesteps, 1000.
-            guidance_scale: 1 draws by the prompt as it is, larger exaggerates what the prompt changes.
+            prompt: what to draw, or several prompts. With the empty prompt, the model draws anything. (For a model of
+                classes, a class or several; for an unconditional model, None.)
+            steps: between 1 and the number of the schedule's timesteps, 1000.
+            guidance_scale: 1 is no guidance; a larger number amplifies the effect of the prompt.
             sampler: a name in `minisd.sampling.SAMPLERS`, or a sampler.
             seed: picture k is drawn from seed + k.
-            num_images: pictures for each prompt.
-            height, width: pixels; the size that the model was trained at where they are left out. Must be divisible by
-                the autoencoder's downsampling factor (8 in Stable Diffusion v1).
-            negative_prompt: what not to draw: it takes the place of the empty prompt in guidance. One for all, or one
-                for each prompt.
+            num_images: how many pictures to draw for each prompt.
+            height, width: in pixels; by default the size of the training pictures. They must be divisible by the
+                autoencoder's downsampling factor (8 in Stable Diffusion v1).
+            negative_prompt: what not to draw. It is used instead of the empty prompt in guidance. One for all prompts,
+                or one for each.
             eta: how much of the noise is drawn afresh at each step, from 0 to 1 (ddim, euler_ancestral).
             spacing: which timesteps are visited: "leading", "linspace" or "trailing" (`make_timesteps`).
-            timesteps: these timesteps themselves, falling.
+            timesteps: the timesteps themselves, in falling order, instead of `steps`.
             set_alpha_to_one, lower_order_final, clip_denoised: see the samplers that take them.
             before_step: (x, t) -> x, called before each step.
-            c_concat: further channels of the UNet, for a model that has them, on the latent's grid.
-            start_code: x_T itself, in place of the seed's; standard normal.
+            c_concat: further input channels of the UNet, of the latent's size, for a model that has them.
+            start_code: x_T itself, drawn from N(0, I), instead of the one that the seed gives.
             progress: show a progress bar.
-            Where eta, spacing and the sampler's own options are left out, it uses its own defaults.
+            If eta, spacing or another option of the sampler is left out, the sampler uses its own default.
 
         Returns:
-            A `Drawing`: `.images`, and the `.trajectory` that led to them.
+            A `Drawing`, with the `.images` and the `.trajectory` that led to them.
 
         Raises:
-            ValueError: an argument that does not fit, in one sentence. TypeError: one that does not exist.
+            ValueError: an argument has a value that does not fit. TypeError: an argument does not exist.
         """
         run = self.sample(
             prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt, eta=eta,
@@ -346,7 +349,7 @@ class LatentDiffusion(nn.Module):
             lower_order_final=lower_order_final, clip_denoised=clip_denoised, before_step=before_step,
             c_concat=c_concat, start_code=start_code,
         )  # fmt: skip
-        # Nothing has been computed yet: a sampler is a generator, and each step is made when the list asks for it.
+        # Nothing has been computed yet, because a sampler is a generator. `list` runs its steps.
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
@@ -375,16 +378,16 @@ class LatentDiffusion(nn.Module):
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         progress: bool = False,
     ) -> Drawing:
-        """Draw over a picture: noise its latent part of the way, and denoise it under a prompt.
+        """Draw over a picture: add noise to its latent up to some timestep, and denoise it with a prompt.
 
         Args:
             image: a PIL image or the path of one, or pictures [c H W] or [b c H W] in [-1, 1]. An image is resized to
-                `height` and `width` where they are given.
-            strength: how much of the way, from just above 0 (nothing changes) to 1 (nothing remains): of `steps` steps,
-                the last int(strength · steps) are made.
-            noise_ahead: the picture is noised to the timestep where the steps begin (diffusers), or, if set, to the one
-                before it, as CompVis's img2img.py does: to 741, where the first of 37 steps of 50 expects 721. A little
-                of the noise is then left in the result.
+                `height` and `width` if they are given.
+            strength: how much noise is added, from just above 0 (the picture hardly changes) to 1 (nothing of it
+                remains). Of `steps` steps, the last int(strength · steps) are made.
+            noise_ahead: if False, the latent gets the noise of the timestep of the first step (as in diffusers). If
+                True, it gets that of the next larger timestep, as in CompVis's img2img.py: 741 where the first of 37
+                steps of 50 expects 721. Then a little of the noise is left in the result.
             The others are as in `txt2img`.
 
         (SDEdit, Meng et al. 2022; CompVis `scripts/img2img.py`, `ddim.py: DDIMSampler.stochastic_encode, decode`.)
@@ -394,8 +397,8 @@ class LatentDiffusion(nn.Module):
         # Picture → latent, [b c H W] -> [b d h w].
         pictures = self._pictures(image, count, height, width)
         z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators)
-        # Noise hides details first and the layout last. Noised part of the way, the picture keeps its layout, and the
-        # steps that are left draw new details into it.
+        # Noise hides the details first and the layout last. At a middle timestep the layout is still visible, so the
+        # remaining steps keep it and draw new details.
         left, start = self._remaining(sampler, steps, strength, spacing, noise_ahead)
         noise = randn(z.shape, generators).to(z)
         x = self.q_sample(z, torch.full((count,), start, device=z.device), noise)
@@ -432,18 +435,19 @@ class LatentDiffusion(nn.Module):
     ) -> Drawing:
         """Draw a part of a picture anew.
 
-        A model with 9 channels was trained for it: it is shown the mask and the rest of the picture at each step. Any
-        other model draws the whole picture, and at each step all but the masked part is put back, as noisy as it has
-        to be then (RePaint, Lugmayr et al. 2022, without its resampling).
+        A model with 9 input channels was trained for this: it gets the mask and the masked picture at each step. Any
+        other model draws the whole picture. At each step, the unmasked part is replaced by that of the given picture,
+        with the noise of the timestep (RePaint, Lugmayr et al. 2022, without its resampling).
 
         Args:
             image: as in `img2img`.
             mask: white (1) where something new is drawn, black (0) where the picture is kept: a PIL image or the path
-                of one, or [H W] in [0, 1]. diffusers and CompVis's scripts agree; CompVis's samplers do the opposite.
-            strength: as in `img2img`; at 1, the masked part starts from noise alone.
-            blend: when the rest is put back, in a model of four channels. "after" each step, always with the noise of
-                x_T, and without noise after the last (diffusers); or "before" each step, with fresh noise, and not
-                after the last (CompVis's DDIMSampler): then seams are softer, and the rest has changed a little.
+                of one, or [H W] in [0, 1]. So do diffusers and CompVis's scripts; CompVis's samplers do the opposite.
+            strength: as in `img2img`; at 1, the masked part starts from pure noise.
+            blend: when the unmasked part is put back, for a model without further channels. "after" each step, always
+                with the noise of x_T, and without noise after the last step (as in diffusers). Or "before" each step,
+                with fresh noise, and not after the last (as in CompVis's DDIMSampler). Then the seams are softer, but
+                the unmasked part changes a little.
             The others are as in `txt2img`.
         """
         if blend not in ("after", "before"):
@@ -452,12 +456,13 @@ class LatentDiffusion(nn.Module):
         generators = _generators(seed, count)
         pictures = self._pictures(image, count, height, width)
         mask = _repeated(read_mask(mask, *pictures.shape[-2:]).to(pictures), count, "masks")
-        # One pixel of the latent stands for f x f pixels of the picture. Each takes the mask's value at its corner.
+        # A pixel of the latent covers f x f pixels of the picture. It gets the mask's value at their upper left corner.
         latent_mask = F.interpolate(mask, self.latent_shape(*pictures.shape[-2:])[1:])
         left, start = self._remaining(sampler, steps, strength, spacing)
         nine = self.config.concat_channels > 0
 
-        # Everything random is drawn in the order of diffusers: the latent, the noise, the latent of what is kept.
+        # Random numbers are drawn in the same order as in diffusers: for the latent, the noise, and the latent of the
+        # masked picture.
         needs_latent = not nine or strength < 1  # to put parts of the picture back, or to start from it
         z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators) if needs_latent else None
         noise = randn((count, *self.latent_shape(*pictures.shape[-2:])), generators).to(pictures)
@@ -466,7 +471,7 @@ class LatentDiffusion(nn.Module):
         concat = self.masked_picture(pictures, mask, generators) if nine else None
 
         def put_back(x: Tensor, t: int) -> Tensor:
-            # Called before each step, which is after the step before. Before the first, none has been made yet.
+            # This is called before each step, that is, after the previous one. Before the first step there is none.
             if blend == "after" and t == start:
                 return x
             fresh = noise if blend == "after" else randn(z.shape, generators).to(z)
@@ -479,16 +484,16 @@ class LatentDiffusion(nn.Module):
             generator=generators,
         )  # fmt: skip
         drawn = list(_shown(run, len(left), progress))
-        # After the last step the rest is put back once more, this time without noise.
+        # After the last step the unmasked part is put back once more, this time without noise.
         if not nine and blend == "after":
             drawn[-1] = replace(drawn[-1], x=latent_mask * drawn[-1].x + (1 - latent_mask) * z)
         return Drawing(Trajectory(drawn, self.decode_first_stage))
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape [d h w] of the latent of a picture of that size; of the trained size where it is left out.
+        """Shape [d h w] of the latent of a picture of that size; by default the size of the training pictures.
 
         Raises:
-            ValueError: the autoencoder can't make that size.
+            ValueError: the size is not a multiple of the autoencoder's downsampling factor.
         """
         height, width = height or self.config.image_size, width or self.config.image_size
         f = self.config.first_stage.downsampling
@@ -502,30 +507,31 @@ class LatentDiffusion(nn.Module):
     def masked_picture(
         self, pictures: Float[Tensor, "b c H W"], mask: Float[Tensor, "b 1 H W"], generator: Generators | None = None
     ) -> Float[Tensor, "b d1 h w"]:
-        """c_concat of a model that was trained to inpaint: where to draw, and the picture with a hole there.
+        """c_concat of a model that was trained for inpainting: the mask, and the latent of the masked picture.
 
         The mask [b 1 h w] comes first, then the latent [b d h w] of the picture, whose masked part is grey (0).
         """
-        # Pictures have values in [-1, 1], so times 0 is grey. The autoencoder sees the hole as a part of the picture.
+        # Pictures have values in [-1, 1], so multiplying by 0 makes the masked part grey. The autoencoder encodes it
+        # like any other part of a picture.
         hole = self.get_first_stage_encoding(self.encode_first_stage(pictures * (1 - mask)), generator)
         return torch.cat([F.interpolate(mask, hole.shape[-2:]), hole], dim=1)
 
     # --- what the methods above share ------------------------------------------------------------------------------
 
     def _eps_model(self, prompts: list, negative: Prompt, scale: float, c_concat: Tensor | None):
-        """An eps_model for the samplers: ε of the prompts, exaggerated away from that of the negative ones."""
-        # The samplers ask for the noise; where the UNet predicts v or x_0, it is worked out from that.
+        """An eps_model for the samplers, with classifier-free guidance between the prompts and the negative prompts."""
+        # The samplers need ε. If the UNet predicts v or x_0, ε is computed from that.
         model = self.apply_model if self.config.parameterization == "eps" else self.predict_noise
         maps = {} if c_concat is None else {"c_concat": _repeated(c_concat, len(prompts), "maps").to(self.device)}
         context = self.get_learned_conditioning(prompts)
-        if context is None:  # a model that is told nothing: there is nothing to exaggerate
+        if context is None:  # an unconditional model has no guidance
             return lambda x, t: model(x, t, maps)
         if negative is None:
             negative = self.cond_stage_model.unconditional
         negatives = _prompts(negative, 1)
         if len(prompts) % len(negatives):
             raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} pictures")
-        if len(negatives) > 1:  # one for each prompt, so for each of its pictures
+        if len(negatives) > 1:  # one for each prompt: repeat it for each of the prompt's pictures
             negatives = _prompts(negatives, len(prompts) // len(negatives))
         both = (context, self.get_learned_conditioning(negatives))
         if maps:
@@ -533,7 +539,7 @@ class LatentDiffusion(nn.Module):
         return sampling.classifier_free_guidance(model, *both, scale)
 
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """ε, whichever of ε, v and x_0 the UNet predicts."""
+        """The noise ε in x, computed from what the UNet predicts: ε, v or x_0."""
         prediction = self.apply_model(x, t, cond)
         if self.config.parameterization == "v":
             return self.schedule.predict_noise_from_v(x, t, prediction)
@@ -544,7 +550,7 @@ class LatentDiffusion(nn.Module):
     def _remaining(
         self, sampler: str | Callable, steps: int, strength: float, spacing: str | None, noise_ahead: bool = False
     ) -> tuple[list[int], int]:
-        """The timesteps that are left at that strength, and the one to noise a picture to."""
+        """The timesteps that remain at this strength, and the timestep whose noise the picture gets."""
         spacing = spacing or inspect.signature(_sampler(sampler)).parameters["spacing"].default
         timesteps = sampling.make_timesteps(steps, self.schedule.timesteps, spacing)
         left = sampling.remaining_timesteps(timesteps, strength)
@@ -552,11 +558,11 @@ class LatentDiffusion(nn.Module):
         return left, ahead[-1] if noise_ahead and ahead else left[0]
 
     def _put_back(self, x_t: Tensor, z: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Float[Tensor, "b d h w"]:
-        """x_t where the mask is 1, and elsewhere what is known of the picture, z, as noisy as x_t is."""
+        """x_t where the mask is 1; elsewhere the latent z of the known picture, with the noise of timestep t."""
         return mask * x_t + (1 - mask) * self.q_sample(z, t, noise)
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
-        """`count` pictures in [-1, 1] on the model's device, of a size that can be encoded."""
+        """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])
         channels = self.config.first_stage.in_channels
@@ -566,7 +572,7 @@ class LatentDiffusion(nn.Module):
 
 
 def _prompts(prompt: Prompt, num_images: int) -> list:
-    """One for each picture: num_images of each prompt."""
+    """A prompt for each picture: every prompt is repeated num_images times."""
     if num_images < 1 or (isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt)):
         raise ValueError(f"there is nothing to draw: num_images is {num_images}, the prompt {prompt!r}")
     prompts = [prompt] if prompt is None or isinstance(prompt, str | int) else prompt
@@ -574,12 +580,12 @@ def _prompts(prompt: Prompt, num_images: int) -> list:
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:
-    """One for each picture: picture k is drawn from seed + k, however many are drawn beside it."""
+    """A random generator for each picture. Picture k uses seed + k, whatever the size of the batch."""
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
 
 
 def _repeated(x: Float[Tensor, "n ..."], count: int, what: str) -> Float[Tensor, "count ..."]:
-    """As many as there are drawings: one for all, or each for its share of them."""
+    """Repeat the n rows to `count` rows, each for an equal share of the drawings."""
     if count % len(x):
         raise ValueError(f"{len(x)} {what} do not fit {count} drawings")
     return x.repeat_interleave(count // len(x), dim=0)
@@ -594,7 +600,7 @@ def _sampler(sampler: str | sampling.Sampler) -> sampling.Sampler:
 
 
 def _shown(run: Iterator[sampling.Step], count: int, progress: bool) -> Iterator[sampling.Step]:
-    """The same steps, with a progress bar if one is wanted."""
+    """The same steps, with a progress bar if `progress` is set."""
     from tqdm import tqdm
 
     shape = "{desc}: step {n_fmt} of {total_fmt} |{bar}| {remaining} left"

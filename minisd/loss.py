@@ -1,15 +1,15 @@
-"""Stage 2: the loss. From the variational bound to "guess the noise".
+"""Stage 2: the loss. From the variational bound to "predict the noise".
 
-Take a picture, a timestep and some noise. Mix them, ask the network for the noise, and square its error:
+Take a picture, a timestep and some noise. Mix them, let the network predict the noise, and square its error:
 
     L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, c)‖²                                           (DDPM, eq. 14)
 
-That is the whole training objective of Stable Diffusion v1. The variational bound, from which it is derived, is the
-same sum with another weight for each t (DDPM, eq. 12). Leaving the weights out counts the very noisy timesteps more and
-the nearly clean ones less, and the pictures become better.
+That is the whole training objective of Stable Diffusion v1. It is derived from the variational bound, which is the same
+sum with a weight for each t (DDPM, eq. 12). Without these weights, the very noisy timesteps count more than in the
+bound, and the nearly clean ones less. DDPM found that the pictures become better.
 
-A network can be asked for three things that carry the same information, because each follows from another and x_t:
-the noise ε, the clean picture x_0, or the velocity v = √ᾱ_t ε - √(1-ᾱ_t) x_0. The comments cite:
+A network can predict the noise ε, the clean picture x_0, or the velocity v = √ᾱ_t ε - √(1-ᾱ_t) x_0. They carry the same
+information, because given x_t, each can be computed from either of the others. The comments cite:
 
     DDPM           Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239)
     v-prediction   Salimans & Ho, "Progressive Distillation for Fast Sampling …", 2022 (arXiv:2202.00512)
@@ -50,8 +50,8 @@ def epsilon_loss(
         context: [b n e], the output of the text encoder; None for a model that takes none.
         t: [b], a timestep for each sample. Left out, it is drawn uniformly from {0, …, T-1}.
         noise: [b *d]. Left out, it is drawn from N(0, I).
-        min_snr_gamma: γ of the min-SNR weights, which keep the many easy, nearly clean timesteps from dominating; 5 is
-            usual. None: every timestep counts the same.
+        min_snr_gamma: γ of the min-SNR weights, which keep the timesteps with little noise from dominating the
+            gradient; 5 is usual. None: every timestep has the weight 1.
         reduction: "mean" over the batch, a scalar; "none" for the loss of each sample, [b].
 
     Raises:
@@ -81,17 +81,20 @@ LOSSES = {"eps": epsilon_loss, "v": v_loss, "x0": x0_loss}  # by what the model 
 
 
 def _loss(model, schedule, x_0, context, t, noise, parameterization, min_snr_gamma, reduction) -> Tensor:
-    # Each sample has a timestep of its own, so one step of training sees many amounts of noise. The sum over t in the
-    # bound has a thousand terms; drawing one of them gives it in the mean (DDPM, algorithm 1).
+    # Each sample gets its own timestep, so one training step sees many levels of noise. The bound is a sum over a
+    # thousand timesteps. A term drawn uniformly is an unbiased estimate of their mean (DDPM, algorithm 1).
     if t is None:
         t = torch.randint(0, schedule.timesteps, (len(x_0),), device=x_0.device)
     if noise is None:
         noise = torch.randn_like(x_0)
-    # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, in one go: no need to walk through the timesteps before t            (DDPM, eq. 4)
+    # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, directly: the timesteps before t do not have to be computed           (DDPM, eq. 4)
     x_t = schedule.q_sample(x_0, t, noise)
+    # The network sees x_t, the timestep and the context, and predicts ε (or x_0 or v): [b *d] -> [b *d].
     prediction = model(x_t, t, context)
+    # The mean squared error of each sample, [b].
     loss = squared_error(prediction, loss_target(parameterization, schedule, x_0, noise, t), reduction="none")
-    # The nearly clean timesteps are easy and many. Smaller weights keep them from taking most of the gradient.
+    # A squared error in ε is SNR times the squared error in x_0, and the SNR is above 1000 at the first timesteps. So
+    # the timesteps with little noise would dominate the gradient. This factor limits their weight (min-SNR, sec. 3.4).
     if min_snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.snr(t), min_snr_gamma, parameterization).to(loss)
     return loss.mean() if reduction == "mean" else loss
@@ -104,7 +107,7 @@ def loss_target(
     noise: Float[Tensor, "b *d"],
     t: Int[Tensor, "b"],
 ) -> Float[Tensor, "b *d"]:
-    """What the network should have answered about x_t: "eps" the noise in it, "x0" the picture, "v" the velocity."""
+    """The correct prediction for x_t: the noise for "eps", the clean picture for "x0", the velocity for "v"."""
     if parameterization == "v":
         return schedule.get_v(x_0, noise, t)
     return {"eps": noise, "x0": x_0}[parameterization]
@@ -113,34 +116,34 @@ def loss_target(
 def squared_error(
     prediction: Tensor, target: Float[Tensor, "b *d"], reduction: Literal["mean", "none"] = "mean"
 ) -> Float[Tensor, "*b"]:
-    """‖target - prediction‖², as a mean over all numbers of a sample.
+    """The mean squared error, over all numbers of a sample.
 
     reduction: "mean" over the batch too, a scalar; "none" for the error of each sample, [b].
     """
     if prediction.shape != target.shape:
-        # PyTorch would broadcast one to the other without a word, and the model would learn a grey mean.
+        # PyTorch might broadcast one to the shape of the other without a warning, and the model would learn an average.
         raise ValueError(
             f"the model returned {tuple(prediction.shape)} for a target of {tuple(target.shape)}: it must return a "
             "prediction in the shape of its input"
         )
-    # [b *d] -> [b]. The difference of two numbers that are nearly equal is taken in float32, even if the model
-    # computed them in bfloat16.
+    # [b *d] -> [b]. Prediction and target are nearly equal, so their difference is computed in float32, even if the
+    # model computes in bfloat16.
     loss = (target.float() - prediction.float()).square().reshape(len(target), -1).mean(dim=1)
     return loss.mean() if reduction == "mean" else loss
 
 
 def min_snr_weight(snr: Float[Tensor, "b"], gamma: float = 5.0, parameterization: str = "eps") -> Float[Tensor, "b"]:
-    """The weight min(SNR, γ) of a squared error in x_0, converted to what the model predicts (min-SNR, section 3.4).
+    """The weight min(SNR, γ) for a squared error in x_0, converted to what the model predicts (min-SNR, section 3.4).
 
     Args:
         snr: [b], the signal-to-noise ratios ᾱ_t / (1-ᾱ_t).
-        gamma: the largest weight of an error in x_0.
+        gamma: the largest weight of a squared error in x_0.
         parameterization: "eps", "v" or "x0": what the model predicts.
 
     Returns [b].
     """
-    # With ε, x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t: an error of the noise is √SNR times the error of x_0 that comes with it.
-    # With v, it is √(SNR + 1) times. The errors are squared, so the weights are divided by SNR and by SNR + 1.
+    # x_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t, so an error in ε is √SNR times the error in x_0 that it causes. For v, the factor
+    # is √(SNR + 1). The errors are squared, so the weights are divided by SNR and by SNR + 1.
     divisor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[parameterization]
     return snr.clamp(max=gamma) / divisor
 
@@ -148,11 +151,11 @@ def min_snr_weight(snr: Float[Tensor, "b"], gamma: float = 5.0, parameterization
 def text_dropout(
     context: Float[Tensor, "b n e"], empty_context: Float[Tensor, "1 n e"], drop: Bool[Tensor, "b"]
 ) -> Float[Tensor, "b n e"]:
-    """Replace the context by that of the empty prompt wherever `drop` is True (CFG, algorithm 1).
+    """Replace the context by that of the empty prompt where `drop` is True (CFG, algorithm 1).
 
-    Classifier-free guidance compares what one network predicts with the prompt and without it, so the network has to
-    learn both. The checkpoints from Stable Diffusion v1.3 on were trained with 10% of the captions dropped, by their
-    model cards; CompVis' public code does not show how.
+    Classifier-free guidance needs two predictions of the same network, with the prompt and without it, so the network
+    has to learn both. According to their model cards, the checkpoints from Stable Diffusion v1.3 on were trained with
+    10% of the captions dropped. CompVis's public code does not show how.
     """
-    # [b] -> [b 1 1]: one decision for each picture, for all of its tokens.
+    # [b] -> [b 1 1]: one decision for each picture, which holds for all of its tokens.
     return torch.where(drop[:, None, None], empty_context, context)

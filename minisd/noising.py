@@ -4,11 +4,11 @@
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I)             any number of steps at once         (DDPM, eq. 4)
 
 where α_t = 1 - β_t and ᾱ_t = α_1 α_2 ... α_t. Each step scales the picture down a little and adds a little noise.
-A sum of independent Gaussians is a Gaussian again, so t steps can be taken at once, and training never has to walk
-through them. Nothing here is learned: a schedule is T numbers β_t, chosen once, and all else follows from them.
+A sum of independent Gaussians is a Gaussian again, so t steps can be taken at once, and training does not have to go
+through them. Nothing here is learned: a schedule consists of T numbers β_t, and all else is computed from them.
 
-The small steps are there for the way back. A network can learn to undo one, because q(x_{t-1} | x_t) is nearly a
-Gaussian if the step is small, and can have any shape if it is large. The comments cite these papers:
+The steps have to be small because of the reverse process. A network can learn to undo a small step, because
+q(x_{t-1} | x_t) is then nearly Gaussian. For a large step it can have any shape. The comments cite these papers:
 
     DDPM            Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020
     Improved DDPM   Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021
@@ -31,10 +31,10 @@ Generators = torch.Generator | Sequence[torch.Generator]  # one for the whole ba
 
 
 def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
-    """Draw ε ~ N(0, I) in float32 on the CPU, so that one seed means one noise on every device.
+    """Draw ε ~ N(0, I) in float32 on the CPU, so that a seed gives the same noise on every device.
 
-    With a generator for each picture, picture k of a batch gets the same noise as it would get alone.
-    Raises ValueError if their number is not that of the pictures.
+    With a generator for each picture, a picture gets the same noise in a batch as it would get alone.
+    Raises ValueError if there are not as many generators as pictures.
     """
     if not isinstance(generator, Sequence):
         return torch.randn(tuple(shape), generator=generator, device="cpu")
@@ -57,7 +57,7 @@ def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -
     if t.ndim != 1:
         raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
     # A negative t would count from the end, without any error. On a GPU this check would make the CPU wait in
-    # every step, so there it is left to CUDA's own assertion.
+    # every step, so it is left out there: CUDA reports an index that is out of range.
     if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
         raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
     # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
@@ -75,13 +75,13 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Float[Tensor, "T"]):
-        # Everything is computed in float64 and rounded to float32 once: a product of a thousand factors close to 1
-        # would gather a thousand rounding errors.
+        # Everything is computed in float64 and rounded to float32 once at the end, because a product of a thousand
+        # factors would accumulate a thousand rounding errors.
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f"betas must be [T] numbers strictly between 0 and 1, not {betas}.")
-        # ᾱ_t = Π_{s≤t} (1 - β_s): how much of the picture's variance is left after step t. Before the first step
-        # all of it is there, so ᾱ_{t-1} is 1 for t = 0.
+        # ᾱ_t = Π_{s≤t} (1 - β_s): the share of the picture's variance that is left after step t. Before the first
+        # step it is 1, so ᾱ_{t-1} is 1 for t = 0.
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
@@ -99,15 +99,16 @@ class NoiseSchedule:
         self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt().float()
         self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt().float()
 
-        # One step back, if the picture is known, is a Gaussian by Bayes' rule: q(x_{t-1} | x_t, x_0) = N(μ̃, β̃ I).
-        # Its mean is a weighted sum of x_0 and x_t, and its variance is smaller than β_t, as x_0 is known too:
+        # If the picture x_0 is known, one reverse step is Gaussian by Bayes' rule:
+        #   q(x_{t-1} | x_t, x_0) = N(μ̃_t, β̃_t I)
+        # Its mean is a weighted sum of x_0 and x_t. Its variance is smaller than β_t, because x_0 is known as well:
         #   β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t
         #   μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0  +  √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t             (DDPM, eq. 6, 7)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
         coef1 = alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod)
         coef2 = (1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_variance = posterior_variance.float()
-        # β̃_0 = 0, because the step back from t = 0 leads to x_0 itself. The clip keeps its logarithm finite.
+        # β̃_0 = 0, because the reverse step from t = 0 leads to x_0 itself. Clamping keeps the logarithm finite.
         self.posterior_log_variance_clipped = posterior_variance.clamp(min=1e-20).log().float()
         self.posterior_mean_coef1 = coef1.float()
         self.posterior_mean_coef2 = coef2.float()
@@ -124,7 +125,8 @@ class NoiseSchedule:
         call "linear" is "sqrt_linear" there.
         (CompVis: ldm/modules/diffusionmodules/util.py, make_beta_schedule)
         """
-        # The squares start flatter than a line between the same ends, so the early steps add less noise.
+        # The square of a linear function starts flatter than a straight line between the same ends, so the early steps
+        # add less noise than with `linear`.
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64, device="cpu")
         return cls(roots**2)
 
@@ -139,14 +141,14 @@ class NoiseSchedule:
     def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
         """Improved DDPM's schedule: ᾱ falls as a squared cosine, slowly at both ends (section 3.2).
 
-        DDPM's own schedule destroys small pictures too early, so that its last steps teach the network nothing.
-        s keeps the first steps from being too small, max_beta the last ones from being too large.
+        With DDPM's linear schedule, small pictures are almost pure noise long before t = T, so the last steps teach
+        the network little. s keeps the first steps from being too small, max_beta the last ones from being too large.
         """
         # ᾱ_t = f(t) / f(0),   f(t) = cos²( (t/T + s) / (1 + s) · π/2 )                (Improved DDPM, eq. 17)
         t = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
         f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        # β_t = 1 - ᾱ_t / ᾱ_{t-1}. The cosine ends at ᾱ = 0, where β would be 1, and ᾱ is divided by elsewhere.
-        # Therefore β is clipped.
+        # β_t = 1 - ᾱ_t / ᾱ_{t-1}. The cosine ends at ᾱ = 0, where β would be 1. Other equations divide by ᾱ, so β is
+        # clipped.
         return cls((1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
     def __repr__(self) -> str:
@@ -166,19 +168,19 @@ class NoiseSchedule:
 
     def snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), [b], float32 (VDM, eq. 2). SD v1: 1175 down to 0.0047."""
-        # Taken as (√ᾱ / √(1-ᾱ))², from buffers that were rounded last. Computing 1 - ᾱ here, in float32, would
-        # lose three digits where ᾱ is close to 1.
+        # Computed as (√ᾱ / √(1-ᾱ))², from the buffers that were rounded only at the end. Computing 1 - ᾱ here, in
+        # float32, would lose three digits where ᾱ is close to 1.
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, ndim=1)
         return (signal / extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, ndim=1)) ** 2
 
     def log_snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
-        """log(ᾱ_t / (1-ᾱ_t)), [b], float32. It is twice the λ_t by which DPM-Solver measures its steps."""
+        """log(ᾱ_t / (1-ᾱ_t)), [b], float32. It is twice the λ_t in which DPM-Solver measures the length of a step."""
         return self.snr(t).log()
 
     def _at(
         self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *ones"]:
-        """a[t] with x's number of dimensions, dtype and device: ready to multiply x."""
+        """a[t] with the number of dimensions, dtype and device of x, so that it can be multiplied by x."""
         if t.shape != x.shape[:1]:
             raise ValueError(
                 f"t must hold one timestep for each picture, but its shape is {list(t.shape)} and the batch's"
@@ -191,7 +193,7 @@ class NoiseSchedule:
     def q_sample(
         self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """Draw x_t from q(x_t | x_0): add noise to each picture, as much as its own timestep says, in one go.
+        """Draw x_t from q(x_t | x_0): add the noise of its own timestep to each picture, in one step.
 
         noise: ε ~ N(0, I), shaped like x_0.
         (DDPM, eq. 4; CompVis: DDPM.q_sample)
@@ -199,8 +201,8 @@ class NoiseSchedule:
         _same_shape(x_0=x_0, noise=noise)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
         sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
-        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε. The squares of the two factors sum to 1, so if x_0 has variance 1, x_t has
-        # it too, at every t: the network always sees inputs of one scale ("variance preserving").
+        # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε. The squares of the two factors sum to 1. So if x_0 has variance 1, x_t has
+        # variance 1 at every t, and the network's inputs always have the same scale ("variance preserving").
         return signal * x_0 + sigma * noise
 
     def q_mean_variance(
@@ -219,12 +221,12 @@ class NoiseSchedule:
     def predict_start_from_noise(
         self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
     ) -> Float[Tensor, "b *d"]:
-        """The picture that x_t was made from, if this is the noise in it (DDPM, eq. 15; CompVis: same name)."""
+        """The picture x_0 that x_t was made from, given the noise in x_t (DDPM, eq. 15; CompVis: same name)."""
         _same_shape(x_t=x_t, noise=noise)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
         recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
-        # x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε. Towards t = T both factors become large (14.6 in SD v1), and an error
-        # in the noise grows with them. So the first guesses at the picture that a sampler makes are poor.
+        # x_0 = √(1/ᾱ_t) x_t - √(1/ᾱ_t - 1) ε. Near t = T both factors are large (14.6 in SD v1), and an error in ε
+        # is multiplied by the second. So a sampler's first estimates of the picture are poor.
         return recip * x_t - recipm1 * noise
 
     def predict_noise_from_start(
@@ -234,17 +236,18 @@ class NoiseSchedule:
         _same_shape(x_t=x_t, x_0=x_0)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
         recipm1 = self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
-        # ε = (√(1/ᾱ_t) x_t - x_0) / √(1/ᾱ_t - 1). Here errors grow at small t, where there is little noise to see.
+        # ε = (√(1/ᾱ_t) x_t - x_0) / √(1/ᾱ_t - 1). An error in x_0 is multiplied by a large factor at small t, where x_t
+        # contains little noise.
         return (recip * x_t - x_0) / recipm1
 
-    # -- v-prediction: if √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ, then (x_t, v) is (x_0, ε) turned by φ ---------
+    # -- v-prediction: if √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ, then (x_t, v) is (x_0, ε) rotated by φ --------
 
     def get_v(
         self, x_0: Float[Tensor, "b *d"], noise: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
     ) -> Float[Tensor, "b *d"]:
-        """The velocity v: nearly ε where x_t is nearly clean, nearly -x_0 where x_t is nearly all noise.
+        """The velocity v: nearly ε where x_t is nearly clean, nearly -x_0 where x_t is nearly pure noise.
 
-        (v-prediction, section 4 and appendix D; it is what the 768-pixel Stable Diffusion 2 predicts)
+        (v-prediction, section 4 and appendix D. The 768-pixel version of Stable Diffusion 2 predicts v.)
         """
         _same_shape(x_0=x_0, noise=noise)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
@@ -259,8 +262,8 @@ class NoiseSchedule:
         _same_shape(x_t=x_t, v=v)
         signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
         sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-        # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v. Turning (x_t, v) back by φ. No factor exceeds 1, so an error in v does not
-        # grow, at any t.
+        # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v: (x_t, v) is rotated back by φ. Neither factor exceeds 1, so an error in v is not
+        # amplified at any t.
         return signal * x_t - sigma * v
 
     def predict_noise_from_v(
@@ -280,8 +283,8 @@ class NoiseSchedule:
     ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
         """Mean [b *d], variance [b 1 ... 1] and clipped log variance of q(x_{t-1} | x_t, x_0).
 
-        The reverse process that is learned, p(x_{t-1} | x_t), has to come as close to this as it can without
-        seeing x_0. In DDPM's sampler, the network's estimate takes the place of x_0.
+        The learned reverse process p(x_{t-1} | x_t) is trained to match this without knowing x_0. DDPM's sampler uses
+        the network's estimate x̂_0 in place of x_0.
         (DDPM, eq. 6 and 7; CompVis: DDPM.q_posterior)
         """
         _same_shape(x_0=x_0, x_t=x_t)
@@ -306,14 +309,14 @@ class ExactDenoiser:
     x_0_all: [n *d], the whole data set; a few thousand pictures, since it is kept in float64.
 
     If the data are n equally likely pictures, Bayes' rule gives the probability w_i that a noisy x was made from
-    picture i. The guess at x_0 with the smallest mean squared error is the average with these weights:
+    picture i. The estimate of x_0 with the smallest mean squared error is the average with these weights:
 
         w_i = softmax_i( -|x - √ᾱ_t x_i|² / (2 (1-ᾱ_t)) )       x̂_0 = Σ_i w_i x_i       (EDM, appendix B.3)
         ε   = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t)
 
     A network with the smallest possible training loss would compute exactly this, and would only reproduce the
-    training pictures. Real networks draw new pictures because they differ from it. With it, every sampler can be
-    tried before there is a network, and a test knows the right answer.
+    training pictures. Real networks draw new pictures because they differ from it. With this denoiser you can try
+    every sampler before any network is trained, and compare its result with an exact answer.
     """
 
     def __init__(self, x_0_all: Float[Tensor, "n *d"], schedule: NoiseSchedule):
@@ -329,22 +332,22 @@ class ExactDenoiser:
     def __call__(
         self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"], context: Tensor | None = None
     ) -> Float[Tensor, "b *d"]:
-        """The best guess at the noise in x, E[ε | x_t = x], [b *d].
+        """The best estimate of the noise in x, E[ε | x_t = x], [b *d].
 
-        The arguments are those of a UNet, so it can stand in for one; the context is not used.
+        The arguments are those of a UNet, so it can be used in place of one; the context is ignored.
         Raises ValueError if x does not hold pictures of the data's shape.
         """
         x_0, (flat, signal, sigma) = self._x0(x, t)
-        # ε = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t): the noise that leads from the guessed picture to x.
+        # ε = (x - √ᾱ_t x̂_0) / √(1-ᾱ_t): the noise that leads from the estimated picture to x.
         eps = (flat - signal * x_0) / sigma
         return eps.reshape(x.shape).to(x.dtype).to(x.device)
 
     def x0(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"]:
-        """The best guess at the picture in x, E[x_0 | x_t = x], [b *d]: a blur as long as many are possible."""
+        """The best estimate of the picture in x, E[x_0 | x_t = x], [b *d]: blurred while many are possible."""
         return self._x0(x, t)[0].reshape(x.shape).to(x.dtype).to(x.device)
 
     def posterior(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
-        """How probable it is that x was made from each of the n pictures. Each row sums to 1."""
+        """The probability that x was made from each of the n pictures, p(x_i | x_t = x). Each row sums to 1."""
         return self._weights(*self._flatten(x, t)).to(x.dtype).to(x.device)
 
     def _x0(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], tuple[Tensor, Tensor, Tensor]]:

@@ -4,8 +4,8 @@
         step.x_t, step.eps, step.x0, step.x  # what went in, the noise in it, the picture behind it, what came out
     picture = step.x
 
-The trained model answers only one question: which noise is in x_t? A sampler is a rule that turns the answer into a
-slightly less noisy x. Everything else is the same for all samplers and stands in one loop, `_walk`. The rules:
+The trained model only predicts the noise in x_t. A sampler is a rule that uses this prediction to compute a slightly
+less noisy x. Everything else is the same for all samplers and is in one loop, `_walk`. The rules:
 
     ddpm              a small random step at each timestep of the training: the forward process, reversed
     ddim              the same step without the randomness, so that the steps can be long
@@ -13,19 +13,19 @@ slightly less noisy x. Everything else is the same for all samplers and stands i
     dpmpp_2m          a straight line through the last two x̂_0, in a variable in which the equation is nearly linear
     euler             a straight line along ε, in a variable in which ε is the slope. Equal to ddim
     euler_ancestral   euler's line, but longer, and fresh noise afterwards. Equal to ddpm
-    heun              euler's line along the mean of the slopes at its two ends: two calls of the model a step
+    heun              euler's line along the mean of the slopes at its two ends: two calls of the model for each step
 
-What every sampler takes and returns. eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or
-`Guided`. x_T is drawn from N(0, I). Each x has the variance of the forward process (none is divided by √ᾱ), so that
-the trajectories of all samplers can be compared. Exactly `steps` steps come out, and the last `.x` is the result.
+What every sampler takes and returns: eps_model(x, t) takes x [b *d] and t int64 [b], and returns ε [b *d] or
+`Guided`. x_T is drawn from N(0, I). Each x has the scale of the forward process (none is divided by √ᾱ), so that
+the trajectories of all samplers can be compared. Exactly `steps` steps are yielded, and the last `.x` is the result.
 
     steps             how many steps; None means one for each timestep of the schedule
     eta               how much of the noise is drawn afresh in each step, for the samplers that can
     spacing           which timesteps are visited: see `make_timesteps`
     set_alpha_to_one  whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915 in SD v1)
-    timesteps         the timesteps themselves, falling, instead of `steps`; they may start further down (img2img)
-    before_step       (x, t) -> x, with t an int. It is called before each step and not after the last, and can put
-                      into x what is already known of the picture (inpainting)
+    timesteps         the timesteps themselves, in falling order, instead of `steps`; img2img starts at a smaller t
+    before_step       (x, t) -> x, with t an int. It is called before each step and not after the last. Inpainting uses
+                      it to put the known part of the picture into x
     generator         a torch.Generator of the CPU, or one for each picture, for the samplers that draw noise
 
 A bad argument raises ValueError, and NaN or infinity from the model raises FloatingPointError. A sampler is a Python
@@ -59,7 +59,7 @@ X = Float[Tensor, "b *d"]  # a batch of pictures, of latents, or of points on a 
 
 
 class Guided(NamedTuple):
-    """What a guided eps_model returns: the ε to go by, and the two that it was made from. Each [b *d]."""
+    """What a guided eps_model returns: the ε to use, and the two from which it was computed. Each [b *d]."""
 
     eps: X
     cond: X | None = None
@@ -79,11 +79,11 @@ class Step:
 
     i: int  # 0, 1, ... steps-1
     t: int  # the timestep of x_t
-    x_t: X  # what went in, after before_step
-    eps: X  # the noise that was taken out of it (plms and heun combine several answers of the model)
-    x0: X  # the picture that remains without that noise: at first a blur
-    x: X  # what came out: x_t of the next step, or the result
-    eps_cond: X | None = None  # under guidance, the noise as seen with the prompt ...
+    x_t: X  # the input of the step, after before_step
+    eps: X  # the noise that the step removes (plms and heun combine several predictions of the model)
+    x0: X  # x̂_0, the estimate of the picture from x_t and eps: blurred in the first steps
+    x: X  # the output of the step: x_t of the next one, or the result
+    eps_cond: X | None = None  # with guidance, the noise predicted with the prompt ...
     eps_uncond: X | None = None  # ... and without it
 
 
@@ -91,11 +91,11 @@ class Step:
 
 
 def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
-    """Choose `steps` of the T timesteps, evenly spread and falling. For 50 of 1000:
+    """Choose `steps` of the T timesteps, evenly spaced and in falling order. For 50 of 1000:
 
-        "leading"    981 961 ... 21 1     CompVis. It leaves out 999, although x_T is what one would find there
-        "linspace"   999 979 ... 20 0     Improved DDPM. Both ends are visited
-        "trailing"   999 979 ... 39 19    from the very end, and the last step is as long as the others
+        "leading"    981 961 ... 21 1     CompVis. It starts at 981, although x_T is pure noise, which belongs to 999
+        "linspace"   999 979 ... 20 0     Improved DDPM. Includes both ends
+        "trailing"   999 979 ... 39 19    starts at the last timestep, and the last step is as long as the others
 
     If two libraries draw different pictures from one x_T, they often differ here, or in where the last step leads
     (`set_alpha_to_one`). Raises ValueError if steps is not in [1, T] or the spacing is none of these.
@@ -103,9 +103,9 @@ def make_timesteps(steps: int, T: int, spacing: str = "leading") -> list[int]:
     if not 1 <= steps <= T:
         raise ValueError(f"steps must lie between 1 and {T}, the schedule's timesteps, but it is {steps}.")
     if spacing == "leading":
-        # CompVis takes every (T // steps)-th timestep and adds 1. Asked for 30 steps it makes 31, and for 1000 it
-        # goes up to t = 1000, which does not exist. Here you get the number that you asked for, and the same
-        # timesteps as CompVis wherever steps divides T.
+        # CompVis takes every (T // steps)-th timestep and adds 1. For 30 steps this gives 31, and for 1000 steps it
+        # includes t = 1000, which does not exist. Here you get the number that you asked for, and the same
+        # timesteps as CompVis whenever steps divides T.
         rising = [i * T // steps + (1 if steps < T else 0) for i in range(steps)]
     elif spacing == "linspace":
         rising = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
@@ -132,10 +132,11 @@ def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
 
 # -- the loop, which all samplers share -----------------------------------------------------------------------
 
-# The loop calls rule(x_t, eps, a_t, a_prev), and adds what the rule names of these. (`sampler`, below, explains them.)
+# The loop calls rule(x_t, eps, a_t, a_prev), and adds those of the following that the rule has as parameters. (See
+# `sampler`, below.)
 OFFERED = ("eta", "noise", "past", "ask", "i", "steps")
-# A rule returns x_prev, the x̂_0 that the step heads for, and the ε that it follows. It may also return x_prev alone;
-# then the other two are those of the model's answer.
+# A rule returns x_prev, the x̂_0 that the step aims at, and the ε that it uses. It may also return x_prev alone. Then
+# ε is the model's prediction, and x̂_0 is computed from it.
 Rule = Callable[..., X | tuple[X, X, X]]
 
 
@@ -155,10 +156,10 @@ def _walk(
     generator: Generators | None = None,
     **options: object,
 ) -> Iterator[Step]:
-    """Walk down the timesteps from x_T to the picture, and let the rule make each step."""
+    """Go through the timesteps from x_T to the picture. The rule computes each step."""
     takes = _taken_from_the_loop(rule)
     _check_eta(name, eta, takes)
-    # The last step leads to the clean picture, ᾱ = 1, or to the least noise that the model was trained with, ᾱ_0.
+    # The last step leads to the clean picture, ᾱ = 1, or to the lowest noise level of the training, ᾱ_0.
     path = _path(schedule, steps, spacing, timesteps, 1.0 if set_alpha_to_one else schedule.alpha_bar(0))
     x, no_noise = x_T, torch.zeros_like(x_T)
     offered = {"eta": eta, "past": [], "steps": len(path)}
@@ -167,23 +168,23 @@ def _walk(
         # Inpainting puts the known part of the picture into x here, as noisy as x is at this timestep.
         x_t = before_step(x, t) if before_step else x
 
-        # The only question that the model answers: which noise is in x_t? Nearly all of the time passes here. Gradients
-        # are off for the question alone: around the loop, they would be off in the caller's code after a yield.
+        # The model predicts the noise in x_t. This call takes nearly all of the time. `no_grad` is only around the call
+        # and not around the loop, because after a yield it would also hold in the caller's code.
         with torch.no_grad():
             answer = eps_model(x_t, _batch_of(t, x_t))
         eps, eps_cond, eps_uncond = _checked(answer, x_t, i, t)
 
-        # What else the rule may need. If the model is asked again, it is about the timestep of the next step. (The last
-        # step has none, and asks about its own.)
+        # What else the rule may need. A second call of the model in this step (`ask`) is at the timestep of the next
+        # step. (The last step has no next one, and uses its own timestep.)
         t_next = path[min(i + 1, len(path) - 1)][1]
         offered |= {"i": i, "ask": partial(_ask_again, eps_model, i=i, t=t_next), "noise": no_noise}
-        # Noise is drawn only if the step has a use for it. A step to the clean picture, ᾱ_prev = 1, has none, and
-        # neither has one that stays where it is, from t = 0 to ᾱ_0.
+        # Noise is drawn only if the step needs it. A step to the clean picture, ᾱ_prev = 1, does not need any, and
+        # neither does a step from t = 0 to ᾱ_0, which does not change the noise level.
         if "noise" in takes and a_t < a_prev < 1 and (eta > 0 or "eta" not in takes):
             dtype = torch.result_type(x_t, eps)  # noise is added to a sum of x_t and ε
             offered["noise"] = randn(x_t.shape, generator).to(x_t.device, dtype, non_blocking=True)
 
-        # The rule makes the step. Where it returns x_prev alone, it may be somebody's first attempt, so we check it.
+        # The rule computes the step. A rule that returns x_prev alone may be your first one, so its shape is checked.
         made = rule(x_t, eps, a_t, a_prev, **{name: offered[name] for name in takes}, **options)
         if not isinstance(made, tuple):
             if getattr(made, "shape", None) != x_t.shape:
@@ -214,30 +215,30 @@ def _path(
 
 @torch.no_grad()
 def _ask_again(eps_model: EpsModel, x: X, i: int, t: int) -> Guided:
-    """The same question, for a rule that needs the noise in another x, too."""
+    """Call the model again, for a rule that needs the noise in another x as well."""
     return _checked(eps_model(x, _batch_of(t, x)), x, i, t)
 
 
 def _batch_of(t: int, x: X) -> Int[Tensor, "b"]:
-    """The timestep, once for each picture, on their device."""
+    """The timestep, repeated for each picture, on the device of the pictures."""
     return torch.full((x.shape[0],), t, device=x.device)
 
 
 def _checked(answer: Tensor | Guided, x_t: X, i: int, t: int) -> Guided:
-    """The model's answer, if it can be used: of the right shape, and without NaN and infinity."""
+    """The model's prediction, after a check of its shape and for NaN and infinity."""
     guided = answer if isinstance(answer, Guided) else Guided(answer)
     if guided.eps.shape != x_t.shape:
         shapes = f"{list(x_t.shape)}, not {list(guided.eps.shape)}"
         raise ValueError(f"eps_model must return an ε with the shape of x, {shapes}.")
-    # If any ε is NaN, so is the largest |ε|. (On a CPU, this is several times faster than .isfinite().all().)
-    # Here the CPU has to wait for the GPU: once for each call of the model, and nowhere else.
+    # If any number is NaN, the maximum is NaN. (On a CPU, this is several times faster than .isfinite().all().) The CPU
+    # has to wait for the GPU here, once for each call of the model, and nowhere else.
     if not isfinite(guided.eps.abs().max()):
         raise FloatingPointError(f"The model returned NaN or infinity at step {i}, t = {t}.")
     return guided
 
 
 def predict_x0(x_t: X, eps: X, a_t: float) -> X:
-    """The picture in x_t, if ε is the noise in it: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, solved for x_0."""
+    """The estimate x̂_0 of the picture, given the noise in x_t: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, solved for x_0."""
     # x̂_0 = (x_t - √(1-ᾱ_t) ε) / √ᾱ_t                                               (DDPM, eq. 15; DDIM, eq. 9)
     return (x_t - sqrt(1 - a_t) * eps) / sqrt(a_t)
 
@@ -245,8 +246,8 @@ def predict_x0(x_t: X, eps: X, a_t: float) -> X:
 # -- how a rule becomes a sampler -----------------------------------------------------------------------------
 
 
-# What `@sampler` makes of a rule: a function, with the defaults of its arguments as attributes, .steps, .eta, .spacing
-# and .set_alpha_to_one, and the rule as .rule. Put another rule there, and the sampler makes the steps of that one.
+# What `@sampler` makes from a rule: a function with the attributes .steps, .eta, .spacing and .set_alpha_to_one, which
+# are the defaults of its arguments, and .rule. If you assign another rule to .rule, the sampler uses that one.
 Sampler = Callable[..., Iterator[Step]]
 SAMPLERS: dict[str, Sampler] = {}  # by name, in the order of this file
 
@@ -254,30 +255,30 @@ SAMPLERS: dict[str, Sampler] = {}  # by name, in the order of this file
 def sampler(
     *, steps: int | None, spacing: str, eta: float | None = 0.0, set_alpha_to_one: bool | None = None
 ) -> Callable[[Rule], Sampler]:
-    """Make a sampler of the rule below this line, and enter it into `SAMPLERS`. This is a complete sampler:
+    """Decorator that makes a sampler from a rule, and adds it to `SAMPLERS`. This is a complete sampler:
 
         @sampler(steps=50, spacing="leading")
         def my_ddim(x_t, eps, a_t, a_prev):
             return sqrt(a_prev) * predict_x0(x_t, eps, a_t) + sqrt(1 - a_prev) * eps
 
     steps, spacing, eta, set_alpha_to_one: the defaults. Without eta or set_alpha_to_one (None), the sampler has no
-    such argument, and the last step leads to ᾱ = 1. If the rule does not name eta, the only eta allowed is 0.
+    such argument, and the last step leads to ᾱ = 1. If the rule has no parameter eta, the only eta allowed is 0.
 
-    A rule always takes these four, in this order:
+    The first four parameters of a rule are always these:
 
-        x_t, eps      the noisy x, and the noise ε that the model sees in it, [b *d]
-        a_t, a_prev   ᾱ_t, and the ᾱ_prev to which the step leads. They are Python numbers, as all numbers here
+        x_t, eps      the noisy x, and the noise ε that the model predicts for it, [b *d]
+        a_t, a_prev   ᾱ_t, and the ᾱ_prev to which the step leads. They are Python numbers, not tensors
 
-    After them it names what else it needs:
+    After them, a rule can have any of these parameters:
 
         eta           how much of the noise is to be drawn afresh
-        noise         z ~ N(0, I), [b *d]. If the step has no use for noise, none is drawn, and this is 0
-        past          a list, empty at first. What the rule puts into it is still there at the next step
-        ask           x -> Guided. It asks the model once more, about an x at the timestep of the next step
+        noise         z ~ N(0, I), [b *d]. If the step does not need noise, none is drawn, and this is 0
+        past          a list, empty at first. What the rule puts into it is kept for the next steps
+        ask           x -> Guided. It calls the model once more, for an x at the timestep of the next step
         i, steps      the number of the step, 0, 1, ... steps-1, and how many there are
 
-    After a `*` it names options of its own, which become arguments of the sampler. It returns x_prev, the x̂_0 that
-    the step heads for, and the ε that it follows; or x_prev alone. Its docstring becomes that of the sampler.
+    Parameters after a `*` are the rule's own options, and become arguments of the sampler. A rule returns x_prev, the
+    x̂_0 that the step aims at, and the ε that it uses; or x_prev alone. Its docstring becomes that of the sampler.
     """
     defaults = {"steps": steps, "eta": eta, "spacing": spacing, "set_alpha_to_one": set_alpha_to_one}
     absent = {name for name in ("eta", "set_alpha_to_one") if defaults[name] is None}
@@ -311,7 +312,7 @@ def sampler(
 
 @cache
 def _taken_from_the_loop(rule: Rule) -> list[str]:
-    """What the rule names after its first four parameters, x_t, eps, a_t and a_prev, and before a `*`."""
+    """The rule's parameters after the first four, x_t, eps, a_t and a_prev, and before a `*`."""
     parameters = inspect.signature(rule).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][4:]
     if unknown := [name for name in names if name not in OFFERED]:
@@ -336,20 +337,20 @@ def _check_eta(name: str, eta: float, takes: list[str]) -> None:
 
 @sampler(steps=None, eta=None, spacing="linspace")
 def ddpm(x_t: X, eps: X, a_t: float, a_prev: float, noise: X, *, clip_denoised: bool = False) -> tuple[X, X, X]:
-    """Ancestral sampling (DDPM, Algorithm 2): guess x_0, then draw the step back that q would make from it.
+    """Ancestral sampling (DDPM, Algorithm 2): estimate x_0, then draw x_prev from q(x_prev | x_t, x_0).
 
     steps: all T by default. Fewer steps are DDPM on a schedule of fewer, longer steps (Improved DDPM, section 4).
-    clip_denoised: clamp the guess to [-1, 1]. This suits pixels, but not latents, which have no such bound.
+    clip_denoised: clamp the estimate to [-1, 1]. This suits pixels, but not latents, which have no such bound.
     (CompVis: ldm/models/diffusion/ddpm.py, DDPM.p_sample_loop)
     """
-    # The picture that the model sees in x_t. At first it is a blur, the mean of all pictures that x_t may come from.
+    # The model's estimate of the picture. At first it is blurred: the mean of all pictures that x_t may come from.
     x0 = predict_x0(x_t, eps, a_t)
     if clip_denoised:
         x0 = x0.clamp(-1, 1)
     # How much noise the forward process adds in this step. It is the schedule's own β_t if no timestep is left out.
     # β_t = 1 - ᾱ_t / ᾱ_prev                                                             (Improved DDPM, eq. 19)
     beta = 1 - a_t / a_prev
-    # If x_0 is known, the step back is Gaussian, q(x_prev | x_t, x_0). We put x̂_0 in its place. The mean:
+    # If x_0 is known, the reverse step is Gaussian, q(x_prev | x_t, x_0). We use x̂_0 in place of x_0. The mean:
     # μ̃_t = √ᾱ_prev β_t / (1-ᾱ_t) x̂_0  +  √(1-β_t) (1-ᾱ_prev) / (1-ᾱ_t) x_t                        (DDPM, eq. 7)
     mean = sqrt(a_prev) * beta / (1 - a_t) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a_t) * x_t
     # The variance. It is 0 in the last step, which leads to ᾱ = 1, so no noise is left in the picture:
@@ -364,15 +365,15 @@ def ddpm(x_t: X, eps: X, a_t: float, a_prev: float, noise: X, *, clip_denoised: 
 
 @sampler(steps=50, eta=0.0, spacing="leading", set_alpha_to_one=False)
 def ddim(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise: X) -> tuple[X, X, X]:
-    """The implicit model (DDIM, eq. 12): guess x_0, then put the same noise back, only less of it.
+    """The implicit model (DDIM, eq. 12): estimate x_0, then add back less of the same noise.
 
-    eta: how much of the noise is drawn afresh. With 0, x_T alone decides on the picture; 1 is as much as in ddpm.
-    set_alpha_to_one: whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915), which
-    leaves a trace of the noise, as CompVis does. (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler)
+    eta: how much of the noise is drawn afresh. With 0, x_T alone determines the picture; 1 is as much as in ddpm.
+    set_alpha_to_one: whether the last step leads to the clean picture, ᾱ = 1, or only to ᾱ_0 (0.99915). The latter is
+    what CompVis does, and leaves a little noise. (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler)
     """
     # The paper writes α for what all other papers call ᾱ.
     x0 = predict_x0(x_t, eps, a_t)
-    # The standard deviation of the fresh noise: η = 1 makes it that of ddpm, √β̃_t.
+    # The standard deviation of the fresh noise. For η = 1 it is that of ddpm, √β̃_t.
     # σ_t = η √((1-ᾱ_prev) / (1-ᾱ_t)) √(1 - ᾱ_t / ᾱ_prev)                                         (DDIM, eq. 16)
     sigma_t = eta * sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
     # All noise in x_prev together must have the variance 1 - ᾱ_prev. σ_t² of it is fresh, the rest is the old ε.
@@ -383,8 +384,8 @@ def ddim(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise: X) -> tup
     return x_prev, x0, eps
 
 
-# The weights of the last 2, 3 or 4 values of ε, the newest first. The polynomial through these values has this mean
-# over the coming step, if all steps are equally long.
+# The weights of the last 2, 3 or 4 values of ε, the newest first. The weighted sum is the mean over the coming step of
+# the polynomial through these values, if all steps are equally long.
 ADAMS_BASHFORTH = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -393,7 +394,7 @@ ADAMS_BASHFORTH = {
 
 
 def plms_combine(old_eps: list[X]) -> X:
-    """The ε for the coming step, combined from the last 2, 3 or 4 of them, the newest first."""
+    """The ε for the coming step, a combination of the last 2, 3 or 4 values of ε, the newest first."""
     # ε' = (55 ε_t - 59 ε_{t+1} + 37 ε_{t+2} - 9 ε_{t+3}) / 24, or a shorter form                 (PNDM, eq. 12)
     w_t, *weights = ADAMS_BASHFORTH[len(old_eps)]
     eps = w_t * old_eps[0]
@@ -407,13 +408,13 @@ def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: Ask) -> 
     """Pseudo linear multi-step (PNDM, Algorithm 2): ddim's step along an ε that is combined from the last four.
 
     A linear multi-step method (Adams-Bashforth) combines slopes in this way and follows a straight line. "Pseudo"
-    means that the combined ε is followed along ddim's curve instead. The first step has no past yet and asks the
-    model twice, which makes steps + 1 calls. (The paper starts with three Runge-Kutta steps of four calls each.)
+    means that the combined ε is used in ddim's step instead. The first step has no earlier ε and calls the model
+    twice, which makes steps + 1 calls. (The paper starts with three Runge-Kutta steps of four calls each.)
     eta must be 0; set_alpha_to_one: see `ddim`. (CompVis: ldm/models/diffusion/plms.py, PLMSSampler)
     """
     past[:] = [eps, *past[:3]]
     if len(past) == 1:
-        # Improved Euler: make the step, ask for the noise there, go back, and make the step along the mean of both.
+        # Improved Euler: make the step, predict the noise there, go back, and make the step along the mean of both.
         x_next, _ = _transfer(x_t, eps, a_t, a_prev)
         eps = (eps + ask(x_next).eps) / 2
     else:
@@ -423,7 +424,7 @@ def plms(x_t: X, eps: X, a_t: float, a_prev: float, past: list[X], ask: Ask) -> 
 
 
 def _transfer(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X]:
-    """ddim's step without fresh noise along any ε, and the x̂_0 that it heads for (PNDM, eq. 9)."""
+    """ddim's step without fresh noise for any ε, and the x̂_0 that it aims at (PNDM, eq. 9)."""
     x0 = predict_x0(x_t, eps, a_t)
     return sqrt(a_prev) * x0 + sqrt(1 - a_prev) * eps, x0
 
@@ -432,20 +433,20 @@ def _transfer(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X]:
 def dpmpp_2m(
     x_t: X, eps: X, a_t: float, a_prev: float, past: list, i: int, steps: int, *, lower_order_final: bool = True
 ) -> tuple[X, X, X]:
-    """DPM-Solver++(2M), of second order with one call a step (DPM-Solver++, Algorithm 2).
+    """DPM-Solver++(2M), of second order with one call of the model for each step (DPM-Solver++, Algorithm 2).
 
     With α = √ᾱ, σ = √(1-ᾱ) and λ = log(α/σ), the step to the next timestep is known exactly, except for an integral
-    of x̂_0 over λ. ddim takes x̂_0 as constant in it. This sampler takes it as the line through its last two values.
+    of x̂_0 over λ. ddim takes x̂_0 as constant in it. This sampler extrapolates the line through its last two values.
     set_alpha_to_one: whether the last step leads to the clean picture, λ = ∞, or to ᾱ_0 as in `ddim`.
-    lower_order_final: whether the last of fewer than 15 steps, which is long, goes without the line.
-    On small data, in 10 to 25 steps, no other defaults came clearly closer to the exact solution.
+    lower_order_final: whether the last step is of first order if there are fewer than 15 steps, because it is long.
+    On small data sets, with 10 to 25 steps, no other defaults came clearly closer to the exact solution.
     eta must be 0. (CompVis: ldm/models/diffusion/dpm_solver/, DPMSolverSampler, with fractional timesteps)
     """
     x0 = predict_x0(x_t, eps, a_t)
     # h = λ_prev - λ_t, the length of the step
     h = _lambda(a_prev) - _lambda(a_t)
-    # First order, D = x̂_0, where the line would not help: in the first step there is none yet, a step to the clean
-    # picture would follow it to λ = ∞, and the last of a few long steps would follow it too far.
+    # First order, D = x̂_0, where extrapolation is not possible or not good: the first step has only one x̂_0, a step to
+    # the clean picture would extrapolate to λ = ∞, and the last of a few long steps would extrapolate too far.
     D = x0
     is_long = lower_order_final and i == steps - 1 and steps < 15
     if past and a_prev < 1 and not is_long:
@@ -464,33 +465,33 @@ def _lambda(a: float) -> float:
     return log(a / (1 - a)) / 2 if a < 1 else inf
 
 
-# -- the same process without the shrinking: the samplers of k-diffusion ---------------------------------------
+# -- the same process without the scaling by √ᾱ: the samplers of k-diffusion ------------------------------------
 #
-# The forward process shrinks the picture while it adds noise. Undo the shrinking, x̄ = x / √ᾱ, and what is left is
+# The forward process scales the picture down while it adds noise. If you undo the scaling, x̄ = x / √ᾱ, the result is
 # the picture plus more and more noise. σ is the noise's standard deviation, and grows from 0 to 14.6 in SD v1:
 #
 #     x̄ = x_0 + σ ε,   σ = √(1-ᾱ) / √ᾱ,   x = √ᾱ x̄ = x̄ / √(1+σ²)                (EDM, eq. 4, where s(t) = √ᾱ_t)
 #
-# The way from noise to a picture is an ordinary differential equation, the probability flow (SDE, eq. 13). It has its
-# simplest form in x̄:
+# Noise turns into a picture along an ordinary differential equation, the probability flow (SDE, eq. 13). It has its
+# simplest form for x̄:
 #
 #     dx̄/dσ = -σ ∇log p(x̄; σ) = (x̄ - x̂_0) / σ = ε           (EDM, eq. 1 and 3, where σ(t) = t; DDIM, eq. 14)
 #
-# So ε is the slope of the curve. We ask the model for the slope, and follow the curve down to σ = 0. In the code,
-# x.add(y, alpha=w) is x + w y, computed in one pass over memory.
+# So ε is the slope of the curve x̄(σ). The model predicts the slope, and the sampler follows the curve down to σ = 0. In
+# the code, x.add(y, alpha=w) is x + w y, computed in one pass over memory.
 #
-# x_T ~ N(0, I) stands for x, which has the variance of x_t, so x̄ starts as √(1+σ²) x_T. k-diffusion starts from
-# σ x_T, as if there were no picture in it, and so does diffusers, except with "leading". To draw what they draw, pass
-# √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ for timesteps between the whole numbers.
-# Here t is always one that the model was trained with.
+# x_T ~ N(0, I) is a value of x, which has the variance of x_t, so x̄ starts as √(1+σ²) x_T. k-diffusion starts from
+# σ x_T, as if there were no picture in it, and so does diffusers, except with "leading". To get the same pictures, pass
+# √(1-ᾱ_t) x_T, which is smaller by 0.2% at t = 999. They also interpolate σ at fractional timesteps. Here t is always a
+# timestep that the model was trained with.
 
 
 @sampler(steps=50, spacing="linspace")
 def euler(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X, X]:
     """Euler's method: a straight line along ε, down to the next σ (DDIM, eq. 13; EDM, Algorithm 1).
 
-    The same as ddim with set_alpha_to_one, on other timesteps: ddim's curve is this line, with the shrinking. The
-    last step leads to σ = 0. eta must be 0. (k-diffusion: sample_euler; diffusers: EulerDiscreteScheduler)
+    The same as ddim with set_alpha_to_one, but with other timesteps: ddim's step is this line, scaled by √ᾱ. The last
+    step leads to σ = 0. eta must be 0. (k-diffusion: sample_euler; diffusers: EulerDiscreteScheduler)
     """
     sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
     x_bar = x_t / sqrt(a_t)
@@ -503,16 +504,16 @@ def euler(x_t: X, eps: X, a_t: float, a_prev: float) -> tuple[X, X, X]:
 
 @sampler(steps=50, eta=1.0, spacing="linspace")
 def euler_ancestral(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise: X) -> tuple[X, X, X]:
-    """euler's line down to less noise than asked for, then fresh noise for the rest (SDE, appendix F).
+    """euler's step to a lower noise level than σ_prev, then fresh noise up to σ_prev (SDE, appendix F).
 
     eta: how much of the noise is drawn afresh. 0 is euler. 1 is k-diffusion's default, and equals ddpm on the same
     timesteps. In between, it equals ddim with that eta and set_alpha_to_one. (EDM's stochastic sampler, Algorithm 2,
-    is another one: it adds noise before the step, more than x had.)
+    is different: it adds noise before the step, so that x is noisier than before.)
     (k-diffusion: sample_euler_ancestral; diffusers: EulerAncestralDiscreteScheduler)
     """
     sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
-    # The variances of independent noises add up: σ_prev² = σ_down² + σ_up². The part that is drawn afresh is, for
-    # η = 1, as wide as q(x̄_prev | x̄, x_0):
+    # The variances of independent noises add up: σ_prev² = σ_down² + σ_up². For η = 1, the fresh noise has the standard
+    # deviation of q(x̄_prev | x̄, x_0):
     # σ_up = η √(σ_prev² (σ² - σ_prev²) / σ²)
     sigma_up = eta * sigma_prev * sqrt(1 - (sigma_prev / sigma) ** 2)
     sigma_down = sqrt(sigma_prev**2 - sigma_up**2)
@@ -527,12 +528,12 @@ def euler_ancestral(x_t: X, eps: X, a_t: float, a_prev: float, eta: float, noise
 
 @sampler(steps=25, spacing="linspace")
 def heun(x_t: X, eps: X, a_t: float, a_prev: float, ask: Ask) -> tuple[X, X, X]:
-    """Heun's method, of second order (EDM, Algorithm 1): euler's step, made again along a better slope.
+    """Heun's method, of second order (EDM, Algorithm 1): euler's step, repeated with a better slope.
 
-    Each step asks the model twice: where it starts, and where euler's step led, at the timestep of the next step. The
-    last step leads to σ = 0, where there is no noise left to ask for, and stays euler's. This makes 2 · steps - 1
-    calls. before_step comes before the first of the two. (plms begins with one such step.)
-    With "trailing", the last step, euler's, is as long as the others, and its error remains, however good those are.
+    Each step calls the model twice: at its start, and at the end of euler's step with the timestep of the next step.
+    The last step leads to σ = 0, where there is no noise to predict, so it remains euler's. This makes 2 · steps - 1
+    calls. before_step is called before the first of the two. (plms begins with one such step.)
+    With "trailing", the last step is as long as the others. It is euler's, so its error limits the whole result.
     eta must be 0. (k-diffusion: sample_heun; diffusers: HeunDiscreteScheduler, where each call is a step)
     """
     sigma, sigma_prev = _sigma(a_t), _sigma(a_prev)
@@ -549,7 +550,7 @@ def heun(x_t: X, eps: X, a_t: float, a_prev: float, ask: Ask) -> tuple[X, X, X]:
 
 
 def _sigma(a: float) -> float:
-    """σ = √(1-ᾱ) / √ᾱ = e^(-λ), the noise in x̄ for one unit of the picture."""
+    """σ = √(1-ᾱ) / √ᾱ = e^(-λ), the standard deviation of the noise in x̄."""
     return sqrt((1 - a) / a)
 
 
@@ -562,12 +563,12 @@ def classifier_free_guidance(
     uncond_context: Context,
     scale: float,
 ) -> EpsModel:
-    """Make an eps_model(x, t) of model(x, t, context), exaggerating what the context changes (CFG, eq. 6).
+    """Make an eps_model(x, t) from model(x, t, context) that amplifies the effect of the context (CFG, eq. 6).
 
     context: the prompts, [b n d]; uncond_context: the empty prompt, or a negative one, [b n d] or [1 n d]. Or both are
     mappings of such tensors, {"c_crossattn": context, "c_concat": a map}, as `LatentDiffusion.apply_model` takes them.
-    scale: 7.5 is Stable Diffusion's default. 1.0 is the plain conditional model: then the other half is not
-    computed, and ε is returned alone. The paper's weight w counts from 0, so scale = 1 + w.
+    scale: 7.5 is Stable Diffusion's default. 1.0 is the conditional model without guidance. Then the unconditional ε
+    is not computed, and ε is returned alone. The paper's weight w is 0 without guidance, so scale = 1 + w.
     (CompVis: ldm/models/diffusion/ddim.py, DDIMSampler.p_sample_ddim, unconditional_guidance_scale)
     """
 
@@ -577,7 +578,7 @@ def classifier_free_guidance(
         # One call of twice the batch is faster than two calls. The order is [unconditional, conditional].
         contexts = _batched([uncond_context, context], len(x))  # [2b n d]
         eps_uncond, eps_cond = model(torch.cat([x, x]), torch.cat([t, t]), contexts).chunk(2)
-        # The difference is what the prompt changes in the noise. Take s times as much of it:
+        # The difference is how the prompt changes the predicted noise. It is multiplied by s:
         # ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))                                                          (CFG, eq. 6)
         return Guided(eps_uncond + scale * (eps_cond - eps_uncond), eps_cond, eps_uncond)
 
@@ -585,7 +586,7 @@ def classifier_free_guidance(
 
 
 def _batched(contexts: list[Context], count: int) -> Context:
-    """One after the other, each for `count` pictures; of mappings, each of their parts."""
+    """Concatenate contexts, each expanded to `count` pictures. For mappings, do so for each of their entries."""
     if isinstance(contexts[0], Mapping):
         return {name: _batched([context[name] for context in contexts], count) for name in contexts[0]}
     return torch.cat([context.expand(count, *context.shape[1:]) for context in contexts])

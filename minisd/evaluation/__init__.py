@@ -1,11 +1,11 @@
-"""Does a model draw what the prompt says? As well as the real pictures? And concepts that it has not seen?
+"""Evaluation: does a model draw what the prompt says, how close is it to real pictures, and does it generalise?
 
-- `scores`: concept and style of what is drawn, as three judges see them, between chance (0) and real pictures (1)
-- `judges`: the nearest real picture, CLIP's image tower, and a judge that is trained apart
-- `distances`: how far the drawings as a whole are from the pictures: Fréchet distance and MMD, with their errors
-- `copies`: are the drawings new, or are they training pictures?
-- `run`: `evaluate` does all of it, `sweep` does it over guidance, steps or samplers
-- `tables`: what is printed and written: tables, scores.json, pictures
+- `scores`: how often concept and style are recognised in the drawings, from 0 (chance) to 1 (real pictures)
+- `judges`: three classifiers: the nearest real picture, CLIP's image tower, and one that is trained only for this
+- `distances`: the distance between the distributions of drawings and pictures: Fréchet and MMD, with their errors
+- `copies`: are the drawings new, or copies of training pictures?
+- `run`: `evaluate` computes all of it, `sweep` repeats it over values of guidance, steps or sampler
+- `tables`: the output: printed tables, scores.json, pictures
 """
 
 from .copies import Nearness, nearness

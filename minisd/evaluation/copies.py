@@ -1,8 +1,8 @@
 """Are the drawings copies of training pictures? The distance of each to the nearest picture of the training split.
 
-A distance alone does not prove a copy, because emoji resemble each other: two artists' full moons may be the same disc.
-So the same distance is measured for two other sets. The real held-out pictures are certainly no copies. The training
-pictures themselves, encoded and decoded by the model's autoencoder, certainly are.
+A small distance alone does not prove a copy, because emoji resemble each other: the full moons of two artists may be
+the same disc. So the same distance is measured for two other sets, for comparison. The real held-out pictures are
+certainly not copies. The training pictures themselves, encoded and decoded by the model's autoencoder, certainly are.
 """
 
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from .judges import features, find_nearest
 
-COPY = 0.05  # a picture this close to a training picture (RMS, of a range of 1, at 16x16) is called a near copy
+COPY = 0.05  # below this distance to a training picture (RMS, values from 0 to 1, at 16x16), we call it a near copy
 
 
 @dataclass(frozen=True)
 class Nearness:
-    """Distances of pictures to the nearest of the training split: root mean square, of a range of 1, at 16x16."""
+    """Distances of pictures to the nearest training picture: root mean square, values from 0 to 1, at 16x16."""
 
-    what: str
-    count: int
-    near: float  # share that is nearer than COPY
-    low: float  # 5% are nearer than this
-    median: float  # half are nearer than this
-    high: float  # 95% are nearer than this
+    what: str  # which pictures
+    count: int  # how many
+    near: float  # the share whose distance is less than COPY
+    low: float  # the 5% quantile of the distances
+    median: float
+    high: float  # the 95% quantile
 
 
 def nearness(
     what: str, pictures: Float[Tensor, "n 3 h w"], training: Float[Tensor, "m 768"]
 ) -> tuple[Nearness, Float[Tensor, "n"], Int[Tensor, "n"]]:
-    """A summary of the distances, all of them, and the index of each nearest picture.
+    """A summary of the distances, the distances themselves, and the index of the nearest training picture of each.
 
-    training: `features` of the training split.
+    training: the `features` of the training split.
     """
     index, distance = find_nearest(features(pictures), training)
     low, median, high = distance.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()

@@ -1,15 +1,15 @@
-"""How far drawings as a whole are from pictures as a whole, in a space of features: two distances, and their errors.
+"""The distance between the distributions of drawings and real pictures in a feature space: two kinds, and their errors.
 
-FID and KID are these distances in the features of an Inception network trained on ImageNet. Its numbers say little
-about pictures of 32 pixels, so other features are used here. Distances in different features can't be compared, so
-these are not called FID and KID.
+FID and KID are these distances in the features of an Inception network trained on ImageNet. Its features say little
+about pictures of 32 pixels, so other features are used here. Distances in different features cannot be compared, so
+they are not called FID and KID here.
 
     Fréchet   d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)                   Heusel et al. 2017 (arXiv:1706.08500)
     MMD²      E k(x,x') + E k(y,y') - 2 E k(x,y),  k(x,y) = (x·y/d + 1)³     Bińkowski et al. 2018 (arXiv:1801.01401)
 
-The first is biased: a covariance of few pictures is too narrow in some directions and too wide in others. This adds
-about c/N to d², if there are many more pictures than directions in which they differ. The estimate of the second is
-unbiased, so it may even fall below zero.
+The Fréchet distance is biased, because the covariance of a few pictures is too narrow in some directions and too wide
+in others. If there are many more pictures than features, this adds about c/N to d². The estimate of MMD² is unbiased,
+so it can even be negative.
 """
 
 from dataclasses import dataclass
@@ -18,30 +18,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MINIMUM = 50  # of pictures on each side, for MMD; for a Fréchet distance, more than there are features
+MINIMUM = 50  # pictures in each set, for MMD; a Fréchet distance needs more pictures than features
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Of one set of pictures from another, in named features."""
+    """The distances of a set of pictures from the training split, in one feature space."""
 
-    what: str  # the pictures
-    features: str  # in which space
-    dimension: int
-    count: int  # N: pictures; compared with the `reference` pictures of the training split
-    reference: int
-    frechet: float | None  # d² at this N; None where N is too small
+    what: str  # the name of the set
+    features: str  # the name of the feature space
+    dimension: int  # how many features
+    count: int  # N: how many pictures
+    reference: int  # how many pictures of the training split they are compared with
+    frechet: float | None  # d² at this N; None if N is too small
     frechet_error: float | None  # one standard deviation, due to the choice of pictures
-    frechet_infinity: float | None  # the straight line in 1/N through N and N/2, at 1/N = 0 (Chong & Forsyth 2020)
+    frechet_infinity: float | None  # extrapolated to 1/N = 0, linearly in 1/N from N and N/2 (Chong & Forsyth 2020)
     mmd: float  # MMD², unbiased, the mean over subsets
-    mmd_error: float  # the standard deviation over the subsets, as KID is given
+    mmd_error: float  # the standard deviation over the subsets, as is usual for KID
 
 
 def frechet_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
     """Fréchet distance d² between the Gaussians that have the means and covariances of two sets of features.
 
     Raises:
-        ValueError: no more pictures than features: the covariance would have directions without any width.
+        ValueError: there are not more pictures than features, so the covariance would be singular.
     """
     for z in (x, y):
         if len(z) <= z.shape[1]:
@@ -53,10 +53,10 @@ def frechet_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
 
 
 def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
-    """MMD² under the cubic kernel of KID, unbiased: no picture is compared with itself.
+    """MMD² with the cubic kernel of KID. It is unbiased because no picture is compared with itself.
 
     Raises:
-        ValueError: fewer than MINIMUM pictures on a side.
+        ValueError: one of the sets has fewer than MINIMUM pictures.
     """
     if min(len(x), len(y)) < MINIMUM:
         raise ValueError(f"MMD needs at least {MINIMUM} pictures on each side, not {min(len(x), len(y))}")
@@ -68,15 +68,15 @@ def measure_distance(
 ) -> Distance:
     """Both distances of x from the reference, with their errors.
 
-    The error comes from halves of the pictures, taken at random. The distance of a half differs from that of all
-    pictures by as much as that differs from the truth (the delete-half jackknife: its factor (n - n/2) / (n/2) is 1).
-    So the spread over halves is the error. Their mean shows the bias at N/2, which is twice the bias at N: subtracting
-    the difference once more gives the value at infinity.
+    The error of the Fréchet distance is estimated from random halves of the pictures. The distance of a half varies
+    around that of all pictures as much as that varies around the true one (the delete-half jackknife: its factor
+    (n - n/2) / (n/2) is 1). So the standard deviation over halves is the error. The mean over halves has the bias of
+    N/2, which is twice the bias of N. So subtracting the difference once more gives the value for N = ∞.
 
-    MMD, as KID is: the mean over subsets of both sides, of half of x each, 1,000 at most.
+    MMD is computed as in KID: the mean over random subsets of both sets, half the size of x, but at most 1,000.
 
     Raises:
-        ValueError: fewer than 2 · MINIMUM pictures on a side.
+        ValueError: one of the sets has fewer than 2 · MINIMUM pictures.
     """
     n, m, d = len(x), len(reference), x.shape[1]
     if min(n, m) < 2 * MINIMUM:
@@ -100,15 +100,15 @@ def measure_distance(
 
 
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance, in double precision: the distance is a small difference of large traces."""
+    """Mean and covariance, in double precision because the distance is a small difference of large traces."""
     z = z.double()
-    return z.mean(dim=0), torch.cov(z.T).reshape(z.shape[1], z.shape[1])  # of one feature, cov makes a bare number
+    return z.mean(dim=0), torch.cov(z.T).reshape(z.shape[1], z.shape[1])  # for a single feature, cov returns a scalar
 
 
 def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
     (mean, cov), (target_mean, target_cov) = first, second
-    # tr (Σ₁ Σ₂)^½ = Σ √λ of Σ₂^½ Σ₁ Σ₂^½. This matrix is symmetric, so its eigenvalues are real, and only rounding can
-    # make one negative.
+    # tr (Σ₁ Σ₂)^½ is the sum of √λ over the eigenvalues λ of Σ₂^½ Σ₁ Σ₂^½. This matrix is symmetric and positive
+    # semidefinite, so its eigenvalues are real, and negative only by rounding.
     values, vectors = torch.linalg.eigh(target_cov)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     crossed = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()

@@ -1,16 +1,20 @@
-"""Three judges of what a picture shows. Each judges drawings and real pictures alike, so that its own mistakes cancel
-in the score. The table also shows how good it is on real held-out pictures.
+"""Three judges (classifiers) that decide which concept and style a picture shows.
 
-    NearestPicture    the picture of the training split that looks most alike, pixel by pixel
-    ImageTowerJudge   CLIP: the caption that fits best. It is related to the model, whose prompts its other tower reads
-    PatchJudge        trained apart, on the pictures of the training split alone, by linear algebra in a minute
+Each judge is applied to drawings and to real pictures alike, so that its own mistakes cancel in the score. The table
+also shows how often it is right on real held-out pictures.
 
-A judge has a name, and is called with pictures and the rows whose captions they were drawn for. For each question it
-returns which picture would be a hit for which caption, [n n]. It never sees the real pictures of those rows, except for
-those of the training split.
+    NearestPicture    the nearest picture of the training split, pixel by pixel
+    ImageTowerJudge   CLIP: the caption that fits best. It is not independent: the model's text encoder was trained
+                      together with this image tower
+    PatchJudge        a classifier trained only on the pictures of the training split, by linear algebra in a minute
 
-A concept that is held out has no picture in the training split by which it could be recognised. So for it, the held-out
-pictures of other artists join the library. (Styles by the same artist are nearly the same picture, so they do not.)
+A judge has a name. It is called with pictures and with the rows whose captions they were drawn for. For each question
+it returns whether picture i would be a hit for caption j, [n n]. It never sees the real pictures of those rows, except
+for those of the training split.
+
+The training split has no picture of a held-out concept, so a judge could not recognise it. For such a concept, the
+held-out pictures by other artists are added to the library. (Two styles by the same artist are nearly the same picture,
+so the other style is not added.)
 """
 
 from collections.abc import Iterator
@@ -28,26 +32,26 @@ from ..data.split import TWINS
 Hits = dict[str, Bool[np.ndarray, "n n"]]
 
 
-# --- what all of them need ------------------------------------------------------------------------------------------
+# --- what all judges need -------------------------------------------------------------------------------------------
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
-    """One entry of each row, "" where it has none."""
+    """The entry `key` of each row, or "" if a row has none."""
     return np.array([row.get(key, "") for row in rows])
 
 
 def questions(data: CaptionedPictures) -> list[str]:
-    """The columns that all rows of the corpus have, of those that a judge can answer for."""
+    """The columns that a judge can predict ("concept", "style"), as far as all rows of the data set have them."""
     return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
 
 
 def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
-    """Compare the names that were found with those of every row."""
+    """Compare the predicted name of each picture with that of every row, [n n]."""
     return {question: names[:, None] == column(rows, question)[None] for question, names in found.items()}
 
 
 def shown(rows: list[dict], library: list[dict]) -> Iterator[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "m"]]]:
-    """Which pictures of the library each row may be compared with: (rows, pictures), in as few groups as it takes."""
+    """Which pictures of the library each row may be compared with: (rows, pictures), in as few groups as possible."""
     split, hand = (np.array([f(row) for row in library]) for f in (lambda row: row.get("split", "train"), _hand))
     held_out = np.array([row.get("split") == "test_concept" for row in rows])
     if not held_out.all():
@@ -64,7 +68,7 @@ def _hand(row: dict) -> str:
 
 
 def to_size(pictures: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
-    """Pictures at the size that a judge takes."""
+    """Pictures resized to the size that a judge needs."""
     return pictures if pictures.shape[-1] == size else F.interpolate(pictures, size=(size, size), mode="area")
 
 
@@ -72,20 +76,20 @@ def to_size(pictures: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3
 
 
 def features(pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 768"]:
-    """Pictures in [-1, 1] → 16x16 RGB in [0, 1], as a row: coarse enough to forgive a shifted line."""
+    """Pictures in [-1, 1] → 16x16 RGB in [0, 1], flattened. At this size a slightly shifted line hardly matters."""
     return (to_size(pictures, 16).flatten(1) + 1) / 2
 
 
 def find_nearest(
     queries: Float[Tensor, "n d"], library: Float[Tensor, "m d"]
 ) -> tuple[Int[np.ndarray, "n"], Float[Tensor, "n"]]:
-    """Index of the nearest row of the library by Euclidean distance, and its root mean square difference."""
+    """The index of the nearest row of the library by Euclidean distance, and its root mean square difference."""
     distance, index = torch.cdist(queries, library).min(dim=1)
     return index.numpy(), distance / queries.shape[1] ** 0.5
 
 
 class NearestPicture:
-    """The concept and the style of the nearest picture, by `features`."""
+    """Predicts the concept and style of the nearest picture, by `features`."""
 
     name = "nearest picture"
 
@@ -104,10 +108,10 @@ class NearestPicture:
 
 
 class ImageTowerJudge:
-    """CLIP, zero-shot: of all captions of the corpus, held-out ones too, which fits the picture best?
+    """CLIP, zero-shot: which of all captions of the data set, including held-out ones, fits the picture best?
 
-    Concept and style are those of that caption; R@1 and R@5 ask whether the caption itself is the best, or among the
-    best five.
+    Concept and style are those of that caption. R@1 and R@5 (recall) ask whether the prompt itself is the best caption,
+    or among the best five.
     """
 
     name = "CLIP"
@@ -122,7 +126,7 @@ class ImageTowerJudge:
 
     @torch.no_grad()
     def features(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p"]:
-        """What the image tower makes of pictures: unit vectors."""
+        """The image tower's features of pictures: unit vectors."""
         pictures = to_size(pictures, self.clip.vision_config.image_size)
         return torch.cat([self.clip.get_image_features(part) for part in pictures.split(256)])
 
@@ -133,21 +137,22 @@ class ImageTowerJudge:
         return hits(found, rows) | {"R@1": fits[..., 0], "R@5": fits.any(axis=-1)}
 
 
-# --- trained apart --------------------------------------------------------------------------------------------------
+# --- a separate classifier ------------------------------------------------------------------------------------------
 
 
 class PatchJudge:
-    """Concept and style by what a picture's small patches look like, and where they are.
+    """Predicts concept and style from a picture's small patches and their positions.
 
-    Features after Coates & Ng 2011 ("The Importance of Encoding Versus Training"): a dictionary of patches, learned by
-    spherical k-means; how much each patch of a picture is like each entry; sums over 3x3 fields of the picture. On them
-    a concept is the nearest mean of its pictures, by the cosine after whitening within concepts (linear discriminant
-    analysis), and a style the largest output of a ridge regression. No network, no gradient, no stored weights: it has
-    nothing in common with the model but the pictures of the training split.
+    The features follow Coates & Ng 2011 ("The Importance of Encoding Versus Training"). A dictionary of patches is
+    learned by spherical k-means, the similarity of each patch of a picture to each entry is computed, and these are
+    averaged over 3x3 fields of the picture. From the features, the concept is the one whose mean is nearest, by the
+    cosine after whitening within concepts (linear discriminant analysis). The style is the largest output of a ridge
+    regression. There is no network, no gradient and no stored weight, so this judge shares nothing with the model
+    except for the training pictures.
     """
 
     name = "patches"
-    patch, atoms, fields = 5, 320, 3  # pixels, entries of the dictionary, sums along each side
+    patch, atoms, fields = 5, 320, 3  # patch size in pixels, entries of the dictionary, fields along each side
 
     def __init__(self, data: CaptionedPictures):
         train = [i for i, row in enumerate(data.rows) if row.get("split", "train") == "train"]
@@ -173,7 +178,7 @@ class PatchJudge:
         return hits({question: found[question] for question in self.questions}, rows)
 
     def _patches(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n l d"]:
-        """The patches, each with its brightness and contrast taken out: 28x28 of 32 pixels, 30x30 of 64."""
+        """The patches, normalised in brightness and contrast: 28x28 for pictures of 32 pixels, 30x30 for 64."""
         patches = F.unfold(pictures, self.patch, stride=max(1, pictures.shape[-1] // 32)).transpose(1, 2)
         patches = patches - patches.mean(dim=-1, keepdim=True)
         return patches / (patches.var(dim=-1, keepdim=True) + 0.01).sqrt()
@@ -187,26 +192,26 @@ class PatchJudge:
             pick = torch.randint(patches.shape[1], (len(part), each), generator=generator)
             some.append(patches[torch.arange(len(part))[:, None], pick].flatten(0, 1))
         x = torch.cat(some)
-        x = x[x.std(dim=1) > 0.1]  # white paper teaches nothing
+        x = x[x.std(dim=1) > 0.1]  # leave out patches of a uniform colour, such as the white background
         self.patch_mean = x.mean(dim=0)
         values, vectors = torch.linalg.eigh(torch.cov(x.T))
         self.patch_whitening = vectors * (values + 0.1).rsqrt() @ vectors.T
         x = (x - self.patch_mean) @ self.patch_whitening
         atoms = F.normalize(torch.randn(self.atoms, x.shape[1], generator=generator), dim=1)
-        for _ in range(rounds):  # spherical k-means: an atom is the direction of the patches that are most like it
+        for _ in range(rounds):  # spherical k-means: an atom is the mean direction of the patches most similar to it
             likeness, nearest = (x @ atoms.T).max(dim=1)
             atoms = F.normalize((0.1 * atoms).index_add(0, nearest, x * likeness[:, None]), dim=1)
         self.dictionary = self.patch_whitening @ atoms.T  # [d atoms]
 
     def _encode(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n f"]:
-        """[n atoms · fields²]: how much of each atom there is in each field of the picture."""
+        """The mean similarity to each atom in each field of the picture, [n atoms · fields²]."""
         encoded = []
         for part in pictures.split(64):
             patches = self._patches(part) - self.patch_mean
-            likeness = F.relu(patches @ self.dictionary - 0.25)  # soft threshold: what is hardly alike counts nothing
+            likeness = F.relu(patches @ self.dictionary - 0.25)  # soft threshold: a small similarity counts as 0
             side = round(likeness.shape[1] ** 0.5)
             pooled = F.adaptive_avg_pool2d(likeness.transpose(1, 2).unflatten(2, (side, side)), self.fields)
-            encoded.append(pooled.flatten(1).sqrt())  # so that a feature that is everywhere does not rule the others
+            encoded.append(pooled.flatten(1).sqrt())  # the root reduces the weight of features that are everywhere
         return torch.cat(encoded)
 
     def _learn_concepts(self, x: Float[Tensor, "n f"], concepts: np.ndarray, ridge: float = 0.3) -> None:

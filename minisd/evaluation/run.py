@@ -1,11 +1,11 @@
-"""Draw pictures for the captions of a corpus, and compare them with the real ones.
+"""Draw pictures for the captions of a data set, and compare them with the real ones.
 
-Groups of captions, each as far as the corpus has it:
+The captions are evaluated in groups. Each is left out if the data set does not have it:
 
-    train           what was trained on: was it learned?
-    test_pair       a concept in a style in which it was never seen: does the model compose?
-    test_concept    a concept that was never seen at all
-    known_words     those of test_concept with words of training captions only: no model can know other words
+    train           captions of the training split: were they learned?
+    test_pair       a concept in a style that training never combined: does the model generalise to new combinations?
+    test_concept    a concept that does not occur in training
+    known_words     those of test_concept that have only words of training captions: a model cannot know other words
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from .distances import MINIMUM, Distance, measure_distance
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 
-FEWEST = 10  # captions of a group: with fewer, a score means nothing
-BATCH = 50  # pictures that are drawn, or encoded and decoded, at once
+FEWEST = 10  # captions that a group needs; with fewer, a score is not meaningful
+BATCH = 50  # pictures that are drawn, or encoded and decoded, together
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Group:
-    """Captions to ask for, and their real pictures."""
+    """Captions to draw for, and their real pictures."""
 
     rows: list[dict]
     real: Float[Tensor, "n 3 h w"]
-    decoded: Float[Tensor, "n 3 h w"]  # the same, encoded and decoded: as near as the model can come
+    decoded: Float[Tensor, "n 3 h w"]  # the same, encoded and decoded: the best that this autoencoder allows
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,22 @@ class Evaluation:
     scores: list[Score]
     distances: list[Distance]
     nearness: list[Nearness]
-    drawings: dict[str, tuple[Tensor, Tensor]]  # of each group: drawings and real pictures, both [n 3 h w]
-    to_training: dict[str, Tensor]  # the distances that `nearness` sums up
-    nearest: dict[str, Tensor]  # drawings, from the nearest to a training picture on, above those pictures
+    drawings: dict[str, tuple[Tensor, Tensor]]  # for each group: drawings and real pictures, both [n 3 h w]
+    to_training: dict[str, Tensor]  # the distances that `nearness` summarises
+    nearest: dict[str, Tensor]  # the drawings nearest to a training picture, followed by those training pictures
 
 
 class Evaluator:
-    """A model, the corpus that it was trained on, and the judges.
+    """A model, the data set that it was trained on, and the judges.
 
-    folder: rows name `concept` and `split`, and where there are styles, `style`. clip: both towers and their tokenizer
-    (`minisd.load_clip`). count: captions of each group at most, chosen by the hashes of their file names. groups: those
-    to draw for; `evaluate` needs train and test_pair, `sweep` its one group.
+    Args:
+        folder: the data set. Its rows have the columns `concept` and `split` and, if there are styles, `style`.
+        clip: both towers and their tokenizer (`minisd.load_clip`).
+        count: the largest number of captions in a group. They are chosen by the hashes of their file names.
+        groups: the groups to draw for; `evaluate` needs train and test_pair, `sweep` only its own group.
 
     Raises:
-        ValueError: the corpus does not say which concepts its pictures show, or has no held-out pairs, or too few.
+        ValueError: the rows do not name concepts, or there are too few held-out pairs or none.
     """
 
     def __init__(
@@ -116,17 +118,17 @@ class Evaluator:
         self.training = data.batch(members["train"])
         self.tower = ImageTowerJudge(*clip, data)
         self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
-        stretch = self.tower.texts.shape[1] ** 0.5  # CLIP's unit vectors made √d long: x·y/d is then their cosine
+        stretch = self.tower.texts.shape[1] ** 0.5  # scales CLIP's unit vectors to length √d, so that x·y/d is a cosine
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
-        self._yardsticks: dict = {}  # the judges' answers for real pictures, by group: computed once
+        self._yardsticks: dict = {}  # the judges' predictions for real pictures, by group; computed only once
 
     def _group(self, indices: list[int]) -> Group:
         real = self.data.batch(indices)
         return Group([self.data.rows[i] for i in indices], real, autoencode(self.sd, real))
 
     def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
-        """A picture for each caption of a group; picture k is drawn from seed + k."""
+        """Draw a picture for each caption of a group; picture k uses seed + k."""
         captions, pictures = [row["text"] for row in self.groups[group].rows], []
         for start in tqdm(range(0, len(captions), BATCH), desc=f"drawing {group}"):
             options = asdict(replace(setting, seed=setting.seed + start))
@@ -135,7 +137,7 @@ class Evaluator:
         return torch.cat(pictures)
 
     def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
-        """The score of the drawings of a group, by each judge and question."""
+        """The scores of a group's drawings, for each judge and question."""
         group = self.groups[name]
         concepts = [row["concept"] for row in group.rows]
         found = []
@@ -148,7 +150,7 @@ class Evaluator:
         return found
 
     def distances(self, what: str, pictures: Float[Tensor, "n 3 h w"]) -> list[Distance]:
-        """Of these pictures from those of the training split, in each space of features; [] of too few pictures."""
+        """The distances of these pictures from the training split in each feature space; [] for too few pictures."""
         if min(len(pictures), len(self.training)) < 2 * MINIMUM:
             return []
         return [
@@ -157,9 +159,9 @@ class Evaluator:
 
 
 def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16) -> Evaluation:
-    """Draw for every group, and measure everything.
+    """Draw for every group, and compute all scores and distances.
 
-    sheet: how many of the drawings that are nearest to a training picture to keep.
+    sheet: how many of the drawings nearest to a training picture are kept for the result.
     """
     groups = evaluator.groups
     drawn = {name: evaluator.draw(name, setting) for name in groups if name != "known_words"}
@@ -184,9 +186,9 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
     )
 
 
-Sweep = dict[str, tuple[list[Score], list[Distance]]]  # by the value
+Sweep = dict[str, tuple[list[Score], list[Distance]]]  # for each value of the option that is varied
 
-# What is varied, and over which values.
+# The options that a sweep can vary, and their values.
 SWEEPS = {
     "guidance_scale": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
     "steps": (5, 10, 15, 25, 50),
@@ -209,13 +211,13 @@ def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: 
 
 
 def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
-    """The rows whose file names have the smallest hashes, so that it is always the same rows."""
+    """The rows whose file names have the smallest hashes. It looks random, but always gives the same rows."""
     hashes = [hashlib.sha256(row["file_name"].encode()).hexdigest() for row in rows]
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
 
 
 def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    """Pictures, encoded and decoded by the autoencoder."""
+    """Encode pictures and decode them again, without sampling noise (the mode of q(z|x))."""
     decoded = []
     for part in pictures.split(BATCH):
         latent = sd.encode_first_stage(part.to(sd.device))

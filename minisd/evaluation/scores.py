@@ -1,10 +1,10 @@
-"""From hits to a score, which takes out chance and the difficulty of the corpus.
+"""From hits to a score that corrects for chance and for the difficulty of the data set.
 
     score = (hits of the model - hits by chance) / (hits of real pictures - hits by chance)
 
-By chance: each drawing compared with the captions of all the others. A score of 1 is as good as the real pictures of
-the same captions, for this judge. More than 1 is possible where artists differ and the model draws what they have in
-common.
+The hits by chance are those of each drawing for the captions of all other drawings. With a score of 1, this judge
+recognises the drawings as often as the real pictures of the same captions. A score above 1 is possible, for example
+because a model draws what the artists have in common, which is easier to recognise than a single artist's picture.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from jaxtyping import Bool
 
 @dataclass(frozen=True)
 class Score:
-    """How often a judge finds in a drawing what was asked for. Shares are of 1."""
+    """How often a judge recognises in a drawing what the caption says. All shares are from 0 to 1."""
 
-    split: str  # whose captions were asked for
+    split: str  # the group of captions
     judge: str
-    question: str  # "concept", "style", or whether the caption is among the best 1 or 5
+    question: str  # "concept", "style", or "R@1" and "R@5": is the caption the best one, or among the best five?
     count: int  # how many captions
-    model: float  # hits of the drawings
-    real: float  # hits of the real pictures of these captions
-    decoded: float  # of the same pictures, encoded and decoded: what the autoencoder costs
-    shuffled: float  # hits of the drawings, each compared with another's caption
-    error: float  # of the score: one standard deviation, over resampled concepts; NaN where there is no score
+    model: float  # share of hits for the drawings
+    real: float  # for the real pictures of these captions
+    decoded: float  # for the same pictures, encoded and decoded: shows the loss due to the autoencoder
+    shuffled: float  # for the drawings with the captions of other drawings: hits by chance
+    error: float  # standard deviation of the score over resampled concepts; NaN if there is no score
 
     @property
     def score(self) -> float:
-        """0: as good as shuffled captions, 1: as good as real pictures. NaN if they are too close."""
+        """0: as good as shuffled captions, 1: as good as real pictures. NaN if these two are too close."""
         return float("nan") if np.isnan(self.error) else (self.model - self.shuffled) / (self.real - self.shuffled)
 
 
@@ -43,17 +43,18 @@ def score(
     concepts: list[str],
     resamples: int = 1000,
 ) -> Score:
-    """Row i, column j: would picture i be a hit for caption j?
+    """Compute a score from matrices of hits: row i, column j says whether picture i would be a hit for caption j.
 
-    The error is a bootstrap's, by concept and not by picture: pictures of one concept tend to succeed or fail together.
-    There is a score only where the real pictures are better than chance by three standard deviations: else, there is no
-    scale to measure on.
+    The error is estimated by bootstrap. It resamples concepts and not pictures, because the pictures of one concept
+    tend to be right or wrong together. There is only a score if the real pictures are better than chance by three
+    standard deviations. Otherwise the denominator would be too uncertain.
     """
     n = len(model)
     drawn, true = model.diagonal().astype(float), real.diagonal().astype(float)
     chance = (model.sum(axis=1) - drawn) / (n - 1)  # the mean over all shuffles, computed exactly
 
-    # Sums over each concept; a resample draws as many concepts as there are, and takes all pictures of each.
+    # Sums over the pictures of each concept. A resample draws k of the k concepts with replacement, and takes all
+    # pictures of each.
     _, member = np.unique(concepts, return_inverse=True)
     sums = np.stack([np.bincount(member, weights=x) for x in (drawn, true, chance, np.ones(n))])  # [4 concepts]
     k = sums.shape[1]

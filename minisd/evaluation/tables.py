@@ -1,4 +1,4 @@
-"""Tables for the terminal, scores.json for programs, and pictures for the eye."""
+"""The output of an evaluation: tables in the terminal, and scores.json and pictures in a folder."""
 
 import math
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from .distances import Distance
 from .run import Evaluation, Setting, Sweep
 from .scores import Score
 
-COLUMNS = 16  # of the sheets
+COLUMNS = 16  # pictures in a row of a sample sheet
 
 
 def report(result: Evaluation, setting: Setting, folder: str | Path | None = None) -> None:
@@ -51,12 +51,12 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
 
 
 def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
-    """A row of a sheet, white behind its last picture."""
+    """A row of a sheet, filled up with white after its last picture."""
     return F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0)
 
 
 def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path | None = None) -> None:
-    """Print the table of a sweep; with a folder, also write it, sweep_WHAT.json, and its curves, sweep_WHAT.png."""
+    """Print the table of a sweep. With a folder, also write sweep_WHAT.json and its curves, sweep_WHAT.png."""
     table: dict[str, list[str]] = {}
     for scores, distances in found.values():
         for s in scores:
@@ -73,7 +73,7 @@ def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path |
     write_json({"sweep": what, "setting": asdict(setting), "found": record}, folder / f"sweep_{what}.json")
     panels = _panels(scores for scores, _ in found.values())
     for _, distances in found.values():
-        for d in distances:  # each with an axis of its own: the spaces have different scales
+        for d in distances:  # a panel for each feature space, because their scales differ
             panels.setdefault(f"MMD², {d.features}", {}).setdefault("", []).append((d.mmd, d.mmd_error))
     figure = with_errors(panels, list(found), what, lines=what != "sampler")  # samplers have no order
     figure.savefig(folder / f"sweep_{what}.png")
@@ -105,14 +105,14 @@ def _pm(value: float, error: float) -> str:
 
 
 def _record(scores: list[Score], distances: list[Distance]) -> dict[str, list[dict]]:
-    """As JSON. The score of a `Score`, and its error, are null instead of NaN, which JSON does not have."""
+    """Scores and distances for JSON. NaN becomes null, because JSON does not have NaN."""
     none = {"error": None, "score": None}
     records = [asdict(s) | (none if math.isnan(s.score) else {"score": s.score}) for s in scores]
     return {"scores": records, "distances": [asdict(d) for d in distances]}
 
 
 def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Concept and style, a line for each judge, a score and its error for each value (or group) in turn."""
+    """For the panels "concept" and "style": for each judge, the scores and their errors by value (or group)."""
     panels: dict = {}
     for scores in of_each:
         for s in scores:

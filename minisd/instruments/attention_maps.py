@@ -1,13 +1,13 @@
-"""Which words each pixel attends to: the weights of the UNet's attention, kept while a picture is drawn.
+"""Which words each pixel attends to: the attention weights of the UNet, recorded while a picture is drawn.
 
     with record_attention(sd) as maps:
         sd.txt2img("fox, noto style", steps=25)
     maps.tokens                                     # "<start>", "fox", ",", "noto", "style", "<end>", "<pad>", …
     maps.at(step=-1, layer="middle_block", token="fox")    # [h w]: how much each pixel attends to that word
 
-Each cross-attention gives each pixel a weight for every token, and the weights of a pixel sum to 1 (Vaswani et al.
-2017, eq. 1). Hertz et al. 2022 (arXiv:2208.01626) and Tang et al. 2022 (arXiv:2210.04885) read such maps in Stable
-Diffusion.
+Each cross-attention layer computes a weight for every pixel and token, and the weights of a pixel sum to 1 (Vaswani et
+al. 2017, eq. 1). Hertz et al. 2022 (arXiv:2208.01626) and Tang et al. 2022 (arXiv:2210.04885) interpret such maps of
+Stable Diffusion.
 """
 
 from collections.abc import Iterator
@@ -24,29 +24,32 @@ from ..latent_diffusion import LatentDiffusion
 
 
 class AttentionMaps:
-    """The weights of one drawing, by step and layer. A second drawing under the same `with` takes the first's place."""
+    """The attention weights of one drawing, by step and layer. A second drawing in the same `with` replaces the first.
+
+    With plms and heun, which call the UNet more than once in a step, "step" means a call of the UNet.
+    """
 
     def __init__(self):
-        self.timesteps: list[int] = []  # t of each call of the UNet: of each step (plms and heun call it more often)
+        self.timesteps: list[int] = []  # t of each call of the UNet
         self.prompts: list[list[str]] = []  # for each picture, the tokens of its prompt
         self.guided = False  # whether the batch was [unconditional, conditional], as in classifier-free guidance
-        # For each call {layer: (weights [b n m] or [b heads n m], (height, width) of the map that the n pixels were)}.
+        # For each call {layer: (weights [b n m] or [b heads n m], (height, width) of the map with these n pixels)}.
         self._calls: list[dict[str, tuple[Tensor, tuple[int, int]]]] = []
 
     @property
     def tokens(self) -> list[str]:
-        """What the first picture's prompt was split into: "<start>", pieces of words, "<end>", then "<pad>"."""
+        """The tokens of the first picture's prompt: "<start>", words or pieces of words, "<end>", then "<pad>"."""
         if not self.prompts:
             raise ValueError("the prompt was not encoded inside the `with`, so its tokens are unknown: draw inside it")
         return self.prompts[0]
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers, as in the checkpoint, in the order in which the UNet calls them."""
+        """The names of the layers, as in the checkpoint, in the order of the UNet's forward pass."""
         return list(self._calls[0]) if self._calls else []
 
     def raw(self, step: int, layer: str) -> Float[Tensor, "b n m"] | Float[Tensor, "b heads n m"]:
-        """All weights of one layer in one call: each of n pixels attends to m tokens (attn1: to m = n pixels)."""
+        """All weights of a layer in one call: of n pixels for m tokens (in attn1, self-attention, for m = n pixels)."""
         return self._call(step)[layer][0]
 
     def at(
@@ -62,17 +65,18 @@ class AttentionMaps:
         """How much each pixel attends to a token, in [0, 1].
 
         Args:
-            step: which call of the UNet, from the end if negative. None: their mean.
-            layer: a layer, or the first part of the names of some ("output_blocks"). None: all. The mean of them.
-            token: its place, from 0, or its name in `tokens`. A word in several pieces or places counts as their sum.
-                None: all tokens, [m h w].
+            step: which call of the UNet; negative numbers count from the end. None: the mean over all calls.
+            layer: the name of a layer, or the beginning of several names ("output_blocks"), which gives their mean.
+                None: the mean over all layers.
+            token: its position, from 0, or its name in `tokens`. If a word has several tokens or occurs several times,
+                their weights are added. None: all tokens, [m h w].
             picture: which picture of the batch.
-            head: which head, if recorded by head. None: their mean.
-            size: (height, width) to enlarge the maps to, each pixel to a block; None: that of the finest of the layers.
-            unconditional: the maps of the half of the batch that was given the empty prompt. Only guidance makes one.
+            head: which head, if the heads were recorded separately. None: the mean over heads.
+            size: (height, width) to which the maps are enlarged (nearest neighbour). None: that of the finest layer.
+            unconditional: take the half of the batch with the empty prompt, which only exists with guidance.
 
         Raises:
-            ValueError: no such step, layer, token, picture or half.
+            ValueError: there is no such step, layer, token, picture or half of the batch.
         """
         names = [name for name in self.layers if name.startswith(layer or "") and name.endswith("attn2")]
         if not names:
@@ -89,7 +93,7 @@ class AttentionMaps:
                 pictures = len(weights) // 2 if self.guided else len(weights)
                 if not 0 <= picture < pictures:
                     raise ValueError(f"there is no picture {picture}: {pictures} were drawn, counted from 0")
-                # Guidance puts the unconditional half first: [b n m] holds each picture twice.
+                # With guidance, the batch holds each picture twice, and the unconditional half comes first.
                 one = weights[picture + (pictures if self.guided and not unconditional else 0)]
                 if one.ndim == 3:  # [heads n m]
                     one = one.mean(0) if head is None else one[head]
@@ -106,7 +110,7 @@ class AttentionMaps:
         return self._calls[step]
 
     def _places(self, token: int | str, picture: int, count: int, unconditional: bool) -> list[int]:
-        """The places of a token in the prompt. A word in several pieces has one for each piece."""
+        """The positions of a word or token in the prompt; for a word of several tokens, those of all its tokens."""
         if isinstance(token, int):
             if not -count <= token < count:
                 raise ValueError(f"there is no token {token}: the context has {count}")
@@ -124,17 +128,17 @@ class AttentionMaps:
 def record_attention(
     sd: LatentDiffusion, self_attention: bool = False, by_head: bool = False
 ) -> Iterator[AttentionMaps]:
-    """Keep the attention weights of the UNet's transformers during any drawing inside the `with`.
+    """Record the attention weights of the UNet's transformers while pictures are drawn inside the `with`.
 
-    The picture is the same to rounding, and drawn a little more slowly, because the fused kernel never holds the
-    weights and the plain softmax computes them instead. They are kept on the CPU: in Stable Diffusion v1, 17 MB a step
-    for a guided picture.
+    Drawing is a little slower. The fused attention kernel does not store the weights, so a plain softmax is used in its
+    place; the picture differs only by rounding. The weights are stored on the CPU: in Stable Diffusion v1, 17 MB for
+    each step of a guided picture.
 
-    self_attention: also keep attn1, where pixels attend to pixels: `maps.raw(step, layer)`, [b n n].
-    by_head: keep the heads apart, instead of their mean.
+    self_attention: also record attn1, where pixels attend to pixels: `maps.raw(step, layer)`, [b n n].
+    by_head: record each head, instead of their mean.
 
     Raises:
-        ValueError: a model that reads no words.
+        ValueError: the model has no text encoder.
     """
     embedder, unet = sd.cond_stage_model, sd.model.diffusion_model
     watched = {
@@ -146,10 +150,10 @@ def record_attention(
         raise ValueError("this model reads no words, so there is no attention to them that could be recorded")
 
     maps, encoded = AttentionMaps(), []  # encoded: the ids of each batch of prompts, in the order of encoding
-    grid = [(0, 0)]  # height and width of the map that the SpatialTransformer which runs was given
+    grid = [(0, 0)]  # height and width of the input of the SpatialTransformer that is running
 
     def when_encoded(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        if maps.timesteps:  # prompts after steps: a new drawing begins
+        if maps.timesteps:  # if prompts are encoded after steps were made, a new drawing has begun
             encoded.clear()
             maps.__init__()
         encoded.append((args or tuple(kwargs.values()))[0].tolist())
@@ -167,7 +171,7 @@ def record_attention(
 
     def keeper(name: str, outer):
         def keep(weights: Tensor) -> None:
-            if outer:  # a `with` around this one records too
+            if outer:  # there is another `with` around this one, which also records
                 outer(weights)
             weights = weights.detach().float()
             maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
@@ -187,7 +191,7 @@ def record_attention(
 
 
 def _readable(pieces: list[str]) -> list[str]:
-    """CLIP's pieces as one would write them. The padding is end tokens too, but the first of them ends the prompt."""
+    """CLIP's tokens in readable form. Padding uses the end token too; only the first one ends the prompt."""
     readable = ["<start>" if p == START else "<end>" if p == END else p.removesuffix("</w>") for p in pieces]
     end = readable.index("<end>")
     return readable[: end + 1] + ["<pad>"] * (len(readable) - end - 1)

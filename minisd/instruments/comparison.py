@@ -1,15 +1,15 @@
-"""Where do two networks differ? The first layer at which they give other numbers, and what may be the cause.
+"""Where do two networks differ? Finds the first layer whose outputs differ, and suggests possible causes.
 
     print(minisd.compare(my_unet, unet, (x, t, context)))
 
 Two networks that should compute the same are run on the same inputs, and the outputs of their layers are compared in
-the order in which the layers run. Whatever comes after the first difference differs because of it, so that is the
-place to look. If the inputs of that layer agree, the fault is in the layer: in its weights or its settings. If they do
-not, the fault lies between the layers, where no module stands: an activation, an addition, a reshape.
+the order in which the layers run. A difference spreads to all later layers, so the first one shows where to look. If
+the inputs of that layer agree, the mistake is in the layer: in its weights or its settings. If they do not, the mistake
+is in what happens between the layers: an activation function, an addition, a reshape.
 
-The names may be different, as they are in CompVis, in diffusers and in your own network. Then the layers are paired as
-`diff` pairs the lines of two files: in order, by weights, kind and size. So an extra layer in one network is reported
-as one extra layer, and does not shift all that follow.
+The names of the layers may be different, as they are in CompVis, in diffusers and in your own network. Then the layers
+are paired as `diff` pairs the lines of two files: in order, by weights, kind and size. So an extra layer in one network
+is reported as one extra layer, and the layers after it are still paired correctly.
 """
 
 import math
@@ -33,15 +33,15 @@ Inputs = Tensor | tuple | list | Mapping
 
 @dataclass(frozen=True)
 class Row:
-    """A layer of ours beside a layer of theirs. The numbers are nan where there is nothing to compare."""
+    """A layer of ours and the layer of theirs it is paired with. Numbers are nan if there is nothing to compare."""
 
-    ours: str | None  # its name; None where there is no such layer
+    ours: str | None  # its name; None if there is no such layer
     theirs: str | None
     kind: str  # "Linear", or "Conv2d / Linear"; "output" for what the whole network returns
-    shape: str  # of what comes out: "[2, 64, 8, 8]", or one / the other
-    difference: float  # the largest between the two outputs
+    shape: str  # of the output: "[2, 64, 8, 8]", or "ours / theirs" if they are not the same
+    difference: float  # the largest absolute difference of the two outputs
     size: float  # the largest absolute number in them
-    input_difference: float  # the largest between the two inputs
+    input_difference: float  # the largest absolute difference of the two inputs
     verdict: str  # "agree", "differ", "only in ours", "only in theirs", "error in ours", "not reached", ...
 
     @property
@@ -55,12 +55,12 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found. Print it."""
+    """The result of `compare`. Print it to see the report."""
 
     rows: list[Row]
-    first: Row | None  # where they differ first; None if they don't
+    first: Row | None  # the first layer that differs; None if there is none
     conclusion: str  # the same in words
-    hints: list[str] = field(default_factory=list)  # likely causes, and what else is worth knowing
+    hints: list[str] = field(default_factory=list)  # likely causes, and other useful facts
     errors: dict[str, str] = field(default_factory=dict)  # what "ours" or "theirs" raised, and where
 
     @property
@@ -68,7 +68,7 @@ class Comparison:
         return self.first is None and not self.errors
 
     def report(self, every: bool = False) -> str:
-        """Table and conclusion: with `every` layer, or with those around the place where they part."""
+        """The table and the conclusion. The table has all layers with `every`, or those near the first difference."""
         here = [i for i, row in enumerate(self.rows) if row is self.first or row.verdict.startswith("error")]
         near = {0, len(self.rows) - 1}.union(*(range(i - 4, i + 4) for i in here or (0, len(self.rows) + 2)))
         near |= {i for i, row in enumerate(self.rows) if "only" in row.verdict or every or len(self.rows) <= 16}
@@ -76,7 +76,7 @@ class Comparison:
         head = ["layer"] if one_name else ["layer of ours", "layer of theirs"]
         lines = [["", *head, "kind", "shape", "largest difference", "relative", ""]]
         for i, row in enumerate(self.rows):
-            if i in near:  # and else three dots
+            if i in near:  # the other rows are replaced by three dots
                 names = [row.name] if one_name else [row.ours or "-", row.theirs or "-"]
                 much = f"{_number(row.difference)} of {_number(row.size)}" if row.difference >= 0 else ""
                 verdict = f"{row.verdict} <- they part here" if row is self.first else row.verdict
@@ -95,10 +95,10 @@ class Comparison:
         return self.report()
 
     def check(self) -> "Comparison":
-        """For tests: itself, if the two networks are equal.
+        """For tests: returns this comparison if the two networks agree.
 
         Raises:
-            AssertionError: they are not. Its text is the report.
+            AssertionError: they differ. The message is the report.
         """
         if not self.equal:
             raise AssertionError(f"the two networks differ\n\n{self}")
@@ -110,23 +110,24 @@ def compare(
 ) -> Comparison:
     """Find the first layer at which two networks differ.
 
-    A layer is a module that has parameters of its own. (An activation is a module to one author and a function to
-    another, so activations don't count.) Both networks run once, without gradients, in the mode in which they are, from
-    the same random state. The random state and the buffers are restored afterwards. The inputs and outputs of all
-    layers are kept in float32 meanwhile, so give a large network a small input: a latent of 8x8 shows the same mistakes
-    as one of 64x64. Layers that start at zero hide what is before them: fill them with random numbers first.
+    A layer is a module that has parameters of its own. (Activation functions are not compared, because some authors
+    write them as modules and others as functions.) Both networks run once, without gradients, in their current mode
+    (train or eval), from the same random state. The random state and the buffers are restored afterwards. The inputs
+    and outputs of all layers are kept in float32, so use a small input for a large network: a latent of 8x8 shows the
+    same mistakes as one of 64x64. If a layer is initialised with zeros, its output does not depend on the layers before
+    it, so their mistakes do not show. Fill such layers with random numbers first.
 
     Args:
-        ours, theirs: modules, or methods of modules. If they return an object or several things, the first tensor in
-            it counts: `.sample`, `.last_hidden_state`, the mean of a distribution.
+        ours, theirs: modules, or methods of modules. If they return an object or several values, the first tensor in
+            it is compared: `.sample`, `.last_hidden_state`, the mean of a distribution.
         inputs: a tensor, a tuple of arguments, or a dict of arguments by their names.
-        their_inputs: the same for theirs, where it is called in another way.
-        tolerance: the largest difference that counts as none; relative to the layer's numbers where they exceed 1.
+        their_inputs: the inputs of theirs, if it takes its arguments in another form.
+        tolerance: the largest difference that counts as equal; relative to the layer's numbers if they exceed 1.
 
-    If a network raises an error, the answer says how far it came, and quotes the message.
+    If a network raises an error, the report says which layers ran before it, and quotes the message.
 
     Raises:
-        TypeError: what is to be compared is no module, and no method of one.
+        TypeError: ours or theirs is neither a module nor a method of a module.
     """
     runs = {"ours": _run(ours, inputs), "theirs": _run(theirs, inputs if their_inputs is None else their_inputs)}
     errors = {name: run.error for name, run in runs.items() if run.error}
@@ -142,7 +143,7 @@ def compare(
     else:
         before = [i for i in agree if i < differs]
         inputs_agree = _close(*(call.input for call in pairs[differs]), tolerance)
-        if not inputs_agree:  # then a layer just before, which the other lacks, explains it
+        if not inputs_agree:  # an extra layer just before, which the other network lacks, may be the reason
             first = next((i for i in range(max(differs - 4, 0), differs) if "only" in rows[i].verdict), differs)
         where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
         hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
@@ -168,7 +169,7 @@ class _Call:
     """One call of one layer."""
 
     name: str
-    module: nn.Module | None  # None for what the network as a whole returns
+    module: nn.Module | None  # None for the output of the whole network
     input: Tensor | None
     output: Tensor | None = None  # None if it raised an error
     dtype: torch.dtype | None = None
@@ -180,7 +181,7 @@ class _Call:
 
     @property
     def operation(self) -> str:
-        """Its kind, where a convolution of 1x1 is a Linear layer."""
+        """The kind of layer. A 1x1 convolution counts as a Linear layer, because it computes the same."""
         return "Linear" if set(getattr(self.module, "kernel_size", ())) == {1} else self.kind
 
     @property
@@ -189,7 +190,7 @@ class _Call:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Its own, without those of the modules in it."""
+        """The layer's own parameters, without those of its submodules."""
         return dict(self.module.named_parameters(recurse=False)) if self.module is not None else {}
 
 
@@ -201,7 +202,7 @@ class _Run:
 
 
 def _run(net: Network, inputs: Inputs) -> _Run:
-    """Call it, and keep what goes into each layer and what comes out. The network is left as it was."""
+    """Call the network, and record the input and output of each layer. The network is not changed."""
     module = getattr(net, "__self__", net)
     if not isinstance(module, nn.Module):
         raise TypeError(f"compare takes two modules, or methods of modules, not a {type(net).__name__}")
@@ -213,14 +214,14 @@ def _run(net: Network, inputs: Inputs) -> _Run:
 
     def leave(layer, args, kwargs, output):
         while (call := inside.pop()).module is not layer:
-            pass  # a layer that raised an error, which the network caught
+            pass  # a layer raised an error, and the network caught it
         if call.parameters and (output := _tensor(output)) is not None:
             times[layer] += 1
             call.name += f" (call {times[layer]})" if times[layer] > 1 else ""
             call.output, call.dtype, call.time = _copy(output), output.dtype, times[layer]
             run.calls.append(call)
 
-    def fresh(value):  # a network that writes into its input must not spoil the other's
+    def fresh(value):  # a copy, in case a network writes into its input, which the other one also gets
         return value.clone() if isinstance(value, Tensor) else value
 
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
@@ -237,7 +238,7 @@ def _run(net: Network, inputs: Inputs) -> _Run:
             if (output := _tensor(result)) is None:
                 raise TypeError(f"it returned no tensor, but a {type(result).__name__}: is a return missing?")
             run.calls.append(_Call("output", None, _copy(output), _copy(output), output.dtype))
-        except Exception as error:  # of any kind: where one's own network stops is what one wants to know
+        except Exception as error:  # of any kind: the report then shows where the network stopped
             run.error = f"with {type(error).__name__}: {str(error).strip()}"
             if inside:
                 call = inside[-1]
@@ -248,7 +249,7 @@ def _run(net: Network, inputs: Inputs) -> _Run:
 
 
 def _tensor(value) -> Tensor | None:
-    """The first tensor in what a module is given or returns."""
+    """The first tensor in the input or output of a module."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -266,21 +267,21 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 # -- pairing the layers ------------------------------------------------------------------------------------------------
 
-# What two layers may have in common, from the surest sign to the weakest.
+# What two layers may have in common, from the most reliable sign to the least.
 SIGNS = ("operation", "size", "name"), ("operation", "size"), ("operation",), ("size",), ("name",)
 
 
 def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _Call | None]]:
-    """By name if all the names are the same, else by the weights, and then by what else they have in common."""
+    """Pair the layers: by name if all names are the same; otherwise by weights, and the rest by SIGNS."""
     a, b = ({call.name: call for call in calls} for calls in (ours, theirs))
     if a.keys() != b.keys():
-        # Layers that hold the same weights belong together even if they are called at another time: k before q, the
-        # skip connection first.
+        # Layers with the same weights belong together, even if the networks call them in different orders: k before q,
+        # or the skip connection first.
         a, b = ({_weights_key(call): call for call in calls} for calls in (ours, theirs))
     pair = {call: a[key] for calls in (a, b) for key, call in calls.items() if key in a.keys() & b.keys()}
 
-    # The others are paired as `diff` pairs the lines of two files: those that stand between the same pairs. Both lists
-    # are read from the end, which also finds a k of other weights that theirs calls before q.
+    # The other layers are paired as `diff` pairs the lines of two files, between the pairs that are already known. Both
+    # lists are read from the end. This also pairs a k with different weights that theirs calls before q.
     for signs in SIGNS:
         lists = ours[::-1], theirs[::-1]
         marks = ([pair.get(call) or attrgetter(*signs)(call) for call in calls] for calls in lists)
@@ -288,7 +289,7 @@ def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _C
             for x, y in zip(lists[0][i : i + length], lists[1][j : j + length], strict=True):
                 pair[x] = pair[y] = x
 
-    # In the order of ours. A layer that only theirs has comes after the one that precedes it there.
+    # Sort the pairs in the order of ours. A layer that only theirs has follows the layer that precedes it in theirs.
     partner = {pair[call]: call for call in theirs if call in pair}
     pairs = [(call, partner.get(call)) for call in ours]
     for j, call in enumerate(theirs):
@@ -299,10 +300,10 @@ def _pair(ours: list[_Call], theirs: list[_Call]) -> list[tuple[_Call | None, _C
 
 
 def _weights_key(call: _Call):
-    """The sum of its weights, which is the same in any order of the numbers: [c_out c_in] or [c_out c_in 1 1].
+    """The sum of a layer's weights. It does not depend on their shape: [c_out c_in] or [c_out c_in 1 1].
 
-    Only matrices identify a layer, because fresh norms all hold the same, and some layers start at zero. Any other
-    layer is its own key, which equals no other.
+    Only matrices identify a layer, because all newly initialised norms have the same weights, and some layers are
+    initialised with zeros. For any other layer the key is the call itself, which is equal to no other key.
     """
     total = sum(p.detach().double().abs().sum().item() for p in call.parameters.values() if p.ndim > 1)
     return (f"{total:.6e}", call.time) if total else call
@@ -328,7 +329,7 @@ def _row(a: _Call | None, b: _Call | None, tolerance: float, reached: bool) -> R
 
 
 def _layouts(x: Tensor | None, like: Tensor | None) -> list[Tensor]:
-    """x in the shape of `like`, in all ways that fit: [b c h w] from [b hw c] or [b c hw], [b c] from [b c 1 1]."""
+    """x in the shape of `like`, in all possible ways: [b c h w] from [b hw c] or [b c hw], [b c] from [b c 1 1]."""
     if x is None or like is None or not x.numel() or x.numel() != like.numel():
         return []
     if [n for n in x.shape if n > 1] == [n for n in like.shape if n > 1]:
@@ -339,7 +340,7 @@ def _layouts(x: Tensor | None, like: Tensor | None) -> list[Tensor]:
 
 
 def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
-    """The largest difference and the largest number of two tensors; nan if they cannot be compared."""
+    """The largest absolute difference and the largest absolute number; nan if the tensors cannot be compared."""
     ways = _layouts(y, x)
     if not ways:
         return math.nan, math.nan
@@ -348,7 +349,7 @@ def _compare(x: Tensor | None, y: Tensor | None) -> tuple[float, float]:
 
 
 def _close(x: Tensor | None, y: Tensor | None, tolerance: float) -> bool | None:
-    """None if they cannot be compared."""
+    """Whether two tensors agree within the tolerance; None if they cannot be compared."""
     difference, size = _compare(x, y)
     return None if math.isnan(difference) else difference <= tolerance * max(1.0, size)
 
@@ -397,7 +398,7 @@ def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | 
 
 
 def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[str]) -> list[str]:
-    """What is worth knowing wherever they differ."""
+    """Facts about the two networks that may help, wherever they differ."""
     notes = []
     for name, run in runs.items():
         dropouts = sum(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in run.module.modules())
@@ -415,7 +416,7 @@ def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[
 
 # -- likely causes -----------------------------------------------------------------------------------------------------
 
-# What may be done to the output of a layer before it goes into the next.
+# Functions that a network may apply to the output of a layer before it passes it to the next.
 OPERATIONS = {
     "{} itself": lambda x: x,
     "SiLU({})": F.silu,
@@ -426,7 +427,7 @@ OPERATIONS = {
     "GEGLU({}), first the gate and then the value": lambda x: _geglu(*reversed(x.tensor_split(2, dim=-1))),
     "GEGLU({}) by tanh": lambda x: _geglu(*x.tensor_split(2, dim=-1), approximate="tanh"),
 }
-# What a layer is, beside its weights.
+# The settings of a layer that can be wrong even if its weights are right.
 SETTINGS = ("eps", "num_groups", "stride", "padding", "dilation", "groups", "padding_mode", "normalized_shape")
 
 
@@ -435,7 +436,7 @@ def _geglu(value: Tensor, gate: Tensor, approximate: str = "none") -> Tensor | N
 
 
 def _changes(x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What ours, x, may be of theirs, y."""
+    """Candidates for how ours, x, may have been computed from theirs, y: a description, and the result for y."""
     u, v = (t.double() - t.double().mean() for t in (x, y))
     scale = (u * v).sum() / (v * v).sum()  # least squares
     offset = x.double().mean() - scale * y.double().mean()
@@ -450,7 +451,7 @@ def _changes(x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | None:
-    """How ours, x, can be made from theirs, y."""
+    """How ours, x, can be computed from theirs, y; None if no simple relation is found."""
     if x is None or y is None:
         return None
     if x.numel() != y.numel():
@@ -473,7 +474,7 @@ def _relation(x: Tensor | None, y: Tensor | None, tolerance: float) -> str | Non
 
 
 def _weights(a: _Call, b: _Call, how: Callable = lambda x, y: _relation(x, y, 1e-6)) -> str | None:
-    """The first parameter that is not the same in two layers. `how` is asked how ours can be made from theirs."""
+    """Describes the first parameter that differs. `how` returns how ours can be computed from theirs."""
     for name in a.parameters | b.parameters:
         x, y = (_copy(call.parameters.get(name)) for call in (a, b))
         if x is None or y is None:
@@ -497,7 +498,7 @@ def _settings(a: _Call, b: _Call) -> str | None:
 
 
 def _operation(call: _Call, before: list[_Call], tolerance: float) -> str | None:
-    """What enters a layer: the output of which layer shortly before, and what was done to it."""
+    """Where a layer's input comes from: which earlier layer's output it is, and which function was applied to it."""
     found = None
     for earlier in before[-8:]:
         for words, function in OPERATIONS.items():
@@ -508,7 +509,7 @@ def _operation(call: _Call, before: list[_Call], tolerance: float) -> str | None
 
 
 def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> str | None:
-    """The term that one of them leaves out, such as a residual connection or an embedding."""
+    """A term that one of the networks does not add, such as a residual connection or an embedding."""
     for sign, lacks in ((1, "ours"), (-1, "theirs")):
         for way in _layouts(b.input, a.input):
             rest = sign * (way - a.input)
@@ -522,7 +523,7 @@ def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: 
 
 
 def _hints(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str]:
-    """Likely causes of the difference at this pair, given the pairs of layers before it that agree."""
+    """Likely causes of the difference in this pair of layers, given the earlier pairs that agree."""
     hints = []
     for name, call in (("ours", a), ("theirs", b)):
         if not call.output.isfinite().all():

@@ -32,15 +32,15 @@ TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 
 @dataclass(frozen=True, eq=False)
 class Intermediate:
-    """One thing that was computed, and where to read about it."""
+    """One intermediate value, and where to read about it."""
 
-    stage: int  # which notebook and module explain it: see STAGES
+    stage: int  # the number of the notebook and module that explain it: see STAGES
     symbol: str  # as in the equations: "x_T"
     name: str  # in words
     value: Tensor | str
-    equation: str  # how it came about
-    compvis: str  # the method that computes it in CompVis's source, or what it is called there
-    file: str
+    equation: str  # how it is computed
+    compvis: str  # the method that computes it in CompVis's source, or its name there
+    file: str  # the file of CompVis's source
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ class Intermediate:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest number in it."""
+        """The smallest and the largest number of the value."""
         return self.value.min().item(), self.value.max().item()
 
     @property
@@ -60,7 +60,7 @@ class Intermediate:
         return self.value.float().std(correction=0).item()
 
     def __str__(self) -> str:
-        """Two lines: what it is and its numbers; how it came about, and the place in CompVis's source."""
+        """Two lines: the name and its numbers; then the equation and the place in CompVis's source."""
         if isinstance(self.value, str):
             numbers = repr(self.value)
         else:
@@ -68,7 +68,7 @@ class Intermediate:
             std = f"{self.std:.3f}" if self.value.is_floating_point() and self.value.numel() > 1 else ""
             numbers = f"{list(self.shape)!s:15} {str(self.dtype).removeprefix('torch.'):7} {low:>8} {high:>8} {std:>8}"
         where = f"{self.compvis}, {'/'.join(self.file.split('/')[-2:])}"
-        width = 46 + self.equation.count("\N{COMBINING CIRCUMFLEX ACCENT}")  # the hat of x̂ takes no column of its own
+        width = 46 + self.equation.count("\N{COMBINING CIRCUMFLEX ACCENT}")  # the combining hat of x̂ takes no column
         first, second = f"{self.stage:2}  {self.symbol:10} {self.name:32} {numbers}", f"{self.equation:{width}} {where}"
         first = first.rstrip()
         return f"{first if len(first) <= WIDTH else first[: WIDTH - 1] + '…'}\n    {second}"
@@ -76,7 +76,7 @@ class Intermediate:
 
 @dataclass(frozen=True)
 class Trace:
-    """All intermediates in the order in which they were computed. By place, or by symbol: `trace["x_T"].value`."""
+    """All intermediate values in the order of their computation. Index by number or symbol: `trace["x_T"].value`."""
 
     title: str
     entries: list[Intermediate]
@@ -112,16 +112,17 @@ def trace(
     image: Picture | None = None,
     t: int = 500,
 ) -> Trace:
-    """Draw one picture by DDIM, as `sd.txt2img(prompt, …, sampler="ddim")` does, and keep each intermediate.
+    """Draw one picture with DDIM, as `sd.txt2img(prompt, …, sampler="ddim")` does, and keep each intermediate value.
 
     Args:
         prompt: one string.
-        step: which of the steps to show from the inside; the others are made, too.
+        step: the step whose intermediate values are shown. All steps are computed.
         image: a picture that the prompt describes. With it, one training step is traced instead of a drawing: the
-            picture is encoded, noised to the timestep `t`, and its noise predicted.
+            picture is encoded, the noise of timestep `t` is added to it, and the UNet predicts this noise.
 
     Raises:
-        ValueError: a model that reads no prompts or is shown more than the noisy latent; not one prompt; no such step.
+        ValueError: the model has no text encoder, or has further input channels; prompt is not one string; there is no
+            such step.
     """
     if not isinstance(sd.cond_stage_model, FrozenCLIPEmbedder) or sd.config.concat_channels:
         raise ValueError("trace draws from a prompt alone: this model is told something else, or something more")
@@ -154,7 +155,7 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: i
             _entry("eps_cond", now.eps_cond, x_t=x_t, t=now.t),
             _entry("eps", now.eps, s=scale),
         ]
-    else:  # at a guidance scale of 1, the UNet is not asked about the empty prompt
+    else:  # with a guidance scale of 1, there is no prediction for the empty prompt
         entries.append(_entry("eps_without_guidance", now.eps, t=now.t))
     entries += [
         _entry("x0", now.x0),
@@ -171,7 +172,7 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: i
 def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: int) -> Trace:
     if not 0 <= t < sd.schedule.timesteps:
         raise ValueError(f"t must lie in [0, {sd.schedule.timesteps}), but it is {t}")
-    # The same calls in the same order as in a training step, each result kept.
+    # The same calls in the same order as in a training step; each result is kept.
     x = read_picture(image, sd.config.image_size, sd.config.image_size)[:1].to(sd.device)
     sd.latent_shape(*x.shape[-2:])  # raises if the autoencoder can't halve these sides
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +203,7 @@ def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: in
 
 
 def _entry(key: str, value: Tensor | str, **given) -> Intermediate:
-    """A value with its texts, in which `given` takes the place of what is in braces."""
+    """A value with its texts from `tracing.toml`. `given` fills the braces in them."""
     texts = {"symbol": key} | TEXTS[key]
     filled = {name: text.format(**given) if isinstance(text, str) else text for name, text in texts.items()}
     return Intermediate(value=value, **filled)

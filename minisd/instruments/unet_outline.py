@@ -1,4 +1,4 @@
-"""A UNet as a table: what each block is made of, which shapes enter and leave it, and where its skip comes from.
+"""A UNet as a table: the layers of each block, its input and output shapes, and where its skip connection comes from.
 
     for block in outline(UNetConfig(), size=64):
         print(block.name, block.layers, block.shape_in, block.shape_out)
@@ -18,7 +18,7 @@ class BlockOutline(NamedTuple):
 
     name: str  # as in the checkpoint: "input_blocks.1"
     layers: tuple[str, ...]  # the class of each layer in it
-    shape_in: tuple[int, int, int]  # of an output block: including the channels of its skip
+    shape_in: tuple[int, int, int]  # for an output block, including the channels of its skip connection
     shape_out: tuple[int, int, int]
     skip: str  # the input block whose output is concatenated to this block's input, or ""
     parameters: int
@@ -28,8 +28,8 @@ class BlockOutline(NamedTuple):
 def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutline]:  # noqa: B008, it is frozen
     """The blocks of a UNet in the order of its forward pass, for latents of `size` by `size` pixels.
 
-    The UNet is really built and run, on torch's "meta" device, where tensors have shapes but no numbers. So this works
-    for a UNet that would not fit into the memory of this computer.
+    The UNet is built and run on torch's "meta" device, where tensors have shapes but no numbers. So this also works for
+    a UNet that does not fit into the memory of your computer.
     """
     with torch.device("meta"):
         unet = UNetModel(config)
@@ -49,7 +49,7 @@ def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutl
         block.register_forward_hook(watch(name))
     unet(x, t, context)
 
-    skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # the last one is used first
+    skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # the last is used first
     return [
         BlockOutline(
             name,

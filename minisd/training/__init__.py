@@ -1,10 +1,11 @@
 """Training from scratch: first CLIP, then the autoencoder, then the UNet.
 
-engine.py      the devices that a loop runs on: one, or many by Accelerate
-trainer.py     what the three loops share: order of the data, randomness, optimiser, EMA
-run_folder.py  the files of a run, of which nothing is ever lost: checkpoints, log
-clip.py  vae.py  unet.py    one loop each, one page each
-perceptual.py  discriminator.py  codebook.py    what the autoencoder may be trained with beside pixels
+clip.py  vae.py  unet.py    the three training loops
+perceptual.py  discriminator.py  codebook.py    further parts of the autoencoder's loss and training
+trainer.py     what the three loops share: order of the data, random numbers, optimiser, EMA
+engine.py      the device that a loop runs on, or several with Accelerate
+run_folder.py  the files of a run: checkpoints and log, written so that a crash never damages them
+recipes.py     the hyperparameters of the presets
 """
 
 from .clip import CLIPRecipe, train_clip

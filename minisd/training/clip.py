@@ -1,9 +1,10 @@
 """Training CLIP: which caption belongs to which picture?
 
-First the tokenizer learns its pieces of words from the captions. Then both towers learn to agree on 256 pictures and
-their captions at a time (Radford et al. 2021, arXiv:2103.00020, figure 3). Stable Diffusion took its text tower from
-OpenAI, who trained it on 400 million pairs. Here it is trained on the pictures at hand. The image tower, which Stable
-Diffusion does not need, is kept for evaluation.
+First the tokenizer learns its vocabulary from the captions. Then the image encoder and the text encoder (the two
+"towers") are trained together. Each step takes a batch of pictures with their captions, and the features of a picture
+should be more similar to those of its own caption than to those of any other caption in the batch (Radford et al. 2021,
+arXiv:2103.00020, figure 3). Stable Diffusion uses the text tower that OpenAI trained on 400 million pairs. Here it is
+trained on your own pictures. Stable Diffusion does not need the image tower, but evaluation uses it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from .trainer import Recipe, Trainer
 class CLIPRecipe(Recipe):
     """How CLIP is trained."""
 
-    batch_size: int = 256  # each picture is told apart from 255 others
+    batch_size: int = 256  # larger is better: each picture has the 255 other captions of its batch as negatives
     lr: float = 1e-3  # learning rate after the warm-up
     weight_decay: float = 0.1
 
@@ -39,7 +40,10 @@ class CLIPRecipe(Recipe):
 
 
 class CLIPOverProcesses(CLIPModel):
-    """CLIP whose features are those of all processes, so that every process has the logits of the whole batch."""
+    """CLIP that gathers the features of all processes, so that every process computes the logits of the whole batch.
+
+    Without this, a picture would only have the captions of its own process as negatives.
+    """
 
     def get_text_features(self, input_ids: Tensor) -> Tensor:
         return gather_with_grad(super().get_text_features(input_ids))
@@ -56,13 +60,13 @@ def train_clip(
     folder: str | Path,
     engine: Engine,
 ) -> tuple[CLIPModel, BPETokenizer]:
-    """Train tokenizer and both towers; leaves `clip.safetensors`, `clip.json` and `tokenizer/` in the folder.
+    """Train the tokenizer and both towers, and write `clip.safetensors`, `clip.json` and `tokenizer/` to the folder.
 
-    Returns the towers with their EMA weights, and the tokenizer. If the folder holds a checkpoint, the run goes on from
-    there.
+    Returns the towers with their EMA weights, and the tokenizer. If the folder holds a checkpoint, the run continues
+    from it.
 
     Raises:
-        ValueError: pictures of another size than the image tower's, or fewer than a batch.
+        ValueError: the pictures do not have the image tower's size, or there are fewer of them than a batch needs.
     """
     if data.size != vision.image_size:
         raise ValueError(
@@ -76,8 +80,9 @@ def train_clip(
         )
     torch.manual_seed(recipe.seed)  # the initial weights
 
-    # A caption is "red fox, noto style", but people will write "a red fox". Both towers and the UNet see every caption
-    # in all the forms that the data give (`templates`), and the tokenizer learns its merges from all of them.
+    # A caption is "red fox, noto style", but people will write "a red fox". So the data have several wordings for a
+    # caption (`templates`). The tokenizer learns its merges from all of them, and the text tower and the UNet are
+    # trained on all of them.
     tokenizer = BPETokenizer.train([form.format(c) for c in data.captions for form in data.templates], text.vocab_size)
     tokens = tokenize_templates(tokenizer, data.captions, data.templates, text.max_length)  # [n forms max_length]
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
@@ -85,18 +90,23 @@ def train_clip(
     trainer = Trainer(towers, recipe, folder, engine, given=given, describe=data.describe)
     for _ in trainer.steps():
         for batch in trainer.batches(len(data)):
-            form = batch.randint(len(data.templates))  # for each caption, the form in which it is read this time
+            form = batch.randint(len(data.templates))  # [b]: a wording for each caption, drawn anew in every step
+            # With mixed precision, `autocast` computes convolutions and matrix products in bfloat16.
             with engine.autocast():
                 ids, pixels = tokens[batch.indices, form], data.batch(batch.indices)  # [b max_length], [b 3 H W]
-                # Entry (i, j) says how well picture i fits caption j: a learned scale times the cosine of their
-                # features. [B B], where B is the batch of all processes, since all pictures meet all captions.
+                # Both towers, and then all pairs of features: entry (i, j) is a learned scale (the inverse of a
+                # temperature) times the cosine between picture i and caption j. The logits are [B B], where B counts
+                # the samples of all processes, because every picture is compared with every caption.
                 logits = trainer.model(ids.to(engine.device), pixels.to(engine.device))
-            # The right answers are on the diagonal: the largest entry of row i should be the one of caption i.
+            # For the log: the share of pictures whose own caption has the largest logit. Row i should have its largest
+            # entry on the diagonal.
             right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()
-            # The mean of two cross-entropies: which caption belongs to this picture, and which picture to this caption?
+            # The mean of two cross-entropies, over rows (which caption belongs to this picture?) and over columns
+            # (which picture belongs to this caption?). The softmax is computed in float32: it adds up B exponentials.
             trainer.backward(contrastive_loss(logits.float()), accuracy=right)
-        trainer.update()
+        trainer.update()  # clip the gradient, take the AdamW step, update the EMA
 
+    # The finished towers get the EMA weights. They are a plain CLIPModel, which does not gather over processes.
     with trainer.finishing():
         clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
         clip.load_state_dict(dict(trainer.ema.items()))
@@ -109,6 +119,6 @@ def train_clip(
 def tokenize_templates(
     tokenizer: BPETokenizer, captions: Sequence[str], templates: Sequence[str], max_length: int
 ) -> Int[Tensor, "n forms max_length"]:
-    """The ids of every caption in every form."""
+    """The token ids of every caption in every wording."""
     forms = [tokenizer([template.format(c) for c in captions], max_length).ids for template in templates]
     return torch.stack(forms, dim=1)

@@ -1,8 +1,9 @@
-"""A codebook in use: which codes are chosen, and what happens to those that never are.
+"""Dead codes: finding the codes of a VQModel that are never chosen, and moving them to where they will be.
 
-A code learns from the vectors that choose it. One that lies where no vectors are is never chosen, so it never moves: it
-is dead, and a codebook may collapse to a handful of codes. The remedy is that of Jukebox (Dhariwal et al. 2020,
-arXiv:2005.00341, section 3.1): put each dead code onto a vector of the encoder, which then chooses it.
+A code gets a gradient only from the encoder's vectors that choose it, those to which it is the nearest code. A code far
+from all vectors is never chosen, so it never moves: it is dead. A codebook can collapse to a handful of codes in this
+way. The remedy is that of Jukebox (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1): set each dead code to one of
+the encoder's vectors, which will then choose it.
 """
 
 import numpy as np
@@ -14,34 +15,34 @@ from ..data import CaptionedPictures
 from ..vq import VQModelInterface
 from .engine import Engine
 
-PER_CODE = 16  # so many vectors are looked at for each code; a code that none of them chooses is called dead
+PER_CODE = 16  # vectors of the encoder for each code in the search; a code that none of them chooses counts as dead
 
 
 @torch.no_grad()
 def revive_dead_codes(
     vae: VQModelInterface, data: CaptionedPictures, mean_codes: Float[Tensor, "n d"], seed: list[int], engine: Engine
 ) -> int:
-    """Look at some pictures, and put each code that none of their vectors chooses onto one of these vectors.
+    """Encode some pictures, and set each code that none of their vectors chooses to a random one of these vectors.
 
-    Nothing is remembered from step to step, so that a run that was interrupted goes on as if it had not been.
+    Jukebox counts usage over many steps. Here nothing is kept between steps, so an interrupted run continues exactly.
 
     Args:
-        mean_codes: the running mean of the codes (EMA). It is moved as well, because it would take long to follow.
-        seed: of the choice of pictures and vectors.
+        mean_codes: the running mean of the codes (EMA). It is set as well, because it would follow only slowly.
+        seed: for the random choice of pictures and vectors.
 
     Returns how many codes were moved.
     """
     random, codes = np.random.default_rng(seed), vae.quantize.embedding.weight
-    a_picture = (data.size // vae.config.downsampling) ** 2  # the vectors of one picture: h · w
+    a_picture = (data.size // vae.config.downsampling) ** 2  # number of vectors in one picture: h · w
     count = min(len(data), -(-PER_CODE * len(codes) // a_picture))
     h = vectors_of(vae, data, torch.from_numpy(random.choice(len(data), count, replace=False)), engine)
-    # A code is dead if it is the nearest one to no vector of these pictures.
+    # A code is dead if it is not the nearest code of any vector of these pictures.
     dead = vae.quantize.usage(vae.quantize.nearest(h)) == 0
     vectors = h.movedim(1, -1).flatten(0, -2)
     drawn = vectors[torch.from_numpy(random.integers(len(vectors), size=int(dead.sum()))).to(vectors.device)]
     moved = torch.stack([codes, mean_codes])
     moved[:, dead] = drawn
-    # All processes look at the same pictures. If one of them rounds differently, the first one counts.
+    # All processes encode the same pictures, but their rounding may differ. So all take the result of the first one.
     for ours, given in zip((codes, mean_codes), engine.gather(moved[None])[0], strict=True):
         ours.copy_(given)
     return len(drawn)
@@ -51,12 +52,12 @@ def revive_dead_codes(
 def vectors_of(
     vae: VQModelInterface, data: CaptionedPictures, indices: Int[Tensor, "n"], engine: Engine
 ) -> Float[Tensor, "n d h w"]:
-    """The encoder's answers to these pictures, before they are quantised."""
+    """The encoder's output for these pictures, before it is quantised."""
     return torch.cat([vae.encode(data.batch(part).to(engine.device)) for part in indices.split(64)])
 
 
 def measure_codebook(vae: VQModelInterface, data: CaptionedPictures, engine: Engine) -> dict[str, float]:
-    """How many codes all pictures together use, and their perplexity."""
+    """How many codes are used by all pictures together, and the perplexity of their frequencies."""
     indices = vae.quantize.nearest(vectors_of(vae, data, torch.arange(len(data)), engine))
     used = (vae.quantize.usage(indices) > 0).sum()
     return {"codes": int(used), "perplexity": float(vae.quantize.perplexity(indices))}

@@ -1,8 +1,8 @@
 """The engine: what a training loop needs to know about the machine that it runs on.
 
-`SingleDevice` has the few methods of `accelerate.Accelerator` that the loops call. An `Accelerator` fits into the same
-place, and then the same loop runs on many devices, data parallel: each process holds the whole model and takes a share
-of every batch, and the gradients are averaged (DDP). `make_engine` gives whichever is right.
+`SingleDevice` has the few methods of `accelerate.Accelerator` that the loops call. With an `Accelerator` in its place,
+the same loop runs on several devices in parallel (distributed data parallel, DDP): each process holds the whole model
+and computes a part of every batch, and the gradients are averaged. `make_engine` chooses between the two.
 """
 
 import contextlib
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from ..checkpoint import best_device
 
-Engine = Any  # a SingleDevice or an accelerate.Accelerator, which is not imported before somebody asks for it
+Engine = Any  # a SingleDevice or an accelerate.Accelerator, which is only imported where it is used
 
 
 def make_engine(device: str | torch.device | None = None, mixed_precision: str = "no") -> Engine:
     """A `SingleDevice`; or an `Accelerator` if torchrun or `accelerate launch` started several processes.
 
     Args:
-        device: "cuda", "mps", "cpu"; None takes the best that is there.
+        device: "cuda", "mps" or "cpu". None takes the fastest that is available.
         mixed_precision: "bf16" or "no", as in `SingleDevice`.
 
     Raises:
-        ImportError: there are several processes, but no Accelerate. ValueError: they can't be joined to one run.
+        ImportError: there are several processes, but Accelerate is not installed.
+        ValueError: the processes cannot be joined to one run.
     """
     started = processes_started()
     if started == 1:
@@ -39,11 +40,11 @@ def make_engine(device: str | torch.device | None = None, mixed_precision: str =
             f'{started} processes were started, and to train with several takes Accelerate: pip install "minisd[train]"'
         ) from error
     wanted = torch.device(device or best_device()).type
-    # Without cpu=True, Accelerate would not join processes on CPUs, and each would train a copy of its own.
+    # Without cpu=True, Accelerate would not connect processes on CPUs, and each would train its own copy of the model.
     engine = Accelerator(cpu=wanted == "cpu", mixed_precision=mixed_precision)
     kind = getattr(engine.distributed_type, "value", str(engine.distributed_type))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        kind = "FSDP"  # on CPUs, Accelerate passes over it
+        kind = "FSDP"  # on CPUs, Accelerate ignores this setting without a warning
     if engine.num_processes != started:
         problem = f"Accelerate joined {engine.num_processes} of {started} processes: start them by torchrun"
     elif engine.device.type != wanted:
@@ -58,7 +59,7 @@ def make_engine(device: str | torch.device | None = None, mixed_precision: str =
 
 
 def processes_started() -> int:
-    """How many processes the launcher says that it started; 1 without a launcher."""
+    """How many processes the launcher started, by its environment variables; 1 without a launcher."""
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     return max(int(os.environ.get(name) or 1) for name in names)
 
@@ -67,10 +68,11 @@ class SingleDevice:
     """One device, one process.
 
     Args:
-        device: "cuda", "mps", "cpu"; None takes the best that is there.
-        mixed_precision: "bf16" computes convolutions and matrix products in bfloat16, "no" all in float32.
+        device: "cuda", "mps" or "cpu". None takes the fastest that is available.
+        mixed_precision: "bf16" computes convolutions and matrix products in bfloat16, "no" everything in float32.
 
-    Raises ValueError where a launcher started several processes: each would train a copy, all into the same files.
+    Raises ValueError if a launcher started several processes: each would train its own copy of the model, and all would
+    write to the same files.
     """
 
     process_index, num_processes, is_main_process = 0, 1, True
@@ -91,57 +93,59 @@ class SingleDevice:
         return model.to(self.device), optimizer
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The model without what `prepare` put around it."""
+        """The model without the wrapper of `prepare`."""
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context in which the loss is computed."""
+        """The context for forward passes: with "bf16", PyTorch's autocast."""
         if self.mixed_precision == "no":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        """The context in which gradients are added up on this process, and not averaged over all of them yet."""
+        """The context in which gradients are accumulated on this process, but not yet averaged over all processes."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss."""
+        """Compute the gradients of the loss, and add them to those that are already there."""
         loss.backward()
 
     def clip_grad_norm_(self, parameters, max_norm: float) -> Tensor:
-        """Scale the gradients down to a norm of at most `max_norm`; returns the norm that they had."""
+        """Scale the gradients so that their norm is at most `max_norm`; returns the norm before scaling."""
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, one after the other: there is one."""
+        """The rows of all processes, concatenated. There is only one process here."""
         return tensor
 
     def wait_for_everyone(self) -> None:
-        """All processes meet here."""
+        """Wait until all processes have reached this call (a barrier)."""
 
 
 def encode_shared(encode: Callable[[Tensor], Tensor], n: int, batch_size: int, engine: Engine) -> Tensor:
-    """`encode(indices)` of n samples in batches, on the CPU: each process encodes its share, and each gets all rows.
+    """`encode(indices)` for n samples in batches. Each process encodes a share, and all get all rows, on the CPU.
 
-    The batches are the same as those of one process, and so are the rows, to the last bit.
+    The batches are the same as with a single process, so the result is the same to the last bit.
     """
     batches, encoded = torch.arange(n).split(batch_size), []
     for first in range(0, len(batches), engine.num_processes):
-        # In each round a process takes one batch. In the last round some have none left and encode the last one again.
+        # In each round every process takes one batch. If there are too few batches in the last round, the processes
+        # without one encode the last batch again, because all have to take part in `gather`.
         mine = batches[min(first + engine.process_index, len(batches) - 1)]
         rows = encode(mine)
-        # `gather` wants as many rows from each process, so the shorter last batch is filled up with zeros.
+        # `gather` needs the same number of rows from each process, so a shorter last batch is padded with zeros.
         filled = torch.cat([rows, rows.new_zeros(batch_size - len(rows), *rows.shape[1:])])
         encoded.append(engine.gather(filled).cpu())
     return torch.cat(encoded)[:n]
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """The rows of all processes, one after the other. Gradients flow back to the process that the rows came from."""
+    """The rows of all processes, concatenated. Gradients flow back to the process that a row came from."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
-    # The loss of every process depends on all rows. So on the way back, the gradients that all processes have for the
-    # rows of this one are summed, and `contrastive_loss` needs no word about processes.
+    # Every process computes the loss from all rows. In the backward pass, `all_gather` sums the gradients that all
+    # processes have for the rows of this one, and DDP then averages over the processes. The result is the gradient of
+    # one loss over the whole batch, so `contrastive_loss` does not have to know about processes.
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x.contiguous()))

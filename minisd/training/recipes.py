@@ -1,7 +1,7 @@
-"""The recipes of the models that ship, by preset: `minisd train … --preset NAME` starts from these.
+"""The default hyperparameters of each preset: `minisd train … --preset NAME` starts from these.
 
-The figures of `emoji` are for two cores of a CPU, and `docs/lab_log.md` describes the runs. Those of `emoji-64` are for
-a GPU. Nobody has run them yet, nor those of `sd-v1`, which are taken from the papers.
+The values of `emoji` are meant for two CPU cores, and `docs/lab_log.md` describes the runs. Those of `emoji-64` are
+meant for a GPU; they have not been tried yet. Those of `sd-v1` are taken from the papers and have not been run either.
 """
 
 from ..presets import VISION, VQ
@@ -24,8 +24,8 @@ VAE = {
     "emoji-64": VAERecipe(
         steps=20_000, batch_size=64, perceptual_weight=0.1, disc_weight=0.5, disc_start=10_000, disc_num_layers=2
     ),
-    # Rombach et al.'s KL-f8: CompVis `models/first_stage_models/kl-f8/config.yaml`, `autoencoder.py`. The learning rate
-    # is 4.5e-6 for each picture of the batch (`main.py`). No weight decay, no EMA, and gradients as they come.
+    # The KL-f8 of Rombach et al.: CompVis `models/first_stage_models/kl-f8/config.yaml`, `autoencoder.py`. The learning
+    # rate is 4.5e-6 times the batch size (`main.py`). No weight decay, no EMA and no gradient clipping.
     "sd-v1": VAERecipe(
         steps=246_803, batch_size=12, lr=12 * 4.5e-6, warmup=0, decay=False, beta1=0.5, beta2=0.9, weight_decay=0.0,
         clip_grad=1e9, ema_decay=0.0, kl_weight=1e-6, perceptual_weight=1.0, disc_start=50_001, disc_weight=0.5,
@@ -42,12 +42,12 @@ UNET = {
     ),
 }
 
-# A decoder that can draw already is taught to draw better: by the squared error, which weighs large mistakes more, by
-# the distance in CLIP's image tower, and on latents that are slightly wrong.
+# For training a finished decoder further. The squared error penalises large errors more, the perceptual distance is
+# that of CLIP's image tower, and noise on the latents makes the decoder robust to a sampler's small errors.
 FINETUNE_DECODER = VAERecipe(
     steps=1000, lr=5e-4, rec_power=2, perceptual_weight=0.1, decoder_only=True, latent_noise=0.6, sample_every=200,
     save_every=200,
 )
 
-# A model that can draw already is taught some more pictures: a few hundred steps, at a fifth of the learning rate.
+# For training a finished model on new pictures: a few hundred steps, at a fifth of the learning rate.
 FINETUNE = UNetRecipe(steps=400, batch_size=32, lr=2e-4, warmup=50, ema_decay=0.99, sample_every=100, save_every=100)

@@ -1,12 +1,12 @@
-"""The folder that a run lives in, and how nothing in it is ever lost.
+"""The folder of a run, and how its files survive a crash.
 
-    checkpoint_000500.pt     all that the run needs to go on; the newest `keep` of them
-    log.jsonl                a line of figures for each `log_every` steps
+    checkpoint_000500.pt     everything that is needed to continue the run; the newest `keep` of them
+    log.jsonl                a line of figures for every `log_every` steps
     tensorboard/             the same figures, if asked for
     model/                   the finished model
 
-A process may be killed at any moment, and a disk may be full. What counts is the newest whole checkpoint and the lines
-of the log up to it. Whatever came later is made again.
+A process may be killed at any moment, and a disk may be full. A run continues from the newest checkpoint that is
+complete, and from the lines of the log up to it. All later steps are computed again.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from ..data.folder import lock
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
 
-_locks: dict[Path, int | None] = {}  # the runs that this process holds
+_locks: dict[Path, int | None] = {}  # the folders that this process has locked
 
 
 class RunFolder:
@@ -37,9 +37,9 @@ class RunFolder:
         self._curves = None  # TensorBoard's writer
 
     def open(self) -> None:
-        """Make the folder and hold it, so that another process can't train in it at the same time.
+        """Create the folder and lock it, so that no other process can train in it at the same time.
 
-        Raises ValueError where another process holds it.
+        Raises ValueError if another process has locked it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.path.resolve() not in _locks:
@@ -47,12 +47,12 @@ class RunFolder:
                 _locks[self.path.resolve()] = lock(self.path)
             except BlockingIOError:
                 raise ValueError(f"another process trains in {self.path}: end it, or choose another folder") from None
-        # A process that was killed leaves the file that it was writing, or the folder of the finished model.
+        # A process that was killed may have left a half-written file, or a half-written folder of the finished model.
         for left_over in self.path.glob("*.unfinished"):
             remove_unfinished(left_over)
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Unlock the folder for other processes."""
         handle = _locks.pop(self.path.resolve(), None)
         if handle is not None:
             os.close(handle)
@@ -60,24 +60,24 @@ class RunFolder:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """The paths of all checkpoints, the oldest first."""
         return sorted(self.path.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.removeprefix("checkpoint_")))
 
     def save(self, step: int, state: dict) -> None:
-        """Write a checkpoint, and only then delete the oldest. Raises OSError, which says what still stands."""
+        """Write a checkpoint, and only then delete the oldest. Raises OSError, which says what is still complete."""
         before = self.checkpoints()
         if self.log.exists():
-            on_disk(self.log)  # a checkpoint means that the lines up to it are there, even after a power cut
+            on_disk(self.log)  # write the log to the disk first: its lines must be there if the checkpoint is
         standing = before[-1].name if before else "there was no checkpoint before, and what else is in the folder"
         with written_whole(self.path / f"checkpoint_{step:06d}.pt", before=standing) as unfinished:
             torch.save(state, unfinished)
-        for path in self.checkpoints()[: -self.keep]:  # only now, when the new one is whole
+        for path in self.checkpoints()[: -self.keep]:  # only now that the new one is complete
             path.unlink()
 
     def load(self, is_main_process: bool = True) -> dict | None:
-        """The newest checkpoint that is whole; None where there is none at all. One that is broken is put aside.
+        """The newest checkpoint that can be read, or None if there is no checkpoint. Broken ones are renamed.
 
-        Raises ValueError where there are checkpoints and none is whole.
+        Raises ValueError if there are checkpoints but none can be read.
         """
         broken = {}
         for path in reversed(self.checkpoints()):  # the newest first
@@ -97,7 +97,7 @@ class RunFolder:
     # --- the log ----------------------------------------------------------------------------------------------------
 
     def append(self, line: dict) -> None:
-        """Add a line to the log. Raises OSError, in a sentence."""
+        """Add a line to the log. Raises OSError if it cannot be written."""
         try:
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -110,7 +110,8 @@ class RunFolder:
         if self._curves is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A run that was killed may have drawn steps that will be made again: TensorBoard forgets those.
+            # A run that was killed may have written figures of steps that are now computed again. TensorBoard is told
+            # to discard those.
             self._curves = SummaryWriter(self.path / "tensorboard", purge_step=line["step"])
         for name, value in line.items():
             if value is not None:
@@ -118,7 +119,7 @@ class RunFolder:
         self._curves.flush()
 
     def forget_lines_after(self, step: int) -> None:
-        """Delete the lines of later steps, which will be made again, and a line that was cut off."""
+        """Delete the lines of later steps, which will be computed again, and incomplete lines."""
         if not self.log.exists():
             return
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -129,8 +130,8 @@ class RunFolder:
 
 
 def _read(path: Path) -> dict:
-    """Read a checkpoint. Raises an error where it is damaged."""
-    # torch.load would not notice that a number has changed on the disk, but the checksums of the zip file show it.
+    """Read a checkpoint. Raises an error if it is damaged."""
+    # torch.load would not notice a changed number, but the checksums of the zip file reveal it.
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
@@ -138,7 +139,7 @@ def _read(path: Path) -> dict:
 
 
 def _step_of(line: str) -> int:
-    """The step that a line of the log is about; 0 if it is no whole line."""
+    """The step of a line of the log; 0 if the line is incomplete."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else 0
     except (ValueError, KeyError, TypeError):
@@ -146,9 +147,9 @@ def _step_of(line: str) -> int:
 
 
 def save_model(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engine: Engine) -> None:
-    """Write a finished model, and beside it the rest of CLIP, which evaluation needs."""
+    """Write a finished model and, if given, both towers of its CLIP, which evaluation needs."""
     if engine.is_main_process:
-        save(sd, folder, dtype=torch.float16)  # half the size, and no picture changes visibly
+        save(sd, folder, dtype=torch.float16)  # half the size, without a visible change in the pictures
         if clip is not None:
             save_clip(*load_clip(clip), folder)
     engine.wait_for_everyone()

@@ -1,6 +1,6 @@
 """What the three training loops share: everything in a step except for the loss.
 
-A loop asks the trainer for steps, and for the batches of each step. It hands back a loss for every batch:
+A loop iterates over the trainer's steps, and over the batches of each step. It computes a loss for every batch:
 
     for step in trainer.steps():
         for batch in trainer.batches(len(pictures)):
@@ -11,9 +11,10 @@ A loop asks the trainer for steps, and for the batches of each step. It hands ba
     with trainer.finishing():
         ...  # write the finished model
 
-All randomness is a function of the seed, the step and the place of the sample in the batch. So no state of a random
-generator has to be saved, a run that was interrupted goes on exactly as if it had not been, and several processes draw
-what one process would have drawn. (Dropout inside a network is the exception, and no preset has it.)
+All random numbers depend only on the seed, the step and the position of the sample in the batch. This has three
+consequences. No state of a random generator has to be saved. A run that was interrupted continues exactly as it would
+have without the interruption. Several processes draw the same numbers as one process would. (Dropout inside a network
+is an exception, but no preset uses it.)
 """
 
 import contextlib
@@ -42,27 +43,27 @@ from .run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: what all three have in common."""
+    """The hyperparameters that all three trainings have in common."""
 
-    steps: int = 10_000  # updates in all
-    batch_size: int = 64  # samples in an update, over all processes
-    accumulate: int = 1  # parts into which each process cuts its share of a batch, where memory is short
+    steps: int = 10_000  # how many updates of the weights
+    batch_size: int = 64  # samples for each update, over all processes together
+    accumulate: int = 1  # gradient accumulation: in how many parts a process computes its share, to save memory
     lr: float = 1e-4  # learning rate after the warm-up
     warmup: int = 100  # steps from zero to lr
     decay: bool = True  # let lr fall to zero along a cosine; off: keep it constant, as Stable Diffusion did
-    weight_decay: float = 0.01  # AdamW's
-    beta1: float = 0.9  # AdamW's memory of gradients; 0.5 is usual where a discriminator is the judge
-    beta2: float = 0.99  # AdamW's memory of squared gradients; 0.999 is slow to learn in a short run
-    clip_grad: float = 1.0  # a gradient with a larger norm is scaled down to this one
+    weight_decay: float = 0.01  # of AdamW
+    beta1: float = 0.9  # decay of AdamW's running mean of gradients; 0.5 is usual with a discriminator
+    beta2: float = 0.99  # decay of AdamW's running mean of squared gradients; 0.999 adapts slowly for a short run
+    clip_grad: float = 1.0  # the largest norm of the gradient; a longer gradient is scaled down to it
     ema_decay: float = 0.999  # 0.9999 in CompVis, for runs of hundreds of thousands of steps
     seed: int = 0  # the order of the data, the noise, the timesteps and the dropped captions follow from it
     log_every: int = 20  # steps between lines in log.jsonl
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
-    keep_checkpoints: int = 2  # the newest, and those before it in case the disk damages the newest
+    keep_checkpoints: int = 2  # how many to keep; more than one, in case the newest is damaged on the disk
     compile: bool = False  # torch.compile: the first step is slow, the others are faster
-    on_nan: Literal["stop", "skip"] = "stop"  # what to do with a loss, or a gradient, that is no number
-    tensorboard: bool = False  # write the figures of log.jsonl for TensorBoard, too
+    on_nan: Literal["stop", "skip"] = "stop"  # what to do if a loss or a gradient is NaN or infinite
+    tensorboard: bool = False  # also write the figures of log.jsonl for TensorBoard
 
     def __post_init__(self):
         every = [name for name in vars(self) if name.endswith("_every")]
@@ -80,27 +81,28 @@ class Recipe:
             raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
 
     def betas(self, network: str) -> tuple[float, float]:
-        """AdamW's β1 and β2 for the network of that name: "model", or one that is trained beside it."""
+        """AdamW's β1 and β2 for the network of that name: "model", or another one such as "discriminator"."""
         return self.beta1, self.beta2
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then constant or half a cosine."""
-        # In the first steps AdamW has seen few gradients and divides by a poor estimate of their size, so that a full
-        # step could throw the weights anywhere. The rate therefore grows from 0 to lr.
+        # Warm-up. AdamW divides by the root of its running mean of squared gradients. In the first steps this is the
+        # mean of only a few gradients, so the steps would be erratic. The learning rate therefore grows linearly to lr.
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         if not self.decay:
             return self.lr * warm
-        # ½ (1 + cos(π · progress)): near lr for a while, then down to 0, so that the noise of the last steps averages
-        # out (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts).
+        # Cosine decay, ½ (1 + cos(π · progress)): near lr at first, then down to 0. With small steps at the end, the
+        # noise of the single batches averages out (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, no restarts).
         progress = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class EMA:
-    """A running mean of the weights, which draws better pictures than the weights themselves.
+    """An exponential moving average of the weights. A model with these weights draws better pictures.
 
-    Each step moves the weights by the noise of its batch; in the mean over many steps that noise cancels. The decay
-    warms up as min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. CompVis `ema.py`.
+    The gradient of a batch is noisy, and each step adds some of that noise to the weights. In the average over many
+    steps the noise mostly cancels. In the first n steps the decay is smaller, min(decay, (1 + n) / (10 + n)), so that
+    the random initial weights soon stop counting. CompVis `ema.py: LitEma`.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -109,7 +111,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """ema ← ema - (1 - decay) (ema - weight), after each step of the optimiser."""
+        """ema ← decay · ema + (1 - decay) · weight, after each step of the optimiser."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         parameters = dict(model.named_parameters())
@@ -117,7 +119,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model has the mean weights; afterwards its own again. CompVis calls it `ema_scope`."""
+        """Inside the `with`, the model has the EMA weights; afterwards its own again. CompVis calls it `ema_scope`."""
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.weights, strict=False)
         try:
@@ -126,48 +128,48 @@ class EMA:
             model.load_state_dict(own, strict=False)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and mean weights, in the CPU's memory."""
+        """The names and EMA weights, on the CPU."""
         for name, weight in self.weights.items():
             yield name, weight.cpu()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that go through the network at once, and their randomness: a generator for each."""
+    """Samples that go through the network together, and a random generator for each of them."""
 
-    indices: Tensor  # of the samples, in the data
+    indices: Tensor  # which samples of the data, [b]
     generators: list[torch.Generator]
 
     def randint(self, high: int) -> Tensor:
-        """A number of 0, …, high - 1 for each sample."""
+        """A random number from {0, …, high - 1} for each sample [b]."""
         return torch.stack([torch.randint(high, (), generator=g) for g in self.generators])
 
     def rand(self) -> Tensor:
-        """A number in [0, 1) for each sample."""
+        """A random number from [0, 1) for each sample [b]."""
         return torch.stack([torch.rand((), generator=g) for g in self.generators])
 
     def randn(self, *shape: int) -> Tensor:
-        """Noise of N(0, I) for each sample [b *shape]; on the CPU, so that it is the same on every device."""
+        """Noise from N(0, I) for each sample [b *shape], drawn on the CPU so that it is the same for every device."""
         return randn((len(self.generators), *shape), self.generators)
 
 
 class Trainer:
-    """Optimiser, EMA, checkpoints and log of one run, which lives in `folder`.
+    """Optimiser, EMA, checkpoints and log of one run, which is stored in `folder`.
 
-    If the folder holds a checkpoint, the run goes on from there.
+    If the folder holds a checkpoint, the run continues from it.
 
     Args:
-        model: what is trained. `trainer.model` is what the engine made of it: call that one, because it averages the
-            gradients over the processes.
-        others: networks that are trained beside it, by name, such as a discriminator. Each has an optimiser of its own
-            and is in the checkpoints, but has no EMA. Call `trainer.models[name]` for its own loss. Where it only
-            passes gradients on to the model, freeze it and call `engine.unwrap_model(trainer.models[name])`.
-        given: what the run is given beside its recipe, by name: the fingerprint of its data, of a network that stays as
-            it is, a setting. A run is only continued with the same.
-        describe: turns the index of a sample into words; used where a loss is no number.
+        model: the network to train. Call it as `trainer.model`: this may be wrapped by the engine (DDP), and only the
+            wrapper averages the gradients over the processes.
+        others: further networks to train, by name, such as a discriminator. Each has its own optimiser and is saved in
+            the checkpoints, but has no EMA. Call `trainer.models[name]` for its own loss. In the loss of the model,
+            where it only passes gradients on, freeze it and call `engine.unwrap_model(trainer.models[name])`.
+        given: what the run depends on beside its recipe, by name: fingerprints of the data and of frozen networks, and
+            settings. A checkpoint is only continued if these are the same.
+        describe: describes a sample, given its index, for the error message about a loss that is NaN or infinite.
 
     Raises:
-        ValueError: the batch can't be shared out evenly; the folder holds another run; another process trains in it.
+        ValueError: the batch cannot be divided evenly; the folder holds another run; another process trains in it.
     """
 
     def __init__(
@@ -192,7 +194,7 @@ class Trainer:
             self.folder.open()
         self.models, self.optimizers = {}, {}
         for name, network in {"model": model, **(others or {})}.items():
-            # To the device; and with several processes, into a wrapper that averages the gradients over them (DDP).
+            # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
             self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe, name))
             if recipe.compile:
                 self.models[name].compile()
@@ -207,9 +209,9 @@ class Trainer:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """Count from where the run stands to its last step; save on the way, at the end, and when asked to stop.
+        """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
 
-        The finished model is then written inside `finishing`; until that is done, no other process may train here.
+        Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         """
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
@@ -217,7 +219,7 @@ class Trainer:
         self._asked_to_stop.clear()
         with bar, _signals_only_ask(self._asked_to_stop):
             while self.step < self.recipe.steps:
-                yield self.step  # here the loop takes its batches, hands back a loss for each, and calls `update`
+                yield self.step  # the loop's body runs here: batches, a `backward` for each, and `update`
                 self.step += 1
                 bar.update()
                 if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self._stopping:
@@ -228,9 +230,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Inside, the finished model is written; afterwards other processes may have the folder.
+        """Write the finished model inside this `with`. Afterwards other processes can use the folder.
 
-        Raises KeyboardInterrupt once the model is written, if this process was asked to stop meanwhile.
+        A signal to stop does not interrupt the writing: KeyboardInterrupt is raised after it.
         """
         try:
             with _signals_only_ask(self._asked_to_stop):
@@ -246,43 +248,46 @@ class Trainer:
         Every epoch visits the samples in another order.
         """
         self._figures, self._n = [], n
-        # An update is over batch_size samples. They are cut into (processes x accumulate) parts of equal size, and this
-        # process takes `accumulate` of them, one after the other. Since the gradient of a mean is the mean of the
-        # gradients, all parts together give the gradient of the whole batch.
+        # Gradient accumulation. The batch_size samples of an update are divided into (processes x accumulate) parts of
+        # equal size, and this process takes `accumulate` of them, one after the other. The gradient of a mean is the
+        # mean of the gradients, so together the parts give the gradient of the whole batch.
         for k in range(self.recipe.accumulate):
             part = self.engine.process_index * self.recipe.accumulate + k
-            # A random generator for each sample, seeded by (seed, step, place in the batch). It makes no difference to
-            # what is drawn for a sample which process it is on, nor what has happened before.
+            # Each sample gets a random generator of its own, seeded by (seed, step, position in the batch). So what is
+            # drawn for a sample does not depend on the number of processes, nor on whether the run was interrupted.
             seeds = _seeds(self.recipe.seed, self.step, self.recipe.batch_size)[self._places(part)]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             self._figures.append({})
             with contextlib.ExitStack() as stack:
-                # Averaging gradients over processes is slow, so it is done once, together with the last part.
+                # DDP would average the gradients over the processes after every backward pass, which is slow. Once is
+                # enough, after the last part.
                 if k + 1 < self.recipe.accumulate:
                     for model in self.models.values():
                         stack.enter_context(self.engine.no_sync(model))
                 yield Batch(torch.tensor(self._indices(part, n)), generators)
 
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
-        """Add the gradient of a batch's loss. The loss is logged under its name, and the figures beside it."""
+        """Add the gradient of a batch's loss to that of the step. `name` and `figures` go into the log."""
         self._figures[-1] |= {name: loss, **figures}
-        # Gradients of several batches add up, and what is wanted is their mean. (DDP takes that over the processes.)
+        # PyTorch adds up the gradients of several backward passes. Dividing each loss by their number makes this the
+        # mean. (The mean over the processes is taken by DDP.)
         self.engine.backward(loss / self.recipe.accumulate)
 
     def update(self) -> None:
-        """One step down the gradient, for each network that got one.
+        """Take one optimiser step for each network that has a gradient, and update the EMA.
 
         Raises:
-            FloatingPointError: a loss or gradient is no number, on whichever process, and the recipe says "stop".
-                Nothing of this step has touched the weights.
+            FloatingPointError: a loss or gradient is NaN or infinite on any process, and the recipe says "stop". The
+                weights have not been changed by this step.
         """
-        # One bad batch can have a gradient a hundred times as long as usual. It is scaled down to clip_grad, so that it
-        # changes the direction of this step and does not throw the weights far away.
+        # A single bad batch can have a gradient a hundred times as long as usual. Unclipped, it would dominate AdamW's
+        # running means for many steps. So the gradient of all weights together is scaled down to a norm of clip_grad.
         norms = {}
         for name, model in self.models.items():
             norm = self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
             norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
-        # Before anything is changed, all processes agree whether every loss and gradient is a number.
+        # Before the weights are changed, all processes exchange whether every loss and gradient is finite. All of them
+        # have to take the step, or none, because their weights must remain the same.
         figures, suspects = self._agree(norms)
         if suspects:
             self._refuse(figures, suspects)
@@ -291,35 +296,40 @@ class Trainer:
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.lr_at(self.step)
                 optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
+            # Now that the weights have changed, move their running mean towards them.
             self.ema.update(self.engine.unwrap_model(self.model))
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)  # None takes no memory, and lets AdamW pass over a network at rest
+            # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
+            # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
+            optimizer.zero_grad(set_to_none=True)
         self._log(figures)
 
     def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
-        """The mean of all figures over batches and processes; and the samples whose figures are no numbers, if any.
+        """The means of all figures over batches and processes, and the samples whose figures are NaN or infinite.
 
-        The same on every process. It takes one exchange between them, and one wait for the device, a step.
+        The result is the same on every process. It costs one exchange between the processes and one synchronisation
+        with the device in each step.
         """
-        # All that this process has to say goes into one row: the figures of its batches, the norms, and whether it was
-        # asked to stop, since all processes have to stop after the same step.
+        # Put everything that this process has to report into one row: the figures of its batches, the gradient norms,
+        # and whether it got a signal to stop (all processes have to stop after the same step).
         names, device = list(self._figures[0]), self.engine.device
         mine = [torch.as_tensor(f[name], device=device).detach().float() for f in self._figures for name in names]
         stop = torch.tensor(float(self._asked_to_stop.is_set()), device=device)
         row = torch.stack([*mine, *(norm.to(device).float() for norm in norms.values()), stop])
         rows = self.engine.gather(row[None]).cpu().double().numpy()
         self._stopping = bool(rows[:, -1].any())
-        table = rows[:, : len(mine)].reshape(self._parts, len(names))  # a line for each part of the batch
+        table = rows[:, : len(mine)].reshape(self._parts, len(names))  # a row for each part of the batch
         figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
         figures |= dict(zip(norms, rows[0, len(mine) : -1].tolist(), strict=True))
         if all(map(math.isfinite, figures.values())):
             return figures, []
-        # Suspect are the samples of the parts that are no numbers; if it is a gradient alone, those of all parts.
+        # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may have come
+        # from any part, so report all samples.
         bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
         return figures, [i for part in bad for i in self._indices(part, self._n)]
 
     def _refuse(self, figures: dict[str, float], suspects: list[int]) -> None:
-        """Stop, or say what is left out, as the recipe says (`on_nan`)."""
+        """Raise an error, or warn that this step is skipped, as the recipe says (`on_nan`)."""
         name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
@@ -338,9 +348,9 @@ class Trainer:
             warnings.warn(f"{trouble}: this step was skipped", stacklevel=3)
 
     def sheet(self, draw: Callable[[], Tensor]) -> None:
-        """Write what `draw` makes with the mean weights into samples/, after each `sample_every` steps and the last.
+        """Every `sample_every` steps and after the last, call `draw` with the EMA weights and save the pictures.
 
-        All processes draw it, because they have to wait for it anyway, and one writes it.
+        They go to samples/. All processes draw, because they would have to wait anyway, and the main process saves.
         """
         if (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps:
             with self.ema.applied_to(self.engine.unwrap_model(self.model)):
@@ -351,13 +361,13 @@ class Trainer:
     # --- which samples --------------------------------------------------------------------------------------------
 
     def _places(self, part: int) -> slice:
-        """Where in the batch a part of it lies."""
+        """The positions in the batch that belong to a part."""
         size = self.recipe.batch_size // self._parts
         return slice(part * size, (part + 1) * size)
 
     def _indices(self, part: int, n: int) -> list[int]:
         """The samples in a part of this step's batch."""
-        # Sample number p of the whole run is number p % n of epoch p // n, in the order of that epoch.
+        # Count the samples of the whole run: sample p is number p % n of epoch p // n, in the order of that epoch.
         first = self.step * self.recipe.batch_size
         places = range(first, first + self.recipe.batch_size)[self._places(part)]
         return [_order(n, self.recipe.seed, p // n)[p % n] for p in places]
@@ -385,11 +395,11 @@ class Trainer:
             self._bar.set_postfix(loss=line["loss"], refresh=False)
 
     def save(self) -> None:
-        """Write a checkpoint. The one before it stays until this one is whole."""
+        """Write a checkpoint. Older ones are deleted only after it has been written completely."""
         if not self.engine.is_main_process:
             return
-        # The state of an optimiser is AdamW's two running means for each weight, and how many steps it has made. Of
-        # the random generators there is nothing to save.
+        # The state of an optimiser is AdamW's two running means for each weight, and how many steps it has made. The
+        # random generators have no state to save, because each step seeds its own.
         networks = {
             name: (self.engine.unwrap_model(model).state_dict(), self.optimizers[name].state_dict())
             for name, model in self.models.items()
@@ -408,7 +418,8 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self.folder.load(self.engine.is_main_process)
-        # Several machines may not see the same disk. Then each would begin at another step, and nobody would notice.
+        # If several machines do not share a disk, each may find another checkpoint and start at another step. Without
+        # this check, nothing would show it.
         steps = self.engine.gather(torch.tensor([-1 if state is None else state["step"]], device=self.engine.device))
         if len(set(steps.tolist())) > 1:
             raise ValueError(
@@ -422,8 +433,8 @@ class Trainer:
 
     def _refuse_another_run(self, recipe: dict, given: dict) -> None:
         ours = asdict(self.recipe) | self.given
-        # A run of an older version does not name the newer fields of a recipe: they were as they are by default. Of
-        # what it was given and does not name, nothing is known, so that it passes.
+        # A checkpoint of an older version of minisd lacks the newer fields of the recipe. That version behaved as their
+        # defaults do, so these are taken. A `given` entry that it lacks cannot be compared, and is accepted.
         theirs = asdict(type(self.recipe)()) | self.given | recipe | given
         changed = [f"{k} was {theirs[k]}, now {v}" for k, v in ours.items() if theirs[k] != v and k not in _MAY_CHANGE]
         if changed:
@@ -449,19 +460,19 @@ class Trainer:
         self._seconds, self._logged_at = state["seconds"]
 
 
-# What may differ between a run and its continuation.
+# Fields of the recipe that may change when a run is continued.
 _MAY_CHANGE = {
     "accumulate", "compile", "gradient_checkpointing", "log_every", "sample_every", "save_every", "keep_checkpoints",
     "on_nan", "tensorboard",
 }  # fmt: skip
-FEW = 8  # samples that a sentence may name; a file takes the rest
+FEW = 8  # how many samples an error message names; all of them are written to a file
 NAMED = "no_number_{:06d}.txt"
 
 
 def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
-    """AdamW, with weight decay for matrices and convolutions alone.
+    """AdamW, with weight decay only for the weights of linear layers, convolutions and embeddings.
 
-    To shrink a bias or the gain of a norm does no good (nanoGPT, and He et al. 2019, arXiv:1812.01187, section 3.1).
+    Biases and the gains of norms are not decayed (He et al. 2019, arXiv:1812.01187, section 3.1; nanoGPT).
     """
     matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
@@ -472,7 +483,7 @@ def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
 
 
 def _numbered(state: dict) -> dict:
-    """The state of an optimiser with numbers for the parameters, as PyTorch has it. minisd 0.1 wrote their names."""
+    """The state of an optimiser with its parameters numbered, as PyTorch expects. minisd 0.1 wrote their names."""
     groups = state["param_groups"]
     number = {p: n for n, p in enumerate(p for group in groups for p in group["params"])}
     groups = [group | {"params": [number[p] for p in group["params"]]} for group in groups]
@@ -484,24 +495,24 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _seeds(seed: int, step: int, batch_size: int) -> list[int]:
-    """A seed for each sample of a batch: unrelated to each other, and a larger batch begins with the same ones."""
+    """An independent seed for each sample of a batch. A larger batch begins with the same seeds."""
     words = np.random.SeedSequence((seed, step, 1)).generate_state(batch_size, np.uint64)
     return (words >> np.uint64(1)).tolist()
 
 
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits the n samples."""
+    """The order of the n samples in an epoch: a random permutation."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
 def digest(content) -> str:
-    """A hash of what can be written down: texts, numbers, tuples and lists of them, configurations."""
+    """A short hash of strings, numbers, configurations, or tuples and lists of these."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 def fingerprint(network: Callable) -> str:
-    """What tells two networks apart: the class, and a hash over the weights. Of a function, only the name."""
+    """Identifies a network by its class and a hash of its weights. For a function it is only the name."""
     if not isinstance(network, nn.Module):
         return getattr(network, "__name__", type(network).__name__)
     known_as = getattr(network, "recorded_as", type(network).__name__)
@@ -514,14 +525,14 @@ def fingerprint(network: Callable) -> str:
 
 @contextlib.contextmanager
 def _signals_only_ask(asked_to_stop: threading.Event) -> Iterator[None]:
-    """Inside, a signal that asks the process to stop only sets the event; a second Ctrl-C interrupts at once.
+    """Inside the `with`, a signal to stop only sets the event. A second Ctrl-C interrupts at once.
 
-    Such signals are Ctrl-C (SIGINT), SIGTERM, which clusters send before they stop a job, and SIGHUP, which comes when
-    the terminal is closed. A second Ctrl-C within one second counts as the first, because torchrun sends its own to
-    processes that have had it already.
+    The signals are Ctrl-C (SIGINT), SIGTERM, which clusters send before they stop a job, and SIGHUP, which is sent when
+    the terminal is closed. A second Ctrl-C within one second is ignored, because torchrun sends one to processes that
+    already got it from the terminal.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # Python handles signals only in the main thread
         return
     first = math.inf
 

@@ -1,13 +1,14 @@
-"""Training the UNet: guess the noise in the latent, given a condition: a caption, a class, or the rest of the picture.
+"""Training the UNet: predict the noise in a latent, given a condition: a caption, a class, or the rest of the picture.
 
-The autoencoder is finished and stays as it is, so the latent of each picture is computed once, at the start. So does a
-condition that was trained before, such as CLIP's text encoder; a table of classes is trained along with the UNet. A
-step is then algorithm 1 of DDPM (Ho et al. 2020, arXiv:2006.11239) and three lines more:
+The autoencoder is already trained and is not changed, so the latent distribution of each picture is computed once, at
+the start. A text encoder that was trained before, such as CLIP's, is not changed either, so its contexts are computed
+once as well. A table of class embeddings is trained along with the UNet. A training step is algorithm 1 of DDPM (Ho et
+al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 
-    draw a picture z, a time t and noise ε; mix them into z_t
-    one time in ten, forget the caption                           (for classifier-free guidance)
-    take a step down the gradient of ‖ε - ε_θ(z_t, t, context)‖²
-    let the mean of the weights follow                            (EMA)
+    draw a latent z, a timestep t and noise ε, and mix them into z_t
+    replace one caption in ten by the empty prompt                     (added, for classifier-free guidance)
+    take a gradient step on ‖ε - ε_θ(z_t, t, context)‖²
+    update the running mean of the weights                             (added: EMA)
 """
 
 import contextlib
@@ -37,9 +38,9 @@ class UNetRecipe(Recipe):
     """How the UNet is trained."""
 
     lr: float = 1e-3  # learning rate after the warm-up
-    text_dropout: float = 0.1  # how often the caption, or the class, is forgotten
+    text_dropout: float = 0.1  # how often the caption (or the class) is replaced by the empty one
     min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
-    gradient_checkpointing: bool = False  # forget what is inside the blocks, and compute it again for the gradients
+    gradient_checkpointing: bool = False  # recompute the blocks' activations in the backward pass, to save memory
     guidance_scale: float = 3.0  # of the sample sheets
 
     def __post_init__(self):
@@ -61,13 +62,14 @@ def train_unet(
     condition: str = "captions",
     column: str | None = None,
 ) -> LatentDiffusion:
-    """Train a UNet from scratch on top of finished runs of the autoencoder and, if it reads captions, of CLIP.
+    """Train a UNet from scratch, using an autoencoder and (if the UNet reads captions) a CLIP that are already trained.
 
     Args:
-        clip, vae: the folders of those runs.
+        clip, vae: the folders of the runs that trained them.
         condition: what the UNet is conditioned on, a name in `CONDITIONS`.
-        column: for classes, the column of the data's rows that says them; the names of the folders if left out.
-        The others, what is returned and what is raised: as in `finetune_unet`.
+        column: for classes, the column of the data's rows that names the class. Left out, the folders name it.
+
+    The other arguments, the return value and the errors are those of `finetune_unet`.
     """
     torch.manual_seed(recipe.seed)  # the initial weights
     sd = assemble(config, clip, vae, data, condition, column)
@@ -83,35 +85,38 @@ def finetune_unet(
     clip: str | Path | None = None,
     keep_at: tuple[int, ...] = (),
 ) -> LatentDiffusion:
-    """Train the UNet of a model: one with a fresh UNet, or a finished one, such as `minisd.load()`, on new pictures.
+    """Train the UNet of a model: a newly initialised UNet, or a trained one (such as `minisd.load()`) on new pictures.
 
-    Text encoder, tokenizer, autoencoder and scale factor stay as they are. So the model won't learn what the
-    autoencoder can't draw, and a word that the text encoder never read is the sum of its pieces to it.
+    The text encoder, tokenizer, autoencoder and scale factor are not changed. So the model cannot learn to draw what
+    the autoencoder cannot reconstruct. The text encoder reads a new word only as the pieces that the tokenizer cuts it
+    into.
 
     Args:
         sd: trained in place.
-        folder: where the run lives. If it holds a checkpoint, the run goes on from there.
-        clip: a folder that holds the rest of CLIP, which evaluation needs and which is copied; None if there is none.
-        keep_at: steps after which the weights as they are then are kept beside the finished model.
+        folder: where the run is stored. If it holds a checkpoint, the run continues from it.
+        clip: a folder with both towers of CLIP, which are copied beside the model for evaluation. None to leave it out.
+        keep_at: the numbers of steps after which the EMA weights are also written to a file of their own.
 
-    Returns the model with the EMA weights; leaves it in `folder/model`, as a minisd folder.
+    Returns the model with the EMA weights, which is also saved to `folder/model`, as a minisd folder.
 
     Raises:
-        ValueError: a model, pictures or steps that do not fit together.
+        ValueError: the model, the pictures and the steps do not fit together.
     """
     folder, condition = Path(folder), sd.cond_stage_model
     _check(sd, recipe, data, keep_at)
 
-    # What is trained: the UNet, and with it the condition unless that was trained before. Only these get gradients.
+    # Only the UNet is trained, and the condition's encoder if it is not frozen (a table of class embeddings). Nothing
+    # else gets gradients. The weights are kept in float32: AdamW's small updates would be rounded away in 16 bits.
     sd.to(engine.device, torch.float32).model.train()
     condition.requires_grad_(not condition.frozen)
     sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
     network = sd.model.diffusion_model if condition.frozen else UNetAndCondition(sd)
-    prompts = condition.prompts(data)  # for each picture, one or several forms of its prompt
+    prompts = condition.prompts(data)  # for each picture, one wording of its prompt or more
     trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data, prompts), describe=data.describe)
 
-    # What no step changes is computed once, before the first: the moments of q(z given x) of all pictures, and the
-    # contexts of all prompts if their encoder is frozen. A step then costs one pass through the UNet and back.
+    # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
+    # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can draw a new z.
+    # After that, a step costs one forward and one backward pass through the UNet.
     moments = encode_all(sd.first_stage_model, data, engine)
     contexts = encode_prompts(sd, prompts, engine)
     nothing = sd.get_learned_conditioning([condition.unconditional])
@@ -119,49 +124,63 @@ def finetune_unet(
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
-                # For each picture of the batch: a form of its prompt, a time t of 0, …, T-1, and whether to forget the
-                # prompt, so that the model learns to draw without one (Ho & Salimans 2022, arXiv:2207.12598, alg. 1).
+                # For each picture of the batch, draw one wording of its prompt, a timestep t from {0, …, T-1}, and
+                # whether to drop the prompt. All are [b]. The model has to learn to predict the noise without a prompt
+                # too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
+                # arXiv:2207.12598, algorithm 1).
                 form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps).to(engine.device)
                 forget = batch.rand() < recipe.text_dropout
 
-                # The noise ε ~ N(0, I) that the UNet is to find; and z [b d h w], a sample of the picture's latent,
-                # times the scale factor, so that its variance is about that of the noise.
+                # The noise ε ~ N(0, I) [b d h w], which the UNet has to predict.
                 noise = batch.randn(*sd.latent_shape()).to(engine.device)
+                # z [b d h w]: a sample from q(z|x), times the scale factor. The factor brings z to about variance 1,
+                # that of the noise; the noise schedule assumes this.
                 posterior = posterior_of(moments[batch.indices].to(engine.device))
                 z = sd.get_first_stage_encoding(posterior, batch.generators)
-                maps = condition.maps(sd, data, batch)  # for inpainting, a mask and what it leaves of the picture
+                # For inpainting, the mask and the latent of the masked picture, as further input channels; else None.
+                maps = condition.maps(sd, data, batch)
 
-                # `autocast` computes convolutions and matrix products in bfloat16, if the engine was asked for it. The
-                # sums in norms and in the loss stay in float32, where bfloat16's three digits would not be enough.
+                # If the engine uses mixed precision, `autocast` computes convolutions and matrix products in bfloat16.
+                # The norms and the loss stay in float32, because bfloat16 has only two to three decimal digits.
                 with engine.autocast():
+                    # The context that cross-attention reads, [b n d]. A dropped prompt becomes the empty prompt (or,
+                    # for classes, the extra class "no class").
                     if condition.frozen:
-                        context = contexts[batch.indices, form].to(engine.device)  # [b n d]
+                        context = contexts[batch.indices, form].to(engine.device)  # looked up: computed before step 0
                         context = text_dropout(context, nothing, forget.to(engine.device))
-                    else:  # its encoder has changed since the last step, and is to get gradients
+                    else:  # computed again in each step, because this encoder is being trained
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
                         kept = [condition.unconditional if forgotten else prompts[i][k] for i, k, forgotten in choices]
                         context = sd.get_learned_conditioning(kept)
-                    # z_t = √ᾱ_t z + √(1-ᾱ_t) ε, then ‖ε - ε_θ(z_t, t, cond)‖² of each picture [b] (DDPM, eq. 14)
+                    # Mix z_t = √ᾱ_t z + √(1-ᾱ_t) ε, predict the noise, and take the mean squared error of the
+                    # prediction, ‖ε - ε_θ(z_t, t, cond)‖², for each picture: [b] (DDPM, eq. 14). If the UNet predicts v
+                    # or x_0, it is the error in that.
                     losses = sd.p_losses(z, {"c_crossattn": context, "c_concat": maps}, t, noise, reduction="none")
 
-                # Late times are easy (nearly all is noise), early ones hard. Without weights the gradient mixes tasks
-                # that pull in different directions; min(SNR, γ)/SNR keeps the nearly clean times from deciding alone
-                # (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+                # An error in ε is √SNR times the error in ẑ_0 that it causes, so the plain squared error in ε weights
+                # the squared error in ẑ_0 by the SNR: 1175 at t = 0 of SD v1, and less than 0.005 at t = 999. The
+                # timesteps with little noise then dominate the gradient, although they decide only fine details. The
+                # factor min(SNR, γ)/SNR limits the weight of the error in ẑ_0 to γ (Hang et al. 2023, arXiv:2303.09556,
+                # section 3.4).
                 weight = 1.0
                 if recipe.min_snr_gamma is not None:
                     weight = min_snr_weight(sd.schedule.snr(t), recipe.min_snr_gamma, sd.config.parameterization)
+                # Backpropagate the weighted mean over the batch. The log also gets the unweighted losses by timestep,
+                # because a mean over all timesteps hides which of them still improve.
                 trainer.backward((weight * losses).mean(), **by_time(losses.detach(), t, sd.schedule.timesteps))
 
-            # The gradients of all batches and processes are there: clip them, take the step, let the EMA follow.
+            # The gradient is now the mean over all batches and processes. Clip it, take the AdamW step, update the EMA.
             trainer.update()
+            # From time to time, draw a sample sheet with the EMA weights: the loss says little about the pictures.
             trainer.sheet(lambda: _drawings(sd, data, prompts, engine, recipe.guidance_scale))
+            # Keep the EMA weights of some steps in float16, so that you can compare how the model drew at those steps.
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if condition.frozen else ""
                 weights = {prefix + name: weight for name, weight in trainer.ema.items()}
                 write_weights(cast(weights, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
-    # The finished model has the mean of the weights, not those of the last step; and a UNet of its own, without what
-    # the engine and torch.compile have put around the one that was trained.
+    # The finished model gets the EMA weights, not those of the last step. They are loaded into a new UNet, because the
+    # trained one is still wrapped by the engine (for DDP) and by torch.compile.
     with trainer.finishing():
         sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
         trained = sd.model.diffusion_model if condition.frozen else sd
@@ -173,9 +192,9 @@ def finetune_unet(
 
 @contextlib.contextmanager
 def _called_through(sd: LatentDiffusion, prepared: nn.Module) -> Iterator[None]:
-    """Inside, the model calls what the engine made of its UNet, which averages the gradients over several processes.
+    """Inside the `with`, the model calls the UNet through the engine's wrapper, which averages gradients (DDP).
 
-    So a training step goes through the methods that drawing goes through, and that CompVis's `p_losses` goes through.
+    In this way a training step uses the same methods as drawing does, `apply_model` and `p_losses`, as in CompVis.
     """
     unet, sd.model.diffusion_model = sd.model.diffusion_model, prepared
     try:
@@ -185,9 +204,9 @@ def _called_through(sd: LatentDiffusion, prepared: nn.Module) -> Iterator[None]:
 
 
 class UNetAndCondition(nn.Module):
-    """The UNet and the condition that is trained along with it: one network to the optimiser, the EMA and the engine.
+    """The UNet and a condition that is trained with it, as one module for the optimiser, the EMA and the engine.
 
-    Its parameters have the names that they have in the checkpoint of the whole model. (CompVis: cond_stage_trainable.)
+    Its parameters have the same names as in the checkpoint of the whole model. (CompVis: cond_stage_trainable.)
     """
 
     def __init__(self, sd: LatentDiffusion):
@@ -199,7 +218,7 @@ class UNetAndCondition(nn.Module):
 
 
 def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, keep_at: tuple[int, ...]) -> None:
-    """Raise ValueError, in one sentence, where the model can't be trained on these pictures in this way."""
+    """Raise ValueError if the model cannot be trained on these pictures with this recipe."""
     if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
         raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
     if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
@@ -215,23 +234,26 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, kee
 
 
 def _given(sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list]) -> dict[str, str | int | float]:
-    """What a run is given beside its recipe, and is only continued with: data, networks, and the model's settings."""
+    """What the run depends on beside its recipe: data, frozen networks, the model's settings.
+
+    A checkpoint is only continued if these are the same.
+    """
     condition = sd.cond_stage_model
     given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
-    # The prompts depend on more than the data's captions: on their templates, or on the column that has the classes.
+    # The prompts depend on more than the captions: also on the templates, or on the column that holds the classes.
     given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
     if condition.frozen:
         given["text tower"] = fingerprint(condition)
-    else:  # its weights change, but not what it is, such as the names of the classes
+    else:  # its weights change during training, but its configuration does not (such as the names of the classes)
         given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
     return given | {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
 
 
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
-    """The losses in each part of the times: {"loss_t000": …, "loss_t250": …}, before any weighting.
+    """The mean loss in each of `bins` ranges of timesteps, before any weighting: {"loss_t000": …, "loss_t250": …}.
 
-    The sum in a bin is divided by the number of samples that fall into it on average, not in this batch, where it may
-    be none. The mean over many steps, which the log takes, is the same.
+    The sum of the losses in a range is divided by the number of samples that is expected there, because the number in
+    this batch may be zero. On average over many steps, which is what the log shows, this is the mean loss of the range.
     """
     which = t * bins // timesteps
     return {f"loss_t{timesteps * k // bins:03d}": bins * (losses * (which == k)).mean() for k in range(bins)}
@@ -245,7 +267,7 @@ def assemble(
     condition: str = "captions",
     column: str | None = None,
 ) -> LatentDiffusion:
-    """A model with a fresh UNet on top of the autoencoder, and for captions the text encoder, of finished runs."""
+    """A model with a newly initialised UNet, the autoencoder of a finished run and, for captions, its text encoder."""
     first_stage, scale_factor = read_first_stage(vae_folder)
     if config.unet.in_channels != first_stage.embed_dim:
         raise ValueError(
@@ -269,9 +291,9 @@ def assemble(
 
 @torch.no_grad()
 def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, batch_size: int = 512) -> Tensor | None:
-    """Contexts of the prompts of all pictures in all their forms [n forms l d]; None for a model without contexts.
+    """The contexts of all pictures' prompts in all wordings, [n forms l d]; None for an unconditional model.
 
-    In float16, on the CPU, computed by all processes together.
+    They are float16 on the CPU to save memory, and all processes share the work.
     """
     flat = [form for forms in prompts for form in forms]
 
@@ -279,7 +301,7 @@ def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, bat
         return sd.get_learned_conditioning([flat[i] for i in indices.tolist()]).half()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on captions that are too long for the text encoder, once for each
+        warnings.simplefilter("ignore")  # the tokenizer would warn about every caption that is too long
         if sd.get_learned_conditioning(flat[:1]) is None:
             return None
         return encode_shared(contexts, len(flat), batch_size, engine).unflatten(0, (len(prompts), -1))
@@ -288,7 +310,7 @@ def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, bat
 def _drawings(
     sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list], engine: Engine, guidance_scale: float
 ) -> Float[Tensor, "n c H W"]:
-    """For a sheet: pictures, and below each what the model draws for its prompt, always from the same noise."""
+    """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
     indices = torch.linspace(0, len(data) - 1, 12).long()
     batch = Batch(indices, [torch.Generator().manual_seed(seed) for seed in range(len(indices))])
     maps = sd.cond_stage_model.maps(sd, data, batch)

@@ -1,29 +1,32 @@
-"""Training the autoencoder: draw each picture again through a latent of a twelfth of the numbers.
+"""Training the autoencoder: compress each picture into a small latent, and reconstruct the picture from it.
 
-    loss =  E |x - x̂|^p                                    each pixel as it was; the mean over all of them
-          + perceptual_weight · d(x, x̂)                    both look alike (perceptual.py)
-          + kl_weight · KL(q(z given x) ‖ N(0, I))         the latents stay near N(0, I); per number of the picture
+The latent has a twelfth of the picture's numbers in the preset `emoji`, and a 48th in Stable Diffusion v1.
+
+    loss =  E |x - x̂|^p                                    reconstruction error, the mean over all pixels
+          + perceptual_weight · d(x, x̂)                    both should look alike (perceptual.py)
+          + kl_weight · KL(q(z|x) ‖ N(0, I))               keeps the latents near N(0, I); per number of the picture
             or codebook_weight · (codebook + commitment)   or, in a VQModel, near their codes (vq.py)
-          + disc_weight · λ · (-E D(x̂))                    from step disc_start on: details look real
+          + disc_weight · λ · (-E D(x̂))                    from step disc_start on: details should look real
                                                            (discriminator.py)
 
-This is CompVis's `LPIPSWithDiscriminator` (`contperceptual.py`), and for a VQModel their `VQLPIPSWithDiscriminator`
-(taming-transformers, `vqperceptual.py`). Three things are written differently:
+This is the loss of CompVis's `LPIPSWithDiscriminator` (`contperceptual.py`) and, for a VQModel, of their
+`VQLPIPSWithDiscriminator` (taming-transformers, `vqperceptual.py`). Three things are different here:
 
-- The first of them sums over the numbers of a picture, where the second and this one take the mean. So each of its
-  terms, λ included, is that many times as large. Its gradient is as well, but AdamW ignores the gradient's scale.
-- It divides by exp(logvar) and adds logvar, a parameter that their optimiser never gets. It stays at 0, where both do
-  nothing, so it is left out here.
-- The discriminator learns from the reconstruction that it has just judged. In theirs, the autoencoder takes its step
-  first and makes a new reconstruction, which costs another pass through it.
+- `LPIPSWithDiscriminator` sums the error over the numbers of a picture. `VQLPIPSWithDiscriminator` and this file take
+  the mean. So every term of the former, and its λ, is larger by the number of numbers in a picture. The gradients are
+  larger by the same factor, but AdamW divides a common factor out.
+- `LPIPSWithDiscriminator` divides the error by exp(logvar) and adds logvar, which is meant to be learned. Their
+  optimiser does not get this parameter, so it stays 0 and has no effect. It is left out here.
+- Here the discriminator is trained on the same reconstruction that the autoencoder's loss used. In CompVis, the
+  autoencoder is updated first and reconstructs the batch again, which costs another forward pass.
 
-The KL term is tiny (1e-6 in Stable Diffusion, 1e-3 here), because the reconstruction is what matters; it only keeps the
-latents from drifting away. At the end the latent scale factor is measured: 1 / std of the latents (0.18215 in Stable
-Diffusion), so that the diffusion model sees data of variance one.
+The weight of the KL term is small (1e-6 in Stable Diffusion, 1e-3 here), because the reconstruction matters most. The
+term only keeps the latents from growing without bound. At the end, the scale factor of the latents is measured: 1 / std
+(0.18215 in Stable Diffusion). With it, the diffusion model is trained on data of variance one.
 
-The decoder of a finished model can be trained further (`finetune_decoder`). The latents stay what they are, so the UNet
-that has learned to draw them does not have to learn anything new. Stability AI made sd-vae-ft-mse in this way, which
-many use instead of the decoder that came with Stable Diffusion v1.
+The decoder of a finished model can be trained further (`finetune_decoder`). The encoder is not changed, so the latents
+remain the same and the UNet does not have to be trained again. Stability AI made sd-vae-ft-mse in this way, which many
+people use instead of the original decoder of Stable Diffusion v1.
 """
 
 from collections.abc import Callable
@@ -54,22 +57,23 @@ class VAERecipe(Recipe):
 
     batch_size: int = 32
     lr: float = 1e-3  # learning rate after the warm-up
-    rec_power: int = 1  # p: 1 as in CompVis; 2 learns flat colours on white sooner, and forgives a blur
+    rec_power: int = 1  # p: 1 as in CompVis; 2 learns flat colours on white sooner, and penalises blur less
     kl_weight: float = 1e-3  # more than Stable Diffusion's 1e-6: smoother latents are easier for a small UNet
-    codebook_weight: float = 1.0  # of the quantiser's loss; a VQModel has no KL
-    revive_every: int = 100  # after so many steps, codes of a VQModel that no vector chooses are moved
-    perceptual_weight: float = 0.0  # of the distance d, which says whether both look alike; 0: pixels alone
-    disc_weight: float = 0.0  # how hard the discriminator pulls, compared with the reconstruction; 0: there is none
-    disc_start: int = 0  # steps before it begins to learn and to count
-    disc_num_layers: int = 3  # convolutions that halve its picture: with 3 it judges patches of 70 pixels, with 2 of 34
+    codebook_weight: float = 1.0  # weight of the quantiser's loss; a VQModel has no KL term
+    revive_every: int = 100  # steps between searches for codes of a VQModel that no vector chooses; these are moved
+    perceptual_weight: float = 0.0  # weight of the perceptual distance d; 0 leaves it out
+    disc_weight: float = 0.0  # gradient of the discriminator's term, relative to the reconstruction's; 0: none
+    disc_start: int = 0  # the step at which the discriminator begins to be trained and to count in the loss
+    disc_num_layers: int = 3  # its convolutions of stride 2: with 3 it sees patches of 70 pixels, with 2 of 34
     disc_ndf: int = 64  # its channels after the first convolution
-    decoder_only: bool = False  # train the decoder of a finished autoencoder further; encoder and latents stay
-    # The largest standard deviation of noise that is added to the latents before they are decoded, in their own units;
-    # each picture gets a random part of it. A sampler ends near a latent, never exactly on it: the decoder learns that.
+    decoder_only: bool = False  # train only the decoder of a finished autoencoder, so that the latents do not change
+    # The largest standard deviation of noise that is added to the latents before decoding, in their own units; for each
+    # picture it is drawn between 0 and this. A sampler's result is never exactly a latent of the encoder. This noise
+    # teaches the decoder to accept small errors.
     latent_noise: float = 0.0
 
     def betas(self, network: str) -> tuple[float, float]:
-        """The discriminator's are CompVis's."""
+        """AdamW's β1 and β2; the discriminator's are those of CompVis."""
         return (0.5, 0.9) if network == "discriminator" else super().betas(network)
 
 
@@ -84,25 +88,26 @@ def train_vae(
     model: LatentDiffusion | None = None,
     clip: str | Path | None = None,
 ) -> FirstStage:
-    """Train an autoencoder on pictures; leaves `vae.safetensors` and `vae.json` in the folder.
+    """Train an autoencoder on pictures, and write `vae.safetensors` and `vae.json` to the folder.
 
     Args:
-        config: an AutoencoderConfig for latents near N(0, I), a VQConfig for latents of a codebook.
-        perceptual: how far two pictures look apart, for `perceptual_weight`: a `CLIPPerceptual` or an `LPIPS`, say.
-        init: a finished autoencoder of that config to go on with, in place; `decoder_only` needs one. None: a new one.
+        config: an AutoencoderConfig for latents near N(0, I), a VQConfig for latents from a codebook.
+        perceptual: the perceptual distance of two pictures, for `perceptual_weight`: a `CLIPPerceptual` or an `LPIPS`.
+        init: a finished autoencoder of that config, which is trained further in place; `decoder_only` needs it. None:
+            train a new one.
         model, clip: see `finetune_decoder`.
 
-    Returns the autoencoder with its EMA weights. If the folder holds a checkpoint, the run goes on from there.
+    Returns the autoencoder with its EMA weights. If the folder holds a checkpoint, the run continues from it.
 
     Raises:
-        ValueError: a perceptual_weight without a network that sees; decoder_only without a decoder; latent_noise with a
-            codebook.
+        ValueError: perceptual_weight without a perceptual distance; decoder_only without a finished autoencoder;
+            latent_noise with a codebook.
     """
     folder, quantised = Path(folder), isinstance(config, VQConfig)
     _check(recipe, quantised, perceptual, init)
     torch.manual_seed(recipe.seed)  # the initial weights
     vae, others = init or FIRST_STAGES[type(config)](config), {}
-    # What is trained: all of it, or only what comes after the latent, so that the latents stay what they are.
+    # Train all of it, or only the layers after the latent, so that the latents do not change.
     vae.train().requires_grad_(not recipe.decoder_only)
     for part in (vae.post_quant_conv, vae.decoder):
         part.requires_grad_(True)
@@ -115,38 +120,44 @@ def train_vae(
         given["encoder"] = fingerprint(vae.encoder)
     trainer = Trainer(vae, recipe, folder, engine, others, given, data.describe)
     vae = engine.unwrap_model(trainer.model)
-    # λ is at most 1e4 in CompVis, for a loss that is the sum over a picture with a KL, and the mean in a VQModel.
+    # CompVis limits λ to 1e4. With a KL term, their loss is a sum over the numbers of a picture and ours is the mean.
+    # So the same limit is 1e4 divided by that number. With a VQModel, both are means.
     limit = 1e4 if quantised else 1e4 / (config.out_ch * data.size**2)
     judge, last_layer = others.get("discriminator"), vae.decoder.conv_out.weight
     loss_of = AutoencoderLoss(recipe, engine, perceptual, judge, last_layer, limit)
 
     for step in trainer.steps():
-        # A code that no vector chooses gets no gradient and would stay where it is for ever (codebook.py).
+        # A code that no vector chooses gets no gradient, so it would never move and never be used (codebook.py).
         if quantised and not recipe.decoder_only and step % recipe.revive_every == 0:
             mean_codes = trainer.ema.weights["quantize.embedding.weight"]
             revive_dead_codes(vae, data, mean_codes, [recipe.seed, step], engine)
         for batch in trainer.batches(len(data)):
             x = data.batch(batch.indices).to(engine.device)  # [b 3 H W] in [-1, 1]
-            # There and back: x → q(z given x) → a sample z of it → x̂, so that gradients reach the encoder through the
-            # sample (Kingma & Welling 2014, arXiv:1312.6114, section 2.4); and what the latents cost.
+            # Encode and decode: x → q(z|x) → a sample z → x̂ [b 3 H W]. The sample is z = μ + σ ε, so gradients reach
+            # the encoder through μ and σ (Kingma & Welling 2014, arXiv:1312.6114, section 2.4). A VQModel takes the
+            # nearest codes instead. latent_loss is the weighted KL term, or that of the codebook.
             x_hat, latent_loss, figures = _reconstruct(trainer, x, batch, quantised)
-            # The sum at the top of this page. The discriminator's part of it teaches the decoder to deceive.
+            # The whole loss at the top of this file. Its last term is lower if the discriminator takes the
+            # reconstruction for a real picture. That term gives no gradient to the discriminator's own weights.
             loss, more = loss_of(x, x_hat, latent_loss, step)
             trainer.backward(loss, **more, **figures)
-            # The other side of the game: the discriminator learns to tell these reconstructions from pictures. No
-            # gradient of it reaches the autoencoder (Goodfellow et al. 2014, arXiv:1406.2661, algorithm 1).
+            # The other half of adversarial training: the discriminator learns to distinguish pictures from these
+            # reconstructions. They are detached, so no gradient of this loss reaches the autoencoder (Goodfellow et al.
+            # 2014, arXiv:1406.2661, algorithm 1). It starts late, when the reconstructions are already good.
             if others and step >= recipe.disc_start:
                 with engine.autocast():
                     disc_loss, figures = discriminator_loss(trainer.models["discriminator"], x, x_hat)
                 trainer.backward(disc_loss, "disc", **figures)
-        trainer.update()  # both networks take their step, each with an optimiser of its own
+        # Clip the gradients, take an AdamW step for each network with its own optimiser, and update the autoencoder's
+        # EMA. The discriminator is not part of the result and has no EMA.
+        trainer.update()
         trainer.sheet(lambda: _reconstructions(trainer.model, data, engine))
 
-    # The finished autoencoder has the mean of the weights, not those of the last step.
+    # The finished autoencoder gets the EMA weights, not those of the last step.
     with trainer.finishing():
         vae = FIRST_STAGES[type(config)](config).to(engine.device).eval()
         vae.load_state_dict(dict(trainer.ema.items()), strict=False)
-        # All processes measure. The first ones encode together, and nobody saves time by waiting for one of them.
+        # Measure with the EMA weights. Every process takes part, because the processes share the encoding of the data.
         measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
         if quantised:
             measured |= measure_codebook(vae, data, engine)
@@ -162,7 +173,7 @@ def train_vae(
 
 
 def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, init: FirstStage | None) -> None:
-    """Raise ValueError, in one sentence, where the recipe asks for what is not there."""
+    """Raise ValueError if the recipe asks for something that was not given."""
     if recipe.decoder_only and init is None:
         raise ValueError("decoder_only trains the decoder of a finished autoencoder further: give train_vae an init")
     if recipe.latent_noise and quantised:
@@ -183,18 +194,18 @@ def finetune_decoder(
     perceptual: Perceptual | None = None,
     clip: str | Path | None = None,
 ) -> LatentDiffusion:
-    """Train the decoder of a finished model, such as `minisd.load()`, further: it draws the same latents better.
+    """Train the decoder of a finished model (such as `minisd.load()`) further, so that it decodes its latents better.
 
     Args:
-        sd: trained in place. Encoder and scale factor stay as they are; so do the UNet and the condition.
-        recipe: with `decoder_only`.
-        folder: where the run lives. If it holds a checkpoint, the run goes on from there.
-        clip: a folder that holds the rest of CLIP, which evaluation needs and which is copied; None if there is none.
+        sd: trained in place. Only the decoder changes: not the encoder, scale factor, UNet and condition.
+        recipe: with `decoder_only=True`.
+        folder: where the run is stored. If it holds a checkpoint, the run continues from it.
+        clip: a folder with both towers of CLIP, which are copied beside the model for evaluation. None to leave it out.
 
-    Returns the model with the decoder's EMA weights; leaves it in `folder/model`, as a minisd folder.
+    Returns the model with the decoder's EMA weights, which is also saved to `folder/model`, as a minisd folder.
 
     Raises:
-        ValueError: a recipe that would change the latents.
+        ValueError: the recipe does not have decoder_only=True, so it would change the latents.
     """
     if not recipe.decoder_only:
         raise ValueError("the UNet knows the latents of this encoder alone: finetune_decoder takes decoder_only=True")
@@ -204,27 +215,29 @@ def finetune_decoder(
 
 
 def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:
-    """The reconstruction x̂, what its latents cost, and what there is to log of them."""
+    """The reconstruction x̂, the weighted loss of its latents, and figures for the log."""
     recipe, vae = trainer.recipe, trainer.engine.unwrap_model(trainer.model)
     with trainer.engine.autocast():
         if quantised:
-            # Each vector of the encoder is replaced by its nearest code; the loss pulls the two towards each other.
+            # Each vector of the encoder's output is replaced by the nearest code. The loss pulls the code towards the
+            # vector (codebook term) and the vector towards the code (commitment term).
             x_hat, codebook_loss, indices = trainer.model(x, return_pred_indices=True)
         else:
+            # Each picture's latent is sampled with a random generator of its own.
             noise = _latent_noise(vae, x, batch, recipe.latent_noise) if recipe.latent_noise else None
             x_hat, posterior = trainer.model(x, generator=batch.generators, noise=noise)
     if quantised:
-        used = (vae.quantize.usage(indices) > 0).sum()  # the codes that this batch chose: more in a larger batch
+        used = (vae.quantize.usage(indices) > 0).sum()  # codes that are used in this batch; a larger batch uses more
         figures = {"codebook": codebook_loss, "codes": used, "perplexity": vae.quantize.perplexity(indices)}
         return x_hat.float(), recipe.codebook_weight * codebook_loss, figures
-    # KL(q ‖ N(0, I)) of a picture is a sum over its latent. It is divided by the numbers of the picture, so that it
-    # weighs against the reconstruction error, which is a mean over them, as in CompVis's sum of both.
+    # KL(q(z|x) ‖ N(0, I)) is a sum over the latent. CompVis adds it to a reconstruction error that is a sum over the
+    # numbers of the picture. Here that error is a mean, so the KL is divided by the same number: c · H · W.
     kl_loss = posterior.kl().mean() / x[0].numel()
     return x_hat.float(), recipe.kl_weight * kl_loss, {"kl": kl_loss}
 
 
 def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, most: float) -> Float[Tensor, "b z h w"]:
-    """σ ε, with σ between 0 and `most` for each picture, ε ~ N(0, I)."""
+    """σ ε with ε ~ N(0, I), where σ is drawn uniformly between 0 and `most` for each picture."""
     height, width = (side // vae.config.downsampling for side in x.shape[-2:])
     sigma = most * batch.rand().view(-1, 1, 1, 1)
     return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)
@@ -232,32 +245,35 @@ def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, mos
 
 @dataclass
 class AutoencoderLoss:
-    """What the autoencoder is to lower: the sum at the top of this page."""
+    """The loss of the autoencoder: the sum at the top of this file."""
 
     recipe: VAERecipe
     engine: Engine
     perceptual: Perceptual | None  # None if the recipe gives it no weight
-    discriminator: nn.Module | None  # the same
+    discriminator: nn.Module | None  # None if the recipe gives it no weight
     last_layer: nn.Parameter  # the weights of the decoder's last convolution, where λ is measured
     limit: float = 1e4  # the largest λ
 
     def __call__(
         self, x: Float[Tensor, "b c H W"], x_hat: Float[Tensor, "b c H W"], latent_loss: Float[Tensor, ""], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pictures, reconstructions, and what the latents cost → the loss, and the figures to log."""
-        # |x - x̂| asks for the median of what may have been there, (x - x̂)² for the mean. Both are blurred where the
-        # latent does not say, which is why the two terms below exist.
+        """Pictures x, reconstructions x̂ and the loss of the latents → the whole loss, and figures for the log."""
+        # The best x̂ for |x - x̂| is the median of all pictures with this latent, and for (x - x̂)² their mean. Both are
+        # blurred wherever the latent leaves details open, which is why the next two terms exist.
         nll_loss = (x - x_hat).abs().pow(self.recipe.rec_power).mean()
         figures = {"rec": nll_loss}
+        # The distance between the activations of a network that was trained to recognise things (LPIPS).
         if self.recipe.perceptual_weight:
             with self.engine.autocast():
                 figures["perceptual"] = self.perceptual(x, x_hat).mean()
             nll_loss = nll_loss + self.recipe.perceptual_weight * figures["perceptual"]
         loss = nll_loss + latent_loss
+        # The adversarial term -E D(x̂). Until disc_start, the autoencoder first learns to reconstruct without it.
         if self.discriminator and step >= self.recipe.disc_start:
             with self.engine.autocast():
                 g_loss = generator_loss(self.discriminator, x_hat)
-            # λ makes both pull equally hard at the last layer, however sure of itself the discriminator is.
+            # λ scales this term so that its gradient at the decoder's last layer is as long as that of nll_loss. The
+            # discriminator's logits, and so its gradient, can have any size (Esser et al. 2021, eq. 7).
             d_weight = adaptive_weight(nll_loss, g_loss, self.last_layer, self.engine, self.limit)
             d_weight = self.recipe.disc_weight * d_weight
             loss = loss + d_weight * g_loss
@@ -277,10 +293,9 @@ def read_first_stage(folder: str | Path) -> tuple[AutoencoderConfig | VQConfig, 
 
 @torch.no_grad()
 def encode_all(vae: FirstStage, data: CaptionedPictures, engine: Engine, batch_size: int = 64) -> Tensor:
-    """Moments (mean and log variance) of the latents of all pictures [n 2c h w], on the CPU: computed once, by all
-    processes together.
+    """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
 
-    The latents of a VQModel have no variance: its logarithm is -inf.
+    The latents of a VQModel have variance zero, so their log variance is -inf.
     """
 
     def moments(indices: Int[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
@@ -293,37 +308,38 @@ def encode_all(vae: FirstStage, data: CaptionedPictures, engine: Engine, batch_s
 
 
 def posterior_of(moments: Float[Tensor, "b two_c h w"]) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
-    """The answer of `encode_first_stage` to which these moments belong: a distribution, or a VQModel's latent."""
+    """What `encode_first_stage` returned for these moments: a distribution, or the latent itself for a VQModel."""
     mean, logvar = moments.chunk(2, dim=1)
     return mean if logvar.isneginf().all() else DiagonalGaussianDistribution(moments)
 
 
 def measure_scale_factor(vae: FirstStage, data: CaptionedPictures, engine: Engine) -> float:
-    """1 / std of sampled latents, over all pictures, channels and places (Rombach et al. 2022, appendix G)."""
+    """1 / std of sampled latents, over all pictures, channels and pixels (Rombach et al. 2022, appendix G)."""
     mean, logvar = encode_all(vae, data, engine).chunk(2, dim=1)
-    # The variance of a sample is the variance of the means plus the mean of the variances, so no noise has to be drawn.
+    # The law of total variance: the variance of samples is the variance of the means plus the mean of the variances. So
+    # no samples have to be drawn.
     return float((mean.var() + logvar.exp().mean()) ** -0.5)
 
 
 def psnr(vae: FirstStage, data: CaptionedPictures, engine: Engine, count: int = 512) -> float:
-    """Peak signal-to-noise ratio of reconstructions, in dB, over `count` pictures evenly spread through the data."""
+    """Peak signal-to-noise ratio of the reconstructions in dB, for `count` pictures spread evenly over the data."""
     indices = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     errors = []
     for part in indices.split(64):
         x = data.batch(part).to(engine.device)
         x_hat = reconstruct(vae, x, engine).clamp(-1, 1)
-        errors.append(((x - x_hat) / 2).square().mean(dim=(1, 2, 3)))  # values in [-1, 1] span 2
+        errors.append(((x - x_hat) / 2).square().mean(dim=(1, 2, 3)))  # [-1, 1] has a range of 2; PSNR is for range 1
     return float(-10 * torch.cat(errors).mean().log10())
 
 
 def _reconstructions(vae: nn.Module, data: CaptionedPictures, engine: Engine) -> Float[Tensor, "n c H W"]:
-    """For a sheet: pictures, and below each what became of it."""
+    """For a sample sheet: pictures, and below each its reconstruction."""
     x = data.batch(torch.linspace(0, len(data) - 1, 12).long()).to(engine.device)
     return torch.cat([x, reconstruct(vae, x, engine)])
 
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, x: Float[Tensor, "b c H W"], engine: Engine) -> Float[Tensor, "b c H W"]:
-    """Pictures through the most likely latent and back, by an autoencoder as the engine has prepared it."""
+    """Encode pictures and decode the mode of q(z|x), instead of a sample. `vae` may be wrapped by the engine."""
     certain = isinstance(engine.unwrap_model(vae), VQModel)
     return (vae(x) if certain else vae(x, sample_posterior=False))[0].float()

@@ -1,25 +1,26 @@
-"""All figures of the notebooks and commands: one figure, one call. They take tensors and trajectories, never a model.
+"""All figures of the notebooks and commands, one function each. They take tensors and trajectories, never a model.
 
-    files       to_pil, sheet, save_sheet                       pictures as files, pixel by pixel
+    files       to_pil, sheet, save_sheet                       pictures as image files, without resampling
     pictures    strip, captioned                                pictures side by side, with titles, labels, captions
-                noising_strip                                   pictures dissolve into noise, by one schedule or several
-                trajectory                                      what a sampler did: x_t and its estimate of x_0
+                noising_strip                                   pictures with more and more noise, for some schedules
+                trajectory                                      the steps of a sampler: x_t and its estimate of x_0
     plots       curves, schedule_curves                         numbers against t
-                loss_by_timestep                                what a model gets wrong at each t, above the floor
-                histograms                                      samples, against the Gaussian that they should follow
-                with_errors                                     numbers with error bars, over settings or groups
-                convergence, ruler                              samplers: error over cost; the timesteps they visit
-    toys        density_over_time                               data on a line: q(x_t), and the paths through it
-                clouds, vector_field                            data in the plane: points, and an arrow at each place
-                walks, pursuit                                  paths to the data; steps beside their curve
-    words       token_table, matrices                           sentences in pieces; what belongs to what, in shades
-    layers      maps, plane                                     channels of a latent; a latent of two numbers as a map
-                feature_maps, attention_maps                    channels of a layer; where the pixels look
-    diagrams    unet_diagram                                    a UNet's blocks, and what is handed across
+                loss_by_timestep                                the loss at each t, and the smallest possible loss
+                histograms                                      samples, and the Gaussian that they should follow
+                with_errors                                     numbers with error bars, for settings or groups
+                convergence, ruler                              samplers: error against cost; the timesteps they visit
+    toys        density_over_time                               one-dimensional data: q(x_t), and paths through it
+                clouds, vector_field                            two-dimensional data: points, and arrows
+                walks, pursuit                                  paths to the data; a sampler's steps along a curve
+    words       token_table, matrices                           tokens of sentences; matrices as shades of colour
+    layers      maps, plane                                     channels of a latent; a two-dimensional latent as a map
+                feature_maps, attention_maps                    channels of a layer; which pixels attend to a token
+    diagrams    unet_diagram                                    a UNet's blocks and skip connections
                 training_diagram, sampling_diagram, class_diagram    the whole model as boxes
 
-All but those of `files` return a matplotlib Figure. A notebook shows it if it stands in a cell's last line; a script
-says `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or (c = 1) grey; what lies outside is clamped.
+All except for those of `files` return a matplotlib Figure. A notebook shows it if it is the last line of a cell. In a
+script, call `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or grey (c = 1); other values are
+clamped.
 """
 
 from ..pictures import save_sheet, sheet, to_pil

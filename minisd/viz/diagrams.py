@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What the boxes of the diagrams are filled with: pale, so that black letters stand out.
+# The colours of the boxes: pale, so that black letters are easy to read.
 _FILLS = {"text": "#FBE3C8", "unet": "#D3E6F3", "trained": "#D3E6F3", "vae": "#D5EFE6", "sampler": "#F3DDE9",
           "plain": "white", "": "#F0F0F0"}  # fmt: skip
 
@@ -20,9 +20,9 @@ _FILLS = {"text": "#FBE3C8", "unet": "#D3E6F3", "trained": "#D3E6F3", "vae": "#D
 def unet_diagram(blocks: Sequence, title: str = "") -> "Figure":
     """The U: the way down on the left, the way up on the right, and the skip connections as dashed lines between them.
 
-    blocks: what `minisd.instruments.unet_outline.outline` returns. A box says what is in a block, and the channels and
-    the size of what comes out of it. Blue: with attention. On a dashed line: the channels that are concatenated to
-    those from below.
+    blocks: what `minisd.instruments.unet_outline.outline` returns. A box names the layers of a block, and the channels
+    and size of its output. Blocks with attention are blue. The number on a dashed line says how many channels are
+    concatenated to those from below.
     """
     down = [block for block in blocks if block.name.startswith("input_blocks")]
     up = {block.skip: block for block in blocks if block.skip}
@@ -68,17 +68,17 @@ def unet_diagram(blocks: Sequence, title: str = "") -> "Figure":
 
 
 def training_diagram() -> "Figure":
-    """One training step of Stable Diffusion: three inputs, three networks of which one is trained, and the loss."""
+    """One training step of Stable Diffusion: three inputs, three networks (only the UNet is trained), and the loss."""
     return _static("training")[0]
 
 
 def sampling_diagram() -> "Figure":
-    """How Stable Diffusion draws: prompt and noise go in, the UNet is asked again and again, a picture comes out."""
+    """How Stable Diffusion draws: from a prompt and noise, through many calls of the UNet, to a picture."""
     return _static("sampling")[0]
 
 
 def class_diagram() -> "Figure":
-    """The classes by what holds what; under each name, the file of minisd and the file of CompVis's source."""
+    """Which class contains which; under each name are its file in minisd and its file in CompVis's source."""
     figure, axes = _static("classes")
     w, h = 2.7, 0.5
 
@@ -119,7 +119,7 @@ def _static(name: str) -> "tuple[Figure, Axes]":
 
 
 def _canvas(width: float, height: float) -> "tuple[Figure, Axes]":
-    """A page to draw on, in inches from the lower left."""
+    """A figure to draw on. Coordinates are inches from the lower left corner."""
     figure = empty_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.axis("off")
@@ -140,7 +140,7 @@ def _arrow(axes: "Axes", start: Sequence[float], end: Sequence[float], dashed: b
 
 
 def _path(axes: "Axes", points: Sequence[Sequence[float]], label: str = "", dashed: bool = False) -> None:
-    """An arrow, round corners if there are more than two points; the label over its first stretch."""
+    """An arrow through the points, with the label above its first segment."""
     for a, b in pairwise(points[:-1]):
         axes.plot(*zip(a, b, strict=True), color="0.25", linewidth=0.9, solid_capstyle="butt")
     _arrow(axes, points[-2], points[-1], dashed)

@@ -1,4 +1,4 @@
-"""What is inside: channels of a latent or of a layer, where the pixels look, a latent of two numbers as a map."""
+"""The inside of a network: channels of a latent or layer, attention maps, a two-dimensional latent space as a map."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,10 +20,10 @@ def maps(
     pictures: Sequence[Float[Tensor, "c _ _"]] | Float[Tensor, "r c _ _"] | None = None,
     size: float = 0.96,
 ) -> "Figure":
-    """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a scale, at its right.
+    """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a colour bar.
 
-    titles: one above each column; labels: one left of each row; pictures: one before each row, what its maps are of.
-    A row with negative numbers is blue below 0, white at 0 and red above it; one without is the darker, the larger.
+    titles: one above each column; labels: one left of each row; pictures: for each row, the picture of its maps.
+    If a row has negative numbers, it is blue below 0, white at 0 and red above. If not, larger numbers are darker.
     """
     before = 0 if pictures is None else 1  # a row's picture takes its first place
     titles = titles and [*[""] * before, *titles]
@@ -40,9 +40,9 @@ def maps(
 
 
 def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8, size: float = 0.86) -> "Figure":
-    """A row for each layer: the channels that vary most over the picture, blue below zero and red above it.
+    """A row for each layer: the channels that vary most over the picture, blue below zero and red above.
 
-    Each channel has a scale of its own, white at zero. Under it: its number, and its largest value without the sign.
+    Each channel has its own colour scale, with white at zero. Its number and largest absolute value are below it.
     """
     shown = {name: min(channels, len(maps)) for name, maps in layers.items()}
     below = [0.2] * (len(layers) - 1) + [0.18]
@@ -66,11 +66,11 @@ def attention_maps(
     labels: Sequence[str] | None = None,
     size: float = 0.96,
 ) -> "Figure":
-    """Where the pixels look, as colours over the picture in grey: a column for each token, a row for a layer or step.
+    """Attention weights as colours over the grey picture: a column for each token, a row for each layer or step.
 
-    rows: weights in [0, 1]. picture: one for all rows, or one for each, shown in front of it.
+    rows: weights in [0, 1]. picture: one for all rows, or one for each, shown at its left.
 
-    The scale is a row's own, from 0 (dark) to the row's largest weight (yellow), and under each map stands its largest.
+    Each row has its own scale, from 0 (dark) to its largest weight (yellow). Below each map is its largest weight.
     """
     pictures = [picture] * len(rows) if isinstance(picture, Tensor) and picture.ndim == 3 else list(picture)
     titles = titles and ["", *titles]
@@ -93,11 +93,11 @@ def plane(
     panels: Mapping[str, tuple[Float[Tensor, "ny nx c h w"], tuple[float, float, float, float], Float[Tensor, "n 2"]]],
     width: float = 3.52,
 ) -> "Figure":
-    """A latent of two numbers, as a map: {title: (pictures, (left, right, bottom, top), points)}.
+    """A two-dimensional latent space as a map: {title: (pictures, (left, right, bottom, top), points)}.
 
-    pictures: what is drawn at the places of a grid, row by row from the top; the grid's outermost places are the four
-    numbers. points: where the data lie, as dots; those beyond the grid are left out.
-    width: of a panel in inches; at 3.52, a pixel of 11 pictures of 16 pixels is 2 of the screen's.
+    pictures: the decoded pictures at the points of a grid, row by row from the top. The four numbers are the positions
+    of the grid's outermost points. points: the latents of the data, as dots; those outside the grid are left out.
+    width: of a panel in inches; at 3.52, a pixel of 11 pictures of 16 pixels is 2 screen pixels wide.
     """
     left, top, below = 0.55, 0.25, 0.45  # inches, for the axes' numbers and the title
     height = max(width * p.shape[0] * p.shape[-2] / (p.shape[1] * p.shape[-1]) for p, _, _ in panels.values())
@@ -106,7 +106,7 @@ def plane(
         axes = page.place(figure, i * (left + width + 0.15) + left, below, width, height)
         axes.tick_params(labelsize=7)
         ny, nx = pictures.shape[:2]
-        half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # of what one picture covers
+        half_x, half_y = (x1 - x0) / (nx - 1) / 2, (y1 - y0) / (ny - 1) / 2  # half the size of a picture
         mosaic = rearrange(page.from_0_to_1(pictures), "y x c h w -> (y h) (x w) c")
         extent = (x0 - half_x, x1 + half_x, y0 - half_y, y1 + half_y)
         axes.imshow(mosaic.numpy(), extent=extent, aspect="auto", interpolation="nearest")

@@ -1,6 +1,6 @@
-"""What all figures have in common: the page, its panels, a picture on it, and the colours.
+"""What all figures have in common: an empty figure, its panels, a picture in a panel, and the colours.
 
-Colours are those of Okabe & Ito (2008), which almost everyone can distinguish.
+The colours are those of Okabe & Ito (2008), which people with colour blindness can also distinguish.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# In the order in which lines take them. Black is left for axes and for what is known exactly.
+# In the order in which lines use them. Black is reserved for axes and for exact results.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # so that lines differ in grey print, too
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # so that lines also differ in a grey print
 
 
 def empty_figure(width: float, height: float, layout: str | None = None) -> "Figure":
-    """An empty figure of that many inches."""
+    """An empty figure; width and height are in inches."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
-    # A closed figure is still a figure. An open one would be shown twice by a notebook, which shows at the end of a
-    # cell whatever is open.
+    # A closed figure can still be drawn on. A notebook would show an open one twice, because it shows all open figures
+    # at the end of a cell.
     plt.close(figure)
     return figure
 
 
 def place(figure: "Figure", x: float, y: float, width: float, height: float) -> "Axes":
-    """Axes at a place in inches from the lower left, so that a picture is as large however long its labels are."""
+    """Axes at a position in inches from the lower left. So the size of a picture does not depend on its labels."""
     whole_width, whole_height = figure.get_size_inches()
     return figure.add_axes((x / whole_width, y / whole_height, width / whole_width, height / whole_height))
 
@@ -40,15 +40,15 @@ def place(figure: "Figure", x: float, y: float, width: float, height: float) -> 
 def side_by_side(
     panels: Mapping, width: float, height: float, **options
 ) -> "tuple[Figure, list[tuple[Axes, str, object]]]":
-    """A figure of panels in a row, each `width` inches wide. For each of {title: content}: its axes, title and content.
+    """A figure with a row of panels, each `width` inches wide, and for each panel: its axes, title and content.
 
-    The frame has no upper right half.
+    The panels have no upper and right frame lines.
     """
     figure = empty_figure(width * len(panels), height, layout="constrained")
     row = list(figure.subplots(1, len(panels), squeeze=False, **options)[0])
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis writes at its minor ticks, too
+        axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis also has labels at minor ticks
     return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
 
@@ -68,11 +68,11 @@ def grid(
     top: float = 0.05,
     scales: bool = False,
 ) -> "tuple[Figure, list[list[Axes]]]":
-    """Rows of as many axes as `counts` says, each `size` inches wide, and the figure that holds them.
+    """A figure with rows of axes. `counts` gives the number of axes in each row; each is `size` inches wide.
 
-    titles: one above each column; labels: one left of each row; heights: of the rows, if they are no squares;
-    below: the space under each row; gap: between columns; top: above the first row, if there are no titles.
-    scales: a narrow axes more at the end of each row, for a colour bar.
+    titles: one above each column; labels: one left of each row; heights: of the rows, if the axes are not square;
+    below: the space below each row; gap: between columns; top: above the first row, if there are no titles.
+    scales: add narrow axes at the end of each row, for a colour bar.
     """
     heights = heights or [size] * len(counts)
     below = [below] * len(counts) if isinstance(below, float) else below
@@ -95,7 +95,7 @@ def grid(
 
 
 def line_style(i: int) -> dict:
-    """Colour and dashes of the i-th line of a panel."""
+    """The colour and dash pattern of the i-th line in a panel."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
@@ -104,39 +104,39 @@ def label_below(axes: "Axes", text: str, fontsize: float = 7, gap: float = 0.04)
 
 
 def name_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "", upright: bool = False) -> None:
-    """Title and names of the axes. upright: a short ylabel, such as a symbol, is not turned."""
+    """Set the title and the labels of the axes. upright: do not rotate the ylabel (for a symbol)."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(xlabel, fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8, rotation=0 if upright else 90)
 
 
 def legend_below(figure: "Figure", handles: Sequence, labels: Sequence[str], **options) -> None:
-    """One legend for all panels, under them."""
+    """One legend for all panels, below them."""
     style = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
     figure.legend(handles, labels, **style, **options)
 
 
 def show_picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
-    """A picture in [-1, 1] (clamped), without a scale; each pixel a square."""
+    """Show a picture in [-1, 1] (clamped), without ticks; each pixel is a square."""
     if picture.shape[0] not in (1, 3):
         shape = list(picture.shape)
         raise ValueError(f"a picture has 1 channel or 3, but this has the shape {shape}: decode a latent first.")
     pixels = rearrange(from_0_to_1(picture).expand(3, -1, -1), "c h w -> h w c").numpy()
-    axes.imshow(pixels, interpolation="nearest")  # the default would blur what is drawn a little larger than it is
+    axes.imshow(pixels, interpolation="nearest")  # the default would blur a slightly enlarged picture
     without_scale(axes)
 
 
 def from_0_to_1(pictures: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Pictures in [-1, 1] (clamped) as matplotlib takes them."""
+    """Convert pictures in [-1, 1] (clamped) to [0, 1], as matplotlib needs them."""
     return (pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2
 
 
 def as_array(x):
-    """What matplotlib plots, from a tensor or a list."""
+    """Convert a tensor or a list to an array that matplotlib can plot."""
     return x.detach().float().cpu().numpy() if isinstance(x, Tensor) else torch.as_tensor(x).float().numpy()
 
 
 def shades(values: Float[Tensor, "..."]) -> dict:
-    """How `imshow` colours numbers: blue below 0, white at 0, red above; without negative ones, from white to blue."""
+    """Options of `imshow`: blue below 0, white at 0, red above. Without negative numbers, from white to blue."""
     reach, signed = values.nan_to_num().abs().max().item() or 1.0, bool((values < 0).any())
     return {"cmap": "RdBu_r" if signed else "Blues", "vmin": -reach if signed else 0, "vmax": reach}

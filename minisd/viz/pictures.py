@@ -1,4 +1,4 @@
-"""Pictures side by side: rows with titles, pictures that dissolve, what a sampler did, captions."""
+"""Pictures side by side: in rows with titles, with more and more noise, along a sampler's steps, with captions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ def strip(
     """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
     titles: one above each column, in one line or more; labels: one left of each row.
-    notes: for each row, one under each picture, or [].
-    size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 of the screen's.
+    notes: for each row, a text below each picture, or [].
+    size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 screen pixels wide.
     """
     heights = [size * row.shape[-2] / row.shape[-1] for row in rows]
     below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
@@ -44,13 +44,13 @@ def noising_strip(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> "Figure":
-    """How pictures dissolve: a row for each picture and schedule, from the clean picture to x_T.
+    """The forward process: a row for each picture and schedule, from the clean picture to x_T.
 
-    schedule: a `NoiseSchedule`, or {name: schedule} to compare some.
-    timesteps: the columns after the clean picture; eight of them, evenly spread, if left out.
+    schedule: a `NoiseSchedule`, or {name: schedule} to compare several.
+    timesteps: the columns after the clean picture; by default eight, evenly spaced.
     labels: one for each picture.
 
-    One noise serves the whole figure. What changes along a row and between rows is how much of it there is.
+    The same noise is used in the whole figure. Along a row and between rows, only its amount changes.
     """
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
     if timesteps is None:
@@ -83,13 +83,13 @@ def trajectory(
     pictures: Sequence[int] = (0,),
     labels: Sequence[str] | None = None,
 ) -> "Figure":
-    """What a sampler did, from left to right.
+    """The steps of a sampler, from left to right.
 
-    steps: all that it yielded (a list of `Step`, or a `Trajectory`).
-    decode: latents → pictures; left out where the steps hold pictures already.
-    rows: which fields of a Step to show. x_t went in; x0 is the model's estimate of the picture.
-    every: show each `every`-th step, and the last. Left out, about nine steps are shown.
-    pictures: which of the batch; labels: a name for each of them.
+    steps: all steps that it yielded (a list of `Step`, or a `Trajectory`).
+    decode: latents → pictures; leave it out if the steps contain pictures.
+    rows: which fields of a Step to show. x_t is the input of the step; x0 is the model's estimate of the picture.
+    every: show every `every`-th step, and the last. By default, about nine steps are shown.
+    pictures: which pictures of the batch; labels: a name for each of them.
     """
     steps = list(steps)
     every = every or max(1, -(-len(steps) // 9))
@@ -109,13 +109,13 @@ def trajectory(
 def captioned(
     pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
 ) -> "Figure":
-    """Pictures in [-1, 1], row by row, each with its caption under it, broken into lines where it is long."""
+    """Pictures in [-1, 1], row by row, each with its caption below it. Long captions are broken into lines."""
     from textwrap import fill
 
     if len(pictures) != len(captions):
         raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
     columns = min(columns, len(pictures))
-    broken = [fill(caption, int(16 * size)) for caption in captions]  # about 16 letters of this size fit on an inch
+    broken = [fill(caption, int(16 * size)) for caption in captions]  # about 16 letters of this size fit in an inch
     rows = -(-len(pictures) // columns)
     height = size * pictures.shape[-2] / pictures.shape[-1]
     below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches

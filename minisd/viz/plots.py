@@ -1,4 +1,4 @@
-"""Numbers along an axis: curves against t, histograms, error over cost, and the timesteps that a sampler visits."""
+"""Plots of numbers: curves against t, histograms, error against cost, and the timesteps that a sampler visits."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -26,7 +26,7 @@ def curves(
     log: the titles of the panels whose y axis is logarithmic.
     """
     figure, row = side_by_side(panels, width, height)
-    named = []  # the lines that the last legend explains: the next panel has one only if it shows others
+    named = []  # the lines in the last legend; a panel with the same lines needs no legend
     for axes, title, lines in row:
         for i, (name, (x, y)) in enumerate(lines.items()):
             axes.plot(as_array(x), as_array(y), label=name, linewidth=1.6, **line_style(i))
@@ -50,7 +50,7 @@ def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
         title: {name: (t := torch.arange(s.timesteps), value(s, t)) for name, s in schedules.items()}
         for title, value in panels.items()
     }
-    return curves(lines, log=[next(iter(panels))])  # β covers four powers of ten
+    return curves(lines, log=[next(iter(panels))])  # β covers four orders of magnitude
 
 
 def loss_by_timestep(
@@ -64,8 +64,8 @@ def loss_by_timestep(
 ) -> "Figure":
     """Panels of losses against t: {title of the panel: {name of the model: (t, loss)}}.
 
-    floors: {title: (t, loss)}, in black: what the best possible model would get (`minisd.ExactDenoiser`).
-    log: the titles of the panels whose y axis is logarithmic. xlabel: "step", for the losses of a training.
+    floors: {title: (t, loss)}, in black: the loss of the best possible model (`minisd.ExactDenoiser`).
+    log: the titles of the panels whose y axis is logarithmic. xlabel: "step", to plot losses during training.
     """
     figure = curves(panels, xlabel, "loss", log, width, height)
     for axes, title in zip(figure.axes, panels, strict=True):
@@ -84,17 +84,17 @@ def histograms(
     width: float = 2.5,
     height: float = 2.1,
 ) -> "Figure":
-    """Panels of samples: {title of the panel: {name: samples [n]}}, as densities, all over one x axis.
+    """Histograms of samples: {title of the panel: {name: samples [n]}}, as densities with a common x axis.
 
-    gaussians: {title: (mean, variance)}, drawn in black over its panel: what the samples should follow.
+    gaussians: {title: (mean, variance)}: the distribution that the samples should follow, in black.
     """
     figure, row = side_by_side(panels, width, height, sharex=True)
     for axes, title, samples in row:
-        # Each panel has bins of its own: those that suit a wide bell would show a needle as a block.
+        # Each panel has its own bins, because bins for a wide distribution are too coarse for a narrow one.
         together = torch.cat([x.detach().flatten().float().cpu() for x in samples.values()])
         edges = torch.linspace(together.min(), together.max(), bins + 1)
         for i, (name, x) in enumerate(samples.items()):
-            # The first is filled, the others are outlines, so that two that agree can both be seen.
+            # The first histogram is filled and the others are outlines, so that you can see both where they agree.
             style = {"histtype": "step", "lw": 1.3} if i else {"histtype": "stepfilled", "alpha": 0.35}
             style["color"] = COLOURS[i % len(COLOURS)]
             axes.hist(as_array(x).ravel(), edges.numpy(), density=True, label=name, **style)
@@ -118,9 +118,9 @@ def convergence(
     width: float = 3.8,
     height: float = 3.1,
 ) -> "Figure":
-    """Error over cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
+    """Error against cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
 
-    slopes: grey lines for comparison; along that of slope p, twice the calls leave 1/2^p of the error.
+    slopes: orders p for comparison, as grey lines. Along such a line, twice the calls reduce the error to 1/2^p.
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -130,7 +130,7 @@ def convergence(
         ys = [as_array(y) for _, y in lines.values()]
         x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
         for p in slopes:
-            # from the upper left corner of what is drawn, and no further down than that is
+            # Start each line at the upper left corner of the data, and do not let it go below the data.
             top, bottom = float(max(map(max, ys))), float(min(map(min, ys)))
             guide = top * (x / x[0]) ** -p
             end = x[1] if guide[1] >= bottom else x[0] * (guide[0] / bottom) ** (1 / p)
@@ -152,7 +152,7 @@ def convergence(
 
 
 def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> "Figure":
-    """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, what stands at the end of the line)}."""
+    """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, text at the end of the line)}."""
     figure, [(axes, *_)] = side_by_side({"": rows}, width, 0.62 * len(rows) + 0.45)
     for i, (timesteps, end) in enumerate(rows.values()):
         y = len(rows) - 1 - i
@@ -178,16 +178,16 @@ def with_errors(
     lines: bool = True,
     marks: Sequence[float] = (),
 ) -> "Figure":
-    """Panels side by side: {title of the panel: {name: a (number, its error) for each of the values}}.
+    """Numbers with error bars: {title of the panel: {name: (number, error) for each of the values}}.
 
-    values: what stands below the x axis, evenly spaced. lines: whether to join them, as those that have an order.
-    marks: heights of grey lines across all panels.
+    values: the labels of the x axis, evenly spaced. lines: whether to connect the points; only useful if the values
+    have an order. marks: the heights of grey lines across all panels.
     """
-    width = 0.8 / len(panels) + max(1.9, 0.55 * len(values))  # of a panel, with its share of the ylabel
+    width = 0.8 / len(panels) + max(1.9, 0.55 * len(values))  # of a panel, including its share of the ylabel
     figure, row = side_by_side(panels, width, 2.9)
     for axes, title, named in row:
         for i, (name, numbers) in enumerate(named.items()):
-            x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # side by side, so that bars don't cover
+            x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # so that error bars don't overlap
             y, error = torch.tensor(numbers, dtype=torch.float).T
             style = line_style(i) | {"marker": "o", "markersize": 3.5, "linewidth": 1.2, "capsize": 2}
             style |= {} if lines else {"linestyle": "none"}

@@ -1,4 +1,4 @@
-"""Data of one number or two, where the whole distribution can be seen, and every path through it."""
+"""One- and two-dimensional data, where a figure can show the whole distribution and every path through it."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -22,18 +22,18 @@ def density_over_time(
     width: float = 4.4,
     height: float = 2.9,
 ) -> "Figure":
-    """The density of q(x_t) for data on a line, at all t: the darker, the more probable.
+    """The density of q(x_t) for one-dimensional data, at all t. Darker means more probable.
 
-    x_0: the data, each number as likely as the next. schedule: a `NoiseSchedule`.
-    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps. The
-        colour of a path is that of the data point to which it is nearest at its smallest t.
+    x_0: the data, all equally likely. schedule: a `NoiseSchedule`.
+    paths: a panel for each {title: (timesteps, values)}, where values [s k] are k paths at those s timesteps. A path
+        has the colour of the data point that is nearest to it at its smallest t.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
     reach = 1.15 * max(2.8, x_0.abs().max().item())
     y = torch.linspace(-reach, reach, 301)
-    # q(x_t) = 1/n Σ_i N(√ᾱ_t x_i, (1-ᾱ_t) I): around each of the data, one Gaussian
+    # q(x_t) = 1/n Σ_i N(√ᾱ_t x_i, (1-ᾱ_t) I): a mixture with one Gaussian for each data point.
     mean = schedule.sqrt_alphas_cumprod[:, None] * x_0.float()  # [T n]
     sigma = schedule.sqrt_one_minus_alphas_cumprod[:, None, None]  # [T 1 1]
     gaussian = torch.exp(-(((y[None, :, None] - mean[:, None]) / sigma) ** 2) / 2) / (sigma * sqrt(2 * torch.pi))
@@ -43,10 +43,10 @@ def density_over_time(
     colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}
     figure, row = side_by_side(paths, width, height)
     for axes, title, (timesteps, values) in row:
-        # Near t = 0 the density is a few high needles; a scale up to their tips would leave all else white.
+        # Near t = 0 the density is a few narrow, high peaks. With them in the colour scale, the rest would be white.
         axes.imshow(
             density.T.numpy(),
-            cmap=colormaps["Greys"].resampled(24),  # in steps: one sees where two tones meet, as on a map
+            cmap=colormaps["Greys"].resampled(24),  # few tones, whose borders look like contour lines
             norm=PowerNorm(0.6, vmin=0, vmax=1.2),
             extent=(0, schedule.timesteps, -reach, reach),
             origin="lower",
@@ -55,7 +55,7 @@ def density_over_time(
         for path in values.T:
             end = path[int(as_array(timesteps).argmin())].item()
             nearest = min(colour_of, key=lambda value: abs(value - end))
-            every = max(1, len(path) // 250)  # more points than pixels would only make it fuzzy
+            every = max(1, len(path) // 250)  # more points than pixels would only blur the line
             axes.plot(as_array(timesteps)[::every], as_array(path)[::every], color=colour_of[nearest], lw=0.8)
         name_axes(axes, title, "t", "$x_t$", upright=True)
     return figure
@@ -68,10 +68,10 @@ def clouds(
     reach: float = 2.8,
     size: float = 1.45,
 ) -> "Figure":
-    """Panels of points in the plane: {title of the panel: {name: points [n 2]}}.
+    """Scatter plots of two-dimensional points: {title of the panel: {name: points [n 2]}}.
 
-    behind: the data, in grey in every panel. columns: panels in a row; all of them, if left out.
-    reach: both axes go from -reach to reach; what lies outside is not seen. size: of a panel, in inches.
+    behind: the data, in grey in every panel. columns: panels in a row; by default all of them.
+    reach: both axes go from -reach to reach; points outside are not visible. size: of a panel, in inches.
     """
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
@@ -87,7 +87,7 @@ def clouds(
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     if len(names) > 1:
-        # A panel may lack some of the names: take each from the first that has it.
+        # A panel may not have all names, so take the legend entry of each name from any panel that has it.
         handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         legend_below(figure, [handles[name] for name in names], names, markerscale=3)
     return figure
@@ -101,11 +101,11 @@ def vector_field(
     reach: float = 2.8,
     size: float = 1.8,
 ) -> "Figure":
-    """Arrows at places of the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
+    """Vector fields in the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
 
-    The first name's arrows are broad and pale, so that those of the second can be seen on them where the two agree.
-    behind: {title: points [n 2]}, in grey. longest: a vector of this length makes an arrow of one `spacing`. Longer
-    vectors get arrows of that length, too.
+    The arrows of the first name are broad and pale, so that those of the second are visible on top where they agree.
+    behind: {title: points [n 2]}, in grey. longest: a vector of this length is drawn as long as `spacing`. Longer
+    vectors are drawn with the same length.
     """
     figure = empty_figure(len(panels) * size, size + 0.5, layout="constrained")
     styles = [
@@ -118,7 +118,7 @@ def vector_field(
         for (name, vectors), style in zip(fields.items(), styles, strict=False):
             length = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
             arrows = vectors / length * length.clamp(max=longest) * (spacing / longest)
-            # angles, scale_units and scale: an arrow is as long on the page as its numbers are on the axes
+            # These options draw a vector in the units of the axes.
             style = style | {"angles": "xy", "scale_units": "xy", "scale": 1, "minlength": 0.1, "label": name}
             axes.quiver(*as_array(places).T, *as_array(arrows).T, **style)
         axes.set_title(title, fontsize=9, pad=3)
@@ -127,7 +127,7 @@ def vector_field(
 
 
 def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
-    """Square panels of the plane, row by row, without a scale."""
+    """Square panels with both axes from -reach to reach, row by row, without ticks."""
     options = {"xlim": (-reach, reach), "ylim": (-reach, reach), "aspect": "equal"}
     panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw=options).ravel())
     for axes in panels:
@@ -141,10 +141,10 @@ def walks(
     width: float = 2.6,
     reach: float | None = None,
 ) -> "Figure":
-    """A toy in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
+    """Paths in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
 
-    A path begins at its small ring and ends at its disc. A path has the same colour in all panels.
-    reach: both axes go from -reach to reach, in all panels; just far enough for all paths, if left out.
+    A path begins at a small ring and ends at a disc. It has the same colour in all panels.
+    reach: both axes go from -reach to reach, in all panels; by default just far enough for all paths.
     """
     reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
     figure, row = side_by_side(panels, width, width + 0.1)
@@ -171,9 +171,9 @@ def pursuit(
     width: float = 2.5,
     height: float = 2.3,
 ) -> "Figure":
-    """A curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
+    """An exact curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
 
-    x is an amount of noise. It falls to the right, because time runs to the right.
+    x is the noise level. It decreases to the right, because sampling goes from left to right.
     """
     figure, row = side_by_side(panels, width, height, sharey=True)
     for i, (axes, title, (x, y)) in enumerate(row):

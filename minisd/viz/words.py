@@ -1,4 +1,4 @@
-"""Sentences in pieces, and matrices: what belongs to what, in shades."""
+"""Sentences as tokens, and matrices (such as similarities or attention weights) as shades of colour."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -19,11 +19,11 @@ def token_table(
     ids: Mapping[str, Sequence[int]] | None = None,
     width: float = 10.0,
 ) -> "Figure":
-    """How sentences are cut into tokens: a line for each {label: pieces}, its pieces in boxes.
+    """How sentences are cut into tokens: a line for each {label: pieces}, with each piece in a box.
 
-    Blue: a piece that ends a word (it carries "</w>"). Orange: the word goes on. Grey: a token of the form <|…|>, which
-    is no text. Three or more equal pieces in a row share one box, with their number.
-    ids: the id of each piece, to stand under it. width: in inches; a sentence that is longer is broken.
+    Blue: a piece that ends a word (it has "</w>"). Orange: the word continues. Grey: a special token of the form <|…|>.
+    Three or more equal pieces in a row share one box, with their number.
+    ids: the id of each piece, which is written below it. width: in inches; longer sentences are broken into lines.
     """
     from matplotlib.patches import Rectangle
 
@@ -64,7 +64,7 @@ def token_table(
 
 
 def _runs(pieces: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each box begins, and how many pieces it stands for: one, or all of a run of three or more."""
+    """For each box, the index of its first piece and the number of its pieces: one, or a run of three or more."""
     runs = []
     for _, same in groupby(range(len(pieces)), key=pieces.__getitem__):
         places = list(same)
@@ -82,12 +82,13 @@ def matrices(
     xlabel: str = "",
     ylabel: str = "",
 ) -> "Figure":
-    """Matrices side by side, {title: matrix}: white is 0, the darker the larger; red and blue where there are signs.
+    """Matrices side by side, {title: matrix}: 0 is white, larger is darker; negative numbers are blue, others red.
 
-    rows, columns: their names, the same for all. xlabel, ylabel: what they are, where they are too many to be named:
-    then they are numbered. pictures: one left of each row. NaN is grey: nothing is there.
-    numbers: how to write them into the cells, such as ".2f"; a scale stands beside each matrix where they are not.
-    cell: width and height of one, in inches.
+    If no number is negative, they are all shades of blue. NaN is grey.
+    rows, columns: the names of rows and columns, the same for all matrices. xlabel, ylabel: what they are, if there are
+    too many to name them; then they are numbered. pictures: one left of each row.
+    numbers: the format of the numbers in the cells, such as ".2f". Without it, each matrix has a colour bar.
+    cell: the width and height of a cell, in inches.
     """
     from matplotlib import colormaps
 
@@ -96,9 +97,9 @@ def matrices(
     if pictures is not None:
         left += high + 0.08
     long = 0.07 * max((len(name) for name in columns or ()), default=0)
-    upright = long > wide + 0.05  # they would run into each other side by side
+    upright = long > wide + 0.05  # horizontal names would overlap
     bottom = 0.08 + (long if upright else 0.17 if columns or xlabel else 0) + (0.22 if xlabel else 0)
-    right = 0.12 if numbers else 0.62  # a scale with its numbers
+    right = 0.12 if numbers else 0.62  # room for a colour bar with its numbers
     top = 0.05 + 0.17 * max(title.count("\n") + bool(title) for title in panels)
     height = top + bottom + high * max(len(m) for m in panels.values())
     width = left + sum(wide * m.shape[1] + right for m in panels.values())
