@@ -1608,7 +1608,8 @@ def edited(tmp_path, monkeypatch):
 
 def test_an_edited_sentence_is_what_the_student_reads(edited):
     shared = (texts.FOLDER / "shared.toml").read_text("utf-8")
-    edited("shared.toml", re.search(r'^sentence = "[^"].*"$', shared, re.MULTILINE)[0], 'sentence = "Anders."')
+    first = re.search(r'^\[not_reshaped\]$.*?^(sentence = """.*?"""$)', shared, re.MULTILINE | re.DOTALL)[1]
+    edited("shared.toml", first, 'sentence = "Anders."')
     table = texts.of_exercise("noising", "q_sample", EXERCISES["q_sample"].solution)
     assert "Anders." in [mistake.sentence for mistake in table["mistakes"]]
     edited("sentences.toml", "{name}: right.", "{name}: richtig.")
