@@ -132,8 +132,10 @@ def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes,
 def test_ctrl_c_sigterm_and_sighup_finish_the_step_and_the_next_run_goes_on(tmp_path):
     program = textwrap.dedent(
         """
-        import sys, time, torch
+        import signal, sys, time, torch
         from minisd.training import Recipe, SingleDevice, Trainer
+        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(which, signal.SIG_DFL)  # under nohup, SIGHUP would be ignored here, too
         torch.manual_seed(0)
         recipe = Recipe(steps=10_000, batch_size=2, log_every=1, save_every=10_000)
         trainer = Trainer(torch.nn.Linear(2, 1), recipe, sys.argv[1], SingleDevice("cpu"))
