@@ -22,6 +22,7 @@ from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
+from ..sampling import SAMPLERS
 from ..vae import DiagonalGaussianDistribution
 from .copies import Nearness, nearness
 from .distances import MINIMUM, Distance, measure_distance
@@ -192,7 +193,7 @@ Sweep = dict[str, tuple[list[Score], list[Distance]]]  # for each value of the o
 SWEEPS = {
     "guidance_scale": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
     "steps": (5, 10, 15, 25, 50),
-    "sampler": ("ddpm", "ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "heun"),
+    "sampler": tuple(SAMPLERS),
 }
 
 
