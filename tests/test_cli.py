@@ -209,7 +209,7 @@ def test_a_recipe_starts_from_its_preset(capsys):
         with pytest.raises(SystemExit):
             run("train", "vae", *init, "--help")
         assert f"(default: {recipes.FINETUNE_DECODER.steps})" in capsys.readouterr().out
-    assert "each picture is told apart from" in " ".join(help_text.replace("│", " ").split())
+    assert "the 255 other captions of its batch" in " ".join(help_text.replace("│", " ").split())
 
 
 def test_an_autoencoder_is_trained_with_all_that_the_command_line_offers(tmp_path, capsys):

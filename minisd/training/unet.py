@@ -118,7 +118,9 @@ def finetune_unet(
     # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can draw a new z.
     # After that, a step costs one forward and one backward pass through the UNet.
     moments = encode_all(sd.first_stage_model, data, engine)
-    contexts = encode_prompts(sd, prompts, engine) if condition.frozen else None
+    # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
+    # now, and not in the step in which it first turns up.
+    contexts = encode_prompts(sd, prompts, engine)
     nothing = sd.get_learned_conditioning([condition.unconditional])
 
     with _called_through(sd, trainer.model):
