@@ -132,7 +132,7 @@ def _put_decoding(f, real, self, z):
 def decode_first_stage(
     z: Float[Tensor, "b c h w"], scale_factor: float, decode: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "b 3 H W"]:
-    """Scaled latents to pictures: `decode` is the autoencoder's decoder, which knows nothing of the scale.
+    """Scaled latents to pictures: `decode` is the autoencoder's decoder, which was trained on unscaled latents.
 
     (CompVis: LatentDiffusion.decode_first_stage)
     """

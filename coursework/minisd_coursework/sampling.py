@@ -181,7 +181,7 @@ def guidance(
 
 
 class ToyModel(torch.nn.Module):
-    """model(x, t, context): not linear, and each sample's answer hangs on all three arguments of that sample."""
+    """model(x, t, context): not linear, and each sample's answer depends on all three arguments of that sample."""
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         if not len(x) == len(t) == len(context):
