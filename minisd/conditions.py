@@ -100,7 +100,7 @@ class Captions(FrozenCLIPEmbedder, Condition):
         return cls(CLIPTextModel(config), tokenizer, config.max_length)
 
     def prompts(self, data) -> list[list[str]]:
-        return [[form.format(caption) for form in data.templates] for caption in data.captions]
+        return data.wordings
 
 
 @condition("inpainting")

@@ -43,11 +43,11 @@ PRESETS = {
         scale_factor=1.0,
     ),
     "emoji": EMOJI,
-    # the same pictures at 64x64, for a GPU: latents of 16x16, and a wider autoencoder for their detail
+    # the same emoji and scenes of them at 64x64: latents of 16x16
     "emoji-64": replace(
         EMOJI,
-        unet=replace(EMOJI.unet, model_channels=64, channel_mult=(1, 2, 2), attention_resolutions=(2, 4)),
-        first_stage=replace(EMOJI.first_stage, ch=64, ch_mult=(1, 1, 2)),
+        unet=replace(EMOJI.unet, model_channels=64, channel_mult=(1, 2, 3), attention_resolutions=(1, 2)),
+        cond_stage=replace(EMOJI.cond_stage, max_length=32),
         image_size=64,
     ),
     "sd-v1": LatentDiffusionConfig(),

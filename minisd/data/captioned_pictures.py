@@ -298,6 +298,11 @@ class CaptionedPictures(Dataset):
             f'{len(lacking)} of {len(self)} pictures in {self.folder} have no "{name}", such as {lacking[0]}: {advice}.'
         )
 
+    @property
+    def wordings(self) -> list[list[str]]:
+        """Each caption in the form of every template."""
+        return [[template.format(caption) for template in self.templates] for caption in self.captions]
+
     def describe(self, i: int) -> str:
         """Picture i in words, for a message: its index, file and caption."""
         return f"{i} ({self.rows[i]['file_name']}: {self.captions[i]!r})"

