@@ -134,7 +134,7 @@ def read_templates(folder: Path) -> tuple[str, ...]:
     if wrong or not templates:
         found = f'"{wrong[0]}"' if wrong else "nothing"
         raise ValueError(
-            f'{path} holds {found}: write one form of a caption a line, in which {{}} stands for the caption, such as '
+            f"{path} holds {found}: write one form of a caption a line, in which {{}} stands for the caption, such as "
             f'"a picture of {{}}", or remove the file to train on the captions as they are.'
         )
     return templates

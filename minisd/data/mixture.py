@@ -46,7 +46,9 @@ class Mixture(Dataset):
         self.parts, self.size = list(parts), parts[0].size
         if any(part.size != self.size for part in parts):
             sizes = ", ".join(f"{part.folder}: {part.size}x{part.size}" for part in parts)
-            raise ValueError(f"pictures of one training have one size, and these have several ({sizes}): name the size.")
+            raise ValueError(
+                f"the pictures of one training have one size, and these have several ({sizes}): give a size."
+            )
         self._longest = max(map(len, parts))
         self.templates = tuple(part.templates for part in parts)
         self.captions = [part.captions[k] for part, k in map(self._locate, range(len(self)))]

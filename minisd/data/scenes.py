@@ -117,7 +117,7 @@ def with_article(name: str) -> str:
 
 
 def can_be_shown(concept: str) -> bool:
-    """Whether a caption with this name in it says nothing else: "red heart" can't be blue, an "up arrow" can't be below."""
+    """Whether a caption can have this name: "a blue red heart" would contradict itself, as "down arrow above" would."""
     words = concept.replace("-", " ").split()
     return len(words) <= MOST_WORDS and not set(words) & {*_WORDS["left_out"]["words"], *COLOURS}
 
@@ -130,9 +130,12 @@ def rgb(colour: str) -> UInt8[np.ndarray, "3"]:
     return np.uint8(np.round(255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))))
 
 
-def apart(hue: float, other: float) -> float:
+Hue = float | Float32[np.ndarray, "h w"]
+
+
+def apart(hue: Hue, other: float) -> Hue:
     """The angle between two hues, in degrees."""
-    return np.abs((hue - other + 180) % 360 - 180)
+    return abs((hue - other + 180) % 360 - 180)
 
 
 def main_hue(cut_out: UInt8[np.ndarray, "h w 4"]) -> float | None:
@@ -142,10 +145,10 @@ def main_hue(cut_out: UInt8[np.ndarray, "h w 4"]) -> float | None:
     coloured = opaque & (saturation > 0.25) & (value > 0.2)
     if not coloured.any():
         return None
-    main = np.bincount((hue[coloured] / 10).astype(int) % 36).argmax() * 10 + 5.0
+    main = float(10 * np.bincount((hue[coloured] / 10).astype(int) % 36).argmax() + 5)
     near = coloured & (apart(hue, main) < WIDTH)
     one = near.sum() > 0.4 * opaque.sum() and (coloured & ~near).sum() < 0.15 * opaque.sum()
-    return float(main) if one else None
+    return main if one else None
 
 
 def recoloured(cut_out: UInt8[np.ndarray, "h w 4"], hue: float, colour: str) -> UInt8[np.ndarray, "h w 4"]:
@@ -191,8 +194,8 @@ class Scenes(Dataset):
         self.size = read_recipe(self.folder)["size"]
         if size not in (None, self.size):
             raise ValueError(
-                f"{folder} holds things for scenes of {self.size}x{self.size}, and {size}x{size} is needed: cut them out "
-                f"again, with `minisd data scenes --size {size}`."
+                f"{folder} holds things for scenes of {self.size}x{self.size}, and {size}x{size} is needed: cut them "
+                f"out again, with `minisd data scenes --size {size}`."
             )
         self.templates = ("{}",)
         self._drawn_in, self._with_one_hue = defaultdict(list), defaultdict(list)  # the things of each style
@@ -279,7 +282,10 @@ class Scenes(Dataset):
     @cached_property
     def rows(self) -> list[dict]:
         """What is known of each scene, as in a metadata.jsonl."""
-        return [asdict(s) | {"text": s.caption, "split": s.split, "file_name": f"scene {i}"} for i, s in enumerate(self.scenes)]
+        return [
+            asdict(scene) | {"file_name": f"scene {i}", "text": scene.caption, "split": scene.split}
+            for i, scene in enumerate(self.scenes)
+        ]
 
     def describe(self, i: int) -> str:
         return f"scene {i} ({self.captions[i]!r})"
@@ -311,19 +317,21 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
     folder, emoji = Path(folder).expanduser(), Path(emoji).expanduser()
     made = read_recipe(emoji)
     if made.get("made_by") != "build_emoji" or made.get("source") != "npm":
-        raise ValueError(f"{emoji} is not a corpus of `minisd data emoji` with its packages: make one first, or name its folder.")
+        raise ValueError(
+            f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder with --emoji."
+        )
     recipe, corpus = {"made_by": "build_scenes", "size": size, "emoji": made}, read_metadata(emoji)[0]
     with corpus_folder(folder, recipe) as complete:
         if complete:
             print(f"{folder} is complete: cut-outs for scenes of {size}x{size}.")
             return folder
         everything = read_concepts(emoji / DOWNLOADS, made["tones"], made["flags"])
+        trained = {(row["codepoint"], row["style"]): row for row in corpus if row["split"] == "train"}
         rows, pictures, chosen = [], [], [STYLES[name] for name in made["styles"]]
         for style in chosen:
-            trained = {row["codepoint"]: row for row in corpus if row["style"] == style.name and row["split"] == "train"}
             found = sources(style, everything, emoji / DOWNLOADS)
             for i, source in tqdm(found.items(), style.name, unit=" things"):
-                row = trained.get(everything[i].codepoint)
+                row = trained.get((everything[i].codepoint, style.name))
                 if row and can_be_shown(row["concept"]):
                     pictures.append(cut_out(source, 2 * round(size * SMALL), style.master))
                     known = {key: row[key] for key in ("file_name", "concept", "style")}

@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from .packages import STYLES
+from .packages import FIRST_STYLES, STYLES
 
 PAIRS = 0.13  # share of the cells that may be held out; MIN_LEFT reduces it to about a tenth of all cells
 CONCEPTS = 0.05  # share of the families in each group
@@ -36,7 +36,9 @@ def held_out_families(families: Iterable[tuple[str, str]], share: float = CONCEP
     return held_out
 
 
-def held_out_styles(concept: str, styles: Sequence[str], counted: Sequence[str], share: float = PAIRS) -> set[str]:
+def held_out_styles(
+    concept: str, styles: Sequence[str], counted: Sequence[str] = FIRST_STYLES, share: float = PAIRS
+) -> set[str]:
     """The styles of one concept that go to `test_pair`.
 
     Twins are held out together, and at least MIN_LEFT of the styles in `counted` stay in training. Other styles (those
