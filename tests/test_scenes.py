@@ -229,3 +229,11 @@ def test_folders_are_opened_as_what_they_hold(folder, emoji):
     assert isinstance(both, Mixture) and both.size == SIZE
     with pytest.raises(ValueError, match="16x16, and 32x32 is needed"):
         open_corpus([folder], size=32)
+
+
+def test_parts_of_several_sizes_and_no_folder_are_one_clear_sentence(folder, emoji, tmp_path):
+    write_corpus(tmp_path / "x", [{"file_name": "images/0.png", "text": "x"}], np.zeros((1, 8, 8, 3), np.uint8), {})
+    with pytest.raises(ValueError, match="have several .*8x8"):
+        open_corpus([folder, tmp_path / "x"])
+    with pytest.raises(ValueError, match="no folder of pictures was given"):
+        open_corpus([])

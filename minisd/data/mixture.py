@@ -5,6 +5,7 @@ equally often, although one folder may hold ten times as many pictures as the ot
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +17,6 @@ from torch.utils.data import Dataset
 from .captioned_pictures import CaptionedPictures
 from .folder import read_recipe
 from .scenes import Scenes
-
-
-def open_corpus(
-    folders: Sequence[str | Path], size: int | None = None, split: str | None = "train", captions: bool = True
-) -> "CaptionedPictures | Scenes | Mixture":
-    """The pictures in one folder, or in several in equal shares. A folder may also hold the things of scenes.
-
-    The arguments and errors are those of `CaptionedPictures`.
-    """
-    parts = []
-    for folder in map(Path, folders):
-        if read_recipe(folder).get("made_by") == "build_scenes":
-            parts.append(Scenes(folder, split or "train", size))
-        else:
-            parts.append(CaptionedPictures(folder, size, split, captions))
-    return parts[0] if len(parts) == 1 else Mixture(parts)
 
 
 class Mixture(Dataset):
@@ -51,11 +36,17 @@ class Mixture(Dataset):
             )
         self._longest = max(map(len, parts))
         self.templates = tuple(part.templates for part in parts)
-        self.captions = [part.captions[k] for part, k in map(self._locate, range(len(self)))]
-        # Every sample has the same number of wordings, because one of them is drawn at random for each.
-        most = max(len(part.wordings[0]) for part in parts)
-        wordings = {part: [(forms * most)[:most] for forms in part.wordings] for part in parts}
-        self.wordings = [wordings[part][k] for part, k in map(self._locate, range(len(self)))]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return [part.captions[k] for part, k in map(self._locate, range(len(self)))]
+
+    @cached_property
+    def wordings(self) -> list[list[str]]:
+        """The forms of each caption. Each has the same number of them, because training draws one at random."""
+        most = max(len(part.wordings[0]) for part in self.parts)
+        filled = {part: [(forms * most)[:most] for forms in part.wordings] for part in self.parts}
+        return [filled[part][k] for part, k in map(self._locate, range(len(self)))]
 
     def _locate(self, i: int) -> tuple[CaptionedPictures | Scenes, int]:
         """The part that sample i is from, and its index there."""
@@ -86,3 +77,24 @@ class Mixture(Dataset):
     @property
     def fingerprint(self) -> str:
         return " and ".join(part.fingerprint for part in self.parts)
+
+
+Corpus = CaptionedPictures | Scenes | Mixture  # what a training takes
+
+
+def open_corpus(
+    folders: Sequence[str | Path], size: int | None = None, split: str | None = "train", captions: bool = True
+) -> Corpus:
+    """The pictures in one folder, or in several in equal shares. A folder may also hold the things of scenes.
+
+    The arguments and errors are those of `CaptionedPictures`.
+    """
+    if not folders:
+        raise ValueError("no folder of pictures was given: name one, or several.")
+    parts = []
+    for folder in map(Path, folders):
+        if read_recipe(folder).get("made_by") == "build_scenes":
+            parts.append(Scenes(folder, split or "train", size))
+        else:
+            parts.append(CaptionedPictures(folder, size, split, captions))
+    return parts[0] if len(parts) == 1 else Mixture(parts)

@@ -203,9 +203,22 @@ class Scenes(Dataset):
             self._drawn_in[thing["style"]].append(i)
             if thing["hue"] is not None:
                 self._with_one_hue[thing["style"]].append(i)
-        self.scenes = [self._scene(split, seed, k) for k in tqdm(range(count), "scenes", disable=count < 100_000)]
-        self.captions = [scene.caption for scene in self.scenes]
-        self.wordings = [[caption] for caption in self.captions]
+        self._drawn_by = split, count, seed
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """What all scenes show; made when first asked for, and kept."""
+        split, count, seed = self._drawn_by
+        return [self._scene(split, seed, k) for k in tqdm(range(count), "scenes", disable=count < 100_000)]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return [scene.caption for scene in self.scenes]
+
+    @property
+    def wordings(self) -> list[list[str]]:
+        """The forms of each caption: here one, because a scene's caption is a sentence already."""
+        return [[caption] for caption in self.captions]
 
     def _scene(self, split: str, seed: int, k: int) -> Scene:
         """Scene k: drawn at random until it is in the split and can be shown."""
@@ -268,7 +281,7 @@ class Scenes(Dataset):
         return np.uint8(np.round(canvas))
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return self._drawn_by[1]
 
     def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
         """Scene i, float32 in [-1, 1], and its caption."""
@@ -335,7 +348,8 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
                 if row and can_be_shown(row["concept"]):
                     pictures.append(cut_out(source, 2 * round(size * SMALL), style.master))
                     known = {key: row[key] for key in ("file_name", "concept", "style")}
-                    rows.append(known | {"text": row["concept"], "hue": main_hue(pictures[-1])})
+                    hue = None if row["group"] == "people-body" else main_hue(pictures[-1])  # people keep their colour
+                    rows.append(known | {"text": row["concept"], "hue": hue})
         write_corpus(folder, rows, np.stack(pictures), recipe, {"ATTRIBUTION.md": attribution(chosen, "cldr")})
     print(f"{folder}: {len(rows):,} things to compose scenes of {size}x{size} from.")
     return folder
