@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+import minisd.training.unet as unet_training
 from minisd import PRESETS, AutoencoderKL, LatentDiffusion, cli, load
 from minisd.checkpoint import load_clip
-from minisd.data import CaptionedPictures, draw_shapes
+from minisd.data import CaptionedPictures, Mixture, draw_shapes
 from minisd.training import (
     EMA,
     CLIPRecipe,
@@ -39,7 +40,7 @@ from minisd.training import (
 )
 from minisd.training.run_folder import RunFolder
 from minisd.training.unet import assemble, by_time, encode_prompts
-from minisd.training.vae import encode_all
+from minisd.training.vae import encode_all, measure_scale_factor
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"batch_size": 4, "log_every": 1, "sample_every": 100, "save_every": 2, "warmup": 2}
@@ -813,6 +814,35 @@ def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
 def test_the_loss_by_time_is_the_mean_of_each_bin():
     losses, t = torch.tensor([1.0, 3.0, 10.0, 20.0]), torch.tensor([0, 249, 250, 999])
     assert by_time(losses, t, 1000) == {"loss_t000": 4.0, "loss_t250": 10.0, "loss_t500": 0.0, "loss_t750": 20.0}
+
+
+def test_latents_and_contexts_that_are_not_kept_are_computed_in_each_step(
+    shapes, engine, parts, tmp_path, monkeypatch
+):
+    """Too many pictures to keep what they are encoded to: the losses are the same, except for rounding."""
+    for name in ("kept", "anew"):
+        train_unet(PRESETS["tiny"], UNetRecipe(steps=4, **SHORT), shapes, tmp_path / name, engine, *parts)
+        monkeypatch.setattr(unet_training, "KEPT", 0)
+        monkeypatch.setattr(unet_training, "encode_prompts", None)  # nothing is encoded before the first step
+    assert losses(tmp_path / "anew") == pytest.approx(losses(tmp_path / "kept"), rel=2e-3)
+
+
+def test_the_three_networks_are_trained_on_a_mixture_of_data_sets(shapes, engine, tmp_path):
+    mixture = Mixture([shapes, shapes])
+    run, config, recipe = tmp_path / "run", PRESETS["tiny"], {"steps": 2, **SHORT}
+    train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(**recipe), mixture, run / "clip", engine)
+    train_vae(config.first_stage, VAERecipe(**recipe), mixture, run / "vae", engine)
+    sd = train_unet(config, UNetRecipe(**recipe), mixture, run / "unet", engine, run / "clip", run / "vae")
+    assert sd.txt2img(mixture.captions[0], steps=2).images[0].size == (32, 32)
+    assert measure_scale_factor(sd.first_stage_model, mixture, engine) == pytest.approx(sd.scale_factor)
+
+
+def test_of_many_pictures_some_are_encoded_at_random(shapes, engine):
+    vae = AutoencoderKL(PRESETS["tiny"].first_stage).eval()
+    every, some = encode_all(vae, shapes, engine), encode_all(vae, shapes, engine, most=5)
+    found = [int((every - latent).abs().amax((1, 2, 3)).argmin()) for latent in some]
+    assert len(set(found)) == 5 and found != sorted(found)
+    assert torch.allclose(every[found], some, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_loss(shapes, engine, parts, tmp_path):

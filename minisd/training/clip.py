@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
-from ..data import CaptionedPictures
+from ..data import Corpus
 from .engine import Engine, gather_with_grad
 from .trainer import Recipe, Trainer
 
@@ -56,7 +56,7 @@ def train_clip(
     text: CLIPTextConfig,
     vision: CLIPVisionConfig,
     recipe: CLIPRecipe,
-    data: CaptionedPictures,
+    data: Corpus,
     folder: str | Path,
     engine: Engine,
 ) -> tuple[CLIPModel, BPETokenizer]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data import CaptionedPictures
+from ..data import Corpus
 from ..vq import VQModelInterface
 from .engine import Engine
 
@@ -20,7 +20,7 @@ PER_CODE = 16  # vectors of the encoder for each code in the search; a code that
 
 @torch.no_grad()
 def revive_dead_codes(
-    vae: VQModelInterface, data: CaptionedPictures, mean_codes: Float[Tensor, "n d"], seed: list[int], engine: Engine
+    vae: VQModelInterface, data: Corpus, mean_codes: Float[Tensor, "n d"], seed: list[int], engine: Engine
 ) -> int:
     """Encode some pictures, and set each code that none of their vectors chooses to a random one of these vectors.
 
@@ -50,13 +50,13 @@ def revive_dead_codes(
 
 @torch.no_grad()
 def vectors_of(
-    vae: VQModelInterface, data: CaptionedPictures, indices: Int[Tensor, "n"], engine: Engine
+    vae: VQModelInterface, data: Corpus, indices: Int[Tensor, "n"], engine: Engine
 ) -> Float[Tensor, "n d h w"]:
     """The encoder's output for these pictures, before it is quantised."""
     return torch.cat([vae.encode(data.batch(part).to(engine.device)) for part in indices.split(64)])
 
 
-def measure_codebook(vae: VQModelInterface, data: CaptionedPictures, engine: Engine) -> dict[str, float]:
+def measure_codebook(vae: VQModelInterface, data: Corpus, engine: Engine) -> dict[str, float]:
     """How many codes are used by all pictures together, and the perplexity of their frequencies."""
     indices = vae.quantize.nearest(vectors_of(vae, data, torch.arange(len(data)), engine))
     used = (vae.quantize.usage(indices) > 0).sum()

@@ -12,6 +12,7 @@ al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import cast, load_clip, load_weights, read_weights, write_weights
 from ..conditions import CONDITIONS, Captions, condition_of
-from ..data import CaptionedPictures
+from ..data import Corpus
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
 from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
@@ -53,7 +54,7 @@ class UNetRecipe(Recipe):
 def train_unet(
     config: LatentDiffusionConfig,
     recipe: UNetRecipe,
-    data: CaptionedPictures,
+    data: Corpus,
     folder: str | Path,
     engine: Engine,
     clip: str | Path | None,
@@ -79,7 +80,7 @@ def train_unet(
 def finetune_unet(
     sd: LatentDiffusion,
     recipe: UNetRecipe,
-    data: CaptionedPictures,
+    data: Corpus,
     folder: str | Path,
     engine: Engine,
     clip: str | Path | None = None,
@@ -116,12 +117,14 @@ def finetune_unet(
 
     # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
     # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can draw a new z.
-    # After that, a step costs one forward and one backward pass through the UNet.
-    moments = encode_all(sd.first_stage_model, data, engine)
+    # After that, a step costs one forward and one backward pass through the UNet. If there are too many pictures to
+    # keep all this, each step encodes its own, which costs about a fifth more.
+    nothing = sd.get_learned_conditioning([condition.unconditional])
+    kept = fits_in_memory(sd, len(data), len(prompts[0]), nothing)
+    moments = encode_all(sd.first_stage_model, data, engine) if kept else None
     # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
     # now, and not in the step in which it first turns up.
-    contexts = encode_prompts(sd, prompts, engine)
-    nothing = sd.get_learned_conditioning([condition.unconditional])
+    contexts = encode_prompts(sd, prompts, engine) if kept or not condition.frozen else None
 
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
@@ -137,7 +140,11 @@ def finetune_unet(
                 noise = batch.randn(*sd.latent_shape()).to(engine.device)
                 # z [b d h w]: a sample from q(z|x), times the scale factor. The factor brings z to about variance 1,
                 # that of the noise; the noise schedule assumes this.
-                posterior = posterior_of(moments[batch.indices].to(engine.device))
+                if moments is not None:
+                    posterior = posterior_of(moments[batch.indices].to(engine.device))
+                else:
+                    with engine.autocast():
+                        posterior = sd.encode_first_stage(data.batch(batch.indices).to(engine.device))
                 z = sd.get_first_stage_encoding(posterior, batch.generators)
                 # For inpainting, the mask and the latent of the masked picture, as further input channels; else None.
                 maps = condition.maps(sd, data, batch)
@@ -147,10 +154,10 @@ def finetune_unet(
                 with engine.autocast():
                     # The context that cross-attention reads, [b n d]. A dropped prompt becomes the empty prompt (or,
                     # for classes, the extra class "no class").
-                    if condition.frozen:
+                    if condition.frozen and contexts is not None:
                         context = contexts[batch.indices, form].to(engine.device)  # looked up: computed before step 0
                         context = text_dropout(context, nothing, forget.to(engine.device))
-                    else:  # computed again in each step, because this encoder is being trained
+                    else:  # computed in each step: the encoder is being trained, or there are too many prompts
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
                         kept = [condition.unconditional if forgotten else prompts[i][k] for i, k, forgotten in choices]
                         context = sd.get_learned_conditioning(kept)
@@ -219,7 +226,7 @@ class UNetAndCondition(nn.Module):
         return self.model(x, t, context)
 
 
-def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, keep_at: tuple[int, ...]) -> None:
+def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple[int, ...]) -> None:
     """Raise ValueError if the model cannot be trained on these pictures with this recipe."""
     if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
         raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
@@ -235,7 +242,7 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, kee
         )
 
 
-def _given(sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list]) -> dict[str, str | int | float]:
+def _given(sd: LatentDiffusion, data: Corpus, prompts: list[list]) -> dict[str, str | int | float]:
     """What the run depends on beside its recipe: data, frozen networks, the model's settings.
 
     A checkpoint is only continued if these are the same.
@@ -265,7 +272,7 @@ def assemble(
     config: LatentDiffusionConfig,
     clip_folder: str | Path | None,
     vae_folder: str | Path,
-    data: CaptionedPictures | None = None,
+    data: Corpus | None = None,
     condition: str = "captions",
     column: str | None = None,
 ) -> LatentDiffusion:
@@ -291,6 +298,15 @@ def assemble(
     return sd
 
 
+KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
+
+
+def fits_in_memory(sd: LatentDiffusion, pictures: int, forms: int, context: Tensor | None) -> bool:
+    """Whether the latent distributions and contexts of that many pictures, with that many forms of a prompt, fit."""
+    latent = 2 * 4 * math.prod(sd.latent_shape())  # mean and log variance, float32
+    return pictures * (latent + forms * 2 * (0 if context is None else context.numel())) <= KEPT
+
+
 @torch.no_grad()
 def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, batch_size: int = 512) -> Tensor | None:
     """The contexts of all pictures' prompts in all wordings, [n forms l d]; None for an unconditional model.
@@ -310,7 +326,7 @@ def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, bat
 
 
 def _drawings(
-    sd: LatentDiffusion, data: CaptionedPictures, prompts: list[list], engine: Engine, guidance_scale: float
+    sd: LatentDiffusion, data: Corpus, prompts: list[list], engine: Engine, guidance_scale: float
 ) -> Float[Tensor, "n c H W"]:
     """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
     indices = torch.linspace(0, len(data) - 1, 12).long()

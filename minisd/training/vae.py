@@ -38,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_json, write_json, write_weights
-from ..data import CaptionedPictures
+from ..data import Corpus
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
 from ..vq import VQConfig, VQModel
@@ -80,7 +80,7 @@ class VAERecipe(Recipe):
 def train_vae(
     config: AutoencoderConfig | VQConfig,
     recipe: VAERecipe,
-    data: CaptionedPictures,
+    data: Corpus,
     folder: str | Path,
     engine: Engine,
     perceptual: Perceptual | None = None,
@@ -188,7 +188,7 @@ def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, in
 def finetune_decoder(
     sd: LatentDiffusion,
     recipe: VAERecipe,
-    data: CaptionedPictures,
+    data: Corpus,
     folder: str | Path,
     engine: Engine,
     perceptual: Perceptual | None = None,
@@ -292,19 +292,26 @@ def read_first_stage(folder: str | Path) -> tuple[AutoencoderConfig | VQConfig, 
 
 
 @torch.no_grad()
-def encode_all(vae: FirstStage, data: CaptionedPictures, engine: Engine, batch_size: int = 64) -> Tensor:
+def encode_all(
+    vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None
+) -> Tensor:
     """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
+
+    most: of more pictures than this, only as many are encoded, drawn at random.
 
     The latents of a VQModel have variance zero, so their log variance is -inf.
     """
 
     def moments(indices: Int[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
-        latent = vae.encode(data.batch(indices).to(engine.device))
+        latent = vae.encode(data.batch(chosen[indices]).to(engine.device))
         if not isinstance(latent, DiagonalGaussianDistribution):
             return torch.cat([latent, torch.full_like(latent, -torch.inf)], dim=1).float()
         return torch.cat([latent.mean, latent.logvar], dim=1).float()
 
-    return encode_shared(moments, len(data), batch_size, engine)
+    chosen = torch.arange(len(data))
+    if most is not None and most < len(data):
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most]
+    return encode_shared(moments, len(chosen), batch_size, engine)
 
 
 def posterior_of(moments: Float[Tensor, "b two_c h w"]) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
@@ -313,15 +320,18 @@ def posterior_of(moments: Float[Tensor, "b two_c h w"]) -> DiagonalGaussianDistr
     return mean if logvar.isneginf().all() else DiagonalGaussianDistribution(moments)
 
 
-def measure_scale_factor(vae: FirstStage, data: CaptionedPictures, engine: Engine) -> float:
-    """1 / std of sampled latents, over all pictures, channels and pixels (Rombach et al. 2022, appendix G)."""
-    mean, logvar = encode_all(vae, data, engine).chunk(2, dim=1)
+def measure_scale_factor(vae: FirstStage, data: Corpus, engine: Engine) -> float:
+    """1 / std of sampled latents, over all pictures, channels and pixels (Rombach et al. 2022, appendix G).
+
+    20,000 pictures are enough: they have millions of numbers.
+    """
+    mean, logvar = encode_all(vae, data, engine, most=20_000).chunk(2, dim=1)
     # The law of total variance: the variance of samples is the variance of the means plus the mean of the variances. So
     # no samples have to be drawn.
     return float((mean.var() + logvar.exp().mean()) ** -0.5)
 
 
-def psnr(vae: FirstStage, data: CaptionedPictures, engine: Engine, count: int = 512) -> float:
+def psnr(vae: FirstStage, data: Corpus, engine: Engine, count: int = 512) -> float:
     """Peak signal-to-noise ratio of the reconstructions in dB, for `count` pictures spread evenly over the data."""
     indices = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     errors = []
@@ -332,7 +342,7 @@ def psnr(vae: FirstStage, data: CaptionedPictures, engine: Engine, count: int = 
     return float(-10 * torch.cat(errors).mean().log10())
 
 
-def _reconstructions(vae: nn.Module, data: CaptionedPictures, engine: Engine) -> Float[Tensor, "n c H W"]:
+def _reconstructions(vae: nn.Module, data: Corpus, engine: Engine) -> Float[Tensor, "n c H W"]:
     """For a sample sheet: pictures, and below each its reconstruction."""
     x = data.batch(torch.linspace(0, len(data) - 1, 12).long()).to(engine.device)
     return torch.cat([x, reconstruct(vae, x, engine)])
