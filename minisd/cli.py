@@ -26,7 +26,16 @@ from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
-from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
+from .evaluation import (
+    Evaluator,
+    Setting,
+    evaluate,
+    evaluate_composition,
+    report,
+    report_composition,
+    report_sweep,
+    sweep,
+)  # fmt: skip
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -294,11 +303,17 @@ class Evaluate:
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0
     sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this flag on held-out pairs, instead
+    composition: bool = False  # instead: does it draw scenes, with the right things, positions and colours?
+    scenes: Path = Path("data/scenes")  # the things of these scenes
     out: Path | None = None  # a folder for scores.json, sheets of the drawings beside the real pictures, and figures
     device: str | None = None
 
     def run(self) -> None:
         setting = Setting(self.steps, self.guidance, self.sampler, self.seed)
+        if self.composition:
+            scenes, sd = _corpus(self.scenes), load(self.model, self.device)
+            report_composition(*evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
+            return
         corpus, sd, clip = _corpus(self.data), load(self.model, self.device), self.towers()
         if self.sweep:
             what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)

@@ -21,7 +21,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -291,14 +291,6 @@ class Scenes(Dataset):
         """The scenes at these indices: float32 in [-1, 1]."""
         pixels = torch.from_numpy(np.stack([self.picture(int(i)) for i in indices]))
         return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-    @cached_property
-    def rows(self) -> list[dict]:
-        """What is known of each scene, as in a metadata.jsonl."""
-        return [
-            asdict(scene) | {"file_name": f"scene {i}", "text": scene.caption, "split": scene.split}
-            for i, scene in enumerate(self.scenes)
-        ]
 
     def describe(self, i: int) -> str:
         return f"scene {i} ({self.captions[i]!r})"

@@ -2,21 +2,23 @@
 
 - `scores`: how often concept and style are recognised in the drawings, from 0 (chance) to 1 (real pictures)
 - `judges`: three classifiers: the nearest real picture, CLIP's image tower, and one that is trained only for this
+- `composition`: the same for scenes: which things, where, in which colours
 - `distances`: the distance between the distributions of drawings and pictures: Fréchet and MMD, with their errors
 - `copies`: are the drawings new, or copies of training pictures?
 - `run`: `evaluate` computes all of it, `sweep` repeats it over values of guidance, steps or sampler
 - `tables`: the output: printed tables, scores.json, pictures
 """
 
+from .composition import evaluate_composition
 from .copies import Nearness, nearness
 from .distances import Distance, frechet_distance, kernel_distance, measure_distance
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features, find_nearest
 from .run import Evaluation, Evaluator, Setting, evaluate, sweep
 from .scores import Score, score
-from .tables import report, report_sweep
+from .tables import report, report_composition, report_sweep
 
 __all__ = [
     "Distance", "Evaluation", "Evaluator", "ImageTowerJudge", "Nearness", "NearestPicture", "PatchJudge", "Score",
-    "Setting", "evaluate", "features", "find_nearest", "frechet_distance", "kernel_distance", "measure_distance",
-    "nearness", "report", "report_sweep", "score", "sweep",
+    "Setting", "evaluate", "evaluate_composition", "features", "find_nearest", "frechet_distance", "kernel_distance",
+    "measure_distance", "nearness", "report", "report_composition", "report_sweep", "score", "sweep",
 ]  # fmt: skip

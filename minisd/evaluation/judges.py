@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
@@ -40,7 +41,7 @@ def column(rows: list[dict], key: str) -> np.ndarray:
     return np.array([row.get(key, "") for row in rows])
 
 
-def questions(data: CaptionedPictures) -> list[str]:
+def questions(data: Dataset) -> list[str]:
     """The columns that a judge can predict ("concept", "style"), as far as all rows of the data set have them."""
     return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
 
@@ -154,7 +155,8 @@ class PatchJudge:
     name = "patches"
     patch, atoms, fields = 5, 320, 3  # patch size in pixels, entries of the dictionary, fields along each side
 
-    def __init__(self, data: CaptionedPictures):
+    def __init__(self, data: Dataset):
+        """data: `CaptionedPictures`, or another data set with rows, which name concepts and styles, and `batch`."""
         train = [i for i, row in enumerate(data.rows) if row.get("split", "train") == "train"]
         self.questions, self.rows = questions(data), data.rows
         everything = data.batch(torch.arange(len(data)))

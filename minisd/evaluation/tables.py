@@ -36,10 +36,7 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
         "nearness": [asdict(n) for n in result.nearness],
     }
     write_json(record, folder / "scores.json")
-    for split, (drawn, real) in result.drawings.items():
-        parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
-        rows = torch.cat([_filled(row) for pair in parts for row in pair])
-        save_sheet(rows, folder / f"{split}.png", columns=COLUMNS)
+    _save_drawings(result.drawings, folder)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
     groups = list(result.drawings)
@@ -48,6 +45,25 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
     panel = {"distance to the nearest training picture": result.to_training}
     histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     print(f"wrote {folder}")
+
+
+def report_composition(
+    scores: list[Score], drawings: dict[str, tuple[Tensor, Tensor]], setting: Setting, folder: str | Path | None = None
+) -> None:
+    """Print the table; with a folder, also write composition.json and a sheet for each kind of scene."""
+    _print_scores(scores)
+    if folder is not None:
+        write_json({"setting": asdict(setting)} | _record(scores, []), Path(folder) / "composition.json")
+        _save_drawings(drawings, Path(folder))
+        print(f"wrote {folder}")
+
+
+def _save_drawings(drawings: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+    """A sheet for each group: drawings, and below each the real picture of its caption."""
+    for name, (drawn, real) in drawings.items():
+        parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
+        rows = torch.cat([_filled(row) for pair in parts for row in pair])
+        save_sheet(rows, folder / f"{name}.png", columns=COLUMNS)
 
 
 def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
