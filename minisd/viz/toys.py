@@ -2,17 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import COLOURS, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from .page import COLOURS, Axes, Figure, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
 
 
 def density_over_time(
@@ -21,7 +16,7 @@ def density_over_time(
     paths: Mapping[str, tuple[Sequence[int], Float[Tensor, "s k"]]] | None = None,
     width: float = 4.4,
     height: float = 2.9,
-) -> "Figure":
+) -> Figure:
     """The density of q(x_t) for one-dimensional data, at all t. Darker means more probable.
 
     x_0: the data, all equally likely. schedule: a `NoiseSchedule`.
@@ -67,7 +62,7 @@ def clouds(
     columns: int | None = None,
     reach: float = 2.8,
     size: float = 1.45,
-) -> "Figure":
+) -> Figure:
     """Scatter plots of two-dimensional points: {title of the panel: {name: points [n 2]}}.
 
     behind: the data, in grey in every panel. columns: panels in a row; by default all of them.
@@ -100,7 +95,7 @@ def vector_field(
     spacing: float = 0.6,
     reach: float = 2.8,
     size: float = 1.8,
-) -> "Figure":
+) -> Figure:
     """Vector fields in the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
 
     The arrows of the first name are broad and pale, so that those of the second are visible on top where they agree.
@@ -126,7 +121,7 @@ def vector_field(
     return figure
 
 
-def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
+def _planes(figure: Figure, rows: int, columns: int, reach: float) -> list[Axes]:
     """Square panels with both axes from -reach to reach, row by row, without ticks."""
     options = {"xlim": (-reach, reach), "ylim": (-reach, reach), "aspect": "equal"}
     panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw=options).ravel())
@@ -140,7 +135,7 @@ def walks(
     panels: Mapping[str, Float[Tensor, "s k 2"]],
     width: float = 2.6,
     reach: float | None = None,
-) -> "Figure":
+) -> Figure:
     """Paths in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
 
     A path begins at a small ring and ends at a disc. It has the same colour in all panels.
@@ -170,7 +165,7 @@ def pursuit(
     ylabel: str = r"$\bar x$",
     width: float = 2.5,
     height: float = 2.3,
-) -> "Figure":
+) -> Figure:
     """An exact curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
 
     x is the noise level. It decreases to the right, because sampling goes from left to right.
