@@ -12,11 +12,10 @@ from .clip import CLIPRecipe, train_clip
 from .engine import Engine, SingleDevice, make_engine
 from .perceptual import LPIPS, CLIPPerceptual
 from .trainer import EMA, Batch, Recipe, Trainer
-from .unet import UNetRecipe, finetune_unet, train_unet
-from .vae import VAERecipe, finetune_decoder, train_vae
+from .unet import UNetRecipe, train_unet
+from .vae import VAERecipe, train_vae
 
 __all__ = [
     "EMA", "LPIPS", "Batch", "CLIPPerceptual", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer",
-    "UNetRecipe", "VAERecipe", "finetune_decoder", "finetune_unet", "make_engine", "train_clip", "train_unet",
-    "train_vae",
+    "UNetRecipe", "VAERecipe", "make_engine", "train_clip", "train_unet", "train_vae",
 ]  # fmt: skip
