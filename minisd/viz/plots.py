@@ -109,10 +109,7 @@ def histograms(
 def convergence(
     panels: Mapping[str, Mapping[str, tuple]],
     slopes: Sequence[int] = (1, 2),
-    xlabel: str = "calls of the model",
     ylabel: str = "error",
-    width: float = 3.8,
-    height: float = 3.1,
 ) -> Figure:
     """Error against cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
 
@@ -120,7 +117,7 @@ def convergence(
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, row = side_by_side(panels, width, height)
+    figure, row = side_by_side(panels, width=3.8, height=3.1)
     for axes, title, lines in row:
         xs = [as_array(x) for x, _ in lines.values()]
         ys = [as_array(y) for _, y in lines.values()]
@@ -141,7 +138,7 @@ def convergence(
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
+        name_axes(axes, title, "calls of the model", ylabel if axes is figure.axes[0] else "")
         if axes is figure.axes[0]:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
