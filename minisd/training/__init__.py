@@ -5,7 +5,7 @@ perceptual.py  discriminator.py  codebook.py    further parts of the autoencoder
 trainer.py     what the three loops share: order of the data, random numbers, optimiser, EMA
 engine.py      the device that a loop runs on, or several with Accelerate
 run_folder.py  the files of a run: checkpoints and log, written so that a crash never damages them
-recipes.py     the hyperparameters of the presets
+recipes.py     the hyperparameters of the presets, read from recipes.toml
 """
 
 from .clip import CLIPRecipe, train_clip
