@@ -220,32 +220,21 @@ class TrainVAE(Training):
 
     def train(self, engine: Engine) -> Path:
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
-        folder, config = self.out / "vae", PRESETS[self.preset]
+        folder, config, clip = self.out / "vae", PRESETS[self.preset], None
+        model = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
         if self.init:
-            sd = load(self.init, engine.device)
-            data, clip = self.pictures(sd.config.image_size, False), self.init if has_clip(self.init) else None
-            training.finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
-            return folder / "model"
-        first_stage = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
+            model, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
+            config = model.config
         data = self.pictures(config.image_size, captions=False)
-        training.train_vae(first_stage, self.recipe, data, folder, engine, perceptual)
-        return folder
+        training.train_vae(model, self.recipe, data, folder, engine, perceptual, clip)
+        return folder / "model" if self.init else folder
 
     def perceptual(self) -> CLIPPerceptual | LPIPS:
         if self.lpips:
             return LPIPS.from_files(*self.lpips)
-        clip = self.clip or self.init or self.out / "clip"
-        if clip == self.init and not has_clip(clip):
-            raise FileNotFoundError(
-                f"{self.init} has no clip.json, the rest of its CLIP, whose eyes perceptual_weight needs: give "
-                "another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth, or do without: --perceptual-weight 0"
-            )
-        if clip != self.init and not (clip / "clip.json").exists():
-            raise FileNotFoundError(
-                f"there is no finished clip in {clip}, and perceptual_weight needs its eyes: run `minisd train clip "
-                f"--out {self.out}` first, or give another with --clip, or LPIPS with --lpips VGG16.pth VGG.pth"
-            )
-        return CLIPPerceptual(load_clip(clip)[0])
+        instead = ", or give LPIPS by --lpips VGG16.pth VGG.pth, or leave this term out by --perceptual-weight 0"
+        clip = _towers(self.clip or self.init or self.out / "clip", "perceptual_weight needs", instead)[0]
+        return CLIPPerceptual(clip)
 
 
 @dataclass(frozen=True)
@@ -262,15 +251,15 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
-        folder = self.out / "unet"
+        folder, told = self.out / "unet", self.condition or "captions"
         if self.init:
             if self.condition or self.class_column:
-                raise ValueError(f"what {self.init} is told stays as it is: leave --condition and --class-column out")
-            sd, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
-            data = self.pictures(sd.config.image_size, sd.cond_stage_model.needs_captions)
-            training.finetune_unet(sd, self.recipe, data, folder, engine, clip, self.keep_at)
+                raise ValueError(
+                    f"--init {self.init} keeps the condition of that model: leave --condition and --class-column out"
+                )
+            model, parts = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
+            config, captions = model.config, model.cond_stage_model.needs_captions
         else:
-            told = self.condition or "captions"
             captions = CONDITIONS[told].needs_captions
             parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
             for part, path in parts.items():
@@ -278,12 +267,12 @@ class TrainUNet(Training):
                     raise FileNotFoundError(
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
-            config = replace(PRESETS[self.preset], parameterization=self.parameterization)
-            data = self.pictures(config.image_size, captions)
-            sd = training.train_unet(
-                config, self.recipe, data, folder, engine, **{"clip": None} | parts, keep_at=self.keep_at,
-                condition=told, column=self.class_column,
-            )  # fmt: skip
+            model = config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+        data = self.pictures(config.image_size, captions)
+        sd = training.train_unet(
+            model, self.recipe, data, folder, engine, **parts, keep_at=self.keep_at, condition=told,
+            column=self.class_column,
+        )  # fmt: skip
         prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
         what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
         return f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`"
@@ -314,22 +303,14 @@ class Evaluate:
             scenes, sd = _corpus(self.scenes), load(self.model, self.device)
             report_composition(*evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
             return
-        corpus, sd, clip = _corpus(self.data), load(self.model, self.device), self.towers()
+        corpus, sd = _corpus(self.data), load(self.model, self.device)
+        clip = _towers(self.clip or self.model, "the scores need")
         if self.sweep:
             what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)
             evaluator = Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
             report_sweep(what, sweep(evaluator, what, setting), setting, self.out)
         else:
             report(evaluate(Evaluator(sd, corpus, clip, self.count), setting), setting, self.out)
-
-    def towers(self) -> tuple[CLIPModel, BPETokenizer]:
-        try:
-            return load_clip(self.clip or self.model)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self.clip or self.model} has no image tower to judge with ({error}): name a folder that has one by "
-                "--clip, such as emoji or a run of `minisd train clip`"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -427,6 +408,17 @@ def _corpus(folder: Path) -> Path:
             "of your own pictures"
         )
     return folder
+
+
+def _towers(path: str | Path, needed: str, instead: str = "") -> tuple[CLIPModel, BPETokenizer]:
+    """Both towers of CLIP and their tokenizer. needed: what for; instead: what else can be done."""
+    try:
+        return load_clip(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} has no image tower, which {needed} ({error}): name a folder that has one by --clip, such as emoji "
+            f"or a run of `minisd train clip`{instead}"
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The presets: the sizes of a model's three networks, by name. `training/recipes.py` says how they are trained."""
+"""The presets: the sizes of a model's three networks, by name. `training/recipes.toml` says how they are trained."""
 
 from dataclasses import asdict, replace
 

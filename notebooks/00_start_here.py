@@ -160,7 +160,7 @@ for (name, network), other in zip(parts.items(), v1_parts, strict=True):
 viz.sampling_diagram()
 
 # %% [markdown]
-# Read it from the left. The **UNet** is asked about the same noisy latent twice: once with the prompt's context $c$,
+# Read it from the top. The **UNet** is asked about the same noisy latent twice: once with the prompt's context $c$,
 # once with that of the empty prompt, $c_\emptyset$. The **sampler** exaggerates the difference (this is "guidance") and
 # takes a step. Then the UNet is asked again, about a latent with a little less noise: in 50 steps a hundred questions.
 # After the last step, the autoencoder decodes. The text is read once, and the picture decoded once.
@@ -272,7 +272,7 @@ print(step)
 viz.class_diagram()
 
 # %% [markdown]
-# Under each name: the file in `minisd/`, and the file in CompVis's repository. (CompVis takes CLIP from the library
+# To the right: the file in `minisd/`, and the file in CompVis's repository. (CompVis takes CLIP from the library
 # `transformers`. Here it is written out, and can be trained.)
 #
 # ## What follows

@@ -65,7 +65,7 @@ from minisd.data import CaptionedPictures, draw_shapes, sample
 from minisd.data.shapes import scene, shape_corpus, with_article
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
 from minisd.pictures import read_picture
-from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, finetune_unet, recipes
+from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, recipes, train_unet
 from minisd.training.clip import tokenize_templates
 from minisd.training.discriminator import adaptive_weight, hinge_d_loss
 from minisd.training.unet import by_time, encode_prompts
@@ -412,14 +412,14 @@ def logged(name, key="loss"):
 short = recipe(3, log_every=1)
 train(fresh(), short, "ours")
 with quietly():
-    finetune_unet(fresh(), short, shapes, runs / "theirs", engine)
+    train_unet(fresh(), short, shapes, runs / "theirs", engine)
 print("ours   ", logged("ours")[1])
 print("theirs ", logged("theirs")[1])
 print(json.loads((runs / "ours/log.jsonl").read_text().splitlines()[-1]))
 
 # %% [markdown]
-# The same losses to the last digit: it is the same loop. (`finetune_unet` is `train_unet` for a model that has its
-# other two networks already, as ours has.) Below, every line of it is taken away or overdone once.
+# The same losses to the last digit: it is the same loop. (Instead of a model, `train_unet` also takes a configuration
+# and the folders of the two other networks.) Below, every line of it is taken away or overdone once.
 #
 # The last line printed is a line of the run's log. Two things to know about it. `grad_norm` is the length of the
 # gradient before it is clipped. `loss_t000` … `loss_t750` are the losses of a quarter of the timesteps each, before any
@@ -1125,7 +1125,7 @@ Image.open("../docs/pictures/evaluation/train.png").crop((0, 0, 1054, 264))
 #
 # ## Your own pictures
 #
-# A finished model can be taught more, by the same loop: `finetune_unet`, or
+# A finished model can be taught more, by the same loop: `train_unet`, or
 #
 # ```bash
 # minisd train unet --init emoji --data FOLDER
@@ -1152,7 +1152,7 @@ wishes = ["a turquoise star", "two turquoise squares", "a large turquoise heart"
 before = model.txt2img(wishes, **few).pictures
 with quietly():
     gently = replace(recipes.FINETUNE, steps=150 if full else 2, warmup=20, log_every=10 if full else 1)
-    finetune_unet(model, gently, mine, runs / "finetuned", engine)
+    train_unet(model, gently, mine, runs / "finetuned", engine)
 after = model.txt2img(wishes, **few).pictures
 _, loss = logged("finetuned")
 print(f"{len(mine)} pictures, such as {mine.captions[:3]}; loss {loss[0]:.3f} -> {loss[-1]:.3f}")
@@ -1272,7 +1272,7 @@ def retrain(model, name, steps, **changes):
     quick = replace(recipes.FINETUNE, steps=steps if full else 2, lr=2e-3, warmup=20, ema_decay=0.98, log_every=10,
                     sample_every=10_000, save_every=10_000)  # fmt: skip
     with quietly():
-        finetune_unet(model, replace(quick, **changes), sorted_shapes, runs / name, engine)
+        train_unet(model, replace(quick, **changes), sorted_shapes, runs / name, engine)
     return minisd.load(runs / name / "model", "cpu")
 
 
@@ -1524,7 +1524,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # - Train `fresh()` with `ema_decay=0.9999` for 300 steps, and draw with the mean. What has it not forgotten yet?
 # - Set $\lambda = 1$ in the stripes. Who wins, the error or the discriminator?
 # - Resume a run with `exp_avg` and `exp_avg_sq` set to zero. How many steps does the loss need to come back?
-# - Give `finetune_unet` pictures with the caption "a red circle" that show something else. What else changes?
+# - Give `train_unet` pictures with the caption "a red circle" that show something else. What else changes?
 # - Write a condition that is told the number of shapes (`minisd.data.shapes.scene` knows it). What says nothing then?
 # - Draw a plan of a shape of another kind than the caption's, such as a star for "a red circle". Which one wins?
 # - `LiveBytes` for a batch of 4 and of 8: is it linear? And for latents of 128×128 (pictures of 1024×1024)?

@@ -873,7 +873,7 @@ reading(
     ("LatentDiffusion.decode_first_stage", "z / scale_factor, then the decoder",
      "latent_diffusion.LatentDiffusion.decode_first_stage", "z / self.scale_factor"),
     ("LatentDiffusion.get_input", "batch[first_stage_key] → encoder → z; batch[cond_stage_key] → c",
-     "training/unet.finetune_unet", "z = sd.get_first_stage_encoding("),
+     "training/unet.train_unet", "z = sd.get_first_stage_encoding("),
     ("LatentDiffusion.apply_model", "wraps cond into {c_crossattn: [cond]}, then self.model(x, t, **cond)",
      "latent_diffusion.LatentDiffusion.apply_model", "return self.model("),
     ("DiffusionWrapper.forward: 'crossattn'", "the contexts joined along the tokens, handed on as context=",
@@ -915,7 +915,7 @@ reading(
     ("(nothing)", "10% of the captions are replaced by the empty one",
      "loss.text_dropout", "torch.where(drop"),
     ("(nothing)", "where it is called",
-     "training/unet.finetune_unet", "context = text_dropout("),
+     "training/unet.train_unet", "context = text_dropout("),
 )  # fmt: skip
 
 # %% [markdown]
@@ -1175,7 +1175,7 @@ reading(
     ("lr_scheduler.py: LambdaLinearScheduler", "the factor rises from 1e-6 to 1 in 10,000 steps, then stays",
      "training/trainer.Recipe.lr_at", "warm = min(1.0"),
     ("DDPM.training_step, shared_step", "get_input, then forward: a loss",
-     "training/unet.finetune_unet", "losses = sd.p_losses("),
+     "training/unet.train_unet", "losses = sd.p_losses("),
     ("main.py: data (DataModuleFromConfig)", "shuffled, another order in each epoch",
      "training/trainer._order", "permutation(n)"),
     ("main.py: accumulate_grad_batches", "several batches make one step", "training/trainer.Trainer.backward",

@@ -21,9 +21,9 @@ from minisd.training import (
     Trainer,
     UNetRecipe,
     VAERecipe,
-    finetune_unet,
     recipes,
     train_clip,
+    train_unet,
     train_vae,
 )
 
@@ -173,7 +173,7 @@ class Runs:
 
     def unet(self, _, **changes):
         recipe = UNetRecipe(text_dropout=0.5, **ONE_STEP)
-        sd, figures = self.trained(finetune_unet, self.model(**changes), recipe)
+        sd, figures = self.trained(train_unet, self.model(**changes), recipe)
         return figures | {"weights": weights(sd.model)}
 
     def unet_on_v(self, _):

@@ -29,8 +29,6 @@ from minisd.training import (
     Trainer,
     UNetRecipe,
     VAERecipe,
-    finetune_decoder,
-    finetune_unet,
     make_engine,
     recipes,
     run_folder,
@@ -378,7 +376,7 @@ def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engi
         train_unet(config, UNetRecipe(steps=1, **SHORT), shapes, tmp_path, engine, *parts)
     else:
         recipe = VAERecipe(steps=1, decoder_only=True, **SHORT)
-        finetune_decoder(load("tiny", "cpu"), recipe, shapes, tmp_path, engine)
+        train_vae(load("tiny", "cpu"), recipe, shapes, tmp_path, engine)
     assert len(held) >= 3 and all(held)
     assert another_process_may_train_here()
 
@@ -792,13 +790,13 @@ def test_what_would_only_fail_in_the_end_is_refused_at_the_start(shapes, engine,
         train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(**SHORT), small, *run)
     with pytest.raises(ValueError, match="a batch of 64 would hold some of the 40 pictures twice"):
         train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(batch_size=64), shapes, *run)
-    with pytest.raises(ValueError, match="no step 9 in a run of 8: keep_at"):
+    with pytest.raises(ValueError, match="keep_at names step 9, but this run has steps 1 to 8"):
         train_unet(config, UNetRecipe(steps=8, **SHORT), shapes, *run, *parts, keep_at=(8, 9))
     sd = load("tiny", "cpu")
     masked = replace(sd.config, unet=replace(sd.config.unet, in_channels=7))
     sd = LatentDiffusion(masked, sd.cond_stage_model.tokenizer)
     with pytest.raises(ValueError, match="takes 3 channels beside the noisy latent, such as a mask"):
-        finetune_unet(sd, UNetRecipe(**SHORT), shapes, *run)
+        train_unet(sd, UNetRecipe(**SHORT), shapes, *run)
     assert not list(tmp_path.iterdir())
 
 
@@ -894,7 +892,7 @@ def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
     before = {name: weight.clone() for name, weight in start.state_dict().items()}
     model = tmp_path / "start/model"
 
-    again = finetune_unet(load(model), UNetRecipe(steps=3, **SHORT), shapes, tmp_path / "more", engine, clip=model)
+    again = train_unet(load(model), UNetRecipe(steps=3, **SHORT), shapes, tmp_path / "more", engine, clip=model)
     for name, weight in again.state_dict().items():
         start = before[name].half().float()  # as the file has it
         if name.startswith("model."):
@@ -910,5 +908,5 @@ def test_a_finished_model_is_trained_further(shapes, engine, parts, tmp_path):
 def test_a_model_that_was_loaded_in_half_precision_is_trained_in_full(shapes, engine, tmp_path):
     recipe = UNetRecipe(steps=1, **SHORT)
     for dtype in (torch.float16, torch.float32):  # the file of tiny holds float16
-        finetune_unet(load("tiny", "cpu", dtype), recipe, shapes, tmp_path / str(dtype), engine)
+        train_unet(load("tiny", "cpu", dtype), recipe, shapes, tmp_path / str(dtype), engine)
     assert log(tmp_path / "torch.float16") == log(tmp_path / "torch.float32")

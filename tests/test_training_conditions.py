@@ -18,7 +18,7 @@ from minisd import PRESETS, ClassEmbedder, cli, load, save
 from minisd.conditions import CONDITIONS, Condition, Inpainting, condition, condition_of, random_masks
 from minisd.data import CaptionedPictures
 from minisd.data.sample_pictures import SAMPLE
-from minisd.training import SingleDevice, Trainer, UNetRecipe, finetune_unet, train_unet
+from minisd.training import SingleDevice, Trainer, UNetRecipe, train_unet
 
 RECIPE = UNetRecipe(
     steps=4, batch_size=4, lr=2e-3, warmup=2, log_every=1, sample_every=4, save_every=2, ema_decay=0.9, text_dropout=0.2
@@ -157,13 +157,13 @@ def test_a_class_model_is_trained_further_on_its_own_classes_alone(pictures, eng
     few = CaptionedPictures(SAMPLE, 32, "train", captions=False)
     few.rows = [row | {"concept": "fox"} for row in few.rows]
     before = load(tmp_path / "start/model", "cpu")
-    after = finetune_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "more", engine)
+    after = train_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "more", engine)
     fox, pig = (before.config.cond_stage.names.index(name) for name in ("fox", "pig"))
     moved = after.cond_stage_model.embedding.weight - before.cond_stage_model.embedding.weight
     assert moved[fox].abs().max() > 0 and moved[pig].abs().max() < 1e-3 * 2  # weight decay alone
     few.rows[7] = few.rows[7] | {"concept": "gryphon"}
     with pytest.raises(ValueError, match="and not 'gryphon'"):
-        finetune_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "other", engine)
+        train_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "other", engine)
 
 
 def test_a_run_goes_on_with_the_classes_that_it_was_begun_with(pictures, engine, parts, tmp_path):
@@ -221,7 +221,7 @@ def test_training_masks_are_rectangles_and_follow_from_the_generators_alone():
 def test_what_does_not_fit_is_refused(make_sd, pictures, engine, tmp_path):
     sketches = make_sd(unet=replace(PRESETS["tiny"].unet, in_channels=7))
     with pytest.raises(ValueError, match="3 channels beside the noisy latent"):
-        finetune_unet(sketches, RECIPE, pictures, tmp_path, engine)
+        train_unet(sketches, RECIPE, pictures, tmp_path, engine)
     assert condition_of(make_sd(unet=replace(PRESETS["tiny"].unet, in_channels=9)).config) is Inpainting
     with pytest.raises(ValueError, match='its prompt must be "" or None, not \'a fox\''):
         make_sd(unet=replace(PRESETS["tiny"].unet, context_dim=None, use_spatial_transformer=False),
@@ -270,7 +270,7 @@ def test_a_condition_that_somebody_adds_is_one_class(pictures, engine, parts, tm
     assert json.loads((tmp_path / "run/model/config.json").read_text())["cond_stage"]["kind"] == "MainColour.Config"
     red, blue = (loaded.txt2img(colour, steps=3, seed=0).pictures for colour in ("#ff0000", "#0000ff"))
     assert red.isfinite().all() and not torch.equal(red, blue)
-    more = finetune_unet(loaded, replace(recipe, steps=2), pictures, tmp_path / "more", engine)
+    more = train_unet(loaded, replace(recipe, steps=2), pictures, tmp_path / "more", engine)
     assert not torch.equal(more.cond_stage_model.layer.weight, sd.cond_stage_model.layer.weight)
     with pytest.raises(ValueError, match=r"CompVis's layout has no condition like MainColour"):
         save(sd, tmp_path / "model.ckpt")

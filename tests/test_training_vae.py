@@ -20,7 +20,7 @@ from minisd import PRESETS, load
 from minisd.checkpoint import read_json, save_clip
 from minisd.clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minisd.data import CaptionedPictures, draw_shapes
-from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, finetune_decoder, train_unet, train_vae
+from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, train_unet, train_vae
 from minisd.training.codebook import measure_codebook, revive_dead_codes
 from minisd.training.discriminator import (
     NLayerDiscriminator,
@@ -551,7 +551,7 @@ def test_a_unet_for_other_latents_is_refused(shapes, engine, randomise, tmp_path
 
 def test_what_can_t_be_trained_is_refused(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=1, **SHORT)
-    with pytest.raises(ValueError, match="perceptual_weight is 0.5, and there is nothing to tell by"):
+    with pytest.raises(ValueError, match="perceptual_weight is 0.5, but train_vae was given no perceptual distance"):
         train_vae(SMALL, replace(recipe, perceptual_weight=0.5), shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="revive_every must be at least 1"):
         VAERecipe(revive_every=0)
@@ -637,7 +637,7 @@ def test_a_decoder_that_is_trained_further_draws_the_same_latents_better(shapes,
     latents = sd.first_stage_model.encode(x).mean
     error = (sd.first_stage_model.decode(latents) - x).square().mean()
 
-    finetune_decoder(sd, DECODER, shapes, tmp_path, engine)
+    train_vae(sd, DECODER, shapes, tmp_path, engine)
     after = load(tmp_path / "model", "cpu")
     assert torch.equal(after.first_stage_model.encode(x).mean, latents)
     assert (after.first_stage_model.decode(latents) - x).square().mean() < 0.5 * error
@@ -652,7 +652,7 @@ def test_a_decoder_of_codes_is_trained_further_and_its_codes_stay(shapes, engine
     start = train_vae(SMALL_VQ, VAERecipe(steps=2, **SHORT), shapes, tmp_path / "start", engine)
     before = {name: weight.clone() for name, weight in start.state_dict().items()}
     recipe = replace(DECODER, steps=2, revive_every=1)
-    after = train_vae(SMALL_VQ, recipe, shapes, tmp_path / "more", engine, init=start).state_dict()
+    after = train_vae(start, recipe, shapes, tmp_path / "more", engine).state_dict()
     changed = {name.split(".")[0] for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert changed == {"decoder", "post_quant_conv"}
 
@@ -666,15 +666,15 @@ def test_a_decoder_is_taught_on_latents_that_are_not_quite_right(shapes, engine,
     vae.post_quant_conv.weight.data.copy_(torch.eye(4)[:, :, None, None])
     vae.post_quant_conv.bias.data.zero_()
     recipe = replace(DECODER, steps=1, lr=0.0, batch_size=20, latent_noise=0.5)
-    train_vae(config, recipe, shapes, tmp_path, engine, init=vae)
+    train_vae(vae, recipe, shapes, tmp_path, engine)
     stds = torch.cat([z for z in seen if len(z) == 20]).std(dim=(1, 2, 3)).sort().values
     assert stds[0] < 0.15 and 0.35 < stds[-1] < 0.6 and 0.15 < stds.mean() < 0.35  # of each picture, up to 0.5
-    with pytest.raises(ValueError, match="a codebook forgives"):
+    with pytest.raises(ValueError, match="latent_noise is 0.1, but a VQModel replaces"):
         train_vae(SMALL_VQ, VAERecipe(steps=1, latent_noise=0.1, **SHORT), shapes, tmp_path / "codes", engine)
 
 
 def test_a_decoder_needs_latents_that_are_there_and_stay(shapes, engine, tmp_path):
-    with pytest.raises(ValueError, match="give train_vae an init"):
+    with pytest.raises(ValueError, match="give it a finished autoencoder or model"):
         train_vae(SMALL, DECODER, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="decoder_only=True"):
-        finetune_decoder(load("tiny", "cpu"), VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)
+        train_vae(load("tiny", "cpu"), VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)

@@ -6,6 +6,7 @@
 `viz.unet_diagram` draws the table as a U.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -35,28 +36,18 @@ def outline(config: UNetConfig = UNetConfig(), size: int = 64) -> list[BlockOutl
         unet = UNetModel(config)
         x, t = torch.empty(1, config.in_channels, size, size), torch.empty(1, dtype=torch.int64)
         context = None if config.context_dim is None else torch.empty(1, 1, config.context_dim)
-    named = {f"input_blocks.{i}": block for i, block in enumerate(unet.input_blocks)}
-    named["middle_block"] = unet.middle_block
-    named |= {f"output_blocks.{i}": block for i, block in enumerate(unet.output_blocks)}
-    named["out"] = unet.out
-
-    shapes = {}
-
-    def watch(name: str):
-        return lambda _, args, out: shapes.update({name: (tuple(args[0].shape[1:]), tuple(out.shape[1:]))})
-
-    for name, block in named.items():
-        block.register_forward_hook(watch(name))
-    unet(x, t, context)
-
+    blocks = r"\w+_blocks\.\d+|middle_block|out"
+    names = {block: name for name, block in unet.named_modules() if re.fullmatch(blocks, name)}
     skips = [f"input_blocks.{i}" for i in range(len(unet.input_blocks))]  # the last is used first
-    return [
-        BlockOutline(
-            name,
-            tuple(type(layer).__name__ for layer in block),
-            *shapes[name],
-            skips.pop() if name.startswith("output_blocks") else "",
-            sum(p.numel() for p in block.parameters()),
-        )
-        for name, block in named.items()
-    ]
+    outlines = []
+
+    def watch(block, args, out):
+        layers = tuple(type(layer).__name__ for layer in block)
+        shapes = tuple(args[0].shape[1:]), tuple(out.shape[1:])
+        skip = skips.pop() if names[block].startswith("output_blocks") else ""
+        outlines.append(BlockOutline(names[block], layers, *shapes, skip, sum(p.numel() for p in block.parameters())))
+
+    for block in names:
+        block.register_forward_hook(watch)
+    unet(x, t, context)
+    return outlines

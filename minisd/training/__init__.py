@@ -5,18 +5,17 @@ perceptual.py  discriminator.py  codebook.py    further parts of the autoencoder
 trainer.py     what the three loops share: order of the data, random numbers, optimiser, EMA
 engine.py      the device that a loop runs on, or several with Accelerate
 run_folder.py  the files of a run: checkpoints and log, written so that a crash never damages them
-recipes.py     the hyperparameters of the presets
+recipes.py     the hyperparameters of the presets, read from recipes.toml
 """
 
 from .clip import CLIPRecipe, train_clip
 from .engine import Engine, SingleDevice, make_engine
 from .perceptual import LPIPS, CLIPPerceptual
 from .trainer import EMA, Batch, Recipe, Trainer
-from .unet import UNetRecipe, finetune_unet, train_unet
-from .vae import VAERecipe, finetune_decoder, train_vae
+from .unet import UNetRecipe, train_unet
+from .vae import VAERecipe, train_vae
 
 __all__ = [
     "EMA", "LPIPS", "Batch", "CLIPPerceptual", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer",
-    "UNetRecipe", "VAERecipe", "finetune_decoder", "finetune_unet", "make_engine", "train_clip", "train_unet",
-    "train_vae",
+    "UNetRecipe", "VAERecipe", "make_engine", "train_clip", "train_unet", "train_vae",
 ]  # fmt: skip

@@ -52,57 +52,40 @@ class UNetRecipe(Recipe):
 
 
 def train_unet(
-    config: LatentDiffusionConfig,
-    recipe: UNetRecipe,
-    data: Corpus,
-    folder: str | Path,
-    engine: Engine,
-    clip: str | Path | None,
-    vae: str | Path,
-    keep_at: tuple[int, ...] = (),
-    condition: str = "captions",
-    column: str | None = None,
-) -> LatentDiffusion:
-    """Train a UNet from scratch, using an autoencoder and (if the UNet reads captions) a CLIP that are already trained.
-
-    Args:
-        clip, vae: the folders of the runs that trained them.
-        condition: what the UNet is conditioned on, a name in `CONDITIONS`.
-        column: for classes, the column of the data's rows that names the class. Left out, the folders name it.
-
-    The other arguments, the return value and the errors are those of `finetune_unet`.
-    """
-    torch.manual_seed(recipe.seed)  # the initial weights
-    sd = assemble(config, clip, vae, data, condition, column)
-    return finetune_unet(sd, recipe, data, folder, engine, clip, keep_at)
-
-
-def finetune_unet(
-    sd: LatentDiffusion,
+    model: LatentDiffusionConfig | LatentDiffusion,
     recipe: UNetRecipe,
     data: Corpus,
     folder: str | Path,
     engine: Engine,
     clip: str | Path | None = None,
+    vae: str | Path | None = None,
     keep_at: tuple[int, ...] = (),
+    condition: str = "captions",
+    column: str | None = None,
 ) -> LatentDiffusion:
-    """Train the UNet of a model: a newly initialised UNet, or a trained one (such as `minisd.load()`) on new pictures.
+    """Train the UNet of a new model, or that of a finished model further, on new pictures.
 
-    The text encoder, tokenizer, autoencoder and scale factor are not changed. So the model cannot learn to draw what
-    the autoencoder cannot reconstruct. The text encoder reads a new word only as the pieces that the tokenizer cuts it
-    into.
+    The autoencoder, the scale factor and CLIP are not changed. So the model cannot learn to draw what the autoencoder
+    cannot reconstruct. The text encoder reads a new word only as the pieces that the tokenizer cuts it into.
 
     Args:
-        sd: trained in place.
+        model: the configuration of a new model, whose autoencoder and (if it reads captions) CLIP are trained already;
+            or a finished model (such as `minisd.load()`), which is trained in place.
         folder: where the run is stored. If it holds a checkpoint, the run continues from it.
         clip: a folder with both towers of CLIP, which are copied beside the model for evaluation. None to leave it out.
+            A new model that reads captions takes its text encoder from it.
+        vae: for a new model, the folder of the run that trained its autoencoder.
         keep_at: the numbers of steps after which the EMA weights are also written to a file of their own.
+        condition: what a new model is conditioned on, a name in `CONDITIONS`.
+        column: for classes, the column of the data's rows that names the class. Left out, the folders name it.
 
     Returns the model with the EMA weights, which is also saved to `folder/model`, as a minisd folder.
 
     Raises:
         ValueError: the model, the pictures and the steps do not fit together.
     """
+    torch.manual_seed(recipe.seed)  # the initial weights of a new UNet
+    sd = model if isinstance(model, LatentDiffusion) else assemble(model, clip, vae, data, condition, column)
     folder, condition = Path(folder), sd.cond_stage_model
     _check(sd, recipe, data, keep_at)
 
@@ -159,8 +142,8 @@ def finetune_unet(
                         context = text_dropout(context, nothing, forget.to(engine.device))
                     else:  # computed in each step: the encoder is being trained, or there are too many prompts
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
-                        kept = [condition.unconditional if forgotten else prompts[i][k] for i, k, forgotten in choices]
-                        context = sd.get_learned_conditioning(kept)
+                        asked = [condition.unconditional if forgot else prompts[i][k] for i, k, forgot in choices]
+                        context = sd.get_learned_conditioning(asked)
                     # Mix z_t = √ᾱ_t z + √(1-ᾱ_t) ε, predict the noise, and take the mean squared error of the
                     # prediction, ‖ε - ε_θ(z_t, t, cond)‖², for each picture: [b] (DDPM, eq. 14). If the UNet predicts v
                     # or x_0, it is the error in that.
@@ -229,7 +212,7 @@ class UNetAndCondition(nn.Module):
 def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple[int, ...]) -> None:
     """Raise ValueError if the model cannot be trained on these pictures with this recipe."""
     if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
-        raise ValueError(f"there is no step {late[0]} in a run of {recipe.steps}: keep_at names others")
+        raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
     if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
         raise ValueError(
             f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, which the "

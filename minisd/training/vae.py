@@ -24,7 +24,7 @@ The weight of the KL term is small (1e-6 in Stable Diffusion, 1e-3 here), becaus
 term only keeps the latents from growing without bound. At the end, the scale factor of the latents is measured: 1 / std
 (0.18215 in Stable Diffusion). With it, the diffusion model is trained on data of variance one.
 
-The decoder of a finished model can be trained further (`finetune_decoder`). The encoder is not changed, so the latents
+The decoder of a finished model can be trained further (`decoder_only`). The encoder is not changed, so the latents
 remain the same and the UNet does not have to be trained again. Stability AI made sd-vae-ft-mse in this way, which many
 people use instead of the original decoder of Stable Diffusion v1.
 """
@@ -78,35 +78,39 @@ class VAERecipe(Recipe):
 
 
 def train_vae(
-    config: AutoencoderConfig | VQConfig,
+    model: AutoencoderConfig | VQConfig | FirstStage | LatentDiffusion,
     recipe: VAERecipe,
     data: Corpus,
     folder: str | Path,
     engine: Engine,
     perceptual: Perceptual | None = None,
-    init: FirstStage | None = None,
-    model: LatentDiffusion | None = None,
     clip: str | Path | None = None,
 ) -> FirstStage:
     """Train an autoencoder on pictures, and write `vae.safetensors` and `vae.json` to the folder.
 
     Args:
-        config: an AutoencoderConfig for latents near N(0, I), a VQConfig for latents from a codebook.
+        model: the configuration of a new autoencoder: an AutoencoderConfig for latents near N(0, I), a VQConfig for
+            latents from a codebook. Or a finished autoencoder, which is trained further in place. Or a finished model
+            (such as `minisd.load()`), whose decoder alone is trained further, in place, so that it decodes the same
+            latents better; the recipe has `decoder_only=True`, and the model is also saved to `folder/model`.
         perceptual: the perceptual distance of two pictures, for `perceptual_weight`: a `CLIPPerceptual` or an `LPIPS`.
-        init: a finished autoencoder of that config, which is trained further in place; `decoder_only` needs it. None:
-            train a new one.
-        model, clip: see `finetune_decoder`.
+        clip: a folder with both towers of CLIP, which are copied beside a saved model for evaluation. None to leave it
+            out.
 
     Returns the autoencoder with its EMA weights. If the folder holds a checkpoint, the run continues from it.
 
     Raises:
-        ValueError: perceptual_weight without a perceptual distance; decoder_only without a finished autoencoder;
-            latent_noise with a codebook.
+        ValueError: the recipe asks for something that was not given, or that does not fit the model.
     """
-    folder, quantised = Path(folder), isinstance(config, VQConfig)
-    _check(recipe, quantised, perceptual, init)
+    folder, sd = Path(folder), model if isinstance(model, LatentDiffusion) else None
+    if sd is not None:
+        model = sd.to(engine.device, torch.float32).first_stage_model
+    finished = isinstance(model, FirstStage)
+    config = model.config if finished else model
+    quantised = isinstance(config, VQConfig)
+    _check(recipe, quantised, perceptual, finished, whole_model=sd is not None)
     torch.manual_seed(recipe.seed)  # the initial weights
-    vae, others = init or FIRST_STAGES[type(config)](config), {}
+    vae, others = model if finished else FIRST_STAGES[type(config)](config), {}
     # Train all of it, or only the layers after the latent, so that the latents do not change.
     vae.train().requires_grad_(not recipe.decoder_only)
     for part in (vae.post_quant_conv, vae.decoder):
@@ -166,52 +170,36 @@ def train_vae(
             record = {"first_stage": part_to_json(config), **measured, "recipe": asdict(recipe)}
             write_json(record, folder / "vae.json")
         engine.wait_for_everyone()
-        if model is not None:
-            model.first_stage_model = vae
-            save_model(model, clip, folder / "model", engine)
+        if sd is not None:
+            sd.eval().first_stage_model = vae
+            save_model(sd, clip, folder / "model", engine)
     return vae
 
 
-def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, init: FirstStage | None) -> None:
-    """Raise ValueError if the recipe asks for something that was not given."""
-    if recipe.decoder_only and init is None:
-        raise ValueError("decoder_only trains the decoder of a finished autoencoder further: give train_vae an init")
+def _check(
+    recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, finished: bool, whole_model: bool
+) -> None:
+    """Raise ValueError if the recipe asks for something that was not given, or that does not fit the model."""
+    if recipe.decoder_only and not finished:
+        raise ValueError(
+            "decoder_only trains the decoder of a finished autoencoder further, but train_vae was given the "
+            "configuration of a new one: give it a finished autoencoder or model, or set decoder_only to False"
+        )
+    if whole_model and not recipe.decoder_only:
+        raise ValueError(
+            "train_vae was given a whole model, whose UNet would not fit the latents of a changed encoder: set "
+            "decoder_only=True, or give only the model's first_stage_model"
+        )
     if recipe.latent_noise and quantised:
-        raise ValueError("latent_noise teaches a decoder to forgive, and a codebook forgives already: set it to 0")
+        raise ValueError(
+            f"latent_noise is {recipe.latent_noise}, but a VQModel replaces each vector by its nearest code, which "
+            "removes small noise: set latent_noise to 0"
+        )
     if recipe.perceptual_weight and perceptual is None:
         raise ValueError(
-            f"perceptual_weight is {recipe.perceptual_weight}, and there is nothing to tell by whether pictures look "
-            "alike: give train_vae a CLIPPerceptual or an LPIPS, or set it to 0"
+            f"perceptual_weight is {recipe.perceptual_weight}, but train_vae was given no perceptual distance: give it "
+            "a CLIPPerceptual or an LPIPS, or set perceptual_weight to 0"
         )
-
-
-def finetune_decoder(
-    sd: LatentDiffusion,
-    recipe: VAERecipe,
-    data: Corpus,
-    folder: str | Path,
-    engine: Engine,
-    perceptual: Perceptual | None = None,
-    clip: str | Path | None = None,
-) -> LatentDiffusion:
-    """Train the decoder of a finished model (such as `minisd.load()`) further, so that it decodes its latents better.
-
-    Args:
-        sd: trained in place. Only the decoder changes: not the encoder, scale factor, UNet and condition.
-        recipe: with `decoder_only=True`.
-        folder: where the run is stored. If it holds a checkpoint, the run continues from it.
-        clip: a folder with both towers of CLIP, which are copied beside the model for evaluation. None to leave it out.
-
-    Returns the model with the decoder's EMA weights, which is also saved to `folder/model`, as a minisd folder.
-
-    Raises:
-        ValueError: the recipe does not have decoder_only=True, so it would change the latents.
-    """
-    if not recipe.decoder_only:
-        raise ValueError("the UNet knows the latents of this encoder alone: finetune_decoder takes decoder_only=True")
-    sd.to(engine.device, torch.float32)
-    train_vae(sd.config.first_stage, recipe, data, folder, engine, perceptual, sd.first_stage_model, sd, clip)
-    return sd.eval()
 
 
 def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:

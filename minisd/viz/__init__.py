@@ -16,11 +16,11 @@
     layers      maps, plane                                     channels of a latent; a two-dimensional latent as a map
                 feature_maps, attention_maps                    channels of a layer; which pixels attend to a token
     diagrams    unet_diagram                                    a UNet's blocks and skip connections
-                training_diagram, sampling_diagram, class_diagram    the whole model as boxes
+                training_diagram, sampling_diagram, class_diagram    the whole model as boxes: SVG files
 
-All except for those of `files` return a matplotlib Figure. A notebook shows it if it is the last line of a cell. In a
-script, call `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or grey (c = 1); other values are
-clamped.
+All except for those of `files` and the last three return a matplotlib Figure. A notebook shows it if it is the last
+line of a cell. In a script, call `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or grey (c = 1);
+other values are clamped.
 """
 
 from ..pictures import save_sheet, sheet, to_pil

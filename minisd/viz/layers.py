@@ -1,16 +1,13 @@
 """The inside of a network: channels of a latent or layer, attention maps, a two-dimensional latent space as a map."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from . import page
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .page import Figure
 
 
 def maps(
@@ -19,7 +16,7 @@ def maps(
     labels: Sequence[str] | None = None,
     pictures: Sequence[Float[Tensor, "c _ _"]] | Float[Tensor, "r c _ _"] | None = None,
     size: float = 0.96,
-) -> "Figure":
+) -> Figure:
     """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a colour bar.
 
     titles: one above each column; labels: one left of each row; pictures: for each row, the picture of its maps.
@@ -39,7 +36,7 @@ def maps(
     return figure
 
 
-def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8, size: float = 0.86) -> "Figure":
+def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8, size: float = 0.86) -> Figure:
     """A row for each layer: the channels that vary most over the picture, blue below zero and red above.
 
     Each channel has its own colour scale, with white at zero. Its number and largest absolute value are below it.
@@ -65,7 +62,7 @@ def attention_maps(
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     size: float = 0.96,
-) -> "Figure":
+) -> Figure:
     """Attention weights as colours over the grey picture: a column for each token, a row for each layer or step.
 
     rows: weights in [0, 1]. picture: one for all rows, or one for each, shown at its left.
@@ -92,7 +89,7 @@ def attention_maps(
 def plane(
     panels: Mapping[str, tuple[Float[Tensor, "ny nx c h w"], tuple[float, float, float, float], Float[Tensor, "n 2"]]],
     width: float = 3.52,
-) -> "Figure":
+) -> Figure:
     """A two-dimensional latent space as a map: {title: (pictures, (left, right, bottom, top), points)}.
 
     pictures: the decoded pictures at the points of a grid, row by row from the top. The four numbers are the positions

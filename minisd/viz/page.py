@@ -4,7 +4,7 @@ The colours are those of Okabe & Ito (2008), which people with colour blindness 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -14,13 +14,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:
+    Axes = Figure = Any  # the names alone, because matplotlib takes long to import
 
 # In the order in which lines use them. Black is reserved for axes and for exact results.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # so that lines also differ in a grey print
 
 
-def empty_figure(width: float, height: float, layout: str | None = None) -> "Figure":
+def empty_figure(width: float, height: float, layout: str | None = None) -> Figure:
     """An empty figure; width and height are in inches."""
     import matplotlib.pyplot as plt
 
@@ -31,7 +33,7 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> "Fig
     return figure
 
 
-def place(figure: "Figure", x: float, y: float, width: float, height: float) -> "Axes":
+def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
     """Axes at a position in inches from the lower left. So the size of a picture does not depend on its labels."""
     whole_width, whole_height = figure.get_size_inches()
     return figure.add_axes((x / whole_width, y / whole_height, width / whole_width, height / whole_height))
@@ -39,7 +41,7 @@ def place(figure: "Figure", x: float, y: float, width: float, height: float) -> 
 
 def side_by_side(
     panels: Mapping, width: float, height: float, **options
-) -> "tuple[Figure, list[tuple[Axes, str, object]]]":
+) -> tuple[Figure, list[tuple[Axes, str, object]]]:
     """A figure with a row of panels, each `width` inches wide, and for each panel: its axes, title and content.
 
     The panels have no upper and right frame lines.
@@ -52,7 +54,7 @@ def side_by_side(
     return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
 
-def without_scale(axes: "Axes") -> None:
+def without_scale(axes: Axes) -> None:
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
 
@@ -67,7 +69,7 @@ def grid(
     gap: float = 0.05,
     top: float = 0.05,
     scales: bool = False,
-) -> "tuple[Figure, list[list[Axes]]]":
+) -> tuple[Figure, list[list[Axes]]]:
     """A figure with rows of axes. `counts` gives the number of axes in each row; each is `size` inches wide.
 
     titles: one above each column; labels: one left of each row; heights: of the rows, if the axes are not square;
@@ -99,24 +101,24 @@ def line_style(i: int) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
-def label_below(axes: "Axes", text: str, fontsize: float = 7, gap: float = 0.04) -> None:
+def label_below(axes: Axes, text: str, fontsize: float = 7, gap: float = 0.04) -> None:
     axes.text(0.5, -gap, text, transform=axes.transAxes, ha="center", va="top", fontsize=fontsize)
 
 
-def name_axes(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "", upright: bool = False) -> None:
+def name_axes(axes: Axes, title: str, xlabel: str = "", ylabel: str = "", upright: bool = False) -> None:
     """Set the title and the labels of the axes. upright: do not rotate the ylabel (for a symbol)."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(xlabel, fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8, rotation=0 if upright else 90)
 
 
-def legend_below(figure: "Figure", handles: Sequence, labels: Sequence[str], **options) -> None:
+def legend_below(figure: Figure, handles: Sequence, labels: Sequence[str], **options) -> None:
     """One legend for all panels, below them."""
     style = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8}
     figure.legend(handles, labels, **style, **options)
 
 
-def show_picture(axes: "Axes", picture: Float[Tensor, "c h w"]) -> None:
+def show_picture(axes: Axes, picture: Float[Tensor, "c h w"]) -> None:
     """Show a picture in [-1, 1] (clamped), without ticks; each pixel is a square."""
     if picture.shape[0] not in (1, 3):
         shape = list(picture.shape)

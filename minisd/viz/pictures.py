@@ -1,16 +1,13 @@
 """Pictures side by side: in rows with titles, with more and more noise, along a sampler's steps, with captions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from . import page
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .page import Figure
 
 
 def strip(
@@ -19,7 +16,7 @@ def strip(
     labels: Sequence[str] | None = None,
     notes: Sequence[Sequence[str]] | None = None,
     size: float = 0.96,
-) -> "Figure":
+) -> Figure:
     """Rows of pictures in [-1, 1], each row [n c h w]; rows may differ in length and in size.
 
     titles: one above each column, in one line or more; labels: one left of each row.
@@ -43,7 +40,7 @@ def noising_strip(
     timesteps: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
-) -> "Figure":
+) -> Figure:
     """The forward process: a row for each picture and schedule, from the clean picture to x_T.
 
     schedule: a `NoiseSchedule`, or {name: schedule} to compare several.
@@ -82,7 +79,7 @@ def trajectory(
     every: int | None = None,
     pictures: Sequence[int] = (0,),
     labels: Sequence[str] | None = None,
-) -> "Figure":
+) -> Figure:
     """The steps of a sampler, from left to right.
 
     steps: all steps that it yielded (a list of `Step`, or a `Trajectory`).
@@ -108,7 +105,7 @@ def trajectory(
 
 def captioned(
     pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
-) -> "Figure":
+) -> Figure:
     """Pictures in [-1, 1], row by row, each with its caption below it. Long captions are broken into lines."""
     from textwrap import fill
 

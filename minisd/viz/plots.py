@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .page import COLOURS, as_array, legend_below, line_style, name_axes, side_by_side
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .page import COLOURS, Figure, as_array, legend_below, line_style, name_axes, side_by_side
 
 
 def curves(
@@ -20,7 +16,7 @@ def curves(
     log: Sequence[str] = (),
     width: float = 3.1,
     height: float = 2.5,
-) -> "Figure":
+) -> Figure:
     """Panels side by side: {title of the panel: {name of the line: (x, y)}}.
 
     log: the titles of the panels whose y axis is logarithmic.
@@ -39,7 +35,7 @@ def curves(
     return figure
 
 
-def schedule_curves(schedules: Mapping[str, object]) -> "Figure":
+def schedule_curves(schedules: Mapping[str, object]) -> Figure:
     """β_t, ᾱ_t and the log of the signal-to-noise ratio, for each {name: NoiseSchedule}."""
     panels = {
         r"noise added in a step:  $\beta_t$": lambda s, t: s.betas,
@@ -61,7 +57,7 @@ def loss_by_timestep(
     xlabel: str = "t",
     width: float = 3.4,
     height: float = 2.4,
-) -> "Figure":
+) -> Figure:
     """Panels of losses against t: {title of the panel: {name of the model: (t, loss)}}.
 
     floors: {title: (t, loss)}, in black: the loss of the best possible model (`minisd.ExactDenoiser`).
@@ -83,7 +79,7 @@ def histograms(
     bins: int = 60,
     width: float = 2.5,
     height: float = 2.1,
-) -> "Figure":
+) -> Figure:
     """Histograms of samples: {title of the panel: {name: samples [n]}}, as densities with a common x axis.
 
     gaussians: {title: (mean, variance)}: the distribution that the samples should follow, in black.
@@ -113,18 +109,15 @@ def histograms(
 def convergence(
     panels: Mapping[str, Mapping[str, tuple]],
     slopes: Sequence[int] = (1, 2),
-    xlabel: str = "calls of the model",
     ylabel: str = "error",
-    width: float = 3.8,
-    height: float = 3.1,
-) -> "Figure":
+) -> Figure:
     """Error against cost, both axes logarithmic: {title of the panel: {name of the line: (calls, errors)}}.
 
     slopes: orders p for comparison, as grey lines. Along such a line, twice the calls reduce the error to 1/2^p.
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, row = side_by_side(panels, width, height)
+    figure, row = side_by_side(panels, width=3.8, height=3.1)
     for axes, title, lines in row:
         xs = [as_array(x) for x, _ in lines.values()]
         ys = [as_array(y) for _, y in lines.values()]
@@ -145,13 +138,13 @@ def convergence(
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
+        name_axes(axes, title, "calls of the model", ylabel if axes is figure.axes[0] else "")
         if axes is figure.axes[0]:
             axes.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
-def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> "Figure":
+def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> Figure:
     """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, text at the end of the line)}."""
     figure, [(axes, *_)] = side_by_side({"": rows}, width, 0.62 * len(rows) + 0.45)
     for i, (timesteps, end) in enumerate(rows.values()):
@@ -177,7 +170,7 @@ def with_errors(
     ylabel: str = "",
     lines: bool = True,
     marks: Sequence[float] = (),
-) -> "Figure":
+) -> Figure:
     """Numbers with error bars: {title of the panel: {name: (number, error) for each of the values}}.
 
     values: the labels of the x axis, evenly spaced. lines: whether to connect the points; only useful if the values

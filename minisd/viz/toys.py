@@ -2,17 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import COLOURS, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from .page import COLOURS, Axes, Figure, as_array, empty_figure, legend_below, name_axes, side_by_side, without_scale
 
 
 def density_over_time(
@@ -21,7 +16,7 @@ def density_over_time(
     paths: Mapping[str, tuple[Sequence[int], Float[Tensor, "s k"]]] | None = None,
     width: float = 4.4,
     height: float = 2.9,
-) -> "Figure":
+) -> Figure:
     """The density of q(x_t) for one-dimensional data, at all t. Darker means more probable.
 
     x_0: the data, all equally likely. schedule: a `NoiseSchedule`.
@@ -67,7 +62,7 @@ def clouds(
     columns: int | None = None,
     reach: float = 2.8,
     size: float = 1.45,
-) -> "Figure":
+) -> Figure:
     """Scatter plots of two-dimensional points: {title of the panel: {name: points [n 2]}}.
 
     behind: the data, in grey in every panel. columns: panels in a row; by default all of them.
@@ -98,21 +93,19 @@ def vector_field(
     behind: Mapping[str, Float[Tensor, "n 2"]] | None = None,
     longest: float = 2.0,
     spacing: float = 0.6,
-    reach: float = 2.8,
-    size: float = 1.8,
-) -> "Figure":
+) -> Figure:
     """Vector fields in the plane: {title of the panel: (places [k 2], {name: vectors [k 2]})}.
 
     The arrows of the first name are broad and pale, so that those of the second are visible on top where they agree.
     behind: {title: points [n 2]}, in grey. longest: a vector of this length is drawn as long as `spacing`. Longer
     vectors are drawn with the same length.
     """
-    figure = empty_figure(len(panels) * size, size + 0.5, layout="constrained")
+    figure = empty_figure(len(panels) * 1.8, 2.3, layout="constrained")
     styles = [
         {"color": "#9ecae9", "width": 0.022, "headwidth": 2, "headlength": 1.5, "headaxislength": 1.5},
         {"color": COLOURS[1], "width": 0.008, "headwidth": 4, "headlength": 4, "headaxislength": 4},
     ]
-    for axes, (title, (places, fields)) in zip(_planes(figure, 1, len(panels), reach), panels.items(), strict=True):
+    for axes, (title, (places, fields)) in zip(_planes(figure, 1, len(panels)), panels.items(), strict=True):
         if behind and title in behind:
             axes.scatter(*as_array(behind[title]).T, s=2, color="0.75", linewidths=0, antialiased=False)
         for (name, vectors), style in zip(fields.items(), styles, strict=False):
@@ -126,7 +119,7 @@ def vector_field(
     return figure
 
 
-def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Axes]":
+def _planes(figure: Figure, rows: int, columns: int, reach: float = 2.8) -> list[Axes]:
     """Square panels with both axes from -reach to reach, row by row, without ticks."""
     options = {"xlim": (-reach, reach), "ylim": (-reach, reach), "aspect": "equal"}
     panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw=options).ravel())
@@ -135,19 +128,13 @@ def _planes(figure: "Figure", rows: int, columns: int, reach: float) -> "list[Ax
     return panels
 
 
-def walks(
-    x_0: Float[Tensor, "n 2"],
-    panels: Mapping[str, Float[Tensor, "s k 2"]],
-    width: float = 2.6,
-    reach: float | None = None,
-) -> "Figure":
+def walks(x_0: Float[Tensor, "n 2"], panels: Mapping[str, Float[Tensor, "s k 2"]]) -> Figure:
     """Paths in the plane: the data as grey points, and a panel for each {title: k paths of s points each}.
 
     A path begins at a small ring and ends at a disc. It has the same colour in all panels.
-    reach: both axes go from -reach to reach, in all panels; by default just far enough for all paths.
     """
-    reach = reach or 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))
-    figure, row = side_by_side(panels, width, width + 0.1)
+    reach = 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))  # the same in all panels
+    figure, row = side_by_side(panels, width=2.6, height=2.7)
     data = as_array(x_0)
     for axes, title, paths in row:
         axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
@@ -163,26 +150,17 @@ def walks(
     return figure
 
 
-def pursuit(
-    exact: tuple,
-    panels: Mapping[str, tuple],
-    xlabel: str = r"$\sigma$",
-    ylabel: str = r"$\bar x$",
-    width: float = 2.5,
-    height: float = 2.3,
-) -> "Figure":
+def pursuit(exact: tuple, panels: Mapping[str, tuple]) -> Figure:
     """An exact curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
 
     x is the noise level. It decreases to the right, because sampling goes from left to right.
     """
-    figure, row = side_by_side(panels, width, height, sharey=True)
+    figure, row = side_by_side(panels, width=2.5, height=2.3, sharey=True)
     for i, (axes, title, (x, y)) in enumerate(row):
         axes.plot(*map(as_array, exact), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
         axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(xlabel, fontsize=8)
+        name_axes(axes, title, r"$\sigma$", "" if i else r"$\bar x$", upright=True)
         axes.invert_xaxis()
         if i == 0:
-            axes.set_ylabel(ylabel, fontsize=8, rotation=0)
             axes.legend(frameon=False, fontsize=8)
     return figure

@@ -2,23 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import as_array, empty_figure, place, shades, show_picture
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .page import Figure, as_array, empty_figure, place, shades, show_picture
 
 
 def token_table(
     sentences: Mapping[str, Sequence[str]],
     ids: Mapping[str, Sequence[int]] | None = None,
     width: float = 10.0,
-) -> "Figure":
+) -> Figure:
     """How sentences are cut into tokens: a line for each {label: pieces}, with each piece in a box.
 
     Blue: a piece that ends a word (it has "</w>"). Orange: the word continues. Grey: a special token of the form <|…|>.
@@ -81,7 +77,7 @@ def matrices(
     pictures: Float[Tensor, "r _ _ _"] | None = None,
     xlabel: str = "",
     ylabel: str = "",
-) -> "Figure":
+) -> Figure:
     """Matrices side by side, {title: matrix}: 0 is white, larger is darker; negative numbers are blue, others red.
 
     If no number is negative, they are all shades of blue. NaN is grey.
