@@ -11,8 +11,8 @@ a blue background" means. A scene is composed from emoji of the training split, 
 Some combinations are held out: (colour, thing), (background, thing) and (thing, relation, thing), chosen by hashes as
 the pairs of the emoji corpus are. Each word of such a caption occurs in training, but never this combination.
 
-Nothing is stored but the cut-out emoji, at the two sizes that scenes need: scene k is composed when it is asked for,
-and depends only on the seed and on k. So a longer data set begins with the scenes of a shorter one.
+Nothing is stored but the cut-out emoji. Scene k is composed when it is asked for, and depends only on the seed and on
+k. So a longer data set begins with the scenes of a shorter one.
 """
 
 import colorsys
@@ -47,7 +47,8 @@ RELATIONS = {phrase: tuple(step) for phrase, step in _WORDS["relations"].items()
 KINDS = _WORDS["kinds"]
 HELD_OUT = 0.1  # share of the combinations
 MOST_WORDS = 3  # in the name of a thing, so that a caption with two of them stays short
-SMALL = 15 / 32  # side of one of two things, as a share of the picture's; a thing alone has twice this
+SMALL = 15 / 32  # side of one of two things, as a share of the picture's. A thing alone has twice this, so that its
+# background can be seen even around a square sign
 WIDTH = 30  # degrees: hues that are nearer are one colour
 
 
