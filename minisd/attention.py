@@ -208,10 +208,12 @@ class SpatialTransformer(nn.Module):
         # The map becomes a sequence of h·w tokens, row by row. Attention does not know where in the map a token was,
         # and no position is added: the convolutions around this layer, which pad the edges with zeros, tell it.
         # contiguous() puts the numbers of a token side by side in memory, once, or each LayerNorm would have to.
+        # [b c h w] -> [b hw inner_dim], where inner_dim is c in SD v1
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c").contiguous()
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        # Folded back to a map, and added to the input: a new layer, whose proj_out is zero, changes nothing.
+        # Folded back to a map, [b hw inner_dim] -> [b c h w], and added to the input: a new layer, whose proj_out is
+        # zero, changes nothing.
         return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w))
 
 

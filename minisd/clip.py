@@ -330,6 +330,8 @@ class CLIPModel(nn.Module):
         self.text_config, self.vision_config, self.end_token = text, vision, end_token
         self.text_model = CLIPTextTransformer(text)
         self.vision_model = CLIPVisionTransformer(vision)
+        # Two linear maps without bias bring the vectors of both towers, of 768 and 1024 numbers in ViT-L/14, to one
+        # space of 768, where a cosine compares a picture with a sentence.
         self.text_projection = nn.Linear(text.width, text.projection_dim, bias=False)
         self.visual_projection = nn.Linear(vision.width, vision.projection_dim, bias=False)
         # The temperature τ = 0.07 to begin with, learned as log(1/τ), which keeps it positive (section 2.5).

@@ -514,6 +514,7 @@ class LatentDiffusion(nn.Module):
         # Pictures have values in [-1, 1], so multiplying by 0 makes the masked part grey. The autoencoder encodes it
         # like any other part of a picture.
         hole = self.get_first_stage_encoding(self.encode_first_stage(pictures * (1 - mask)), generator)
+        # [b 1 H W] -> [b 1 h w]: every f-th pixel of the mask is taken, and none are averaged, so it stays 0 or 1.
         return torch.cat([F.interpolate(mask, hole.shape[-2:]), hole], dim=1)
 
     # --- what the methods above share ------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
+# With `-n auto`, all tests of such a module run in one process, because they share models that take long to train.
+TOGETHER = ["test_coursework_swaps.py", "test_evaluation.py", "test_training.py", "test_training_conditions.py"]
+
 FIXTURES = Path(__file__).parent / "fixtures"
 CAPTIONS = [
     "a red fox, noto style",
@@ -28,6 +31,19 @@ CAPTIONS = [
     "it's 10 o'clock: a smiling cat with naïve eyes",
     "a purple triangle at the top, a pink diamond at the bottom",
 ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process the next test when it is free, or a whole module if it is one of those above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = nodeid.split("::")[0]
+            return module if Path(module).name in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +78,48 @@ def randomise():
         return model.eval()
 
     return fill
+
+
+FORGET = """
+%reset -f
+import os, sys
+
+os.chdir(r"{folder}")
+if "matplotlib.pyplot" in sys.modules:
+    sys.modules["matplotlib.pyplot"].close("all")
+del os, sys
+"""
+
+
+@pytest.fixture(scope="session")
+def run_notebook():
+    """run_notebook(notebook, timeout) executes the cells of a notebook, in the folder where a reader opens them.
+
+    One process runs all notebooks, one after the other, because to import torch and minisd takes seconds. The names
+    and figures of one are gone before the next begins. After an error, the next one gets a new process.
+    """
+    from jupyter_client.manager import KernelManager
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    forget = FORGET.format(folder=Path(__file__).parents[1] / "notebooks")
+    kernels = []
+
+    def run(notebook, timeout: int) -> None:
+        if not kernels:
+            kernels.append(KernelManager(kernel_name="python3"))
+        try:
+            for cells in (new_notebook(cells=[new_code_cell(forget)]), notebook):
+                client = NotebookClient(cells, km=kernels[0], timeout=timeout, record_timing=False)
+                client.execute()
+                client.kc.stop_channels()
+        except Exception:
+            kernels.pop().shutdown_kernel(now=True)
+            raise
+
+    yield run
+    for kernel in kernels:
+        kernel.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def steps_logged(name: str) -> int:
 
 
 def wait_and_kill(child: int, steps: int) -> bool:
-    """Kill a life some steps later, at whatever it is doing then; False if it ended by itself before."""
+    """Kill a life at a random moment some steps later. Returns False if it ended by itself before."""
     target = steps_logged("killed") + steps
     while steps_logged("killed") < target:
         if os.waitpid(child, os.WNOHANG)[0]:

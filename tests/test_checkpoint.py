@@ -243,7 +243,7 @@ def test_nothing_else_of_numpy_is_let_in(folder, other):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_none_is_named(model, folder, bad):
+def test_weights_that_are_nan_or_infinite_are_named(model, folder, bad):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["model.diffusion_model.out.0.weight"][3] = bad
     write_weights(state, folder / "model.safetensors")
@@ -284,7 +284,7 @@ def test_nan_is_found_wherever_it_is(tmp_path, name, dtype):
     [lambda x: x.T, lambda x: x[:, 1], lambda x: x[::2], lambda x: x[0, 1].expand(50), lambda x: x[:2, 1:]],
     ids=["transposed", "column", "every other row", "expanded", "corner"],
 )
-def test_of_a_view_its_own_numbers_are_checked_and_no_others(tmp_path, name, view):
+def test_only_the_numbers_of_a_view_itself_are_checked(tmp_path, name, view):
     """A `.ckpt` keeps a view as a place in a larger tensor, and its numbers need not lie side by side there."""
     own = set(view(torch.arange(12).view(4, 3)).flatten().tolist())  # the places of its numbers
     for place in range(12):
@@ -323,7 +323,7 @@ def test_nan_in_a_tensor_that_is_set_aside_does_no_harm(model, tmp_path, suffix)
         load(file, "cpu")
 
 
-def test_what_another_file_takes_the_place_of_may_hold_nan(model, folder):
+def test_weights_that_another_file_replaces_may_hold_nan(model, folder):
     """Of a minisd folder, a file of weights beside `model.safetensors` replaces some of its tensors."""
     state = read_weights(folder / "model.safetensors")
     sound = {name: tensor.clone() for name, tensor in state.items() if name.startswith("first_stage_model.")}
@@ -336,7 +336,7 @@ def test_what_another_file_takes_the_place_of_may_hold_nan(model, folder):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_ckpt_that_another_program_packed_anew_is_read_and_checked_all_the_same(tmp_path, compression):
+def test_a_ckpt_that_another_program_repacked_is_read_and_checked(tmp_path, compression):
     """Its tensors lie elsewhere than PyTorch would have put them."""
 
     def packed_anew(state):
@@ -354,7 +354,7 @@ def test_a_ckpt_that_another_program_packed_anew_is_read_and_checked_all_the_sam
         packed_anew(state)
 
 
-def test_numbers_whose_sum_is_too_large_are_numbers_all_the_same(tmp_path):
+def test_weights_whose_sum_overflows_are_accepted(tmp_path):
     write_weights({"a": torch.full((4,), 3e38)}, tmp_path / "a.safetensors")
     assert read_weights(tmp_path / "a.safetensors")["a"].tolist() == torch.full((4,), 3e38).tolist()
 
@@ -393,7 +393,7 @@ def test_reading_a_large_file_takes_hardly_any_memory(tmp_path, name):
     assert run.returncode == 0, run.stderr
 
 
-def test_what_is_written_may_be_read_by_whoever_may_read_new_files(model, tmp_path):
+def test_written_files_have_the_permissions_of_new_files(model, tmp_path):
     (tmp_path / "new").write_text("")
     save(model, tmp_path / "model")
     modes = {file.stat().st_mode for file in (tmp_path / "model").rglob("*") if file.is_file()}

@@ -161,7 +161,7 @@ def test_nan_is_looked_for_in_the_weights_that_are_used(official, files, clip_fo
         read(use_ema)
 
 
-def test_ema_weights_that_are_not_there_are_missed(official, files, clip_folder):
+def test_missing_ema_weights_are_named(official, files, clip_folder):
     state = {name: tensor for name, tensor in official.items() if not name.startswith("model_ema.")}
     torch.save(state, files / "pruned.ckpt")
     with pytest.raises(CheckpointError, match="no EMA weights for 686 of 686 .*use_ema=False"):
@@ -356,7 +356,7 @@ def test_an_argument_wins_over_the_yaml_beside_and_yaml_over_yml(official, files
         (YAML.replace("model_channels: 32", "model_channels: 64"), "the weights in .*model.ckpt do not fit the model"),
     ],
 )  # fmt: skip
-def test_of_a_yaml_beside_that_is_no_help_it_is_said_why_it_was_read(files, clip_folder, monkeypatch, text, message):
+def test_the_error_says_why_a_yaml_beside_the_file_was_read(files, clip_folder, monkeypatch, text, message):
     monkeypatch.chdir(files)  # a YAML in the working directory goes by its name as well
     (files / "model.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -383,7 +383,7 @@ def test_a_file_with_its_own_yaml_is_no_part_of_the_minisd_folder_that_it_lies_i
 # -- what does not fit ---------------------------------------------------------------------------------------------
 
 
-def test_what_would_have_fitted_is_said(files):
+def test_the_configuration_that_would_have_fitted_is_named(files):
     """Of a file of a tenth of the width, loaded as if it were Stable Diffusion v1."""
     (files / "model.yaml").unlink()
     with pytest.raises(CheckpointError) as error:
@@ -432,7 +432,7 @@ def test_files_of_something_else_are_recognised(tmp_path, name, what):
     assert what in describe(tmp_path / "a.ckpt")
 
 
-def test_swapped_names_are_caught_where_shapes_tell(official, files, clip_folder):
+def test_swapped_names_are_found_if_their_shapes_differ(official, files, clip_folder):
     a, b = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "model.diffusion_model.out.2.weight"
     torch.save({**official, a: official[b], b: official[a]}, files / "model.ckpt")
     with pytest.raises(CheckpointError, match="2 of another shape"):

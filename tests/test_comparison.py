@@ -236,7 +236,7 @@ def test_numbers_are_those_of_the_outputs(unet, theirs):
     assert compare(unet, theirs, INPUTS, tolerance=1.0).equal
 
 
-def test_another_shape_is_told_from_another_number():
+def test_a_different_shape_is_reported_as_such():
     """A convolution that is given a picture of another size is not to blame."""
     ours, theirs = (nn.Sequential(nn.Upsample(scale_factor=n), nn.Conv2d(2, 3, 1)) for n in (2, 3))
     theirs.load_state_dict(ours.state_dict())
@@ -246,7 +246,7 @@ def test_another_shape_is_told_from_another_number():
     assert found.hints == ["what goes in: the shape is [1, 2, 8, 8] in ours and [1, 2, 12, 12] in theirs"]
 
 
-def test_what_does_not_show_is_said_nevertheless(randomise, unet, theirs):
+def test_a_fault_that_does_not_change_the_output_is_reported(randomise, unet, theirs):
     """eps 1e-6 for 1e-5 hardly changes an output of random weights; zeros hide what is before them."""
     theirs.out[0].eps = 1e-6
     nn.init.zeros_(theirs.out[2].weight)
@@ -481,7 +481,7 @@ def test_both_may_stop_and_outside_of_any_layer(unet):
     assert "No layer was compared" in found.conclusion
 
 
-def test_a_missing_return_is_told():
+def test_a_missing_return_is_reported():
     class Forgetful(nn.Linear):
         def forward(self, x):
             super().forward(x)

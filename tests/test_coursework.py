@@ -1,5 +1,6 @@
 """The exercises: each is sound, its mistakes are named, other right forms are accepted, minisd draws with it."""
 
+import copy
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -17,11 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from nbclient import NotebookClient
 
 import minisd
 from minisd import coursework
-from minisd.coursework import EXERCISES, STAGES, check, draw, judge, mutants, swap, texts
+from minisd.coursework import EXERCISES, STAGES, check, draw, judge, mutants, picture, swap, texts
 from minisd.coursework.__main__ import main
 from minisd.coursework.export import FORMS, export, table
 from minisd.coursework.picture import caption
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks/exercises"
 
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda exercise: exercise.name)
-VARIANTS, UNSEEN = [], []  # right solutions of other forms; mistakes that stand in no table
+VARIANTS, UNSEEN = [], []  # right solutions of other forms; mistakes that are in no table
 
 
 def variant(function):
@@ -1171,12 +1172,12 @@ def patchify_mistake_1(image, size):
 
 
 @pytest.mark.parametrize("function", UNSEEN, ids=lambda function: function.__name__)
-def test_a_mistake_of_no_table_is_refused_and_named(function):
+def test_a_mistake_that_is_in_no_table_is_refused_and_named(function):
     verdict = judge(exercise_of(function), function)
     assert not verdict.right and verdict.mistake, verdict.message
 
 
-# --- what is said, whatever the exercise ------------------------------------------------------------------------------
+# --- what is said in every exercise -----------------------------------------------------------------------------------
 
 
 def q_sample(x_0, t, noise, alphas_cumprod):
@@ -1276,7 +1277,7 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
     ],
 )
-def test_what_comes_back_in_another_form_is_told(name, function, said):
+def test_a_result_in_another_form_is_described(name, function, said):
     verdict = check(name, function)
     assert not verdict.right
     assert re.search(said, verdict.mistake or "", re.DOTALL), verdict.message
@@ -1294,7 +1295,7 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
     assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing. Apply it after the norm."
 
 
-def test_a_list_that_is_none_is_remarked_on():
+def test_a_tensor_in_place_of_a_list_gets_a_remark():
     verdict = check.leading_timesteps(lambda steps, T: torch.arange(1, T, T // steps).flip(0))
     assert verdict.right and "the stub asks for a list" in verdict.message
 
@@ -1315,7 +1316,7 @@ def test_the_checker_survives_whatever_comes_back(exercise, monkeypatch):
         assert not verdict.right, value
 
 
-def test_an_error_is_told_with_its_line():
+def test_an_error_is_reported_with_its_line():
     def with_a_slip(x_0, t, noise, alphas_cumprod):
         a = alphas_cumprod[t][0]
         return a * x_0 + the_noise
@@ -1333,7 +1334,7 @@ def test_a_change_of_an_argument_is_refused_even_where_the_result_is_right():
     assert check.ema_update(lambda ema, weight, decay: ema.mul_(decay).add_(weight, alpha=1 - decay))  # there it may
 
 
-def test_float64_is_right_and_remarked_on():
+def test_float64_is_accepted_with_a_remark():
     verdict = check.q_sample(lambda x_0, t, noise, bar: q_sample(x_0.double(), t, noise, bar.double()))
     assert verdict.right and "float64" in verdict.message
 
@@ -1378,7 +1379,7 @@ def test_one_time_out_ends_the_check(ends_on, monkeypatch):
 def test_a_time_out_that_comes_late_ends_the_check(monkeypatch):
     """A function that ends on every case, but neither at another t nor on other numbers: it is waited for twice."""
     monkeypatch.setattr("minisd.coursework.running.SECONDS", 0.2)
-    monkeypatch.setattr(sys.modules["minisd.coursework.judge"], "PAIRS", 10)  # what is searched for is no matter here
+    monkeypatch.setattr(sys.modules["minisd.coursework.judge"], "PAIRS", 10)  # the search itself is not tested here
     exercise, late = EXERCISES["q_sample"], []
     usual = [(args["t"].tolist(), args["noise"].flatten()[0].item()) for args in cases_of(exercise).values()]
 
@@ -1447,7 +1448,7 @@ def test_the_callers_torch_settings_change_no_verdict_then_or_later(setting, new
         assert check.straight_through(lambda z, z_q: z + (z_q - z).detach())
         assert check.attention(EXERCISES["attention"].compile()).right
         assert check.timestep_embedding(EXERCISES["timestep_embedding"].compile()).right
-        assert not check.q_sample(lambda x_0, t, noise, bar: x_0.sin() + 1.1 * noise.cos())  # all suspects are heard
+        assert not check.q_sample(lambda x_0, t, noise, bar: x_0.sin() + 1.1 * noise.cos())  # all mistakes are tried
         assert _torch_state() == before
     for name in ("straight_through", "attention", "timestep_embedding"):
         assert check(name, EXERCISES[name].compile()).right
@@ -1509,9 +1510,9 @@ def test_a_picture_is_drawn_whatever_the_callers_torch_settings():
     for name, setting in SETTINGS.items():
         with setting():
             before = _torch_state()
-            picture = draw("text_dropout", solution, "a red circle", "tiny", steps=2)
+            image = draw("text_dropout", solution, "a red circle", "tiny", steps=2)
             assert _torch_state() == before, name
-        assert picture is not None and np.array_equal(np.asarray(picture), np.asarray(usual)), name
+        assert image is not None and np.array_equal(np.asarray(image), np.asarray(usual)), name
 
 
 def test_the_students_random_numbers_are_left_alone():
@@ -1522,7 +1523,7 @@ def test_the_students_random_numbers_are_left_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_what_nobody_can_name_is_told_in_numbers():
+def test_an_unknown_mistake_is_described_in_numbers():
     verdict = check.to_uint8(lambda x: (7 + 0 * x).to(torch.uint8))
     assert not verdict.right and verdict.mistake is None
     assert "should begin" in verdict.message
@@ -1561,15 +1562,11 @@ def test_the_checks_are_found_by_name():
         check("nonsense", q_sample)
 
 
-def test_coursework_waits_until_it_is_asked_for():
-    code = "import sys, minisd; print([name for name in sys.modules if 'coursework' in name])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_minisd_coursework_is_one_package_by_two_names():
+def test_coursework_is_imported_when_it_is_used_and_is_the_same_package_by_both_names():
     """By whichever name its modules are imported, they are the same, with the same exercises."""
     code = (
+        "import sys, minisd\n"
+        "assert not [name for name in sys.modules if 'coursework' in name]\n"
         "import minisd.coursework.judge, minisd_coursework.judge\n"
         "from minisd.coursework import EXERCISES, check\n"
         "from minisd.coursework.exercise import EXERCISES as others\n"
@@ -1589,7 +1586,7 @@ def test_minisd_coursework_is_one_package_by_two_names():
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """A function that edits a TOML file of the package, in a copy, and reads all of them anew."""
+    """A function that edits a TOML file of the package, in a copy, and reads all of them again."""
     folder = tmp_path / "minisd_coursework"
     shutil.copytree(texts.FOLDER, folder)
     monkeypatch.setattr(texts, "FOLDER", folder)
@@ -1679,15 +1676,45 @@ def test_every_table_belongs_to_an_exercise_and_every_sentence_to_a_call():
 
 # --- swapped in -------------------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def drawn():
+    """drawn(name, function) -> the pixels of that picture, or None. What all of the pictures need is read only once."""
+    by_minisd, read, read_clip = {}, cache(picture.load), cache(picture.load_clip)
+
+    def load(name, device):
+        sd = copy.deepcopy(read(name, device))
+        sd.schedule = sd.config.schedule()  # which a student may make, as where a model is loaded now
+        return sd
+
+    def pixels(name, function):
+        route = picture.ROUTES.get(name, picture._drawn), picture.SAMPLER_OF.get(name, "ddim")
+        if function is None and route in by_minisd:  # with minisd's own function, their picture is the same
+            return by_minisd[route]
+        steps = 2 if name in LONG else 4
+        image = draw(name, function, "a large red circle", "tiny", steps=steps)
+        array = None if image is None else np.asarray(image, dtype=int)
+        if function is None:
+            by_minisd[route] = array
+        return array
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "sample", cache(picture.sample))
+        patch.setattr(picture, "load", load)
+        patch.setattr(picture, "load_clip", lambda name: copy.deepcopy(read_clip(name)))  # it is trained further
+        yield pixels
+
+
+LONG = ["kl", "vae_loss", "straight_through", "vq_loss", "contrastive_loss"]  # an autoencoder or CLIP is trained first
+
+
 @pytest.mark.filterwarnings("ignore:the prompt is longer")
 @pytest.mark.parametrize("name", EXERCISES)
-def test_the_pipeline_draws_with_a_students_function(name):
+def test_the_pipeline_draws_with_a_students_function(name, drawn):
     """The same picture with the right one, another with a wrong one."""
     exercise = EXERCISES[name]
 
     def pixels(function):
-        picture = draw(name, function, "a large red circle", "tiny", steps=4)
-        return None if picture is None else np.asarray(picture, dtype=int)
+        return drawn(name, function)
 
     ours = pixels(None)
     right = pixels(exercise.compile())
@@ -1736,7 +1763,7 @@ def test_clip_is_trained_with_a_students_function(name):
         assert loss() != pytest.approx(ours, rel=1e-4)
 
 
-def test_what_has_no_place_says_so():
+def test_an_exercise_without_a_place_in_minisd_says_so():
     with pytest.raises(ValueError, match="vae_loss cannot be swapped in. minisd has no place for it"):
         with swap("vae_loss", print):
             pass
@@ -1744,7 +1771,7 @@ def test_what_has_no_place_says_so():
         draw("nonsense", print)
 
 
-def test_a_function_that_leads_to_no_picture_is_told_in_a_sentence(capsys):
+def test_a_function_that_leads_to_no_picture_is_answered_in_one_sentence(capsys):
     assert draw("q_sample", lambda x_0, t, noise, bar: x_0[:, :2], "a red circle", "tiny", steps=2) is None
     said = capsys.readouterr().out
     assert re.fullmatch(r"With your q_sample, minisd cannot draw a picture. It raises \w+: .+\n", said)
@@ -1821,7 +1848,7 @@ def test_the_notebooks_that_ship_are_what_the_source_makes(exported):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_notebook_runs_from_start_to_end_when_it_is_filled_in(stage):
+def test_a_notebook_runs_from_start_to_end_when_it_is_filled_in(stage, run_notebook):
     """All its checks, and one drawing: test_the_pipeline_draws_with_a_students_function makes the others."""
     notebook = read(next(NOTEBOOKS.glob(f"*_{stage}.ipynb")))
     exercises = [exercise for exercise in EXERCISES.values() if exercise.stage == stage]
@@ -1830,7 +1857,7 @@ def test_a_notebook_runs_from_start_to_end_when_it_is_filled_in(stage):
     notebook.cells = [cell for cell in notebook.cells if cell not in drawings[1:]]
     for cell in notebook.cells:
         cell.source = stubs.get(cell.source, cell.source)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    run_notebook(notebook, timeout=120)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(output.text for output in outputs if output.output_type == "stream")
     assert said.splitlines() == [f"{exercise.name}: right." for exercise in exercises]

@@ -194,7 +194,7 @@ def runs(tmp_path_factory):
 
 
 def is_as_without(now, before):
-    """Equal but for the roundings of float32: of pictures, over a few guided steps; of a loss and its gradient."""
+    """Equal up to the rounding of float32, which grows over guided steps and in the gradient of a loss."""
     for name, right in before.items():
         value = now[name]
         if name == "bytes":
@@ -208,7 +208,7 @@ def is_as_without(now, before):
             assert (value - right).abs().max() < 5e-4 * right.abs().max(), name
 
 
-def test_of_every_exercise_it_is_said_where_it_is_called():
+def test_every_exercise_says_where_it_is_called():
     assert set(CALLED_IN) == set(EXERCISES)
 
 
@@ -305,7 +305,7 @@ def test_a_seed_that_has_drawn_already_draws_what_comes_next():
         ("dpmpp_2m_step", {"set_alpha_to_one": False, "lower_order_final": False}),
     ],
 )
-def test_the_options_of_a_sampler_are_heeded(runs, name, options):
+def test_the_options_of_a_sampler_have_an_effect(runs, name, options):
     def drawn(options):
         return runs.shipped.txt2img("a red circle", steps=3, sampler=SAMPLER_OF[name], **options).pictures
 
@@ -321,7 +321,7 @@ def test_a_swapped_loop_is_that_of_sampling_too():
     assert torch.equal(last.x, torch.full((1, 4), 2.0))
 
 
-def test_a_side_that_cannot_be_halved_comes_back_as_it_was(sd):
+def test_a_side_that_cannot_be_halved_has_its_size_again_at_the_end(sd):
     """A latent of 5 x 5 has a map of 3 x 3 below, and twice that is not what the skip connection needs."""
     before = sd.txt2img("a red fox", steps=2, height=20, width=20).pictures
     with swapped("upsample"):

@@ -305,7 +305,7 @@ def test_packed_pictures_equal_the_files(corpus, size, part):
 
 
 @pytest.mark.parametrize("change", ["reordered", "shortened", "cut", "other", "grey", "no sheet"])
-def test_packed_pictures_that_no_longer_fit_are_not_believed(corpus, change):
+def test_packed_pictures_that_no_longer_match_are_not_used(corpus, change):
     lines = (corpus / "metadata.jsonl").read_text().splitlines()
     if change == "reordered":
         (corpus / "metadata.jsonl").write_text("\n".join(lines[::-1]))
@@ -555,7 +555,7 @@ def test_a_command_that_was_killed_at_any_moment_can_be_given_again(tmp_path, re
 
 
 @pytest.mark.parametrize("left_over", [[], ["@test-noto-1.0.0.tgz"], ["noto-16.partial.npz", "tmpx1y2z3/half"]])
-def test_downloads_that_were_interrupted_are_gone_on_with(tmp_path, left_over):
+def test_interrupted_downloads_are_continued(tmp_path, left_over):
     (tmp_path / "packages").mkdir()
     for name in left_over:
         (tmp_path / "packages" / name).parent.mkdir(exist_ok=True)
@@ -660,7 +660,7 @@ def test_names_are_plain_text(label, name):
     assert slug(name) == name.replace(" ", "-").replace("'", "")
 
 
-def test_a_family_is_what_is_drawn_whoever_does_it():
+def test_concepts_that_differ_only_in_the_person_are_one_family():
     people = "people-body"
     assert family("man astronaut", people) == family("woman astronaut", people) == family("astronaut", people)
     assert family("kiss: man, man", people) == family("kiss", people)

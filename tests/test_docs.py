@@ -1,4 +1,4 @@
-"""What the pages say is so: their examples run, their names exist, their links lead somewhere."""
+"""The docs pages are right: their examples run, their names exist, their links lead somewhere."""
 
 import ast
 import functools
@@ -46,7 +46,7 @@ def test_examples_run_and_have_the_shapes_that_they_say(name, monkeypatch, tmp_p
     variables = {}
     for block in blocks:
         lines = block.splitlines()
-        for node in ast.parse(block).body:  # one statement at a time, since a later one may assign the name anew
+        for node in ast.parse(block).body:  # one statement at a time, because a later one may assign the same name
             exec(compile(ast.Module([node], []), f"{name}.md", "exec"), variables)
             said = re.search(r"# \[([\d ]+)\]", lines[node.end_lineno - 1])
             if said and isinstance(node, ast.Assign):
@@ -139,7 +139,7 @@ def walk(heading: str) -> dict[str, list[str]]:
 
 
 def shapes_by_config(config, symbols, steps: int = 25) -> list[str]:
-    """What the shapes of a walk follow from: an account that needs no weights, so that it serves SD v1, too."""
+    """The shapes of a table, computed from a configuration alone, so that it works for SD v1, too."""
     latent = f"[1 {config.first_stage.embed_dim}" + 2 * f" {config.image_size // config.first_stage.downsampling}" + "]"
     context = f"[1 {config.cond_stage.max_length} {config.cond_stage.width}]"
     channels = config.unet.model_channels
@@ -180,7 +180,7 @@ def source_lines():
 
 
 def test_compvis_page_leads_to_the_line_of_each_name(source_lines):
-    """Found as the build finds it, and held against what Python says of the object itself."""
+    """The line that the build finds is compared with the one that Python names for the object."""
     rows = COMPVIS_ROW.findall(text_of(DOCS / "compvis.md"))
     assert len(rows) > 50
     for theirs, file, ours in rows:
@@ -212,7 +212,7 @@ def test_names_of_minisd_lead_to_their_lines(page, source_lines):
 
 
 def test_compvis_page_has_what_trace_names():
-    """`minisd.trace` names methods of CompVis; whoever reads them there looks for them here."""
+    """`minisd.trace` names methods of CompVis, and readers look for them on this page."""
     import minisd
 
     sd = minisd.load("tiny", "cpu")

@@ -120,7 +120,7 @@ def test_the_score_is_between_chance_and_the_real_pictures_and_its_error_shrinks
     assert few.error == pytest.approx(4 * many.error, rel=0.3)
 
 
-def test_pictures_of_one_concept_are_no_independent_witnesses():
+def test_pictures_of_one_concept_do_not_count_as_independent():
     hits = np.repeat(np.random.default_rng(0).random(50) < 0.5, 8)
     matrix, real = np.diag(hits), np.eye(400, dtype=bool)
     apart = scores.score("train", "a judge", "concept", matrix, real, real, [str(i) for i in range(400)])
@@ -129,7 +129,7 @@ def test_pictures_of_one_concept_are_no_independent_witnesses():
     assert together.error == pytest.approx(8**0.5 * apart.error, rel=0.15)
 
 
-def test_where_the_judge_is_blind_there_is_no_score():
+def test_a_judge_that_fails_on_real_pictures_gives_no_score():
     model, names = np.eye(200, dtype=bool), [str(i) for i in range(200)]
     for hits, clear in ((0, False), (4, False), (40, True)):  # of 200; four of them are 2% ± 1%
         real = np.diag(np.arange(200) < hits)
@@ -151,7 +151,7 @@ def shares(judge, data, split):
     return {question: hits.diagonal().mean() for question, hits in judge(real, rows).items()}
 
 
-def test_the_judge_that_is_trained_apart_knows_what_it_never_saw(shipped):
+def test_the_independent_judge_recognises_held_out_pictures(shipped):
     judge = judges.PatchJudge(shipped)
     known, pairs, concepts = (shares(judge, shipped, split) for split in ("train", "test_pair", "test_concept"))
     assert known["concept"] > 0.9 and known["style"] > 0.7
@@ -345,7 +345,7 @@ def test_a_sweep_asks_with_each_value(corpus, clip, data, tmp_path, capsys):
         (lambda row: row["style"] != "noto" and row.update(split="train"), "at least 10 captions of test_pair"),
     ],
 )
-def test_a_corpus_that_can_not_be_asked_is_refused(corpus, clip, tmp_path, change, message):
+def test_a_corpus_that_cannot_be_evaluated_is_refused(corpus, clip, tmp_path, change, message):
     rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         change(row)

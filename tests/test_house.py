@@ -19,7 +19,7 @@ MOST_LINES = {PACKAGE: 8_100, COURSEWORK: 3_000}
 # Comment lines for each line in the body of a function. A stage is read by students, line by line.
 LEAST_COMMENTS = 0.12
 
-# Who stands on whom. A module imports what is named here and what stands under that in turn: downwards only, so
+# Who may import whom. A module imports what is named here and what those import in turn: downwards only, so
 # that each can be read, copied or taught without what is above it.
 STANDS_ON = {
     "attention": [],
@@ -165,12 +165,12 @@ def lines_of(file: Path) -> tuple[set[int], set[int], int]:
 
 
 @pytest.mark.parametrize("package", MOST_LINES, ids=lambda package: package.name)
-def test_the_code_fits_in_the_head(package):
+def test_the_code_keeps_to_its_budget(package):
     assert sum(len(lines_of(file)[0]) for file in package.rglob("*.py")) <= MOST_LINES[package]
 
 
 @pytest.mark.parametrize("part", [*STAGES, "training"])
-def test_a_reader_is_told_why(part):
+def test_the_code_is_commented(part):
     files = [PACKAGE / f"{part}.py"] if part in STAGES else sorted((PACKAGE / part).glob("*.py"))
     counted = [lines_of(file) for file in files]
     bodies, comments = sum(len(body) for _, body, _ in counted), sum(count for *_, count in counted)

@@ -188,7 +188,7 @@ def test_several_prompts_are_drawn_one_after_the_other(sd):
         torch.testing.assert_close(both[k : k + 1], alone, atol=1e-4, rtol=0)
 
 
-def test_the_noise_it_starts_from_is_a_standard_normal(sd):
+def test_the_starting_noise_is_standard_normal(sd):
     x_T = next(sd.sample("", steps=1, num_images=100, guidance_scale=1.0)).x_t
     n = x_T.numel()
     assert x_T.shape == (100, 4, 8, 8)
@@ -200,7 +200,7 @@ def test_the_noise_it_starts_from_is_a_standard_normal(sd):
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(1.0, 2), (0.0, 4), (7.5, 4)])
-def test_guidance_costs_twice_the_batch_and_none_of_it_the_plain_one(sd, scale, batch):
+def test_guidance_doubles_the_batch_and_no_guidance_does_not(sd, scale, batch):
     with unet_calls(sd) as sizes:
         list(sd.sample(FOX, steps=3, guidance_scale=scale, num_images=2))
     assert sizes == [batch] * 3
@@ -221,7 +221,7 @@ def test_guidance_exaggerates_what_the_prompt_changes(sd):
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_the_empty_prompt_is_no_prompt(sd, scale):
-    """Whatever the guidance: it draws what any prompt draws at guidance 0."""
+    """At every guidance, it draws what any prompt draws at guidance 0."""
     empty = last(sd.sample("", steps=3, guidance_scale=scale)).x
     torch.testing.assert_close(empty, last(sd.sample(FOX, steps=3, guidance_scale=0.0)).x, atol=2e-5, rtol=2e-5)
     assert (empty - last(sd.sample(FOX, steps=3, guidance_scale=1.0)).x).abs().max() > 1e-3
@@ -324,7 +324,7 @@ def test_a_trajectory_is_saved_as_a_film_of_its_steps(sd, tmp_path, suffix):
             assert corner.tobytes() == trajectory.x0_images()[-1][0].tobytes()
 
 
-def test_a_trajectory_shows_what_went_in_and_what_was_in_mind(sd):
+def test_a_trajectory_shows_x_t_and_the_estimates_of_x_0(sd):
     trajectory = sd.txt2img(FOX, steps=2, num_images=2).trajectory
     for images, latents in (
         (trajectory.x_t_images(), [step.x_t for step in trajectory.steps]),
@@ -372,7 +372,7 @@ def test_a_prompt_too_long_is_drawn_with_a_warning(sd):
     ("given", "meant"),
     [("guidance", "guidance_scale"), ("num_inference_steps", "steps"), ("neg_prompt", "negative_prompt")],
 )
-def test_a_wrong_name_is_told_which_one_was_meant(sd, given, meant):
+def test_a_wrong_name_is_answered_with_the_one_that_was_meant(sd, given, meant):
     with pytest.raises(TypeError, match=f"txt2img has no argument '{given}': did you mean {meant}"):
         sd.txt2img(FOX, **{given: 3})
 

@@ -315,7 +315,7 @@ def test_exact_denoiser_sees_the_picture_in_a_little_noise_and_the_mean_in_a_lot
     torch.testing.assert_close(guess, data.mean(0).expand_as(data), atol=0.02, rtol=0)
 
 
-def test_no_other_guess_at_the_noise_is_better():
+def test_no_other_estimate_of_the_noise_is_better():
     """It minimises E|ε - ε(x_t)|²: it beats itself made a little smaller, larger, or shifted."""
     schedule = NoiseSchedule.scaled_linear()
     data = draw(0, 20, 2)
@@ -331,11 +331,11 @@ def test_no_other_guess_at_the_noise_is_better():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 4), torch.zeros(2, 3, 1)], ids=lambda x: str(list(x.shape)))
-def test_exact_denoiser_wants_pictures_like_those_it_knows(x):
+def test_exact_denoiser_refuses_pictures_of_another_shape(x):
     with pytest.raises(ValueError, match=r"of the data's shape, \[3\]"):
         ExactDenoiser(torch.zeros(5, 3), NoiseSchedule.scaled_linear())(x, torch.tensor([1, 2]))
 
 
-def test_exact_denoiser_wants_data():
+def test_exact_denoiser_refuses_an_empty_data_set():
     with pytest.raises(ValueError, match="one picture or more"):
         ExactDenoiser(torch.zeros(0, 3), NoiseSchedule.scaled_linear())

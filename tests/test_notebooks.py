@@ -36,23 +36,13 @@ TIMEOUT = 120  # seconds that one cell may take in smoke mode
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
-def run(notebook, timeout: int | None) -> None:
-    """Execute the cells in a process of their own, in the folder where a reader opens them."""
-    NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout=timeout,
-        record_timing=False,
-        resources={"metadata": {"path": str(NOTEBOOKS)}},
-    ).execute()
-
-
 def make(source: Path) -> None:
-    """Run a notebook in full, and write the .ipynb when the last cell is through."""
+    """Run a notebook in full, in a process of its own, and write the .ipynb when the last cell is through."""
     notebook = jupytext.read(source)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # not drawn at random, so that a second run changes what changed and no more
-    run(notebook, timeout=None)
+    folder = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=None, record_timing=False, resources=folder).execute()
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if figure := output.get("data", {}).get("image/png"):
             output.data["image/png"] = lighter(figure)
@@ -153,7 +143,7 @@ def test_every_line_that_the_reading_of_compvis_names_is_there():
 
 
 @each_notebook
-def test_runs_in_smoke_mode(source):
+def test_runs_in_smoke_mode(source, run_notebook):
     notebook = jupytext.read(source)
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1, f'{source.name} wants one cell `# %% tags=["parameters"]`, where MODE is set'
@@ -161,7 +151,7 @@ def test_runs_in_smoke_mode(source):
     notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell('MODE = "smoke"'))
     failure = None
     try:
-        run(notebook, TIMEOUT)
+        run_notebook(notebook, TIMEOUT)
     except CellExecutionError as error:
         failure = str(error)  # the cell and its traceback; one of ours around them would only bury them
     except CellTimeoutError as error:

@@ -222,7 +222,7 @@ def seed_of(name):
 def test_euler_and_heun_equal_diffusers(diffusers, name, spacing, steps):
     scheduler, timesteps = make_scheduler(diffusers, name, steps, spacing)
     theirs = run_diffusers(scheduler, timesteps, **seed_of(name))
-    # But for "leading", diffusers starts from x̄ = σ x_T, which makes x = √ᾱ σ x_T = √(1-ᾱ) x_T
+    # Except for "leading", diffusers starts from x̄ = σ x_T, which makes x = √ᾱ σ x_T = √(1-ᾱ) x_T
     x_T = noise(0, 2, 4, 8, 8)
     if spacing != "leading":
         x_T = math.sqrt(1 - SCHEDULE.alpha_bar(999)) * x_T
@@ -463,7 +463,7 @@ def test_plms_begins_with_a_step_of_heun():
 
 
 @BY_NAME
-def test_trajectory_hangs_together(sampler):
+def test_each_step_starts_where_the_one_before_it_ended(sampler):
     x_T = noise(0, 3, 4, 8, 8)
     trajectory = list(sampler(Recorder("nl"), x_T, SCHEDULE, 20, generator=gen(0)))
     assert [step.i for step in trajectory] == list(range(20))
@@ -479,7 +479,7 @@ def test_trajectory_hangs_together(sampler):
 
 @BY_NAME
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (2, 4, 8, 8)], ids=str)
-def test_data_of_any_rank(sampler, shape):
+def test_samplers_take_data_of_any_rank(sampler, shape):
     x = last(sampler(Recorder("lin"), noise(0, *shape).double(), SCHEDULE, 5, generator=gen(0)))
     assert x.shape == shape
     assert x.dtype == torch.float64
@@ -612,7 +612,7 @@ def test_guidance_extrapolates(scale):
 
 
 @BY_NAME
-def test_steps_tell_the_guided_halves(sampler):
+def test_steps_have_both_halves_of_a_guided_prediction(sampler):
     model = Recorder("nl")
     cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5])
     eps_model = classifier_free_guidance(model, cond, uncond, 3.0)
@@ -735,7 +735,7 @@ def test_a_rule_without_a_usable_x_is_named(monkeypatch, answer):
         next(ddim(Recorder("lin"), noise(0, 2, 4), SCHEDULE, 5))
 
 
-def test_a_rule_that_names_what_there_is_not_is_told_what_there_is():
+def test_a_rule_with_an_unknown_argument_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="may name eta, noise, past, ask, i, steps, but not sigma, clip.* after a [*]"):
         sampling.sampler(steps=5, spacing="leading")(lambda x_t, eps, a_t, a_prev, sigma, noise, clip: x_t)
 
@@ -775,7 +775,7 @@ def test_nothing_happens_before_the_first_step_is_asked_for(sampler):
 
 @BY_NAME
 def test_steps_are_differentiable_in_x_but_not_through_the_model(sampler):
-    """As a caller needs it who steers the picture by a gradient (and gradients are off inside the model)."""
+    """A caller who steers the picture by a gradient needs this. (Gradients are off inside the model.)"""
     grad = []
 
     def model(x, t):
@@ -801,7 +801,7 @@ def test_an_unknown_argument_is_named_at_once(sampler):
         sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, 0.0, "leading")
 
 
-def test_a_sampler_takes_no_argument_that_it_has_no_use_for():
+def test_a_sampler_refuses_an_argument_that_it_does_not_use():
     for sampler, option in [(ddpm, "eta"), (euler, "set_alpha_to_one"), (ddim, "clip_denoised")]:
         with pytest.raises(TypeError, match=f"'{option}'"):
             sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, **{option: 0})

@@ -132,17 +132,26 @@ LOOK = r"""async () => {
 
 @pytest.fixture(scope="module")
 def seen(browser, server):
-    """{page: what was found there}, of all pages but of code, of which one is enough, each opened once on a phone."""
+    """{page: what was found there}, of all pages except those of code, of which one is enough, each opened on a phone.
+
+    Four pages load at the same time, because most of the time goes into their formulas, and a browser has many cores.
+    """
     found = {}
     context = browser.new_context(**PHONE)
-    for name in sorted({*PAGES} - {*CODE[1:]}):
-        page, requests, failures = context.new_page(), [], []
-        page.on("request", lambda request, to=requests: to.append(request.url))
-        page.on("pageerror", lambda error, to=failures: to.append(str(error)))
-        page.on("response", lambda answer, to=failures: answer.status < 400 or to.append(answer.url))
-        page.goto(f"{server}/{name}")
-        found[name] = page.evaluate(LOOK) | {"requests": requests, "failures": failures}
-        page.close()
+    names = sorted({*PAGES} - {*CODE[1:]})
+    for group in (names[i : i + 4] for i in range(0, len(names), 4)):
+        opened = {name: context.new_page() for name in group}
+        for name, page in opened.items():
+            requests, failures = [], []
+            page.on("request", lambda request, to=requests: to.append(request.url))
+            page.on("pageerror", lambda error, to=failures: to.append(str(error)))
+            page.on("response", lambda answer, to=failures: answer.status < 400 or to.append(answer.url))
+            found[name] = {"requests": requests, "failures": failures}
+            page.goto(f"{server}/{name}", wait_until="commit")
+        for name, page in opened.items():
+            page.wait_for_load_state()
+            found[name] |= page.evaluate(LOOK)
+            page.close()
     context.close()
     return found
 
@@ -212,7 +221,7 @@ def pictures(player) -> tuple[str, str]:
 
 
 def test_sliders_move_the_pictures(player):
-    """By the keyboard, as one does who has no mouse."""
+    """By the keyboard, for readers without a mouse."""
     last = pictures(player)
     player.focus("#play-step")
     player.keyboard.press("Home")
@@ -244,7 +253,7 @@ def test_prompts_have_pictures_of_their_own(player):
 
 
 def test_words_say_where_the_pixels_look(player):
-    """Tapped, pointed at and reached by the keyboard alike; the noisy picture stays as it is."""
+    """The same whether a word is tapped, pointed at or reached by the keyboard. The noisy picture does not change."""
     plain = pictures(player)
     fox = player.locator("#play-words button:text-is('fox')")
     fox.focus()

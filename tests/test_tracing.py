@@ -77,7 +77,7 @@ def test_printed_it_fits_110_columns_and_says_everything(request, which):
         told["x_7"]
 
 
-def test_what_it_cannot_follow(sd, make_sd):
+def test_what_trace_cannot_follow_is_refused(sd, make_sd):
     with pytest.raises(ValueError, match="prompt must be one string"):
         trace(sd, ["a", "b"])
     with pytest.raises(ValueError, match="step must lie in"):

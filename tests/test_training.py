@@ -244,7 +244,7 @@ def test_under_nohup_a_run_outlives_its_terminal(tmp_path, engine, signals_inter
     assert trainer.step == 3
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=9, batch_size=4), tmp_path, engine)
     steps = trainer.steps()
     next(steps)
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, engine):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_000000.pt", "log.jsonl"]
 
 
-def test_a_checkpoint_that_the_disk_damaged_is_passed_over(tmp_path, engine):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, engine):
     recipe = Recipe(steps=6, batch_size=4, save_every=2, log_every=1, keep_checkpoints=3)
     run = tmp_path / "run"
 
@@ -381,7 +381,7 @@ def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engi
     assert another_process_may_train_here()
 
 
-def test_a_checkpoint_whose_optimiser_names_its_parameters_is_gone_on_with(tmp_path, engine):
+def test_a_run_continues_from_a_checkpoint_whose_optimiser_names_its_parameters(tmp_path, engine):
     """As minisd 0.1 wrote them."""
 
     def go_on():
@@ -406,7 +406,7 @@ def test_a_checkpoint_whose_optimiser_names_its_parameters_is_gone_on_with(tmp_p
     assert began == 2 and torch.equal(weight, expected) and log(tmp_path) == lines
 
 
-def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
+def test_a_run_does_not_continue_with_another_recipe(tmp_path, engine):
     recipe = Recipe(steps=5)
     Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
     with pytest.raises(ValueError, match="lr was 0.0001, now 0.1"):
@@ -417,7 +417,7 @@ def test_another_recipe_does_not_go_on_with_this_run(tmp_path, engine):
     Trainer(nn.Linear(2, 1), replace(recipe, save_every=1), tmp_path, engine)  # how often to save may change
 
 
-def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+def test_a_run_continues_only_with_the_data_that_it_was_started_with(shapes, engine, parts, tmp_path):
     draw_shapes(tmp_path / "others", count=30, size=32)
     others, (clip, vae), config = CaptionedPictures(tmp_path / "others", size=32), parts, PRESETS["tiny"]
     refused = pytest.raises(ValueError, match=r"data was 40 pictures of 32x32 \(.*\), now 30 .*choose another folder")
@@ -430,7 +430,7 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(shapes, engine, part
         train_unet(config, UNetRecipe(steps=1, **SHORT), others, tmp_path / "unet", engine, *parts)
 
 
-def test_a_run_goes_on_with_the_templates_that_it_was_begun_with(shapes, engine, parts, tmp_path):
+def test_a_run_continues_only_with_the_templates_that_it_was_started_with(shapes, engine, parts, tmp_path):
     (clip, _), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
     tower = CLIPRecipe(steps=3, **SHORT)
     train_unet(config, recipe, shapes, tmp_path, engine, *parts)
@@ -448,7 +448,7 @@ def test_a_run_goes_on_with_the_templates_that_it_was_begun_with(shapes, engine,
     train_unet(config, recipe, others, tmp_path, engine, *parts)
 
 
-def test_a_unet_goes_on_with_the_networks_beside_it_and_what_it_is_to_predict(shapes, engine, parts, tmp_path):
+def test_a_unet_continues_only_with_the_same_other_networks_and_the_same_target(shapes, engine, parts, tmp_path):
     (clip, vae), config, recipe = parts, PRESETS["tiny"], UNetRecipe(steps=1, **SHORT)
     train_unet(config, recipe, shapes, tmp_path / "unet", engine, *parts)
     train_vae(config.first_stage, VAERecipe(steps=1, **SHORT), shapes, tmp_path / "vae", engine)
@@ -495,7 +495,7 @@ def test_a_second_network_is_stepped_and_saved_beside_the_first(tmp_path, engine
 # --- a loss that is no number ---------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(tmp_path, engine):
+def test_a_nan_loss_stops_the_run_before_it_touches_the_weights(tmp_path, engine):
     recipe = Recipe(steps=3, batch_size=4, accumulate=2)
     trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine, describe="picture {}".format)
     before = trainer.model.weight.clone()
@@ -509,7 +509,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_the_weights(tm
     assert torch.equal(before, trainer.model.weight)
 
 
-def test_many_samples_of_a_loss_that_is_no_number_are_named_in_a_file(tmp_path, engine):
+def test_many_samples_of_a_nan_loss_are_named_in_a_file(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=10), tmp_path, engine, describe="picture {}".format)
     next(trainer.steps())
     with pytest.raises(FloatingPointError, match="and 2 others, named in no_number_000001.txt"):
@@ -518,7 +518,7 @@ def test_many_samples_of_a_loss_that_is_no_number_are_named_in_a_file(tmp_path, 
     assert sorted(named) == [f"picture {i}" for i in range(10)]
 
 
-def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, engine):
+def test_a_nan_gradient_stops_the_run(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4), tmp_path, engine)
     next(trainer.steps())
     for _ in trainer.batches(16):
@@ -527,7 +527,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, engine):
         trainer.update()
 
 
-def test_steps_without_a_number_are_skipped_if_asked(tmp_path, engine):
+def test_steps_with_a_nan_loss_are_skipped_on_request(tmp_path, engine):
     recipe = Recipe(steps=8, batch_size=4, log_every=2, on_nan="skip", lr=0.1)
     trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
     with pytest.warns(UserWarning, match="over the samples .*: this step was skipped") as warned:
@@ -550,7 +550,7 @@ def test_an_epoch_visits_every_sample_once(tmp_path, engine):
     assert epochs[0] != epochs[1]
 
 
-def test_processes_and_parts_share_what_one_would_have_drawn(tmp_path):
+def test_processes_and_parts_draw_what_one_process_would_have_drawn(tmp_path):
     def drawn(rank, processes, accumulate):
         engine = SingleDevice("cpu")
         engine.process_index, engine.num_processes = rank, processes
@@ -581,7 +581,7 @@ def test_gradients_that_are_added_up_are_those_of_the_whole_batch(network, shape
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
 
 
-def test_what_can_not_be_shared_out_is_refused(tmp_path, monkeypatch):
+def test_a_batch_that_cannot_be_divided_evenly_is_refused(tmp_path, monkeypatch):
     engine = SingleDevice("cpu")
     engine.num_processes = 3
     with pytest.raises(ValueError, match="a batch of 8 can't be shared out evenly to 3 processes .* a multiple of 6"):
@@ -647,7 +647,7 @@ def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(seve
     assert sorted(torch.cat([share["seen"] for share in shares]).tolist()) == list(range(40))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(several, engine):
+def test_a_run_continues_with_another_number_of_processes(several, engine):
     one, two = log(several / "one" / "unet"), log(several / "two")
     assert one[:2] == two[:2] and same(one, two)  # two processes went on from a checkpoint of one …
     (several / "two" / "checkpoint_000004.pt").unlink()
@@ -675,20 +675,20 @@ def test_two_processes_train_a_table_of_classes_as_one_does(several, engine):
             assert not torch.equal(weight, start[name]), name
 
 
-def test_all_processes_stop_at_a_loss_that_is_no_number_in_one(several):
+def test_all_processes_stop_at_a_nan_loss_in_one(several):
     said = [(several / f"nan_{rank}.txt").read_text() for rank in range(2)]
     assert said[0] == said[1] and "the loss of step 1 is nan, over the samples" in said[0]
     samples = said[0].split("samples ")[1].split(".")[0].split("; ")
     assert len(samples) == 4 and "5" in samples  # of the process that had it
 
 
-def test_all_processes_stop_where_one_was_asked_to(several):
+def test_all_processes_stop_if_one_is_asked_to(several):
     said = [(several / f"ctrl_c_{rank}.txt").read_text() for rank in range(2)]
     assert said[0] == said[1] and "stopped after step 2" in said[0]
     assert [path.name for path in RunFolder(several / "stopped").checkpoints()] == ["checkpoint_000002.pt"]
 
 
-def test_several_processes_refuse_what_they_would_do_otherwise_than_asked(several):
+def test_several_processes_refuse_what_they_could_not_do_as_asked(several):
     for rank in range(2):
         said = {path.stem: path.read_text() for path in several.glob(f"*_{rank}.txt")}
         assert "a batch of 7 can't be shared out evenly to 2" in said[f"uneven_{rank}"]
@@ -806,7 +806,7 @@ def test_the_log_tells_the_loss_by_time(shapes, engine, parts, tmp_path):
     (line,) = log(tmp_path)
     quarters = [line[f"loss_t{t:03d}"] for t in (0, 250, 500, 750)]
     assert sum(quarters) / 4 == pytest.approx(line["loss"], rel=1e-5)  # of plain losses, the mean of its parts
-    assert all(0.3 < quarter < 3 for quarter in quarters)  # who answers nothing misses noise of variance 1
+    assert all(0.3 < quarter < 3 for quarter in quarters)  # an untrained UNet predicts 0, and the noise has variance 1
 
 
 def test_the_loss_by_time_is_the_mean_of_each_bin():

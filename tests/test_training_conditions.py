@@ -1,9 +1,10 @@
-"""What a model may be told: captions, classes, a mask, nothing, and what somebody adds. Trained, saved, drawn from.
+"""The conditions: captions, classes, a mask, none, and one that is added here. Each is trained, saved and drawn from.
 
 The pictures are real ones, those of `minisd.data.sample`.
 """
 
 import copy
+import functools
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -31,9 +32,31 @@ def engine():
     return SingleDevice("cpu")
 
 
+def subset(data, chosen):
+    """Only these pictures of a corpus. A run encodes all that there are before its first step."""
+    data = copy.copy(data)
+    data.images, data.rows = data.images[chosen], [data.rows[i] for i in chosen]
+    data.captions = [data.captions[i] for i in chosen]
+    return data
+
+
 @pytest.fixture(scope="module")
 def pictures():
-    return CaptionedPictures(SAMPLE, 32, "train", captions=False)
+    """One picture of each concept."""
+    data = CaptionedPictures(SAMPLE, 32, "train", captions=False)
+    concepts = data.column("concept")
+    return subset(data, sorted(concepts.index(concept) for concept in set(concepts)))
+
+
+@pytest.fixture(scope="module")
+def few_pictures(pictures, tmp_path_factory):
+    """The folder of sixteen of them, for the command line."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = [row | {"file_name": f"{i}.png"} for i, row in enumerate(pictures.rows[:16])]
+    for row, pixels in zip(rows, pictures.images, strict=False):
+        Image.fromarray(pixels).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +78,18 @@ def parts(tmp_path_factory):
 def train(told, folder, pictures, engine, parts, recipe=RECIPE):
     column = "concept" if told == "classes" else None
     return train_unet(PRESETS["tiny"], recipe, pictures, folder, engine, *parts, condition=told, column=column)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, engine, parts, tmp_path_factory):
+    """trained(told) -> the model of a short run, and the run's folder. Both are shared: change a copy."""
+
+    @functools.cache
+    def once(told):
+        folder = tmp_path_factory.mktemp(told) / "run"
+        return train(told, folder, pictures, engine, parts), folder
+
+    return once
 
 
 def lines(folder):
@@ -81,9 +116,9 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("told", TOLD)
 def test_each_condition_is_trained_interrupted_saved_loaded_and_drawn_from(
-    told, pictures, engine, parts, tmp_path, monkeypatch
+    told, pictures, engine, parts, trained, tmp_path, monkeypatch
 ):
-    whole = train(told, tmp_path / "whole", pictures, engine, parts)
+    whole, folder = trained(told)
 
     update = Trainer.update
 
@@ -97,11 +132,11 @@ def test_each_condition_is_trained_interrupted_saved_loaded_and_drawn_from(
         train(told, tmp_path / "broken", pictures, engine, parts)
     monkeypatch.undo()
     again = train(told, tmp_path / "broken", pictures, engine, parts)
-    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    assert lines(folder) == lines(tmp_path / "broken")
     for (name, ours), theirs in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
-    loaded = load(tmp_path / "whole" / "model", "cpu")
+    loaded = load(folder / "model", "cpu")
     assert loaded.config == whole.config and condition_of(loaded.config) is CONDITIONS[told]
     assert type(loaded.cond_stage_model) is CONDITIONS[told]
     first = drawn(loaded, TOLD[told], pictures)
@@ -109,19 +144,19 @@ def test_each_condition_is_trained_interrupted_saved_loaded_and_drawn_from(
     save(loaded, tmp_path / "again")
     again = drawn(load(tmp_path / "again", "cpu"), TOLD[told], pictures)  # of weights that lie elsewhere in memory
     torch.testing.assert_close(again, first, atol=1e-4, rtol=0)
-    assert (tmp_path / "whole/samples/000004.png").exists()
+    assert (folder / "samples/000004.png").exists()
 
 
 @pytest.mark.parametrize("told", ["classes", "inpainting", "none"])
-def test_the_losses_fall_whatever_the_model_is_told(told, pictures, engine, parts, tmp_path):
+def test_the_losses_fall_with_every_condition(told, pictures, engine, parts, tmp_path):
     recipe = replace(RECIPE, steps=40, batch_size=16, sample_every=100, save_every=100, min_snr_gamma=None)
     train(told, tmp_path, pictures, engine, parts, recipe)
     losses = [line["loss"] for line in lines(tmp_path)]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
 
 
-def test_classes_are_learned_with_the_unet_under_their_names(pictures, engine, parts, tmp_path):
-    sd = train("classes", tmp_path / "run", pictures, engine, parts)
+def test_classes_are_learned_with_the_unet_under_their_names(pictures, parts, trained):
+    sd, folder = trained("classes")
     names = sd.config.cond_stage.names
     assert names == tuple(sorted({row["concept"] for row in pictures.rows})) and len(names) > 200
     assert sd.state_dict()["cond_stage_model.embedding.weight"].shape == (len(names) + 1, 32)  # and "no class"
@@ -132,14 +167,14 @@ def test_classes_are_learned_with_the_unet_under_their_names(pictures, engine, p
     from minisd.training.unet import assemble
 
     start = assemble(PRESETS["tiny"], None, parts[1], pictures, "classes", "concept").cond_stage_model.embedding.weight
-    checkpoint = torch.load(tmp_path / "run/checkpoint_000004.pt", weights_only=True)
+    checkpoint = torch.load(folder / "checkpoint_000004.pt", weights_only=True)
     mean = checkpoint["ema"]["cond_stage_model.embedding.weight"]
     assert torch.equal(mean, sd.cond_stage_model.embedding.weight) and not torch.equal(mean, start)
     assert not torch.equal(mean, checkpoint["networks"]["model"][0]["cond_stage_model.embedding.weight"])
     nothing = len(names)  # some prompts were dropped, so the row of "no class" has been trained as well
     assert not torch.equal(mean[nothing], start[nothing])
 
-    loaded, number = load(tmp_path / "run/model", "cpu"), names.index("fox")
+    loaded, number = load(folder / "model", "cpu"), names.index("fox")
     by_name, by_number = loaded.txt2img("fox", steps=2).pictures, loaded.txt2img(number, steps=2).pictures
     assert torch.equal(by_name, by_number)
     assert torch.equal(loaded.txt2img(str(number), steps=2).pictures, by_number)  # as the command line has it
@@ -152,34 +187,33 @@ def test_classes_are_learned_with_the_unet_under_their_names(pictures, engine, p
     assert "\n" not in str(error.value)
 
 
-def test_a_class_model_is_trained_further_on_its_own_classes_alone(pictures, engine, parts, tmp_path):
-    train("classes", tmp_path / "start", pictures, engine, parts)
-    few = CaptionedPictures(SAMPLE, 32, "train", captions=False)
+def test_a_class_model_is_trained_further_on_its_own_classes_alone(pictures, engine, trained, tmp_path):
+    before, folder = trained("classes")
+    few = subset(pictures, range(16))
     few.rows = [row | {"concept": "fox"} for row in few.rows]
-    before = load(tmp_path / "start/model", "cpu")
-    after = train_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "more", engine)
+    after = train_unet(load(folder / "model", "cpu"), RECIPE, few, tmp_path / "more", engine)
     fox, pig = (before.config.cond_stage.names.index(name) for name in ("fox", "pig"))
     moved = after.cond_stage_model.embedding.weight - before.cond_stage_model.embedding.weight
     assert moved[fox].abs().max() > 0 and moved[pig].abs().max() < 1e-3 * 2  # weight decay alone
     few.rows[7] = few.rows[7] | {"concept": "gryphon"}
     with pytest.raises(ValueError, match="and not 'gryphon'"):
-        train_unet(load(tmp_path / "start/model", "cpu"), RECIPE, few, tmp_path / "other", engine)
+        train_unet(load(folder / "model", "cpu"), RECIPE, few, tmp_path / "other", engine)
 
 
-def test_a_run_goes_on_with_the_classes_that_it_was_begun_with(pictures, engine, parts, tmp_path):
-    train("classes", tmp_path, pictures, engine, parts)
+def test_a_run_continues_only_with_the_classes_that_it_was_started_with(pictures, engine, parts, trained, tmp_path):
+    _, run = trained("classes")
     with pytest.raises(ValueError, match="condition was ClassEmbedder"):
-        train_unet(PRESETS["tiny"], RECIPE, pictures, tmp_path, engine, *parts, condition="classes", column="style")
+        train_unet(PRESETS["tiny"], RECIPE, pictures, run, engine, *parts, condition="classes", column="style")
     swapped = copy.copy(pictures)
     concepts = reversed(pictures.column("concept"))
     swapped.rows = [row | {"concept": concept} for row, concept in zip(pictures.rows, concepts, strict=True)]
     with pytest.raises(ValueError, match=r"holds another run \(prompts was 1 for each picture"):
-        train("classes", tmp_path, swapped, engine, parts)
+        train("classes", run, swapped, engine, parts)
     with pytest.raises(ValueError, match="captions are not read from a column"):
         train_unet(PRESETS["tiny"], RECIPE, pictures, tmp_path / "other", engine, *parts, column="style")
 
 
-def test_folders_are_classes_where_nothing_else_says_them(pictures, engine, parts, tmp_path):
+def test_the_folders_are_the_classes_if_no_column_is_named(pictures, engine, parts, tmp_path):
     for name, first in (("cats", 0), ("dogs", 4)):
         (tmp_path / name).mkdir()
         for i in range(first, first + 4):
@@ -189,8 +223,8 @@ def test_folders_are_classes_where_nothing_else_says_them(pictures, engine, part
     assert sd.config.cond_stage.names == ("cats", "dogs")
 
 
-def test_an_inpainting_model_sees_the_mask_and_the_rest_of_the_picture(pictures, engine, parts, tmp_path):
-    sd = train("inpainting", tmp_path, pictures, engine, parts)
+def test_an_inpainting_model_sees_the_mask_and_the_rest_of_the_picture(pictures, trained):
+    sd, _ = trained("inpainting")
     assert sd.config.unet.in_channels == 9 and "cond_stage_model.transformer" in " ".join(sd.state_dict())
     x, z = pictures.batch([0, 1]), torch.zeros(2, 4, 8, 8)
     masks = torch.stack([hole()[None], 1 - hole()[None]])
@@ -289,12 +323,15 @@ def test_a_model_that_names_a_condition_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("told", ["classes", "inpainting", "none"])
-def test_a_model_is_trained_by_one_command_and_drawn_from_by_another(told, parts, tmp_path, monkeypatch, capsys):
+def test_a_model_is_trained_by_one_command_and_drawn_from_by_another(
+    told, parts, few_pictures, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(parts[1], "run/vae")
     if told == "inpainting":
         shutil.copytree(parts[0], "run/clip")
-    options = ["--preset", "tiny", "--data", str(SAMPLE), "--out", "run", "--steps", "2", "--batch-size", "4"]
+    data = ["--data", str(few_pictures)]
+    options = ["--preset", "tiny", *data, "--out", "run", "--steps", "2", "--batch-size", "4"]
     column = ["--class-column", "concept"] if told == "classes" else []
     cli.main(["train", "unet", *options, "--condition", told, *column, "--device", "cpu"])
     said = capsys.readouterr().out
@@ -308,7 +345,7 @@ def test_a_model_is_trained_by_one_command_and_drawn_from_by_another(told, parts
         cli.main(["txt2img", TOLD[told], *model])
     assert Image.open("drawn.png").size == (128, 128)
     # and further, as it is
-    more = ["--init", "run/unet/model", "--data", str(SAMPLE), "--out", "more", "--steps", "1", "--batch-size", "4"]
+    more = ["--init", "run/unet/model", *data, "--out", "more", "--steps", "1", "--batch-size", "4"]
     cli.main(["train", "unet", *more, "--device", "cpu"])
     assert load("more/unet/model", "cpu").config == load("run/unet/model", "cpu").config
     with pytest.raises(SystemExit, match="leave --condition and --class-column out"):

@@ -286,7 +286,7 @@ def collapsed(shapes):
     return vae, h.movedim(1, -1).flatten(0, -2)
 
 
-def test_dead_codes_are_put_onto_vectors_of_pictures_and_live(shapes, engine):
+def test_unused_codes_are_moved_to_vectors_of_pictures_and_are_then_used(shapes, engine):
     vae, vectors = collapsed(shapes)
     codes = vae.quantize.embedding.weight.detach()
     mean, before = codes.clone(), codes.clone()
@@ -295,7 +295,7 @@ def test_dead_codes_are_put_onto_vectors_of_pictures_and_live(shapes, engine):
 
     revived = [i for i in range(32) if i != 5]
     assert torch.equal(codes[5], before[5])
-    distances = (codes[revived, None] - vectors).norm(dim=2).min(dim=1).values  # but for how a batch is rounded
+    distances = (codes[revived, None] - vectors).norm(dim=2).min(dim=1).values  # up to the rounding of a batch
     assert distances.max() < 1e-5 < torch.pdist(vectors[:500]).median()
     assert torch.equal(mean, codes)  # else the mean of the weights would drag behind for a thousand steps
     usage = measure_codebook(vae, shapes, engine)
@@ -304,10 +304,10 @@ def test_dead_codes_are_put_onto_vectors_of_pictures_and_live(shapes, engine):
     counts = vae.quantize.usage(vae.quantize.nearest(vae.encode(shapes.batch(range(len(shapes))))))
     common, before = counts > 4 * counts.sum() / 32 / 16, codes.clone()  # a few might be missed in what is looked at
     revive_dead_codes(vae, shapes, mean, [0, 1], engine)
-    assert torch.equal(codes[common], before[common])  # who is in use stays
+    assert torch.equal(codes[common], before[common])  # codes that are in use stay where they are
 
 
-def test_which_codes_are_put_where_follows_from_the_seed_alone(shapes, engine):
+def test_which_codes_are_moved_where_depends_on_the_seed_alone(shapes, engine):
     results = []
     for seed in ([3, 100], [3, 100], [3, 200]):
         vae, _ = collapsed(shapes)
@@ -425,7 +425,7 @@ def networks(folder):
     return RunFolder(folder).load()["networks"]
 
 
-def test_the_discriminator_begins_when_it_is_told(shapes, engine, tmp_path):
+def test_the_discriminator_starts_at_its_step(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=4, disc_start=2, **JUDGED, **SHORT)
     train_vae(SMALL, replace(recipe, steps=2, decay=False), shapes, tmp_path / "before", engine)
     train_vae(SMALL, replace(recipe, decay=False), shapes, tmp_path / "judged", engine)
@@ -447,7 +447,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_VQ], ids=["kl", "vq"])
-def test_a_run_with_all_its_parts_goes_on_as_if_nothing_had_happened(
+def test_a_run_with_all_its_parts_continues_as_if_it_had_not_been_stopped(
     config, shapes, engine, clip, tmp_path, monkeypatch
 ):
     recipe = VAERecipe(steps=7, perceptual_weight=0.5, disc_start=3, revive_every=3, **JUDGED, **SHORT)
@@ -477,7 +477,7 @@ def test_a_run_with_all_its_parts_goes_on_as_if_nothing_had_happened(
     assert any(name.startswith("/discriminator") and name.endswith("exp_avg") for name in ours)
 
 
-def test_a_discriminator_that_waits_does_not_tell_whether_the_run_was_saved(shapes, engine, tmp_path):
+def test_a_discriminator_that_starts_later_does_not_depend_on_when_the_run_was_saved(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=4, disc_start=2, **JUDGED, **SHORT)
     train_vae(SMALL, recipe, shapes, tmp_path / "often", engine)
     train_vae(SMALL, replace(recipe, save_every=100), shapes, tmp_path / "once", engine)
@@ -549,7 +549,7 @@ def test_a_unet_for_other_latents_is_refused(shapes, engine, randomise, tmp_path
         assemble(PRESETS["tiny"], tmp_path / "clip", tmp_path / "vae")
 
 
-def test_what_can_t_be_trained_is_refused(shapes, engine, tmp_path):
+def test_what_cannot_be_trained_is_refused(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=1, **SHORT)
     with pytest.raises(ValueError, match="perceptual_weight is 0.5, but train_vae was given no perceptual distance"):
         train_vae(SMALL, replace(recipe, perceptual_weight=0.5), shapes, tmp_path, engine)
@@ -560,7 +560,7 @@ def test_what_can_t_be_trained_is_refused(shapes, engine, tmp_path):
         train_vae(SMALL_VQ, recipe, shapes, tmp_path, engine)
 
 
-def test_a_run_goes_on_with_the_eyes_that_it_was_begun_with(shapes, engine, clip, lpips_files, tmp_path):
+def test_a_run_continues_only_with_the_same_perceptual_network(shapes, engine, clip, lpips_files, tmp_path):
     recipe = VAERecipe(steps=1, perceptual_weight=0.5, **SHORT)
     run = (SMALL, recipe, shapes, tmp_path, engine)
     train_vae(*run, CLIPPerceptual(clip))
@@ -573,7 +573,7 @@ def test_a_run_goes_on_with_the_eyes_that_it_was_begun_with(shapes, engine, clip
             train_vae(*run, other)
 
 
-def test_a_run_from_before_a_field_of_the_recipe_is_gone_on_with(shapes, engine, tmp_path):
+def test_a_run_from_before_a_field_of_the_recipe_was_added_continues(shapes, engine, tmp_path):
     recipe = VAERecipe(steps=2, **SHORT)
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     folder = RunFolder(tmp_path)
@@ -657,7 +657,7 @@ def test_a_decoder_of_codes_is_trained_further_and_its_codes_stay(shapes, engine
     assert changed == {"decoder", "post_quant_conv"}
 
 
-def test_a_decoder_is_taught_on_latents_that_are_not_quite_right(shapes, engine, tmp_path):
+def test_a_decoder_is_trained_on_noisy_latents(shapes, engine, tmp_path):
     seen, config = [], PRESETS["tiny"].first_stage
     vae = AutoencoderKL(config)
     vae.decoder.register_forward_pre_hook(lambda _, z: seen.append(z[0].detach().float()))
@@ -673,7 +673,7 @@ def test_a_decoder_is_taught_on_latents_that_are_not_quite_right(shapes, engine,
         train_vae(SMALL_VQ, VAERecipe(steps=1, latent_noise=0.1, **SHORT), shapes, tmp_path / "codes", engine)
 
 
-def test_a_decoder_needs_latents_that_are_there_and_stay(shapes, engine, tmp_path):
+def test_a_decoder_alone_is_trained_only_from_a_finished_model(shapes, engine, tmp_path):
     with pytest.raises(ValueError, match="give it a finished autoencoder or model"):
         train_vae(SMALL, DECODER, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="decoder_only=True"):

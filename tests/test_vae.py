@@ -173,7 +173,7 @@ def test_what_fits_in_a_tile_is_not_cut(vae):
     data=st.data(),
 )
 def test_tiles_of_what_sees_only_its_pixel_make_the_whole(size, tile, scale, data):
-    """Whatever the sizes, every pixel is there once, at its place, and the weights of the fading sum to one."""
+    """For all sizes, every pixel is there once, at its place, and the weights of the fading sum to one."""
     overlap = data.draw(st.integers(0, tile - 1))
     x = draw(0, 1, 2, *size).double()
 
@@ -288,7 +288,7 @@ def test_the_latent_is_smaller_by_the_downsampling_factor(randomise, config):
     assert vae.decode(z).shape == (1, 3, 2 * f, 3 * f)
 
 
-def test_attention_stands_at_the_sides_of_the_config_and_may_not_miss_them():
+def test_attention_is_at_the_sides_that_the_config_names():
     with torch.device("meta"):
         vae = AutoencoderKL(AutoencoderConfig(resolution=256, attn_resolutions=(32, 128)))  # sides 256, 128, 64, 32
     assert [len(level.attn) for level in vae.encoder.down] == [0, 2, 0, 2]

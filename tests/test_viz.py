@@ -121,7 +121,7 @@ def test_strip_clamps_and_shows_one_channel_as_grey(viz):
     torch.testing.assert_close(shown(figure.axes[0])[:, 0], torch.tensor([[-1.0, 0.0, 1.0]] * 3))
 
 
-def test_a_latent_is_no_picture(viz):
+def test_a_latent_is_refused_as_a_picture(viz):
     with pytest.raises(ValueError, match="4, 8, 8.*decode"):
         viz.strip([torch.zeros(1, 4, 8, 8)])
 
@@ -351,7 +351,7 @@ def test_unet_diagram_says_what_every_block_is_and_hands_on(minisd, viz):
     for block in blocks[:-1]:
         channels, h, w = block.shape_out
         assert f"{channels}, {h}×{w}" in texts
-    assert len(figure.axes[0].patches) >= len(blocks) - 1  # a box for each, but for `out`
+    assert len(figure.axes[0].patches) >= len(blocks) - 1  # a box for each, except for `out`
     assert "Res + Transformer + Up" in texts and "Down" in texts and "small" in texts
     handed = sorted(block.shape_out[0] for block in blocks if block.name.startswith("input_blocks"))
     assert sorted(int(text) for text in texts if text in {"96", "192"}) == handed

@@ -157,7 +157,7 @@ def test_each_vector_becomes_its_nearest_code(seed, n, d, scale):
 @settings(max_examples=25, deadline=None)
 @given(seed=seeds, n=st.integers(1, 40), d=st.integers(1, 6))
 @torch.no_grad()
-def test_codes_stay_what_they_are(seed, n, d):
+def test_codes_are_encoded_as_themselves(seed, n, d):
     layer = quantizer(seed, n, d)
     once = layer(draw(seed + 1, 1, d, 4, 4))
     twice = layer(once.z)

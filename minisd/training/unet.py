@@ -268,12 +268,16 @@ def assemble(
         )
     if column is not None and not CONDITIONS[condition].reads_column:
         raise ValueError(f"{condition} are not read from a column, so name none (not {column!r})")
+    # The autoencoder's run decides which latents there are, and by which factor they get about unit variance.
     config = replace(config, first_stage=first_stage, scale_factor=scale_factor)
+    # For captions, CLIP's run brings the text encoder and the tokenizer that it was trained with.
     clip, tokenizer = None, None
     if issubclass(CONDITIONS[condition], Captions):
         clip, tokenizer = load_clip(clip_folder)
         config = replace(config, cond_stage=clip.text_config)
+    # The condition sets how the UNet takes it in: the context's width, or five more input channels for inpainting.
     sd = LatentDiffusion(CONDITIONS[condition].configure(config, data, column), tokenizer)
+    # Only the UNet, and a table of classes, keep their random weights. The rest was trained before.
     if clip is not None:
         sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
     weights = Path(vae_folder) / "vae.safetensors"
