@@ -6,7 +6,7 @@ minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
-minisd info FILE
+minisd info FILE | verify FILE
 minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
@@ -26,6 +26,7 @@ from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
+from .instruments.verify import verify
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -314,6 +315,20 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Compare a CompVis file with diffusers, layer by layer, draw a picture, and print a report to be sent to us."""
+
+    path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file
+    config: Path | None = None  # its YAML; if left out, the one beside it, or that of SD v1
+    out: Path = Path("verify.png")  # the picture
+    device: str | None = None  # where it is drawn: "cuda", "mps" or "cpu"; the fastest if left out
+
+    def run(self) -> None:
+        _check_writable(self.out, (".png",))
+        print(verify(self.path, self.out, self.config, self.device))
+
+
+@dataclass(frozen=True)
 class Convert:
     """Read a model in one layout and write it in another."""
 
@@ -323,10 +338,11 @@ class Convert:
     config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
     use_ema: bool | None = None  # whether to take the EMA weights of a CompVis file; if left out, its YAML decides
     variant: str | None = None  # which weights of a diffusers folder, such as fp16
+    ignore: tuple[str, ...] = ()  # names of superfluous tensors in a CompVis file, which are left out
     dtype: Dtype = "fp32"  # of the numbers in the file
 
     def run(self) -> None:
-        given = {"config": self.config, "use_ema": self.use_ema, "variant": self.variant}
+        given = {"config": self.config, "use_ema": self.use_ema, "variant": self.variant, "ignore": self.ignore}
         save(load(self.source, "cpu", DTYPES[self.dtype], **given), self.target, self.layout)
         print(f"wrote {self.target}")
 
@@ -378,7 +394,7 @@ class Start:
         corpora = one_of(emoji=DataEmoji, shapes=DataShapes, hub=DataHub)
         return one_of(
             txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, data=Data[corpora], train=Train[trainings],
-            evaluate=Evaluate, info=Info, convert=Convert,
+            evaluate=Evaluate, info=Info, verify=Verify, convert=Convert,
         )  # fmt: skip
 
 

@@ -231,6 +231,8 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         state = read_weights(path, check=False)
         ours = beside is None and _in_minisd_folder(path)
         config = minisd_folder.read_config(path.parent) if ours else None
+        if path.with_suffix(".json").is_file():  # clip.json or vae.json, of a training run
+            config = read_json(path.with_suffix(".json"))
         layout = "minisd's layout" if ours else "one file"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     lines = [f"{path}: {len(state)} tensors, {size / 1e6:.1f} MB, {layout}"]
@@ -245,7 +247,8 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         if beside is not None:
             lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:
-        lines += [f"  {name}: {value}" for name, value in asdict(config).items()]
+        config = config if isinstance(config, Mapping) else asdict(config)
+        lines += [f"  {name}: {value}" for name, value in config.items()]
     return "\n".join(lines)
 
 

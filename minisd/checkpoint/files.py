@@ -133,7 +133,9 @@ def _is_safetensors(path: Path) -> bool:
 def _table(content, path: Path) -> dict[str, Tensor]:
     """The named tensors of an unpickled checkpoint; Lightning nests them beside other things (an epoch, a step)."""
     content = content if isinstance(content, dict) else {}
-    table = content.get("state_dict", content.get("string_to_param", content))  # the latter: a textual inversion
+    # The weights are under "state_dict"; in a textual inversion, and in a checkpoint of our trainer, elsewhere.
+    place = next((key for key in ("state_dict", "string_to_param", "ema") if key in content), None)
+    table = content if place is None else content[place]
     table = table if isinstance(table, dict) else {}
     state = {name: tensor for name, tensor in table.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not state:
@@ -266,7 +268,7 @@ def _lightning_names(path: Path) -> list[str]:
     else:
         with path.open("rb") as file:
             program = file.read(2**26)  # the numbers come after it
-    found = re.findall(rb"c((?:pytorch_)?lightning[\w.]*)\n([\w.]+)\n", program)
+    found = re.findall(rb"c((?:pytorch_)?lightning(?:\.[\w.]+)?)\n([\w.]+)\n", program)
     return sorted({f"{module.decode()}.{name.decode()}" for module, name in found})
 
 
