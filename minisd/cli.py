@@ -6,7 +6,7 @@ minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
-minisd info FILE
+minisd info FILE | verify FILE
 minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
 
@@ -21,21 +21,12 @@ from typing import Annotated, Generic, Literal, TypeVar, Union, get_origin
 import torch
 import tyro
 
-from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, load_clip, save, training
+from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, evaluation, load, load_clip, save, training
 from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
-from .evaluation import (
-    Evaluator,
-    Setting,
-    evaluate,
-    evaluate_composition,
-    report,
-    report_composition,
-    report_sweep,
-    sweep,
-)  # fmt: skip
+from .instruments.verify import verify
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -298,19 +289,19 @@ class Evaluate:
     device: str | None = None
 
     def run(self) -> None:
-        setting = Setting(self.steps, self.guidance, self.sampler, self.seed)
+        setting = evaluation.Setting(self.steps, self.guidance, self.sampler, self.seed)
         if self.composition:
             scenes, sd = _corpus(self.scenes), load(self.model, self.device)
-            report_composition(*evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
+            evaluation.report_composition(*evaluation.evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
             return
         corpus, sd = _corpus(self.data), load(self.model, self.device)
         clip = _towers(self.clip or self.model, "the scores need")
         if self.sweep:
             what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)
-            evaluator = Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
-            report_sweep(what, sweep(evaluator, what, setting), setting, self.out)
+            evaluator = evaluation.Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
+            evaluation.report_sweep(what, evaluation.sweep(evaluator, what, setting), setting, self.out)
         else:
-            report(evaluate(Evaluator(sd, corpus, clip, self.count), setting), setting, self.out)
+            evaluation.report(evaluation.evaluate(evaluation.Evaluator(sd, corpus, clip, self.count), setting), setting, self.out)
 
 
 @dataclass(frozen=True)
@@ -325,6 +316,20 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Compare a CompVis file with diffusers, layer by layer, draw a picture, and print a report to be sent to us."""
+
+    path: Annotated[str, tyro.conf.Positional]  # a .safetensors or .ckpt file
+    config: Path | None = None  # its YAML; if left out, the one beside it, or that of SD v1
+    out: Path = Path("verify.png")  # the picture
+    device: str | None = None  # where it is drawn: "cuda", "mps" or "cpu"; the fastest if left out
+
+    def run(self) -> None:
+        _check_writable(self.out, (".png",))
+        print(verify(self.path, self.out, self.config, self.device))
+
+
+@dataclass(frozen=True)
 class Convert:
     """Read a model in one layout and write it in another."""
 
@@ -334,10 +339,11 @@ class Convert:
     config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
     use_ema: bool | None = None  # whether to take the EMA weights of a CompVis file; if left out, its YAML decides
     variant: str | None = None  # which weights of a diffusers folder, such as fp16
+    ignore: tuple[str, ...] = ()  # names of superfluous tensors in a CompVis file, which are left out
     dtype: Dtype = "fp32"  # of the numbers in the file
 
     def run(self) -> None:
-        given = {"config": self.config, "use_ema": self.use_ema, "variant": self.variant}
+        given = {"config": self.config, "use_ema": self.use_ema, "variant": self.variant, "ignore": self.ignore}
         save(load(self.source, "cpu", DTYPES[self.dtype], **given), self.target, self.layout)
         print(f"wrote {self.target}")
 
@@ -390,7 +396,7 @@ class Start:
         corpora = one_of(emoji=DataEmoji, scenes=DataScenes, shapes=DataShapes, hub=DataHub)
         return one_of(
             txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, data=Data[corpora], train=Train[trainings],
-            evaluate=Evaluate, info=Info, convert=Convert,
+            evaluate=Evaluate, info=Info, verify=Verify, convert=Convert,
         )  # fmt: skip
 
 

@@ -68,6 +68,8 @@ class CLIPAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"{width} channels can't be divided among {heads} heads")
         self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)

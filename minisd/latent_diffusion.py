@@ -35,7 +35,11 @@ from .vq import VQConfig, VQModelInterface
 
 @dataclass(frozen=True)
 class LatentDiffusionConfig:
-    """The configuration of a whole model. The defaults are those of Stable Diffusion v1."""
+    """The configuration of a whole model. The defaults are those of Stable Diffusion v1.
+
+    Raises:
+        ValueError: an unknown word, or a number that no model can have.
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     first_stage: AutoencoderConfig | VQConfig | IdentityConfig = field(default_factory=AutoencoderConfig)
@@ -48,6 +52,15 @@ class LatentDiffusionConfig:
     timesteps: int = 1000
     parameterization: str = "eps"  # what the UNet predicts: "eps" (SD v1), "v" or "x0"
 
+    def __post_init__(self):
+        words = {"beta_schedule": ("scaled_linear", "linear", "cosine"), "parameterization": ("eps", "v", "x0")}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name, most in {"image_size": 100_000, "timesteps": 100_000, "scale_factor": 1e6}.items():
+            if not 0 < getattr(self, name) <= most:  # NaN is not, either
+                raise ValueError(f"{name} must be a number above 0 and at most {most:,.0f}, not {getattr(self, name)}")
+
     @property
     def concat_channels(self) -> int:
         """Input channels of the UNet beside the noisy latent: 5 in Stable Diffusion v1 for inpainting, otherwise 0."""
@@ -57,8 +70,6 @@ class LatentDiffusionConfig:
         """The noise schedule that these fields describe."""
         if self.beta_schedule == "cosine":
             return NoiseSchedule.cosine(self.timesteps)
-        if self.beta_schedule not in ("scaled_linear", "linear"):
-            raise ValueError(f'beta_schedule must be "scaled_linear", "linear" or "cosine", not "{self.beta_schedule}"')
         return getattr(NoiseSchedule, self.beta_schedule)(self.linear_start, self.linear_end, self.timesteps)
 
 

@@ -54,6 +54,7 @@ class BPETokenizer:
         vocab: id of each piece. A piece that ends a word carries "</w>".
         merges: the pairs that become one piece, in the order in which they were learned, the most frequent first.
         pad: the token that fills a row up: the end token, or "!" in Stable Diffusion 2.
+        added: ids of words that were added later, by textual inversion. Each stays whole, wherever it is in a prompt.
 
     Attributes:
         start_token, end_token, pad_token: ids.
@@ -62,7 +63,11 @@ class BPETokenizer:
         ValueError: a vocabulary without start, end or padding token, or merges of pieces that it does not have.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END):
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END, added: dict[str, int] | None = None
+    ):
+        self.added = {word: i for word, i in (added or {}).items() if word not in (START, END)}
+        vocab = vocab | self.added
         unknown = [token for token in (START, END, pad) if token not in vocab]
         if unknown:
             raise ValueError(f"the vocabulary has no {' and no '.join(unknown)}, which every sentence needs")
@@ -71,6 +76,7 @@ class BPETokenizer:
         self.engine = _engine(vocab, merges)
         # As in CLIP, a special token that is written out in a prompt becomes that token, and not its letters.
         self.engine.add_special_tokens([START, END])
+        self.engine.add_tokens(list(self.added))
 
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
         """Prompts → ids [b max_length], and the end of each prompt that did not fit."""
@@ -137,17 +143,18 @@ class BPETokenizer:
                 f"there is no tokenizer in {folder}: it has neither vocab.json and merges.txt nor tokenizer.json"
             )
         try:
-            pad = _padding_token(folder)
+            pad, added = _padding_token(folder), _added_words(folder)
             if vocab.is_file() and merges.is_file():
-                return cls(json.loads(vocab.read_text(encoding="utf-8")), _read_merges(merges), pad)
+                return cls(json.loads(vocab.read_text(encoding="utf-8")), _read_merges(merges), pad, added)
             model = json.loads(whole.read_text(encoding="utf-8"))["model"]
             if model["type"] != "BPE":
                 raise ValueError(f"its model is {model['type']}, not BPE")
             # Old versions of the library write a merge as "a b", new ones as ["a", "b"].
             pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-            return cls(model["vocab"], pairs, pad)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the tokenizer in {folder} can't be used: {error}") from None
+            return cls(model["vocab"], pairs, pad, added)
+        except Exception as error:  # a damaged file may cause an error of any kind
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise ValueError(f"the tokenizer in {folder} can't be used: {reason}") from None
 
     def save(self, folder: str | Path, max_length: int) -> None:
         """Write the files of a `transformers.CLIPTokenizer` into a folder, which is made if it is not there.
@@ -158,13 +165,16 @@ class BPETokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False, indent=0), encoding="utf-8")
+        vocab = {piece: i for piece, i in self.vocab.items() if piece not in self.added}
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False, indent=0), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(merge) for merge in self.merges)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         config = {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": max_length,
             "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad,
         }  # fmt: skip
+        if self.added:
+            config["added_tokens_decoder"] = {str(i): {"content": word} for word, i in self.added.items()}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -228,3 +238,13 @@ def _padding_token(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     pad = json.loads(path.read_text(encoding="utf-8")).get("pad_token") if path.is_file() else None
     return (pad["content"] if isinstance(pad, dict) else pad) or END  # some versions write a dict
+
+
+def _added_words(folder: Path) -> dict[str, int]:
+    """{word: id} of the words that were added to a vocabulary. Each version of transformers writes them elsewhere."""
+    files = {name: folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")}
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
+    added = dict(found.get("added_tokens.json", {}))
+    for i, token in found.get("tokenizer_config.json", {}).get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(i)
+    return added | {token["content"]: token["id"] for token in found.get("tokenizer.json", {}).get("added_tokens", [])}

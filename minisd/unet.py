@@ -216,6 +216,8 @@ class UNetModel(nn.Module):
 
         def transformer(channels: int) -> SpatialTransformer | AttentionBlock:
             heads = config.heads(channels)
+            if heads < 1 or channels % heads:
+                raise ValueError(f"{channels} channels can't be divided among {heads} heads")
             if not config.use_spatial_transformer:
                 return AttentionBlock(channels, heads)
             head_channels = channels // heads

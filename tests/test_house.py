@@ -37,7 +37,7 @@ STANDS_ON = {
     "conditions": ["clip"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
-    "instruments": ["latent_diffusion"],
+    "instruments": ["checkpoint"],  # verify reads a file of weights
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],

@@ -10,13 +10,13 @@
 load without renaming.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
@@ -44,6 +44,8 @@ __all__ = [
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
+# Folders that runs and models usually lie in. A path into one of them is never looked for on the hub.
+LOCAL = ("runs", "data", "models", "checkpoints", "weights", "out", "output", "outputs")
 Layout = Literal["minisd", "diffusers", "compvis"]
 
 
@@ -56,6 +58,7 @@ def load(
     use_ema: bool | None = None,
     tokenizer: str | Path | None = None,
     variant: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> LatentDiffusion:
     """Read a model and return it ready to draw.
 
@@ -72,11 +75,22 @@ def load(
             without a YAML, they are not used.
         tokenizer: a folder with the vocabulary, for a CompVis file whose vocabulary is not CLIP's.
         variant: which weights of a diffusers folder to read, such as "fp16".
+        ignore: names of tensors that a CompVis file has beyond those of the model. They are not read. If left out, such
+            a name is an error, because it is a sign that the file belongs to another model.
 
     Raises:
         FileNotFoundError: there is no model at this path. CheckpointError: it can't be used; nothing has been loaded.
+        ValueError: an argument that this kind of model does not have.
     """
     path, device = _find(path, variant), device or best_device()
+    beside = compvis.yaml_beside(path) if config is None and path.is_file() else None
+    of_folder = path.is_dir() or (config is None and beside is None and _in_minisd_folder(path))
+    unused = {"config": config, "use_ema": use_ema, "tokenizer": tokenizer, "ignore": ignore or None}
+    unused = (unused if of_folder else {}) | ({} if (path / "model_index.json").is_file() else {"variant": variant})
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        kind = "a folder that says itself what it holds" if of_folder else "one file"
+        raise ValueError(f"{path} is {kind}, so that {' and '.join(given)} would be ignored: leave it out")
     if path.is_dir():
         if (path / "model_index.json").is_file():
             return diffusers.read_folder(path, device, dtype, variant)
@@ -86,10 +100,9 @@ def load(
                 "of diffusers"
             )
         return minisd_folder.read_folder(path, path / "model.safetensors", device, dtype)
-    beside = compvis.yaml_beside(path) if config is None else None
-    if config is None and beside is None and _in_minisd_folder(path):
+    if of_folder:
         return minisd_folder.read_folder(path.parent, path, device, dtype)
-    state = read_weights(path, check=False)
+    state = {name: tensor for name, tensor in read_weights(path, check=False).items() if name not in ignore}
     try:
         sd, names = _build_compvis(state, path, beside or config, use_ema, tokenizer)
     except CheckpointError as error:
@@ -102,7 +115,9 @@ def load(
     # Only what is loaded is searched for NaN. An EMA or a discriminator that is not loaded can do no harm.
     files.check_numbers(path, [*names.values(), *(name for name in ("scale_factor",) if name in state)], state)
     if "scale_factor" in state:  # measured on the first batch of its training (scale_by_std), and kept as a buffer
-        sd.scale_factor = float(state["scale_factor"])
+        with files.refused_as(f"the scale factor in {path} can't be used"):
+            sd.config = replace(sd.config, scale_factor=float(state["scale_factor"]))
+            sd.scale_factor = sd.config.scale_factor
     load_weights(sd, {ours: state[theirs] for ours, theirs in names.items()}, path, device, dtype)
     return sd.eval()
 
@@ -126,10 +141,12 @@ def _build_compvis(
     reader = None
     if isinstance(config.cond_stage, CLIPTextConfig):
         reader = BPETokenizer.clip() if tokenizer is None else files.read_tokenizer(Path(tokenizer))
-    sd = files.build(config, reader, path)
+    sd = files.build(config, reader, path, len(state))
     expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
     given = {ours: state[theirs].shape for ours, theirs in names.items()}
-    files.check_names(expected, given, path, compvis.what_would_fit(state))
+    only_more = expected.keys() < given.keys()
+    hint = "If these names do not matter, give them as ignore=" if only_more else compvis.what_would_fit(state)
+    files.check_names(expected, given, path, hint)
     compvis.check_schedule(state, config, path)
     return sd, names
 
@@ -157,10 +174,10 @@ def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dt
             the numbers keep the dtype that they have.
 
     Raises:
-        OSError: it could not be written, and what was there before is unchanged.
+        OSError: it could not be written, and what was there before is unchanged; or what is there is something else.
         ValueError: this model can't be written in that layout.
     """
-    path = Path(path)
+    path, sd = Path(path) if Path(path).name else Path(path).resolve(), _unwrapped(sd)
     if layout is None:
         layout = "compvis" if path.suffix in (".safetensors", ".ckpt") else "minisd"
     if layout == "minisd":
@@ -175,6 +192,22 @@ def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dt
         raise ValueError(f'layout must be "minisd", "diffusers" or "compvis", not {layout!r}')
 
 
+def _unwrapped(sd: LatentDiffusion) -> LatentDiffusion:
+    """The same tensors in a model without what torch.compile and DataParallel wrap around its parts."""
+
+    def inside(module: nn.Module) -> nn.Module:
+        inner = vars(module)["_modules"].get("_orig_mod", vars(module)["_modules"].get("module"))
+        return module if inner is None else inside(inner)
+
+    sd = inside(sd)
+    state = files.plain_names(sd.state_dict())
+    plain = files.build(sd.config, getattr(inside(sd.cond_stage_model), "tokenizer", None), "this model", len(state))
+    expected = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, "this model")
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
 def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
     return minisd_folder.load_clip_folder(_find(path))
@@ -182,7 +215,7 @@ def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
 
 def has_clip(path: str | Path) -> bool:
     """Whether `load_clip` can read this. It can't if the rest of CLIP is missing, as in diffusers' layout."""
-    return (_find(path) / "clip.json").is_file()
+    return files.as_written(_find(path) / "clip.json").is_file()
 
 
 def describe(path: str | Path, variant: str | None = None) -> str:
@@ -198,6 +231,8 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         state = read_weights(path, check=False)
         ours = beside is None and _in_minisd_folder(path)
         config = minisd_folder.read_config(path.parent) if ours else None
+        if path.with_suffix(".json").is_file():  # clip.json or vae.json, of a training run
+            config = read_json(path.with_suffix(".json"))
         layout = "minisd's layout" if ours else "one file"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     lines = [f"{path}: {len(state)} tensors, {size / 1e6:.1f} MB, {layout}"]
@@ -212,18 +247,21 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         if beside is not None:
             lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:
-        lines += [f"  {name}: {value}" for name, value in asdict(config).items()]
+        config = config if isinstance(config, Mapping) else asdict(config)
+        lines += [f"  {name}: {value}" for name, value in config.items()]
     return "\n".join(lines)
 
 
 def _find(path: str | Path, variant: str | None = None) -> Path:
     """The file or folder that a name stands for: one that ships, one on the disk, or one on the hub."""
-    if Path(path).exists():
-        return Path(path)
+    written = files.as_written(Path(path))
+    if written.exists():
+        return written
     if (SHIPPED / str(path) / "config.json").is_file():
         return SHIPPED / str(path)
     on_hub = isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if on_hub and Path(path).suffix not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin"):
+    local = Path(path).parts[:1] and (Path(Path(path).parts[0]).is_dir() or Path(path).parts[0] in LOCAL)
+    if on_hub and not local and Path(path).suffix not in (".ckpt", ".safetensors", ".pt", ".pth", ".bin"):
         return diffusers.fetch(path, variant)
     raise FileNotFoundError(
         f"there is no model at {path}: give a file or a folder, 'emoji' or 'tiny', which ship with minisd, or the name "

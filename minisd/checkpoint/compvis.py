@@ -11,6 +11,7 @@ CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -39,7 +40,8 @@ FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig
 
 # "unet": keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or
 # with any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
-# CompVis's class, not those of SD v1. "strangers": beginnings of names that only other kinds of models have.
+# CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
+# other whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -64,12 +66,12 @@ def read_yaml(source: str | Path | Mapping) -> dict:
     if not isinstance(source, Mapping):
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no configuration at {source}")
-        try:
-            source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))  # safe_load runs no code
-        # PyYAML raises many kinds of errors if a date or a number is malformed
-        except (yaml.YAMLError, OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise CheckpointError(f"{name} is no YAML that can be read ({reason})") from None
+        text = files.read_text(Path(source), most=200_000)  # CompVis's have 2 kB, and PyYAML is slow
+        with files.refused_as(f"{name} is no YAML that can be read"):
+            # A value can be repeated by an alias (*name). Aliases of aliases can make a few lines take up all memory.
+            if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > 30:
+                raise ValueError("it has more than 30 aliases")
+            source = yaml.safe_load(text)  # safe_load runs no code
     try:
         model = source["model"]
         target, params = str(model["target"]), dict(model["params"])
@@ -322,18 +324,24 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
     folder beside the YAML, which names it as the `version` of its CLIP. The folder has the files of a CLIP in
     transformers' layout, without weights.
     """
-    text, version = sd.config.cond_stage, "openai/clip-vit-large-patch14"
-    if isinstance(text, CLIPTextConfig):
-        tokenizer = sd.cond_stage_model.tokenizer
-        if tokenizer.vocab != BPETokenizer.clip().vocab or text.heads != max(1, text.width // 64):
-            version = f"{path.stem}.clip"
-            with files.folder_written_whole(path.with_name(version)) as unfinished:
-                tokenizer.save(unfinished, text.max_length)
-                files.write_json(text_config_json(text, tokenizer), unfinished / "config.json")
-    with files.written_whole(path.with_suffix(".yaml")) as unfinished:
-        unfinished.write_text(yaml_from_config(sd.config, version), encoding="utf-8")
-    write = files.write_ckpt if path.suffix == ".ckpt" else files.write_weights
-    write(files.cast(as_compvis(sd), dtype), path)
+    text, version, yaml = sd.config.cond_stage, "openai/clip-vit-large-patch14", path.with_suffix(".yaml")
+    tokenizer = sd.cond_stage_model.tokenizer if isinstance(text, CLIPTextConfig) else None
+    if tokenizer and (tokenizer.vocab != BPETokenizer.clip().vocab or text.heads != max(1, text.width // 64)):
+        version = f"{path.stem}.clip"
+    configuration = yaml_from_config(sd.config, version)
+    if yaml.is_file() and yaml.read_bytes() != configuration.encode():
+        others = [other for suffix in (".ckpt", ".safetensors") if (other := path.with_suffix(suffix)) != path]
+        if others[0].exists() or b"unet_config" not in yaml.read_bytes():
+            raise FileExistsError(f"{yaml} belongs to something else than {path.name}: choose another name")
+    if path.name in ("model.safetensors", "clip.safetensors") and (path.parent / "config.json").is_file():
+        raise FileExistsError(f"{path} is a part of the model in {path.parent}: choose another name, or that folder")
+    with files.folder_written_whole(path, into=path.parent) as unfinished:
+        if version == f"{path.stem}.clip":
+            tokenizer.save(unfinished / version, text.max_length)
+            files.write_json(text_config_json(text, tokenizer), unfinished / version / "config.json")
+        (unfinished / yaml.name).write_text(configuration, encoding="utf-8")
+        write = files.write_ckpt if path.suffix == ".ckpt" else files.write_weights
+        write(files.cast(as_compvis(sd), dtype), unfinished / path.name)
 
 
 # --- which configuration would fit? -----------------------------------------------------------------------------------
@@ -341,12 +349,17 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
 
 def what_would_fit(state: Mapping[str, Tensor]) -> str:
     """A sentence that says which model the weights belong to, from their names and shapes; "" if that is not known."""
-    for prefix, what in TABLES["strangers"].items():
-        if any(name.startswith(prefix) for name in state):
-            return f"By its names, {what}"
+    has = {what: any(name.startswith(prefix) for name in state) for prefix, what in TABLES["networks"].items()}
+    for kind in ("others", "strangers")[: 1 if has["UNet"] else 2]:
+        for pattern, what in TABLES[kind].items():
+            if any(re.search(pattern, name) for name in state):
+                return f"By its names, {what}"
+    if any(has.values()) and not all(has.values()):
+        own, lacking = ([what for what in has if has[what] is there] for there in (True, False))
+        return f"It has only the {' and the '.join(own)}, and no {' and no '.join(lacking)}"
     try:
         parts = {"unet": _unet_of(state), "first_stage": _first_stage_of(state), "cond_stage": text_config(state)}
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+    except (LookupError, ValueError, ArithmeticError):
         return ""  # the names or shapes are not those of a latent diffusion model
     brief = {name: _brief(part) for name, part in parts.items()}
     changed = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))

@@ -69,13 +69,13 @@ def read_folder(
             f"{', '.join(PARTS)}"
         )
     config, tokenizer = read_config(folder), files.read_tokenizer(folder / "tokenizer")
-    sd = files.build(config, tokenizer, folder)
     if variant is not None:
         _check_variant(folder, variant)
+    given = {part: read_part(folder / part, variant) for part in STEMS}
+    sd = files.build(config, tokenizer, folder, sum(map(len, given.values())))
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name
-        given = read_part(source, variant)
-        state = {today(name): tensor for name, tensor in given.items() if not files.set_aside(name)}
+        state = {today(name): tensor for name, tensor in given[part].items() if not files.set_aside(name)}
         expected = {theirs: _as_theirs(ours, network.get_parameter(ours)).shape for ours, theirs in names.items()}
         files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, source)
         ours = {ours: state[theirs].reshape(network.get_parameter(ours).shape) for ours, theirs in names.items()}
@@ -368,6 +368,8 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
             "diffusers has one number for z_channels and embed_dim, and for model_channels and the width of the first "
             "level; in this model they differ: save it in minisd's layout"
         )
+    if (folder / "config.json").exists() and not (folder / "model_index.json").exists():
+        raise FileExistsError(f"{folder} holds something else than a model in diffusers' layout: choose another folder")
     configs = write_config(config, sd.cond_stage_model.tokenizer)
     with files.folder_written_whole(folder) as unfinished:
         for name, content in configs.items():

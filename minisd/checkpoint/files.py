@@ -9,11 +9,14 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -22,6 +25,10 @@ from torch import Tensor, nn
 
 from ..clip import BPETokenizer, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+
+# "mistaken": how files begin that people take for weights, and what they are. "tokenizer": the files of one. "model":
+# further files of a model in minisd's or diffusers' layout, which a new model in the same folder takes the place of.
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 class CheckpointError(ValueError):
@@ -34,15 +41,37 @@ class CheckpointError(ValueError):
 def set_aside(name: str) -> bool:
     """Whether a name is one of those that a CompVis checkpoint has in addition to the weights of the three networks.
 
-    These are the schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …) and the networks of the autoencoder's
-    loss.
+    These are the schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's
+    loss, and what programs that merge models leave behind: k-diffusion's noise levels, and the last layer of CLIP.
     """
     of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
     return (
         ("." not in name and name.startswith(of_ddpm))
-        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss."))
+        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss.", "denoiser."))
         or name.endswith("position_ids")
+        or (name.startswith("cond_stage_model.") and name.endswith((".logit_scale", ".text_projection")))
     )
+
+
+def plain_names(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The same table under the names that the tensors have in minisd.
+
+    torch.compile adds `_orig_mod.` to the names of what it wraps, and DataParallel adds `module.`. Some files of 2022
+    leave `text_model.` out. If two names would become the same, all of them stay as they are.
+    """
+    without = {re.sub(r"(?<![^.])(_orig_mod|module)\.", "", name): value for name, value in table.items()}
+    of_2022 = re.compile(r"^(cond_stage_model\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)")
+    plain = {of_2022.sub(r"\1text_model.", name): value for name, value in without.items()}
+    return plain if len(plain) == len(table) else dict(table)
+
+
+def check_what_it_is(path: Path) -> None:
+    """Raises CheckpointError if a file is a pointer to one or a web page, and says what to do."""
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip().lower()
+    for mark, what in TABLES["mistaken"].items():
+        if begin.startswith(mark.encode()):
+            raise CheckpointError(f"{path} is {what}")
 
 
 def read_weights(
@@ -62,12 +91,12 @@ def read_weights(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights at {path}")
+        what = "; what is there is no ordinary file" if path.exists() else ""
+        raise FileNotFoundError(f"there is no file of weights at {path}{what}")
+    check_what_it_is(path)
     if _is_safetensors(path):
-        try:
-            state = load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no whole safetensors file ({error}): fetch or save it again") from None
+        with refused_as(f"{path} is no whole safetensors file: fetch or save it again"):
+            state = plain_names(load_file(path))
     else:
         state = _table(_unpickle(path), path)
     if check:
@@ -76,7 +105,15 @@ def read_weights(
 
 
 def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor]) -> None:
-    """Search tensors of a file for NaN and infinity, piece by piece. Raises CheckpointError, which names the first."""
+    """Search tensors of a file for NaN and infinity, piece by piece. Raises CheckpointError, which names the first.
+
+    The checksums of a `.ckpt`, which is a zip archive, are compared too: PyTorch does not look at those of tensors.
+    """
+    if zipfile.is_zipfile(path):
+        with refused_as(f"{path} is a damaged archive: fetch or save it again"), zipfile.ZipFile(path) as archive:
+            written = any(record.CRC for record in archive.infolist())  # PyTorch can be told to leave them out
+            if written and (record := archive.testzip()):
+                raise CheckpointError(f"{path} is damaged: the checksum of {record} is wrong; fetch or save it again")
     for name, piece in _pieces(path, {name: state[name] for name in names}):
         if not piece.is_floating_point():
             continue
@@ -95,12 +132,20 @@ def _is_safetensors(path: Path) -> bool:
 
 def _table(content, path: Path) -> dict[str, Tensor]:
     """The named tensors of an unpickled checkpoint; Lightning nests them beside other things (an epoch, a step)."""
-    table = content.get("state_dict", content) if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    # The weights are under "state_dict"; in a textual inversion, and in a checkpoint of our trainer, elsewhere.
+    place = next((key for key in ("state_dict", "string_to_param", "ema") if key in content), None)
+    table = content if place is None else content[place]
     table = table if isinstance(table, dict) else {}
     state = {name: tensor for name, tensor in table.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not state:
         raise CheckpointError(f"{path} holds no table of named tensors")
-    return state
+    for name, tensor in state.items():
+        # A view can repeat its numbers (`expand`): a file of 1 kB could then ask for more memory than there is.
+        repeats = tensor.layout != torch.strided or tensor.numel() > 100 + 100 * tensor.untyped_storage().nbytes()
+        if repeats or tensor.is_quantized or tensor.is_complex():
+            raise CheckpointError(f"{name} in {path} is no plain tensor of numbers: save its values as one")
+    return plain_names(state)
 
 
 PIECE = 2**22  # how many numbers of a file are in memory at a time while it is searched
@@ -134,7 +179,7 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
     if _is_safetensors(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = plain_names(json.loads(file.read(length)))
         return {name: 8 + length + header[name]["data_offsets"][0] for name in state}
     if not _can_be_mapped(path):
         return None
@@ -150,12 +195,19 @@ def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether a file is an uncompressed zip, so that its tensors can be mapped. PyTorch before 1.6 wrote no zips."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-    except zipfile.BadZipFile:
+    """Whether a file is an uncompressed zip, so that its tensors can be mapped. PyTorch before 1.6 wrote no zips.
+
+    Numbers in the byte order of another machine have to be turned in memory: in a map, PyTorch would crash.
+    """
+    if not zipfile.is_zipfile(path):
         return False
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if sum(record.file_size for record in records) > 2**30 + 20 * path.stat().st_size:
+        raise CheckpointError(f"{path} would take up far more memory than its size, so it was not read")
+    reader = torch._C.PyTorchFileReader(str(path))
+    order = reader.get_record("byteorder").decode() if reader.has_record("byteorder") else sys.byteorder
+    return order == sys.byteorder and all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
 class Inert:
@@ -193,36 +245,49 @@ def _unpickle(path: Path, device: str = "cpu"):
 
     Lightning's classes are replaced by `Inert`, and numpy's numbers by `InertNumber`. Any other name is refused.
     """
-    stand_ins = [(InertNumber, name) for name in NUMPY_NUMBER]
-    while True:
+    with refused_as(f"{path} is no whole checkpoint: fetch or save it again"):
+        mapped = _can_be_mapped(path)
+        stand_ins = [(InertNumber, name) for name in NUMPY_NUMBER] + [(Inert, name) for name in _lightning_names(path)]
         try:
             with torch.serialization.safe_globals(stand_ins):
-                return torch.load(path, map_location=device, weights_only=True, mmap=_can_be_mapped(path))
+                return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL ([\w.]+)", str(error))
             if what is None:
                 raise CheckpointError(f"{path} was not read: it is broken, or no checkpoint at all") from None
-            known = [name for _, name in stand_ins]
-            if what[1].split(".")[0] not in ("pytorch_lightning", "lightning") or what[1] in known:
-                raise CheckpointError(
-                    f"{path} was not read: it holds more than tensors ({what[1]}), and could run a program on being "
-                    "read; ask for it as .safetensors"
-                ) from None
-            stand_ins.append((Inert, what[1]))
-        except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = str(error).split("\n")[0].split(". ")[0][:120]
-            reason = f" ({reason})" if " " in reason else ""  # a single word is an internal code, of no help
-            raise CheckpointError(f"{path} is no whole checkpoint{reason}: fetch or save it again") from None
+            raise CheckpointError(
+                f"{path} was not read: it holds more than tensors ({what[1]}), and could run a program on being "
+                "read; ask for it as .safetensors"
+            ) from None
+
+
+def _lightning_names(path: Path) -> list[str]:
+    """The classes of Lightning that a pickle names. The instruction is a "c", the module, and the class, in lines."""
+    if zipfile.is_zipfile(path):
+        program = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
+    else:
+        with path.open("rb") as file:
+            program = file.read(2**26)  # the numbers come after it
+    found = re.findall(rb"c((?:pytorch_)?lightning(?:\.[\w.]+)?)\n([\w.]+)\n", program)
+    return sorted({f"{module.decode()}.{name.decode()}" for module, name in found})
+
+
+def read_text(path: Path, most: int = 2**26) -> str:
+    """A text file in UTF-8. Raises CheckpointError if it is something else, or larger than any file of its kind."""
+    check_what_it_is(path)
+    if path.stat().st_size > most:
+        raise CheckpointError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, far too much for such a file")
+    with refused_as(f"{path} is no text in UTF-8"):
+        return path.read_text(encoding="utf-8-sig")  # some editors on Windows put a mark before the text
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Raises FileNotFoundError, or CheckpointError if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error})") from None
+    text = read_text(path)
+    with refused_as(f"{path} is no JSON"):
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
     return content
@@ -230,41 +295,61 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def refused_as(sentence: str) -> Iterator[None]:
-    """Turn whatever a malformed configuration raises inside the `with` into a CheckpointError with the reason."""
+    """Turn whatever a damaged file raises inside the `with` into a CheckpointError with the reason.
+
+    The libraries that read files raise errors of many kinds, and a damaged file may cause any of them.
+    """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, FileNotFoundError):
         raise
-    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise CheckpointError(f"{sentence} ({reason})") from None
 
 
 def read_tokenizer(folder: Path) -> BPETokenizer:
     """The tokenizer in a folder of transformers' layout. Raises FileNotFoundError, CheckpointError."""
+    for name in TABLES["tokenizer"]:
+        if (folder / name).is_file():
+            read_text(folder / name)
     try:
         return BPETokenizer.load(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
 
-def build(config: LatentDiffusionConfig, tokenizer: BPETokenizer | None, source: str | Path) -> LatentDiffusion:
+def build(
+    config: LatentDiffusionConfig, tokenizer: BPETokenizer | None, source: str | Path, tensors: int
+) -> LatentDiffusion:
     """Build the model of a configuration on PyTorch's "meta" device, so that it takes up no memory yet.
+
+    tensors: how many the file has. A configuration that asks for more blocks than that is refused before they are made.
 
     Raises:
         CheckpointError: such a model can't be built, or the vocabulary is larger than the text encoder's.
     """
-    if isinstance(config.cond_stage, CLIPTextConfig) and len(tokenizer.vocab) > config.cond_stage.vocab_size:
-        raise CheckpointError(
-            f"the text encoder in {source} knows {config.cond_stage.vocab_size:,} tokens, and the vocabulary has "
-            f"{len(tokenizer.vocab):,}: it is that of another model (tokenizer= takes the folder of the right one)"
-        )
-    try:
-        with torch.device("meta"):
-            return LatentDiffusion(config, tokenizer)
-    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{source} describes a model that can't be built ({reason})") from None
+    text = config.cond_stage if isinstance(config.cond_stage, CLIPTextConfig) else None
+    with refused_as(f"{source} describes a model that can't be built"), torch.device("meta"):
+        check_blocks(tensors, *(part for part in (config.unet, config.first_stage, config.cond_stage) if part))
+        largest = max(tokenizer.vocab.values()) if text and isinstance(tokenizer, BPETokenizer) else 0
+        if text and largest >= text.vocab_size:
+            raise CheckpointError(
+                f"the text encoder in {source} knows {text.vocab_size:,} tokens, and the vocabulary has "
+                f"{largest + 1:,}: it is that of another model (tokenizer= takes the folder of the right one)"
+            )
+        return LatentDiffusion(config, tokenizer)
+
+
+def check_blocks(tensors: int, *parts) -> None:
+    """Raises ValueError if these configurations ask for more blocks than a file has tensors: every block has some."""
+    for part in parts:
+        sizes = vars(part)
+        levels = sizes.get("channel_mult") or sizes.get("ch_mult") or (1,)
+        blocks = len(levels) * max(1, sizes.get("num_res_blocks", 1)) * max(1, sizes.get("transformer_depth", 1))
+        blocks = max(blocks, sizes.get("layers", 0))
+        if blocks > max(500, tensors):  # that many are built in a second
+            raise ValueError(f"{type(part).__name__} has {blocks:,} blocks, and there are {tensors:,} tensors")
 
 
 # --- from a table of tensors into a model -----------------------------------------------------------------------------
@@ -342,21 +427,86 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
 
 
 @contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder. If there is a folder of that name already, the files are moved into it one by one."""
+def folder_written_whole(folder: Path, into: Path | None = None) -> Iterator[Path]:
+    """The same for files that belong together: yield a folder to write them in, and put them into `into` at the end.
+
+    `into` is `folder` itself if left out. If it does not exist, one renaming is enough. If it does, it may hold other
+    files, which stay. Whenever the process is killed, a reader that asks `as_written` finds old files or new ones:
+
+        FOLDER.unfinished is being written              the old ones
+        it is renamed to FOLDER.to_be_moved             from now on the new ones, which are there
+        they get their places in `into` one by one      as before, because FOLDER.to_be_moved keeps all of them
+        FOLDER.to_be_moved is renamed and deleted       the new ones, in their places
+
+    Raises:
+        OSError: they could not be written, and the old ones are untouched; or one could not get its place, and the new
+            ones are read from FOLDER.to_be_moved until the next save, which begins by moving them.
+    """
+    into, to_be_moved = into or folder, folder.with_name(folder.name + ".to_be_moved")
+    if to_be_moved.is_dir():
+        _move(to_be_moved, into)
     with _unfinished(folder) as unfinished:
+        if into.exists() and not into.is_dir():
+            raise NotADirectoryError(f"{into} is a file, not a folder")
         unfinished.mkdir()
         yield unfinished
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        for file in files:
-            on_disk(file)
-        if not os.path.lexists(folder):
-            os.replace(unfinished, folder)
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                on_disk(file)
+        if not os.path.lexists(into):
+            os.replace(unfinished, into)
             return
+        os.replace(unfinished, to_be_moved)
+        on_disk(folder.parent)
+    _move(to_be_moved, into)
+
+
+def _move(to_be_moved: Path, into: Path) -> None:
+    """Put the files of a folder into their places, and delete the older files there whose place they take."""
+    try:
+        files = [file.relative_to(to_be_moved) for file in sorted(to_be_moved.rglob("*")) if file.is_file()]
         for file in files:
-            target = folder / file.relative_to(unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+            place, new = into / file, into / f"{file}.unfinished"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(new)
+            link_or_copy(to_be_moved / file, new)
+            os.replace(new, place)
+            remove_unfinished(new)  # it is still there if `place` was another name of the same file
+        # Other forms of the same: weights in several files or of a variant, another CLIP, a tokenizer's added words.
+        whole = to_be_moved.with_suffix("") == into
+        others = [into / file.parent / name for file in files if file.parent.name for name in TABLES["tokenizer"]]
+        others += [file for pattern in TABLES["model"] if whole for file in into.glob(pattern)]
+        for file in others:
+            if file.relative_to(into) not in files and file.is_file():
+                file.unlink()
+        on_disk(into)
+        unfinished = to_be_moved.with_suffix(".unfinished")
+        remove_unfinished(unfinished)
+        os.replace(to_be_moved, unfinished)
+        remove_unfinished(unfinished)
+    except OSError as error:
+        raise OSError(
+            f"all is written, but {into} could not take it ({error}): it is read from {to_be_moved} as long as that is "
+            "there; save again to complete it"
+        ) from error
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """Give a file a second name, without a copy of its contents where the disk can do that."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy2(file, target)
+
+
+def as_written(path: Path) -> Path:
+    """Where to read what was written last as `path`: see `folder_written_whole`."""
+    to_be_moved = path.with_name(path.name + ".to_be_moved") if path.name else path
+    for place in (to_be_moved / path.name, to_be_moved):  # a file of weights; a folder
+        if path.name and place.exists():
+            warnings.warn(f"a save of {path} was interrupted: reading it from {place}", stacklevel=4)
+            return place
+    return path
 
 
 @contextmanager
@@ -364,6 +514,8 @@ def _unfinished(path: Path, before: str = "what was there before") -> Iterator[P
     """Yield the name that a file or folder has until it is complete, and delete what is left under that name."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(f"{path} is neither a file nor a folder")  # a device or a pipe, which renaming would remove
         remove_unfinished(unfinished)  # left by a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished

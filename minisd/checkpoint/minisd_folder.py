@@ -7,10 +7,12 @@ clip.safetensors     the rest of CLIP (image tower, projections), which evaluati
 README.md            the model card
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from ..conditions import CONDITIONS
@@ -28,6 +30,9 @@ KINDS = {
     "cond_stage": (),  # the Config of each condition; looked up when it is needed, because conditions can be added
 }
 
+CLIP_FILES = ("clip.json", "clip.safetensors")
+TEXT_TOWER = "cond_stage_model.transformer."
+
 # Fields of older config.json files that are ignored. This one said how a UNet saves memory, which changes no result.
 NO_LONGER = {"unet": {"use_checkpoint"}}
 
@@ -41,29 +46,46 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
         others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))
         state = others | state
     tokenizer = files.read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
-    sd = files.build(config, tokenizer, folder / "config.json")
+    sd = files.build(config, tokenizer, folder / "config.json", len(state))
     files.load_weights(sd, state, file, device, dtype)
     return sd.eval()
 
 
 def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a model as a minisd folder."""
+    """Write a model as a minisd folder. The rest of a CLIP that is there stays if the text tower is still its own."""
+    config = folder / "config.json"
+    if (folder / "model_index.json").exists() or (config.is_file() and b'"first_stage"' not in config.read_bytes()):
+        raise FileExistsError(f"{folder} holds something else than a model in minisd's layout: choose another folder")
+    state = files.cast(sd.state_dict(), dtype)
     with files.folder_written_whole(folder) as unfinished:
+        if _is_of(folder, state):
+            for name in CLIP_FILES:
+                files.link_or_copy(folder / name, unfinished / name)
         if isinstance(sd.config.cond_stage, CLIPTextConfig):
             sd.cond_stage_model.tokenizer.save(unfinished / "tokenizer", sd.cond_stage_model.max_length)
         parts = {part: part_to_json(getattr(sd.config, part)) for part in KINDS}
         files.write_json(asdict(sd.config) | parts, unfinished / "config.json")
-        files.write_weights(files.cast(sd.state_dict(), dtype), unfinished / "model.safetensors")
+        files.write_weights(state, unfinished / "model.safetensors")
+
+
+def _is_of(folder: Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether the model in a folder has the text tower of `state`, so that the rest of CLIP beside it fits both."""
+    if not all((folder / name).is_file() for name in (*CLIP_FILES, "model.safetensors")):
+        return False
+    try:
+        old = files.read_weights(folder / "model.safetensors", check=False)
+    except CheckpointError:
+        return False
+    ours, theirs = ({n: t.float() for n, t in table.items() if n.startswith(TEXT_TOWER)} for table in (state, old))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
 
 
 def read_config(folder: Path) -> LatentDiffusionConfig:
     """`config.json` of a minisd folder."""
     config = files.read_json(folder / "config.json")
-    try:
+    with files.refused_as(f"{folder / 'config.json'} does not describe a model of minisd"):
         built = {part: part_from_json(part, config.pop(part)) for part in KINDS}
         return LatentDiffusionConfig(**built, **config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a model of minisd ({error})") from None
 
 
 def part_from_json(part: str, values: dict | None):
@@ -91,17 +113,25 @@ def part_to_json(config) -> dict | None:
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
-    config = files.read_json(folder / "clip.json")
-    state = files.read_weights(folder / "clip.safetensors")
+    here = clip_folder(folder)
+    config = files.read_json(here / "clip.json")
+    state = files.read_weights(here / "clip.safetensors")
     if (folder / "model.safetensors").exists():  # the text tower is not stored twice
-        prefix = "cond_stage_model.transformer."
-        whole = files.read_weights(folder / "model.safetensors", check=lambda name: name.startswith(prefix))
-        state |= {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}
-    tokenizer = files.read_tokenizer(folder / "tokenizer")
-    text, vision = CLIPTextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
-    clip = CLIPModel(text, vision, tokenizer.end_token)
-    files.load_weights(clip, state, folder / "clip.safetensors")
+        whole = files.read_weights(folder / "model.safetensors", check=lambda name: name.startswith(TEXT_TOWER))
+        state |= {n.removeprefix(TEXT_TOWER): t for n, t in whole.items() if n.startswith(TEXT_TOWER)}
+    tokenizer = files.read_tokenizer(here / "tokenizer")
+    with files.refused_as(f"{here / 'clip.json'} does not describe a CLIP"), torch.device("meta"):
+        text, vision = CLIPTextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
+        files.check_blocks(len(state), text, vision)
+        clip = CLIPModel(text, vision, tokenizer.end_token)
+    files.load_weights(clip, state, here / "clip.safetensors", "cpu")
     return clip.eval(), tokenizer
+
+
+def clip_folder(folder: Path) -> Path:
+    """Where the files that `save_clip` wrote into a folder are: there, unless it was killed before it moved them."""
+    written = files.as_written(folder / "clip.json")
+    return folder if written == folder / "clip.json" else written.parent
 
 
 def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:
@@ -109,8 +139,8 @@ def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> N
     folder = Path(folder)
     beside_model = (folder / "model.safetensors").exists()
     state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}
-    with files.folder_written_whole(folder / "tokenizer") as unfinished:
-        tokenizer.save(unfinished, clip.text_config.max_length)
-    files.write_weights(files.cast(state, torch.float16), folder / "clip.safetensors")
-    # clip.json comes last, because `minisd train` takes a folder that has one for a finished CLIP
-    files.write_json({"text": asdict(clip.text_config), "vision": asdict(clip.vision_config)}, folder / "clip.json")
+    with files.folder_written_whole(folder / "clip.json", into=folder) as unfinished:
+        tokenizer.save(unfinished / "tokenizer", clip.text_config.max_length)
+        files.write_weights(files.cast(state, torch.float16), unfinished / "clip.safetensors")
+        text, vision = asdict(clip.text_config), asdict(clip.vision_config)
+        files.write_json({"text": text, "vision": vision}, unfinished / "clip.json")
