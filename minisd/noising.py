@@ -21,13 +21,28 @@ is not the clean picture but the picture after the first small step. The clean p
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from functools import partial
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Seed = SupportsIndex  # an int, or an integer of numpy or torch
 Generators = torch.Generator | Sequence[torch.Generator]  # one for the whole batch, or one for each picture
+
+
+def seeded(seed: Seed) -> torch.Generator:
+    """A random generator of the CPU.
+
+    Raises ValueError if it has more than 64 bits, TypeError if it is no integer.
+    """
+    number = operator.index(seed)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"a seed must lie between -2^63 and 2^63 - 1, but this one is {number}.")
+    return torch.Generator("cpu").manual_seed(number)
 
 
 def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
@@ -37,12 +52,13 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     Raises ValueError if there are not as many generators as pictures.
     """
     if not isinstance(generator, Sequence):
-        return torch.randn(tuple(shape), generator=generator, device="cpu")
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
     if len(generator) != shape[0]:
         raise ValueError(
             f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures: pass one for each."
         )
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
+    alone = partial(torch.randn, tuple(shape[1:]), dtype=torch.float32, device="cpu")
+    return torch.stack([alone(generator=g) for g in generator])
 
 
 def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:
