@@ -72,12 +72,14 @@ def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -
         raise TypeError(f"t must hold integers (torch.int64), one for each picture, not {t.dtype}.")
     if t.ndim != 1:
         raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
-    # A negative t would count from the end, without any error. On a GPU this check would make the CPU wait in
-    # every step, so it is left out there: CUDA reports an index that is out of range.
-    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
-        raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
-    # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
-    return a.to(t.device, non_blocking=True)[t.long()].reshape(-1, *[1] * (ndim - 1))
+    # A negative t would count from the end, without any error, so it is replaced by one that is too large. No value is
+    # looked at here: on a GPU, that would make the CPU wait in every step, and `torch.func.vmap` does not allow it.
+    inside = torch.where(t < 0, len(a), t).long()
+    try:
+        # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
+        return a.to(t.device, non_blocking=True)[inside].reshape(-1, *[1] * (ndim - 1))
+    except IndexError:
+        raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].") from None
 
 
 class NoiseSchedule:
