@@ -23,7 +23,6 @@ is not the clean picture but the picture after the first small step. The clean p
 import math
 import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import SupportsIndex
 
 import torch
@@ -45,7 +44,7 @@ def seeded(seed: Seed) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(number)
 
 
-def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
+def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "*d"]:
     """Draw ε ~ N(0, I) in float32 on the CPU, so that a seed gives the same noise on every device.
 
     With a generator for each picture, a picture gets the same noise in a batch as it would get alone.
@@ -57,8 +56,7 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
         raise ValueError(
             f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures: pass one for each."
         )
-    alone = partial(torch.randn, tuple(shape[1:]), dtype=torch.float32, device="cpu")
-    return torch.stack([alone(generator=g) for g in generator])
+    return torch.stack([randn(shape[1:], g) for g in generator])
 
 
 def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:
