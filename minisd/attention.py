@@ -20,6 +20,7 @@ back. The comments cite:
 Classes and parameters have the names of CompVis, `ldm/modules/attention.py`.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -72,6 +73,19 @@ def _plain_is_faster(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
 
 
+class _Recording(threading.local):
+    """What `minisd.record_attention` records in this thread. Each recorder has a function for each of its layers.
+
+    It is not kept in the layers themselves, because other threads use them too, and a copy of the model would copy it.
+    """
+
+    def __init__(self):
+        self.recorders: list[dict[nn.Module, Callable[[Tensor], None]]] = []
+
+
+RECORDING = _Recording()
+
+
 class CrossAttention(nn.Module):
     """Attention from the tokens x to the tokens of a context, or, without a context, to x itself.
 
@@ -85,8 +99,6 @@ class CrossAttention(nn.Module):
     (CompVis: attention.py, CrossAttention. The first three projections have no bias, as in the checkpoint.)
     """
 
-    record: Callable[[Tensor], None] | None = None  # set by minisd.record_attention, to receive the weights
-
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__()
         context_dim = query_dim if context_dim is None else context_dim
@@ -97,6 +109,12 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
+
+    @property
+    def record(self) -> Callable[[Tensor], None] | None:
+        """The function that receives the weights, if `minisd.record_attention` records this layer in this thread."""
+        keepers = [recorder[self] for recorder in RECORDING.recorders if self in recorder]
+        return (lambda weights: [keep(weights) for keep in keepers]) if keepers else None
 
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None

@@ -292,7 +292,8 @@ class Evaluate:
         setting = evaluation.Setting(self.steps, self.guidance, self.sampler, self.seed)
         if self.composition:
             scenes, sd = _corpus(self.scenes), load(self.model, self.device)
-            evaluation.report_composition(*evaluation.evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
+            found = evaluation.evaluate_composition(sd, scenes, setting, self.count)
+            evaluation.report_composition(*found, setting, self.out)
             return
         corpus, sd = _corpus(self.data), load(self.model, self.device)
         clip = _towers(self.clip or self.model, "the scores need")
@@ -301,7 +302,8 @@ class Evaluate:
             evaluator = evaluation.Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
             evaluation.report_sweep(what, evaluation.sweep(evaluator, what, setting), setting, self.out)
         else:
-            evaluation.report(evaluation.evaluate(evaluation.Evaluator(sd, corpus, clip, self.count), setting), setting, self.out)
+            found = evaluation.evaluate(evaluation.Evaluator(sd, corpus, clip, self.count), setting)
+            evaluation.report(found, setting, self.out)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis `ldm/modules/encode
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -132,11 +133,12 @@ def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tens
     From masks that are 1 everywhere, the model also learns to draw without a given picture. (One in four: the model
     card of Stable Diffusion v1.5 for inpainting.)
     """
-    masks = torch.zeros(len(generators), 1, size, size)
+    masks = torch.zeros(len(generators), 1, size, size, dtype=torch.float32, device="cpu")
     for mask, generator in zip(masks[:, 0], generators, strict=True):
-        everything = torch.rand((), generator=generator) < 0.25
-        sides = torch.randint(max(1, size // 4), size + 1, (2,), generator=generator)
-        places = (torch.rand(2, generator=generator) * (size + 1 - sides)).long()  # so that it is inside the mask
+        rand = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+        everything = rand(()) < 0.25
+        sides = torch.randint(max(1, size // 4), size + 1, (2,), generator=generator, device="cpu")
+        places = (rand(2) * (size + 1 - sides)).long()  # so that it is inside the mask
         (top, left), (height, width) = places.tolist(), sides.tolist()
         mask[top : top + height, left : left + width] = 1
         if everything:

@@ -13,6 +13,7 @@ LatentDiffusion`. Rombach et al. 2022 (arXiv:2112.10752).
 import difflib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from . import sampling
 from .clip import CLIPTextConfig, Tokenizer
 from .conditions import condition_of
 from .loss import loss_target, squared_error
-from .noising import Generators, NoiseSchedule, randn
+from .noising import Generators, NoiseSchedule, Seed, randn, seeded
 from .pictures import Drawing, Picture, Trajectory, read_mask, read_picture
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
@@ -177,7 +178,8 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def encode_first_stage(self, x: Float[Tensor, "b c H W"]) -> DiagonalGaussianDistribution | Tensor:
         """Pictures in [-1, 1] → unscaled latents: a distribution, or a tensor [b d h w] (VQ, or no autoencoder)."""
-        return self.first_stage_model.encode(x.to(self.dtype))
+        # The autoencoder may have another dtype than the UNet: in float16, that of SD v1 overflows for some pictures.
+        return self.first_stage_model.encode(x.to(next(self.first_stage_model.parameters(), x)))
 
     def get_first_stage_encoding(
         self, encoder_posterior: DiagonalGaussianDistribution | Tensor, generator: Generators | None = None
@@ -196,7 +198,8 @@ class LatentDiffusion(nn.Module):
     def decode_first_stage(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         """Scaled latents → pictures in about [-1, 1]."""
         # The decoder was trained on unscaled latents, so z is first divided by the scale factor.
-        return self.first_stage_model.decode((z / self.scale_factor).to(self.dtype)).float()
+        z = z / self.scale_factor
+        return self.first_stage_model.decode(z.to(next(self.first_stage_model.parameters(), z))).float()
 
     def apply_model(
         self, x_noisy: Float[Tensor, "b d h w"], t: Int[Tensor, "b"], cond: Cond = None
@@ -261,7 +264,7 @@ class LatentDiffusion(nn.Module):
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str | sampling.Sampler = "ddim",
-        seed: int = 0,
+        seed: Seed = 0,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -307,7 +310,7 @@ class LatentDiffusion(nn.Module):
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str | sampling.Sampler = "ddim",
-        seed: int = 0,
+        seed: Seed = 0,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -374,7 +377,7 @@ class LatentDiffusion(nn.Module):
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str | sampling.Sampler = "ddim",
-        seed: int = 0,
+        seed: Seed = 0,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -431,7 +434,7 @@ class LatentDiffusion(nn.Module):
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: str | sampling.Sampler = "ddim",
-        seed: int = 0,
+        seed: Seed = 0,
         num_images: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -591,9 +594,10 @@ def _prompts(prompt: Prompt, num_images: int) -> list:
     return [p for p in prompts for _ in range(num_images)]
 
 
-def _generators(seed: int, count: int) -> list[torch.Generator]:
+def _generators(seed: Seed, count: int) -> list[torch.Generator]:
     """A random generator for each picture. Picture k uses seed + k, whatever the size of the batch."""
-    return [torch.Generator().manual_seed(seed + k) for k in range(count)]
+    # `index` makes an int of numpy's integers, whose own sums could overflow: np.uint8(255) + 1 is 0.
+    return [seeded(operator.index(seed) + k) for k in range(count)]
 
 
 def _repeated(x: Float[Tensor, "n ..."], count: int, what: str) -> Float[Tensor, "count ..."]:

@@ -21,28 +21,42 @@ is not the clean picture but the picture after the first small step. The clean p
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Seed = SupportsIndex  # an int, or an integer of numpy or torch
 Generators = torch.Generator | Sequence[torch.Generator]  # one for the whole batch, or one for each picture
 
 
-def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "b *d"]:
+def seeded(seed: Seed) -> torch.Generator:
+    """A random generator of the CPU.
+
+    Raises ValueError if it has more than 64 bits, TypeError if it is no integer.
+    """
+    number = operator.index(seed)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"a seed must lie between -2^63 and 2^63 - 1, but this one is {number}.")
+    return torch.Generator("cpu").manual_seed(number)
+
+
+def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Tensor, "*d"]:
     """Draw ε ~ N(0, I) in float32 on the CPU, so that a seed gives the same noise on every device.
 
     With a generator for each picture, a picture gets the same noise in a batch as it would get alone.
     Raises ValueError if there are not as many generators as pictures.
     """
     if not isinstance(generator, Sequence):
-        return torch.randn(tuple(shape), generator=generator, device="cpu")
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
     if len(generator) != shape[0]:
         raise ValueError(
             f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures: pass one for each."
         )
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in generator])
+    return torch.stack([randn(shape[1:], g) for g in generator])
 
 
 def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:
@@ -56,12 +70,14 @@ def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -
         raise TypeError(f"t must hold integers (torch.int64), one for each picture, not {t.dtype}.")
     if t.ndim != 1:
         raise ValueError(f"t must have the shape [b], one timestep for each picture, not {list(t.shape)}.")
-    # A negative t would count from the end, without any error. On a GPU this check would make the CPU wait in
-    # every step, so it is left out there: CUDA reports an index that is out of range.
-    if t.device.type == "cpu" and t.numel() and not (0 <= t.min() and t.max() < len(a)):
-        raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].")
-    # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
-    return a.to(t.device, non_blocking=True)[t.long()].reshape(-1, *[1] * (ndim - 1))
+    # A negative t would count from the end, without any error, so it is replaced by one that is too large. No value is
+    # looked at here: on a GPU, that would make the CPU wait in every step, and `torch.func.vmap` does not allow it.
+    inside = torch.where(t < 0, len(a), t).long()
+    try:
+        # [T] -> [b] -> [b 1 ... 1]: the ones let PyTorch broadcast each coefficient over its whole picture.
+        return a.to(t.device, non_blocking=True)[inside].reshape(-1, *[1] * (ndim - 1))
+    except IndexError:
+        raise ValueError(f"t must lie in [0, {len(a)}), but it spans [{int(t.min())}, {int(t.max())}].") from None
 
 
 class NoiseSchedule:

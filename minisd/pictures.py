@@ -75,7 +75,7 @@ def read_picture(
     picture = open_picture(image)
     if height or width:
         picture = picture.resize((width or picture.width, height or picture.height), Image.Resampling.LANCZOS)
-    return rearrange(torch.from_numpy(np.array(picture)), "H W c -> 1 c H W") / 127.5 - 1  # 0 … 255 → -1 … 1
+    return rearrange(torch.from_numpy(np.array(picture)), "H W c -> 1 c H W").float() / 127.5 - 1  # 0 … 255 → -1 … 1
 
 
 def read_mask(mask: Picture, height: int, width: int) -> Float[Tensor, "b 1 H W"]:

@@ -89,7 +89,7 @@ class BPETokenizer:
             ids.append([self.start_token, *kept, self.end_token, *padding])
             # Each piece knows where in the prompt it began. Cutting the prompt there keeps its capitals and accents.
             lost.append(prompt[encoding.offsets[len(kept)][0] :] if len(kept) < len(encoding.ids) else "")
-        return Tokens(torch.tensor(ids), lost)
+        return Tokens(torch.tensor(ids, device="cpu"), lost)
 
     def pieces(self, ids: list[int]) -> list[str]:
         """The pieces of words that the ids stand for."""

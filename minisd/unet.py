@@ -65,7 +65,8 @@ def timestep_embedding(timesteps: Int[Tensor, "b"], dim: int, max_period: float 
     half = dim // 2
     # ω_i = 10000^(-i / half), for i = 0 … half-1. The fast waves tell t from t + 1, the slow ones early from late:
     # they work together as the digits of a number do.
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(timesteps.device)
+    i = torch.arange(half, dtype=torch.float32, device="cpu")
+    frequencies = torch.exp(-math.log(max_period) * i / half).to(timesteps.device)
     # [b 1] · [1 half] -> [b half]. This needs float32, because bfloat16 would round t = 999 to 1000.
     angles = timesteps[:, None].float() * frequencies[None]
     # The weights that follow were trained with the cosines first. DDPM's own code has the sines first and divides

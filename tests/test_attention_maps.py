@@ -1,7 +1,12 @@
 """Recording changes nothing that is drawn, and leaves nothing behind."""
 
+import copy
+import threading
+from contextlib import ExitStack
+
 import pytest
 import torch
+from torch import nn
 
 from minisd.attention import CrossAttention
 from minisd.instruments.attention_maps import record_attention
@@ -13,7 +18,9 @@ OPTIONS = {"steps": 3, "guidance_scale": 3.0, "seed": 1}
 def untouched(sd) -> bool:
     modules = list(sd.modules())
     layers = [module for module in modules if isinstance(module, CrossAttention)]
-    return all(layer.record is None for layer in layers) and not any(module._forward_pre_hooks for module in modules)
+    hooks = [nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks]
+    hooks += [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    return all(layer.record is None for layer in layers) and not any(hooks)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,54 @@ def test_one_within_another_and_one_after_another(sd):
         sd.txt2img(PROMPT, **OPTIONS)
     torch.testing.assert_close(again.at(), kept)
     assert untouched(sd)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_may_end_in_any_order(sd, first):
+    ends = [ExitStack(), ExitStack()]
+    maps = [end.enter_context(record_attention(sd)) for end in ends]
+    sd.txt2img(PROMPT, **OPTIONS)
+    torch.testing.assert_close(maps[0].at(), maps[1].at())
+    ends[first].close()
+    kept = maps[first].at()
+    sd.txt2img("a smiling cat", **OPTIONS)  # recorded by the other alone
+    assert "fox" in maps[first].tokens and "cat" in maps[1 - first].tokens
+    torch.testing.assert_close(maps[first].at(), kept)
+    ends[1 - first].close()
+    assert untouched(sd)
+
+
+def test_what_another_thread_draws_is_not_recorded(sd):
+    plain, drawn = sd.txt2img("a smiling cat", **OPTIONS).pictures, []
+    with record_attention(sd) as maps:
+        sd.txt2img(PROMPT, **OPTIONS)
+        kept = maps.at()
+        thread = threading.Thread(target=lambda: drawn.append(sd.txt2img("a smiling cat", **OPTIONS).pictures))
+        thread.start()
+        thread.join()
+    assert torch.equal(drawn[0], plain)  # to the last bit: it computes its attention as usual
+    assert "fox" in maps.tokens and len(maps.timesteps) == 3
+    torch.testing.assert_close(maps.at(), kept)
+
+
+def test_what_another_model_with_the_same_text_encoder_draws_is_not_recorded(sd):
+    other = copy.deepcopy(sd)
+    other.cond_stage_model = sd.cond_stage_model
+    with record_attention(sd) as maps:
+        for _ in zip(other.sample("a smiling cat", **OPTIONS), sd.sample(PROMPT, **OPTIONS), strict=True):
+            pass
+        kept = maps.at()
+        other.txt2img("a smiling cat", **OPTIONS)
+    assert "fox" in maps.tokens and len(maps.timesteps) == 3
+    torch.testing.assert_close(maps.at(), kept)
+    assert untouched(sd) and untouched(other)
+
+
+def test_a_copy_of_the_model_is_not_recorded(sd):
+    with record_attention(sd) as maps:
+        twin = copy.deepcopy(sd)
+        twin.txt2img(PROMPT, **OPTIONS)
+    assert not maps.timesteps and untouched(twin)
 
 
 def test_without_guidance_and_of_another_shape(sd):

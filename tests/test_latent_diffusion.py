@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +165,71 @@ def test_the_same_seed_draws_the_same_picture_and_another_another(sd, sampler):
     assert torch.equal(first.pictures, again.pictures)
     assert first.images[0].tobytes() == again.images[0].tobytes()
     assert (first.pictures - other.pictures).abs().max() > 0.05
+
+
+# What PyTorch or numpy may have been told before, and may not change a picture.
+SETTINGS = {
+    "float64": lambda: _with(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: _with(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "another device": lambda: _with(torch.set_default_device, "meta", None),
+    "a global seed": lambda: _with(torch.manual_seed, 5, 0),
+}
+
+
+@contextmanager
+def _with(setter, value, before):
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+def drawn_every_way(sd, seed):
+    picture = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    mask = Image.fromarray(np.eye(32, dtype=np.uint8) * 255)
+    over = {"steps": 3, "seed": seed}
+    yield sd.txt2img(FOX, steps=2, seed=seed, num_images=2, sampler="euler_ancestral")
+    yield sd.img2img(FOX, picture, **over)
+    yield sd.inpaint(FOX, picture, mask, strength=0.7, blend="before", **over)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_global_setting_changes_a_picture(sd, setting):
+    expected = [drawing.pictures for drawing in drawn_every_way(sd, 3)]
+    with SETTINGS[setting]():
+        drawn = [drawing.pictures for drawing in drawn_every_way(sd, 3)]
+    for picture, same in zip(drawn, expected, strict=True):
+        assert picture.dtype == torch.float32 and torch.equal(picture, same)
+
+
+@pytest.mark.parametrize("seed", [np.int64(255), np.uint8(255), np.array(255), torch.tensor(255, dtype=torch.uint8)])
+def test_an_integer_of_numpy_or_torch_is_the_same_seed(sd, seed):
+    for picture, same in zip(drawn_every_way(sd, seed), drawn_every_way(sd, 255), strict=True):
+        assert torch.equal(picture.pictures, same.pictures)
+
+
+def test_autocast_changes_what_the_networks_compute_and_not_the_noise(sd):
+    options = {"steps": 2, "seed": 3}
+    first, *_ = sd.sample(FOX, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        same, *_ = sd.sample(FOX, **options)
+    assert torch.equal(same.x_t, first.x_t) and same.x.dtype == torch.float32
+
+
+HALF, WHOLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "parts", [(HALF, WHOLE, WHOLE), (WHOLE, HALF, WHOLE), (WHOLE, WHOLE, HALF), (HALF, WHOLE, HALF)]
+)
+def test_each_part_may_have_a_dtype_of_its_own(make_sd, parts):
+    sd = make_sd()
+    expected = [drawing.pictures for drawing in drawn_every_way(sd, 3)]
+    for part, dtype in zip((sd.model, sd.first_stage_model, sd.cond_stage_model), parts, strict=True):
+        part.to(dtype)
+    for drawing, close in zip(drawn_every_way(sd, 3), expected, strict=True):
+        assert drawing.pictures.dtype == torch.float32 and (drawing.pictures - close).abs().mean() < 0.1
 
 
 @BY_SAMPLER
@@ -349,6 +415,7 @@ def test_a_trajectory_shows_x_t_and_the_estimates_of_x_0(sd):
         ({"width": 19}, "multiples of 4 .*not 32x19: try 32x20"),
         ({"width": -8}, "multiples of 4 .*not 32x-8"),
         ({"num_images": 0}, "num_images is 0"),
+        ({"seed": 2**70}, "between .*but this one is 1180591620717411303424"),
         ({"prompt": []}, r"the prompt \[\]"),
         ({"sampler": "plms", "eta": 0.5}, "eta must be 0.* 0.5"),
         ({"spacing": "even"}, '"leading", "linspace" or "trailing".*"even"'),

@@ -182,3 +182,15 @@ def test_text_dropout_swaps_the_dropped_rows_and_no_others(drop):
     out = text_dropout(context, empty, torch.tensor(drop))
     for row, before, dropped in zip(out, context, drop, strict=True):
         assert torch.equal(row, empty[0] if dropped else before)
+
+
+@BY_NAME
+def test_the_gradient_of_each_sample_can_be_taken_by_vmap(name):
+    """Under vmap, PyTorch does not allow to look at a value, such as whether t is in its range."""
+    x, t = draw(0, 3, 1, 2, 2), torch.tensor([0, 500, 999])
+
+    def loss(x_0, t):
+        return LOSSES[name](lambda x_t, t, c: x_t**2, SCHEDULE, x_0[None], None, t[None], x_0[None], 5.0)
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(x, t)
+    torch.testing.assert_close(gradients, torch.stack([torch.func.grad(loss)(x[k], t[k]) for k in range(3)]))

@@ -381,6 +381,81 @@ def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engi
     assert another_process_may_train_here()
 
 
+def free(folder):
+    """Whether another process could train in this folder."""
+    handle = os.open(folder, os.O_RDONLY)  # a handle of its own has no part in the lock of this process
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize("how", ["break", "an error", "by hand", "an iterator that is dropped", "a signal"])
+def test_a_loop_that_is_left_gives_back_its_folder_and_ctrl_c(how, tmp_path, engine, signals_interrupt):
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=5, batch_size=4), tmp_path, engine)
+    steps = trainer.steps()  # as in a notebook, where a variable keeps it
+    if how == "break":
+        for _ in steps:
+            assert not free(tmp_path) and signal.getsignal(signal.SIGINT) != signals_interrupt
+            break
+    elif how == "an error":
+        with pytest.raises(ZeroDivisionError):
+            for _ in steps:
+                take_step(trainer)
+                1 / 0  # noqa: B018
+    elif how == "a signal":
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 1"):
+            for _ in steps:
+                os.kill(os.getpid(), signal.SIGINT)
+                take_step(trainer)
+    elif how == "by hand":
+        next(steps)
+        assert not free(tmp_path)
+        assert signal.getsignal(signal.SIGINT) == signals_interrupt
+        del steps
+    else:
+        iterator = iter(steps)
+        next(iterator)
+        del iterator
+    assert free(tmp_path) and signal.getsignal(signal.SIGINT) == signals_interrupt
+
+    for _ in trainer.steps():  # and can be entered again
+        assert not free(tmp_path)
+        take_step(trainer)
+    assert trainer.step == 5 and [line["step"] for line in log(tmp_path)] == []
+
+
+@pytest.mark.parametrize("of", ["ema", "the other networks"])
+def test_weights_that_are_no_numbers_are_not_saved(of, tmp_path, engine):
+    others = {"critic": nn.Linear(1, 1)}
+    trainer = Trainer(nn.Linear(2, 1), Recipe(steps=1, batch_size=4), tmp_path, engine, others)
+    weights = trainer.ema.weights["weight"] if of == "ema" else others["critic"].weight.data
+    with pytest.raises(FloatingPointError, match="weight of the .* after step 1, which is not saved, is NaN or infin"):
+        for _ in trainer.steps():
+            take_step(trainer)
+            weights[0, 0] = torch.inf
+    assert not trainer.folder.checkpoints() and free(tmp_path)
+
+
+def test_a_checkpoint_whose_ema_is_no_number_is_passed_over(tmp_path, engine):
+    recipe = Recipe(steps=4, batch_size=4, save_every=2)
+    trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+    for _ in trainer.steps():
+        take_step(trainer)
+    expected = trainer.ema.weights["weight"].clone()
+    state = trainer.folder.load()
+    state["ema"]["weight"] = torch.full_like(expected, torch.nan)
+    trainer.folder.save(4, state)
+    with pytest.warns(UserWarning, match="000004.pt is broken .weight of its EMA is NaN .* going on from .*000002.pt"):
+        again = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+    for _ in again.steps():
+        take_step(again)
+    assert torch.equal(again.ema.weights["weight"], expected)
+
+
 def test_a_run_continues_from_a_checkpoint_whose_optimiser_names_its_parameters(tmp_path, engine):
     """As minisd 0.1 wrote them."""
 

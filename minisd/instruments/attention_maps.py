@@ -12,13 +12,15 @@ Stable Diffusion.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..attention import CrossAttention, SpatialTransformer
+from ..attention import RECORDING, CrossAttention, SpatialTransformer
 from ..clip import END, START, FrozenCLIPEmbedder
 from ..latent_diffusion import LatentDiffusion
 
@@ -132,7 +134,7 @@ def record_attention(
 
     Drawing is a little slower. The fused attention kernel does not store the weights, so a plain softmax is used in its
     place; the picture differs only by rounding. The weights are stored on the CPU: in Stable Diffusion v1, 17 MB for
-    each step of a guided picture.
+    each step of a guided picture. What other threads draw is not recorded.
 
     self_attention: also record attn1, where pixels attend to pixels: `maps.raw(step, layer)`, [b n n].
     by_head: record each head, instead of their mean.
@@ -149,44 +151,48 @@ def record_attention(
     if not isinstance(embedder, FrozenCLIPEmbedder) or not watched:
         raise ValueError("this model reads no words, so there is no attention to them that could be recorded")
 
-    maps, encoded = AttentionMaps(), []  # encoded: the ids of each batch of prompts, in the order of encoding
+    maps, thread = AttentionMaps(), get_ident()
+    encoded: list[tuple[Tensor, Tensor]] = []  # batches of prompts: their ids, and the context that was made of them
+    transformers = {module for module in unet.modules() if isinstance(module, SpatialTransformer)}
     grid = [(0, 0)]  # height and width of the input of the SpatialTransformer that is running
 
-    def when_encoded(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        if maps.timesteps:  # if prompts are encoded after steps were made, a new drawing has begun
+    def after_any_module(module: nn.Module, args: tuple, output: object) -> None:
+        if module is embedder.transformer and get_ident() == thread:
+            encoded.append((args[0].tolist(), output))
+
+    def before_any_module(module: nn.Module, args: tuple) -> None:
+        if module is unet and get_ident() == thread:
+            begin_call(*args)
+        elif module in transformers and get_ident() == thread:
+            grid[0] = tuple(args[0].shape[-2:])
+
+    def begin_call(x: Tensor, timesteps: Tensor, context: Tensor) -> None:
+        # If this context was made since the last call, a new drawing has begun. Another model may have the same text
+        # encoder, so not everything that was encoded is for this one. With guidance, the batch holds the context of the
+        # negative prompts first, and then that of the prompts.
+        begun = [ids for ids, made in encoded if torch.equal(made[0].to(context), context[-len(ids)])]
+        if begun:
             encoded.clear()
             maps.__init__()
-        encoded.append((args or tuple(kwargs.values()))[0].tolist())
-        # `txt2img` encodes the prompts first, and then the negative prompts (the empty one).
-        maps.prompts = [_readable(embedder.tokenizer.pieces(ids)) for ids in encoded[0]]
-
-    def when_called(_: nn.Module, args: tuple) -> None:
-        x, timesteps = args[:2]
+            maps.prompts = [_readable(embedder.tokenizer.pieces(ids)) for ids in begun[0]]
+            maps.guided = len(x) == 2 * len(begun[0])
         maps.timesteps.append(int(timesteps[0]))
-        maps.guided = len(encoded) > 1 and len(x) == 2 * len(encoded[0])
         maps._calls.append({})
 
-    def when_transformed(_: nn.Module, args: tuple) -> None:
-        grid[0] = tuple(args[0].shape[-2:])
-
-    def keeper(name: str, outer):
+    def keeper(name: str):
         def keep(weights: Tensor) -> None:
-            if outer:  # there is another `with` around this one, which also records
-                outer(weights)
             weights = weights.detach().float()
             maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
 
         return keep
 
     with ExitStack() as restore:
-        restore.enter_context(embedder.transformer.register_forward_pre_hook(when_encoded, with_kwargs=True))
-        restore.enter_context(unet.register_forward_pre_hook(when_called))
-        for module in unet.modules():
-            if isinstance(module, SpatialTransformer):
-                restore.enter_context(module.register_forward_pre_hook(when_transformed))
-        for name, layer in watched.items():
-            restore.callback(setattr, layer, "record", layer.record)
-            layer.record = keeper(name, layer.record)
+        # The hooks are not in the modules of this model, because a copy of the model would have them, too.
+        restore.enter_context(register_module_forward_hook(after_any_module))
+        restore.enter_context(register_module_forward_pre_hook(before_any_module))
+        recorders, recorder = RECORDING.recorders, {layer: keeper(name) for name, layer in watched.items()}
+        recorders.append(recorder)
+        restore.callback(recorders.remove, recorder)
         yield maps
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..clip import FrozenCLIPEmbedder
 from ..latent_diffusion import LatentDiffusion, Prompt
+from ..noising import Seed, randn, seeded
 from ..pictures import Picture, read_picture
-from ..sampling import randn
 from ..unet import timestep_embedding
 
 WIDTH = 110  # of the printed table, in columns
@@ -107,7 +107,7 @@ def trace(
     prompt: Prompt,
     steps: int = 50,
     guidance_scale: float = 7.5,
-    seed: int = 0,
+    seed: Seed = 0,
     step: int = 0,
     image: Picture | None = None,
     t: int = 500,
@@ -134,7 +134,7 @@ def trace(
 
 
 @torch.no_grad()
-def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: int, step: int) -> Trace:
+def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: Seed, step: int) -> Trace:
     if not 0 <= step < steps:
         raise ValueError(f"step must lie in [0, {steps}), but it is {step}")
     drawing = sd.txt2img(prompt, steps=steps, guidance_scale=scale, seed=seed, sampler="ddim")
@@ -143,9 +143,10 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: i
     x_t, following = "x_T" if step == 0 else f"x_{now.t}", run[step + 1].t if step + 1 < steps else 0
 
     entries = _conditioning(sd, prompt)
+    visited = torch.tensor([s.t for s in run], device="cpu")
     entries += [
         _entry("c_empty", sd.get_learned_conditioning([""])),
-        _entry("timesteps", torch.tensor([s.t for s in run]), steps=steps, last=sd.schedule.timesteps - 1),
+        _entry("timesteps", visited, steps=steps, last=sd.schedule.timesteps - 1),
         _entry("x_T" if step == 0 else "x_t", now.x_t, t=now.t),
         *_time(sd, now.t, f"timesteps[{step}]"),
     ]
@@ -169,13 +170,13 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: i
 
 
 @torch.no_grad()
-def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: int) -> Trace:
+def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: Seed) -> Trace:
     if not 0 <= t < sd.schedule.timesteps:
         raise ValueError(f"t must lie in [0, {sd.schedule.timesteps}), but it is {t}")
     # The same calls in the same order as in a training step; each result is kept.
     x = read_picture(image, sd.config.image_size, sd.config.image_size)[:1].to(sd.device)
     sd.latent_shape(*x.shape[-2:])  # raises if the autoencoder can't halve these sides
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     posterior = sd.encode_first_stage(x)
     z = sd.get_first_stage_encoding(posterior, generator)
     noise = randn(z.shape, generator).to(z)

@@ -14,9 +14,11 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import load_clip, on_disk, remove_unfinished, save, save_clip, written_whole
 from ..data.folder import lock
@@ -135,7 +137,16 @@ def _read(path: Path) -> dict:
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    refuse_no_numbers(state["ema"], "its EMA")
+    return state
+
+
+def refuse_no_numbers(weights: Mapping[str, Tensor], of: str) -> None:
+    """Raise FloatingPointError if any of the weights is NaN or infinite."""
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"{bad[0]} of {of} is NaN or infinite")
 
 
 def _step_of(line: str) -> int:

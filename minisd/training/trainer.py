@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ..sampling import randn
 from ..viz import save_sheet
 from .engine import Engine
-from .run_folder import RunFolder
+from .run_folder import RunFolder, refuse_no_numbers
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,25 @@ class Batch:
         return randn((len(self.generators), *shape), self.generators)
 
 
+class Steps:
+    """What `Trainer.steps` returns. Each `for` loop over it makes an iterator of its own.
+
+    Python closes an iterator when nothing refers to it any more. Only the loop refers to this one. So it is closed as
+    soon as the loop is left, by `break` or by an error, even if a notebook keeps the `Steps` in a variable.
+    """
+
+    def __init__(self, make: Callable[[Callable], Iterator[int]]):
+        self._make, self._by_hand = make, None
+
+    def __iter__(self) -> Iterator[int]:
+        return self._make(_signals_only_ask)
+
+    def __next__(self) -> int:
+        # Here nothing shows when the loop is left, so signals keep their usual effect.
+        self._by_hand = self._by_hand or self._make(contextlib.nullcontext)
+        return next(self._by_hand)
+
+
 class Trainer:
     """Optimiser, EMA, checkpoints and log of one run, which is stored in `folder`.
 
@@ -208,25 +227,34 @@ class Trainer:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def steps(self) -> Iterator[int]:
+    def steps(self) -> "Steps":
         """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
+        If you leave the loop before the last step, other processes can, and signals have their usual effect again.
         """
+        return Steps(self._steps)
+
+    def _steps(self, signals: Callable) -> Iterator[int]:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
         self._asked_to_stop.clear()
-        with bar, _signals_only_ask(self._asked_to_stop):
-            while self.step < self.recipe.steps:
-                yield self.step  # the loop's body runs here: batches, a `backward` for each, and `update`
-                self.step += 1
-                bar.update()
-                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self._stopping:
-                    self.save()
-                if self._stopping:
-                    self.folder.close()
-                    raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
+        if self.engine.is_main_process:
+            self.folder.open()  # again, if the loop was left before
+        try:
+            with bar, signals(self._asked_to_stop):
+                while self.step < last:
+                    yield self.step  # the loop's body runs here: batches, a `backward` for each, and `update`
+                    self.step += 1
+                    bar.update()
+                    if self.step % self.recipe.save_every == 0 or self.step == last or self._stopping:
+                        self.save()
+                    if self._stopping:
+                        raise KeyboardInterrupt(f"stopped after step {self.step}; the same command goes on from there")
+        except BaseException:
+            self.folder.close()  # the loop was left: an error, a signal, or `break` (which is GeneratorExit here)
+            raise
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
@@ -396,6 +424,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Older ones are deleted only after it has been written completely."""
+        for name, model in self.models.items():
+            weights = self.engine.unwrap_model(model).state_dict()
+            refuse_no_numbers(weights, f"the {name} after step {self.step}, which is not saved,")
+        refuse_no_numbers(self.ema.weights, f"the EMA after step {self.step}, which is not saved,")
         if not self.engine.is_main_process:
             return
         # The state of an optimiser is AdamW's two running means for each weight, and how many steps it has made. The
