@@ -1,7 +1,7 @@
 // Stage 3, continued: attention, by which each pixel reads the other pixels and the prompt. Beside minisd/attention.py.
 //
 //     attention(Q, K, V) = softmax(Q Kᵀ / √d) V                   (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)
-(globalThis.minisdLive ??= []).push(function attentions(live) {
+(globalThis.minisdLive ??= []).push(function attention(live) {
   const { memory, Tensor, tidy, product, range, linear, conv2d, groupNorm, layerNorm, gelu } = live;
 
   // Each of n queries takes a weighted mean of m values. q is [heads·d, b, 1, n], k and v are [heads·d, b, 1, m].
@@ -14,6 +14,7 @@
     const out = new Tensor(q.c, q.b, q.h, q.w);
     const start = memory.top;
     const [d, n, m] = [q.c / heads, q.h * q.w, k.h * k.w];
+    const scale = 1 / Math.sqrt(d);
     const [keys, weights] = [memory.allocate(m * d), memory.allocate(m * n)];
     for (let b = 0; b < q.b; b++)
       for (let head = 0; head < heads; head++) {
@@ -24,7 +25,7 @@
         // so its standard deviation grows as √d, and without the division one score would take all of the weight.
         const [keyData, transposed] = [k.data, memory.floats(keys, m * d)];
         for (let c = 0; c < d; c++)
-          for (let j = 0; j < m; j++) transposed[j * d + c] = keyData[fromKey + c * k.columns + j] * d ** -0.5;
+          for (let j = 0; j < m; j++) transposed[j * d + c] = keyData[fromKey + c * k.columns + j] * scale;
         product(m, n, d, [keys, d], q.address + 4 * from, range(d, q.columns), range(n), [weights, n]);
         softmax(memory.floats(weights, m * n), m, n, (i, j) => (causal && j > i) || (hidden && hidden(b, j)));
         if (record) record(b, memory.floats(weights, m * n), m, n);

@@ -33,12 +33,20 @@
       memory.top += 16 * Math.ceil(numbers / 4); // four float32 at a time, as SIMD reads them
       const missing = memory.top - memory.buffer.byteLength;
       // A little more than is needed, because a buffer that grows is moved, and every view of it has to be made anew.
-      if (missing > 0) memory.grow(Math.ceil(missing / PAGE) + 256);
+      if (missing > 0) grow(Math.ceil(missing / PAGE) + 256);
       return address;
     },
     floats: (address, numbers) => new Float32Array(memory.buffer, address, numbers),
     integers: (address, numbers) => new Int32Array(memory.buffer, address, numbers),
   };
+
+  function grow(pages) {
+    try {
+      memory.grow(pages);
+    } catch {
+      throw new Error(`The browser has no memory left for the model, which needs ${Math.ceil(memory.top / 1e6)} MB.`);
+    }
+  }
 
   function withWebAssembly() {
     const pages = new WebAssembly.Memory({ initial: 1 });
@@ -67,27 +75,45 @@
           for (let j = 0; j < 8; j++) f[to++] = f[(src + i[rows / 4 + k] + i[cols / 4 + 8 * panel + j]) / 4];
     }
 
+    // Blocks of 2 rows and 4 columns: as many sums as a processor has registers for.
     function gemm(M, K, a, lda, b, panels, c, ldc, bias, add) {
       const f = new Float32Array(memory.buffer);
-      for (let m = 0; m < M; m++)
-        for (let panel = 0; panel < panels; panel++) {
-          let s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0; // one row of eight numbers of C
-          for (let k = 0, from = (a + m * lda) / 4, p = b / 4 + 8 * panel * K; k < K; k++, p += 8) {
-            const x = f[from + k];
-            s0 += x * f[p]; s1 += x * f[p + 1]; s2 += x * f[p + 2]; s3 += x * f[p + 3];
-            s4 += x * f[p + 4]; s5 += x * f[p + 5]; s6 += x * f[p + 6]; s7 += x * f[p + 7];
+      for (let m = 0; m < M; m += 2) {
+        const next = Math.min(m + 1, M - 1); // the last row stands in for one that is missing
+        for (let quad = 0; quad < 2 * panels; quad++) {
+          const to = (c + m * ldc) / 4 + 4 * quad;
+          const toNext = (c + next * ldc) / 4 + 4 * quad;
+          let s0 = 0, s1 = 0, s2 = 0, s3 = 0; // of row m
+          let t0 = 0, t1 = 0, t2 = 0, t3 = 0; // of the next
+          let p = b / 4 + 8 * K * (quad >> 1) + 4 * (quad & 1);
+          let i = (a + m * lda) / 4;
+          let j = (a + next * lda) / 4;
+          for (let k = 0; k < K; k++, p += 8) {
+            const x = f[i++];
+            const y = f[j++];
+            s0 += x * f[p];
+            s1 += x * f[p + 1];
+            s2 += x * f[p + 2];
+            s3 += x * f[p + 3];
+            t0 += y * f[p];
+            t1 += y * f[p + 1];
+            t2 += y * f[p + 2];
+            t3 += y * f[p + 3];
           }
-          const to = (c + m * ldc) / 4 + 8 * panel;
-          [s0, s1, s2, s3, s4, s5, s6, s7].forEach((s, j) => {
-            f[to + j] = s + (bias ? f[bias / 4 + m] : 0) + (add ? f[to + j] : 0);
-          });
+          finish(f, [s0, s1, s2, s3], to, bias && bias / 4 + m, add);
+          if (next > m) finish(f, [t0, t1, t2, t3], toNext, bias && bias / 4 + next, add);
         }
+      }
+    }
+
+    function finish(f, sums, to, bias, add) {
+      for (let l = 0; l < 4; l++) f[to + l] = sums[l] + (bias ? f[bias] : 0) + (add ? f[to + l] : 0);
     }
     Object.assign(live, { pack, gemm, simd: false });
   }
 
   try {
-    if (live.plain) throw new Error("asked for by a test");
+    if (live.plain) throw new Error("The page asks for it.");
     withWebAssembly();
   } catch {
     withoutWebAssembly();

@@ -16,7 +16,9 @@
         if ((config[part]?.kind ?? (config[part] ? kind : "none")) !== kind)
           throw new Error(`This page draws with models whose ${part} is a ${kind}, and this one's is a ${config[part]?.kind}.`);
       memory.top = 64; // another model takes the place of the one before
-      const weights = new Weights(readWeights(buffers));
+      const tensors = readWeights(buffers);
+      const weights = new Weights(tensors);
+      this.parameters = [...tensors.values()].reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
       this.config = { image_size: 512, scale_factor: 0.18215, parameterization: "eps", ...config };
       this.schedule = NoiseSchedule.from(config);
       this.unet = new UNetModel(config.unet, weights.at("model.diffusion_model"));

@@ -179,12 +179,14 @@
     const [gamma, beta] = [memory.floats(w.weight.address, x.c), memory.floats(w.bias.address, x.c)];
     for (let first = 0; first < x.c; first += channels)
       for (let b = 0; b < x.b; b++) {
-        let [sum, squares] = [0, 0];
+        let sum = 0;
+        let squares = 0;
         for (let c = first; c < first + channels; c++)
           for (let k = (c * x.b + b) * size, end = k + size; k < end; k++) sum += from[k];
         const mean = sum / (channels * size);
         for (let c = first; c < first + channels; c++)
-          for (let k = (c * x.b + b) * size, end = k + size; k < end; k++) squares += (from[k] - mean) ** 2;
+          for (let k = (c * x.b + b) * size, end = k + size; k < end; k++)
+            squares += (from[k] - mean) * (from[k] - mean);
         const scale = 1 / Math.sqrt(squares / (channels * size) + eps);
         for (let c = first; c < first + channels; c++) {
           const [slope, shift] = [scale * gamma[c], beta[c] - mean * scale * gamma[c]];
@@ -205,8 +207,9 @@
     // Row by row, for all columns at once, because the numbers of a row are neighbours in memory.
     const [mean, scale] = [new Float64Array(n), new Float64Array(n)];
     for (let k = 0, c = 0; c < x.c; c++) for (let j = 0; j < n; j++) mean[j] += from[k++] / x.c;
-    for (let k = 0, c = 0; c < x.c; c++) for (let j = 0; j < n; j++) scale[j] += (from[k++] - mean[j]) ** 2 / x.c;
-    for (let j = 0; j < n; j++) scale[j] = 1 / Math.sqrt(scale[j] + 1e-5);
+    for (let k = 0, c = 0; c < x.c; c++)
+      for (let j = 0; j < n; j++, k++) scale[j] += (from[k] - mean[j]) * (from[k] - mean[j]);
+    for (let j = 0; j < n; j++) scale[j] = 1 / Math.sqrt(scale[j] / x.c + 1e-5);
     for (let k = 0, c = 0; c < x.c; c++)
       for (let j = 0; j < n; j++, k++) to[k] = (from[k] - mean[j]) * scale[j] * gamma[c] + beta[c];
     return out;

@@ -7,7 +7,7 @@
   class Generator {
     constructor(seed) {
       this.words = new Uint32Array(624);
-      this.words[0] = seed % 2 ** 32; // the low 32 bits, as torch
+      this.words[0] = seed; // its low 32 bits, as torch
       for (let i = 1, w = this.words; i < 624; i++) w[i] = Math.imul(1812433253, w[i - 1] ^ (w[i - 1] >>> 30)) + i;
       this.used = 624;
       this.next = null; // Box-Muller makes numbers in pairs. The second of a pair waits here

@@ -8,15 +8,17 @@
   function readWeights(buffers) {
     const found = new Map();
     for (const buffer of buffers) {
-      const { header, numbers } = readHeader(buffer);
-      for (const [name, { dtype, shape, data_offsets }] of Object.entries(header))
-        if (/^(model\.diffusion_model|first_stage_model|cond_stage_model)\./.test(name) && dtype in READERS)
-          found.set(name, { shape, read: () => READERS[dtype](numbers.slice(...data_offsets)) });
+      const { header, start } = readHeader(buffer);
+      for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
+        if (!/^(model\.diffusion_model|first_stage_model|cond_stage_model)\./.test(name) || !(dtype in READERS)) continue;
+        const [from, end] = data_offsets;
+        found.set(name, { shape, read: (to) => READERS[dtype](buffer.slice(start + from, start + end), to) });
+      }
     }
     for (const [name, { shape, read }] of found) {
-      const values = read();
-      const address = memory.allocate(values.length);
-      memory.floats(address, values.length).set(values);
+      const numbers = shape.reduce((a, b) => a * b, 1);
+      const address = memory.allocate(numbers);
+      read(memory.floats(address, numbers));
       found.set(name, { shape, address });
     }
     return found;
@@ -24,25 +26,28 @@
 
   function readHeader(buffer) {
     try {
-      const length = Number(new DataView(buffer).getBigUint64(0, true));
-      const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
+      const start = 8 + Number(new DataView(buffer).getBigUint64(0, true));
+      const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, start - 8)));
       const end = Math.max(...Object.values(header).map((tensor) => tensor.data_offsets?.[1] ?? 0));
-      if (8 + length + end > buffer.byteLength) throw new Error("it ends too early");
-      return { header, numbers: buffer.slice(8 + length) };
+      if (start + end > buffer.byteLength) throw new Error("it ends too early");
+      return { header, start };
     } catch (error) {
       throw new Error(`The weights are no whole .safetensors file (${error.message}). Fetch them again.`);
     }
   }
 
+  // The bytes of one tensor -> float32.
   const READERS = {
-    F32: (bytes) => new Float32Array(bytes),
-    F16: (bytes) => Float32Array.from(new Uint16Array(bytes), (half) => HALVES[half]),
-    // the upper half of a float32
-    BF16: (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes), (half) => half << 16).buffer),
+    F32: (bytes, to) => to.set(new Float32Array(bytes)),
+    F16: (bytes, to) => new Uint16Array(bytes).forEach((half, i) => (to[i] = HALVES[half])),
+    BF16: (bytes, to) => {
+      const bits = new Uint32Array(to.buffer, to.byteOffset, to.length);
+      new Uint16Array(bytes).forEach((half, i) => (bits[i] = half << 16)); // the upper half of a float32
+    },
   };
 
   // All 65,536 float16 as float32: sign, 5 bits of exponent, 10 bits of fraction.
-  const HALVES = Float32Array.from({ length: 65536 }, (_, half) => {
+  const HALVES = new Float32Array(65536).map((_, half) => {
     const [sign, exponent, fraction] = [half >> 15 ? -1 : 1, (half >> 10) & 31, half & 1023];
     if (exponent === 31) return fraction ? NaN : sign * Infinity;
     return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : (fraction / 1024) * 2 ** -14);
