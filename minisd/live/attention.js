@@ -2,7 +2,7 @@
 //
 //     attention(Q, K, V) = softmax(Q Kᵀ / √d) V                   (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)
 (globalThis.minisdLive ??= []).push(function attention(live) {
-  const { memory, Tensor, tidy, product, range, linear, conv2d, groupNorm, layerNorm, gelu } = live;
+  const { memory, Tensor, tidy, product, range, linear, groupNorm, layerNorm, gelu } = live;
 
   // Each of n queries takes a weighted mean of m values. q is [heads·d, b, 1, n], k and v are [heads·d, b, 1, m].
   //
@@ -54,55 +54,42 @@
   // Attention from the tokens x to the tokens of a context, or, without a context, to x itself. The result is added to
   // the residual:   W_O attention(W_Q x, W_K context, W_V context) + b_O                          (LDM, section 3.3)
   function CrossAttention(w, x, context, heads, residual, options) {
-    const [q, k, v] = [linear(w.at("to_q"), x), linear(w.at("to_k"), context), linear(w.at("to_v"), context)];
-    return linear(w.at("to_out.0"), attention(q, k, v, heads, options), residual);
+    const [q, k, v] = [linear(w.to_q, x), linear(w.to_k, context), linear(w.to_v, context)];
+    return linear(w.to_out[0], attention(q, k, v, heads, options), residual);
   }
 
   // Two layers that process each token by itself. The first is a linear layer with a gate, GEGLU: value · GELU(gate).
   function FeedForward(w, x, residual) {
-    const h = linear(w.at("net.0.proj"), x); // [2·c_out …]: the values, then the gates
+    const h = linear(w.net[0].proj, x); // [2·c_out …]: the values, then the gates
     const gated = new Tensor(h.c / 2, h.b, h.h, h.w);
     const [from, to] = [h.data, gated.data];
     for (let k = 0; k < to.length; k++) to[k] = from[k] * gelu(from[to.length + k]);
-    return linear(w.at("net.2"), gated, residual);
+    return linear(w.net[2], gated, residual);
   }
 
   // Self-attention, cross-attention and a feed-forward network, each normalised before and added after.
   function BasicTransformerBlock(w, x, context, heads, options) {
-    const h = layerNorm(w.at("norm1"), x);
-    x = tidy(() => CrossAttention(w.at("attn1"), h, h, heads, x, {})); // pixels read pixels
-    const words = layerNorm(w.at("norm2"), x);
-    x = tidy(() => CrossAttention(w.at("attn2"), words, context ?? words, heads, x, options)); // pixels read words
-    return tidy(() => FeedForward(w.at("ff"), layerNorm(w.at("norm3"), x), x)); // each pixel by itself
+    const h = layerNorm(w.norm1, x);
+    x = tidy(() => CrossAttention(w.attn1, h, h, heads, x, {})); // pixels read pixels
+    const words = layerNorm(w.norm2, x);
+    x = tidy(() => CrossAttention(w.attn2, words, context, heads, x, options)); // pixels read words
+    return tidy(() => FeedForward(w.ff, layerNorm(w.norm3, x), x)); // each pixel by itself
   }
 
   // Transformer blocks over the pixels of a feature map, [c b h w] -> [c b h w].
-  function SpatialTransformer(w, x, context, heads, depth, watch) {
+  //
+  // watch: (name of the layer that reads the context, heads, map) -> options for its attention.
+  function SpatialTransformer(w, x, context, heads, depth, watch, name) {
     // The checkpoint was trained with eps 1e-6 here and with 1e-5 in the ResBlocks, which its weights do not show.
-    let h = groupNorm(w.at("norm"), x, 1e-6);
+    let h = groupNorm(w.norm, x, 1e-6);
     // The pixels are the tokens. With the channels first they are columns already, so nothing has to be rearranged.
-    h = linear(w.at("proj_in"), h);
+    h = linear(w.proj_in, h);
     for (let i = 0; i < depth; i++) {
-      const block = w.at(`transformer_blocks.${i}`);
-      const name = `${block.prefix}attn2`.replace("model.diffusion_model.", "");
-      h = BasicTransformerBlock(block, h, context, heads, watch ? watch(name, heads, x) : {});
+      const options = watch ? watch(`${name}.transformer_blocks.${i}.attn2`, heads, x) : {};
+      h = BasicTransformerBlock(w.transformer_blocks[i], h, context, heads, options);
     }
-    return linear(w.at("proj_out"), h, x); // added to the input
+    return linear(w.proj_out, h, x); // added to the input
   }
 
-  // Self-attention alone, for a UNet that reads no text.
-  function AttentionBlock(w, x, heads) {
-    const tokens = linear(w.at("qkv"), groupNorm(w.at("norm"), x, 1e-5)); // [3c …]
-    // Its channels are sorted by head first, and by q, k, v within a head.
-    const parts = [0, 1, 2].map(() => new Tensor(x.c, x.b, x.h, x.w));
-    const size = (x.c / heads) * x.columns;
-    for (let head = 0; head < heads; head++)
-      parts.forEach((part, i) => {
-        const from = (3 * head + i) * size;
-        part.data.set(tokens.data.subarray(from, from + size), head * size);
-      });
-    return linear(w.at("proj_out"), attention(...parts, heads), x);
-  }
-
-  Object.assign(live, { attention, SpatialTransformer, AttentionBlock });
+  Object.assign(live, { attention, SpatialTransformer });
 });

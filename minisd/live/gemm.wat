@@ -10,7 +10,7 @@
 ;;     gemm    multiplies a block of 4 rows of A by a panel of 8 columns of B, again and again
 ;;
 ;; All sizes in memory (addresses, strides, the tables of `pack`) are in bytes; M, K and the numbers of panels are counts.
-;; Assembled by npm's wabt into the bytes in gemm.js:   npx --package wabt wat2wasm gemm.wat -o - | base64 -w 100
+;; Assembled by npm's wabt into the bytes in gemm.js:   npx --package wabt wat2wasm gemm.wat -o - | base64 -w 0
 (module
   (import "live" "memory" (memory 1))
 

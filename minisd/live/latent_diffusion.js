@@ -5,7 +5,7 @@
 //
 // Latents are plain arrays [c h w] in torch's order. Only the networks compute with tensors in the engine's memory.
 (globalThis.minisdLive ??= []).push(function latent_diffusion(live) {
-  const { memory, Tensor, Weights, readWeights, BPETokenizer, FrozenCLIPEmbedder, UNetModel, AutoencoderKL } = live;
+  const { memory, Tensor, readWeights, BPETokenizer, FrozenCLIPEmbedder, UNetModel, AutoencoderKL } = live;
   const { Generator, randn, NoiseSchedule, make_timesteps, remaining_timesteps, sample, SAMPLERS } = live;
 
   class LatentDiffusion {
@@ -16,15 +16,13 @@
         if ((config[part]?.kind ?? (config[part] ? kind : "none")) !== kind)
           throw new Error(`This page draws with models whose ${part} is a ${kind}, and this one's is a ${config[part]?.kind}.`);
       memory.top = 64; // another model takes the place of the one before
-      const tensors = readWeights(buffers);
-      const weights = new Weights(tensors);
-      this.parameters = [...tensors.values()].reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
+      const weights = readWeights(buffers);
       this.config = { image_size: 512, scale_factor: 0.18215, parameterization: "eps", ...config };
       this.schedule = NoiseSchedule.from(config);
-      this.unet = new UNetModel(config.unet, weights.at("model.diffusion_model"));
-      this.first_stage_model = new AutoencoderKL(config.first_stage, weights.at("first_stage_model"));
-      const cond_stage = weights.at("cond_stage_model");
-      this.cond_stage_model = new FrozenCLIPEmbedder(config.cond_stage, cond_stage, new BPETokenizer(tokenizer));
+      this.unet = new UNetModel(config.unet, weights.model.diffusion_model);
+      this.first_stage_model = new AutoencoderKL(config.first_stage, weights.first_stage_model);
+      const text_model = weights.cond_stage_model.transformer.text_model;
+      this.cond_stage_model = new FrozenCLIPEmbedder(config.cond_stage, text_model, new BPETokenizer(tokenizer));
       if (this.unet.config.in_channels !== this.first_stage_model.config.embed_dim)
         throw new Error("This model was trained for inpainting, which the page can't do: give it one that draws from a prompt.");
     }

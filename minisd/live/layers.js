@@ -55,35 +55,6 @@
     return result;
   }
 
-  // The parameters below a prefix, under their names in the checkpoint: weights.at("in_layers.2").weight
-  class Weights {
-    constructor(tensors, prefix = "") {
-      Object.assign(this, { tensors, prefix });
-    }
-
-    at(name) {
-      return new Weights(this.tensors, `${this.prefix}${name}.`);
-    }
-
-    has(name) {
-      return this.tensors.has(`${this.prefix}${name}.weight`);
-    }
-
-    get(name) {
-      const tensor = this.tensors.get(this.prefix + name);
-      if (!tensor) throw new Error(`The weights have no ${this.prefix}${name}, which config.json asks for.`);
-      return tensor;
-    }
-
-    get weight() {
-      return this.get("weight");
-    }
-
-    get bias() {
-      return this.tensors.get(`${this.prefix}bias`) ?? { address: 0 }; // a projection of attention has none
-    }
-  }
-
   // --- the matrix product -------------------------------------------------------------------------------------------
 
   // C [M N] = A [M K] · B [K N] + bias (+ C). A is the address of its first number and the distance of its rows in
@@ -121,13 +92,16 @@
     return out;
   }
 
+  // A projection of attention has no bias, and the address 0 says so.
+  const bias = (w) => ("bias" in w ? w.bias.address : 0);
+
   // W x + b, for each column of x: [c …] -> [c_out …]. With a residual [c_out …], the product is added to it.
   function linear(w, x, residual = null) {
     const { address, shape } = w.weight;
     const [out, K] = [new Tensor(shape[0], x.b, x.h, x.w), x.c];
     if (residual) out.data.set(residual.data);
     const [n, rows] = [x.columns, range(K, x.columns)];
-    product(out.c, n, K, [address, K], x.address, rows, range(n), [out.address, n], w.bias.address, residual ? 1 : 0);
+    product(out.c, n, K, [address, K], x.address, rows, range(n), [out.address, n], bias(w), residual ? 1 : 0);
     return out;
   }
 
@@ -153,7 +127,7 @@
       for (let i = 0; i < h; i++)
         for (let j = 0; j < width; j++) cols[k++] = (b * high + i * stride) * wide + j * stride;
     const [M, N, K] = [c_out, out.columns, rows.length];
-    product(M, N, K, [address, K], padded.address, rows, cols, [out.address, N], w.bias.address, residual ? 1 : 0);
+    product(M, N, K, [address, K], padded.address, rows, cols, [out.address, N], bias(w), residual ? 1 : 0);
     memory.top = start;
     return out;
   }
@@ -256,6 +230,6 @@
     return out;
   }
 
-  Object.assign(live, { Tensor, Weights, tidy, product, range, linear, conv2d, groupNorm, layerNorm, apply, silu, gelu });
+  Object.assign(live, { Tensor, tidy, product, range, linear, conv2d, groupNorm, layerNorm, apply, silu, gelu });
   Object.assign(live, { concat, enlarge });
 });

@@ -3,8 +3,9 @@
 (globalThis.minisdLive ??= []).push(function safetensors(live) {
   const { memory } = live;
 
-  // The tensors of the three networks, copied into the engine's memory: {name: {address, shape}}. If there are several
-  // files, a tensor of a later one replaces that of an earlier one.
+  // The tensors of the three networks, copied into the engine's memory, as a tree of {address, shape} in which the names
+  // of the checkpoint are paths: weights.model.diffusion_model.time_embed[0].weight. If there are several files, a tensor
+  // of a later one replaces that of an earlier one.
   function readWeights(buffers) {
     const found = new Map();
     for (const buffer of buffers) {
@@ -15,13 +16,26 @@
         found.set(name, { shape, read: (to) => READERS[dtype](buffer.slice(start + from, start + end), to) });
       }
     }
+    const tree = node("");
     for (const [name, { shape, read }] of found) {
       const numbers = shape.reduce((a, b) => a * b, 1);
       const address = memory.allocate(numbers);
       read(memory.floats(address, numbers));
-      found.set(name, { shape, address });
+      const path = name.split(".");
+      const leaf = path.pop();
+      const parent = path.reduce((at, part, i) => (part in at ? at[part] : (at[part] = node(path.slice(0, i + 1)))), tree);
+      parent[leaf] = { shape, address };
     }
-    return found;
+    return tree;
+  }
+
+  // A part of the tree, which says what is missing. (`"bias" in part` asks whether there is one.)
+  function node(path) {
+    const get = (part, name) => {
+      if (name in part) return part[name];
+      throw new Error(`The weights have no ${[...path, name].join(".")}, which config.json asks for.`);
+    };
+    return new Proxy({}, { get });
   }
 
   function readHeader(buffer) {

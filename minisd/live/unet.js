@@ -2,7 +2,7 @@
 //
 //     eps = unet.forward(x, timestep, context)        x [4 b h w], context [d b 1 n] -> eps [4 b h w]
 (globalThis.minisdLive ??= []).push(function unet(live) {
-  const { Tensor, tidy, linear, conv2d, groupNorm, silu, concat, enlarge, SpatialTransformer, AttentionBlock } = live;
+  const { Tensor, tidy, linear, conv2d, groupNorm, silu, concat, enlarge, SpatialTransformer } = live;
 
   // A timestep as a vector that a linear layer can read: cosines, then sines, of many frequencies, [dim b 1 1].
   function timestep_embedding(t, b, dim, max_period = 10000) {
@@ -23,109 +23,101 @@
   // Mix each pixel with its neighbours, at a known timestep, and add the result to the input.
   function ResBlock(w, x, emb) {
     // Normalise, activate, convolve: [c b h w] -> [c_out b h w].
-    let h = conv2d(w.at("in_layers.2"), groupNorm(w.at("in_layers.0"), x, 1e-5, true));
+    let h = conv2d(w.in_layers[2], groupNorm(w.in_layers[0], x, 1e-5, true));
     // [e b 1 1] -> [c_out b 1 1]: one number for each channel is added to all pixels alike. It says how noisy the input
     // is. (`emb` is SiLU(emb) already: every block begins with it, so it is computed once.)
-    const shift = linear(w.at("emb_layers.1"), emb).data;
+    const shift = linear(w.emb_layers[1], emb).data;
     const [data, size] = [h.data, h.h * h.w];
     for (let k = 0; k < data.length; k++) data[k] += shift[Math.floor(k / size)];
     // A second round at the new width; then the correction is added to the input, brought to that width where it differs.
-    h = groupNorm(w.at("out_layers.0"), h, 1e-5, true);
-    const skip = w.has("skip_connection") ? linear(w.at("skip_connection"), x) : x;
-    return conv2d(w.at("out_layers.3"), h, { residual: skip });
+    h = groupNorm(w.out_layers[0], h, 1e-5, true);
+    const skip = "skip_connection" in w ? linear(w.skip_connection, x) : x;
+    return conv2d(w.out_layers[3], h, { residual: skip });
   }
 
   // Halve height and width. It pads one pixel on each side; the VAE's Downsample pads on the right and below only.
-  const Downsample = (w, x) => conv2d(w.at("op"), x, { stride: 2 });
+  const Downsample = (w, x) => conv2d(w.op, x, { stride: 2 });
 
-  // Double height and width, or reach the size of the next skip connection where that is odd.
-  const Upsample = (w, x, [h, width]) => conv2d(w.at("conv"), enlarge(x, h, width));
+  // Double height and width, to the size of the next skip connection, which may be odd.
+  const Upsample = (w, x, skip) => conv2d(w.conv, enlarge(x, skip.h, skip.w));
 
   class UNetModel {
     constructor(config, weights) {
       const defaults = {
         in_channels: 4, model_channels: 320, num_res_blocks: 2, channel_mult: [1, 2, 4, 4],
-        attention_resolutions: [4, 2, 1], num_heads: 8, num_head_channels: null, use_spatial_transformer: true,
-        transformer_depth: 1, context_dim: 768,
+        attention_resolutions: [4, 2, 1], num_heads: 8, num_head_channels: null, transformer_depth: 1,
       }; // those of UNetConfig
-      this.config = config = { ...defaults, ...config };
+      this.config = { ...defaults, ...config };
       this.weights = weights;
 
-      // What stands in each block, in the order of unet.py: the names of its layers.
-      const transformer = config.use_spatial_transformer ? "SpatialTransformer" : "AttentionBlock";
-      const levels = config.channel_mult.length;
-      const layers = (level) =>
-        config.attention_resolutions.includes(2 ** level) ? ["ResBlock", transformer] : ["ResBlock"];
-      this.input_blocks = [["Conv2d"]];
+      // What stands in each block, in the order of unet.py.
+      const { channel_mult, num_res_blocks, attention_resolutions } = this.config;
+      const bottom = channel_mult.length - 1;
+      const layers = (level) => [ResBlock, ...(attention_resolutions.includes(2 ** level) ? [SpatialTransformer] : [])];
+      this.input_blocks = [[conv2d]];
+      this.middle_block = [ResBlock, SpatialTransformer, ResBlock];
       this.output_blocks = [];
-      for (let level = 0; level < levels; level++) {
-        for (let i = 0; i < config.num_res_blocks; i++) this.input_blocks.push(layers(level));
-        if (level < levels - 1) this.input_blocks.push(["Downsample"]);
+      for (let level = 0; level <= bottom; level++) {
+        for (let i = 0; i < num_res_blocks; i++) this.input_blocks.push(layers(level));
+        if (level < bottom) this.input_blocks.push([Downsample]);
       }
-      this.middle_block = ["ResBlock", transformer, "ResBlock"];
-      for (let level = levels - 1; level >= 0; level--)
-        for (let i = 0; i <= config.num_res_blocks; i++) {
-          const last = level > 0 && i === config.num_res_blocks;
-          this.output_blocks.push([...layers(level), ...(last ? ["Upsample"] : [])]);
-        }
+      for (let level = bottom; level >= 0; level--)
+        for (let i = 0; i <= num_res_blocks; i++)
+          this.output_blocks.push([...layers(level), ...(level > 0 && i === num_res_blocks ? [Upsample] : [])]);
     }
 
     // One block: a few layers in a row, each given the inputs that it takes beside the feature map.
-    TimestepEmbedSequential(name, layers, x, { emb, context, size, watch }) {
+    TimestepEmbedSequential(w, name, layers, x, { emb, context, size, watch }) {
       const { num_heads, num_head_channels, transformer_depth } = this.config;
       layers.forEach((layer, i) => {
-        const [w, h] = [this.weights.at(`${name}.${i}`), x];
+        const h = x;
         const heads = num_head_channels === null ? num_heads : h.c / num_head_channels;
-        const forward = {
-          Conv2d: () => conv2d(w, h),
-          ResBlock: () => ResBlock(w, h, emb),
-          SpatialTransformer: () => SpatialTransformer(w, h, context, heads, transformer_depth, watch),
-          AttentionBlock: () => AttentionBlock(w, h, heads),
-          Downsample: () => Downsample(w, h),
-          Upsample: () => Upsample(w, h, size ?? [2 * h.h, 2 * h.w]),
-        };
-        x = tidy(forward[layer]);
+        const inputs = new Map([
+          [ResBlock, [emb]],
+          [SpatialTransformer, [context, heads, transformer_depth, watch, `${name}.${i}`]],
+          [Upsample, [size]],
+        ]);
+        x = tidy(() => layer(w[i], h, ...(inputs.get(layer) ?? [])));
       });
       return x;
     }
 
     // Predict the noise: x [c b h w], all at the timestep t -> [c_out b h w].
     //
-    // watch: (name, heads, map) -> options for the attention of that layer; see LatentDiffusion.apply_model.
-    // record: (name, map), called with what each block returns.
+    // watch: see SpatialTransformer. record: (name, map), called with what each block returns.
     forward(x, t, context, { watch = null, record = () => {} } = {}) {
+      const w = this.weights;
       return tidy(() => {
         // The timestep, as a vector that all ResBlocks read: [320 …] -> [1280 …] in SD v1.
         const embedding = timestep_embedding(t, x.b, this.config.model_channels);
-        let emb = silu(linear(this.weights.at("time_embed.0"), embedding));
-        emb = linear(this.weights.at("time_embed.2"), emb);
+        let emb = linear(w.time_embed[2], silu(linear(w.time_embed[0], embedding)));
         record("time_embed", emb);
         emb = silu(emb);
 
-        // The way down. The output of every block is kept for the way up.
         let h = x;
-        const skips = [];
-        const run = (name, layers, size) => {
-          h = this.TimestepEmbedSequential(name, layers, h, { emb, context, size, watch });
+        const run = (block, name, layers, size) => {
+          h = this.TimestepEmbedSequential(block, name, layers, h, { emb, context, size, watch });
           record(name, h);
         };
+
+        // The way down. The output of every block is kept for the way up.
+        const skips = [];
         this.input_blocks.forEach((layers, i) => {
-          run(`input_blocks.${i}`, layers);
+          run(w.input_blocks[i], `input_blocks.${i}`, layers);
           skips.push(h);
         });
 
         // The bottom: here each pixel gathers from the whole picture and from the prompt.
-        run("middle_block", this.middle_block);
+        run(w.middle_block, "middle_block", this.middle_block);
 
         // The way up. The skips are taken from the end, because the last map of the way down has the size of the first
         // of the way up. An Upsample aims at the size of the next skip: a side of 5 was halved to 3, and twice 3 is 6.
         this.output_blocks.forEach((layers, i) => {
           h = concat(h, skips.pop());
-          const next = skips.at(-1);
-          run(`output_blocks.${i}`, layers, next && [next.h, next.w]);
+          run(w.output_blocks[i], `output_blocks.${i}`, layers, skips.at(-1));
         });
 
-        return conv2d(this.weights.at("out.2"), groupNorm(this.weights.at("out.0"), h, 1e-5, true));
+        return conv2d(w.out[2], groupNorm(w.out[0], h, 1e-5, true));
       });
     }
   }

@@ -4,7 +4,7 @@
 //
 //     load       {id, config, tokenizer: {vocab, merges, config}, weights: [ArrayBuffer, …]}     config.json and vocab.json as
 //                objects, merges.txt as text; a tensor in a later file replaces that of an earlier one
-//      ─► ready      {id, simd, parameters, image_size, max_length, samplers, timesteps: T, alphas_cumprod [T]}
+//      ─► ready      {id, simd, image_size, max_length, samplers, timesteps: T, alphas_cumprod [T]}
 //                    simd: false where the browser has no WebAssembly SIMD, so that a drawing takes longer
 //     draw       {id, prompt, negative = "", steps = 50, guidance = 7.5, sampler = "ddim", seed = 0, init = null,
 //                preview = 0, attention = false, activations = false, hide = []}
@@ -28,36 +28,32 @@
   let sd = null;
   let drawings = Promise.resolve(); // the last one that was asked for
   const cancelled = new Set();
-  const say = (type, content, transfer = []) => globalThis.postMessage({ type, ...content }, transfer);
+  const say = (type, content) => globalThis.postMessage({ type, ...content });
 
   function load({ id, config, tokenizer, weights }) {
     sd = new live.LatentDiffusion(config, tokenizer, weights);
     const { image_size } = sd.config;
     const { max_length } = sd.cond_stage_model.config;
-    const samplers = Object.keys(live.SAMPLERS);
-    const { parameters, schedule } = sd;
-    say("ready", { id, simd: live.simd, parameters, image_size, max_length, samplers, ...schedule });
+    say("ready", { id, simd: live.simd, image_size, max_length, samplers: Object.keys(live.SAMPLERS), ...sd.schedule });
   }
 
   async function draw({ id, preview = 0, init = null, ...options }) {
     const began = performance.now();
-    const picture = init && { ...init, pixels: fromRGBA(init) };
-    let [shape, step] = [];
-    for (const next of sd.draw({ ...options, init: picture })) {
+    let shape, last;
+    for (const step of sd.draw({ ...options, init: init && { ...init, pixels: fromRGBA(init) } })) {
       // The messages that have arrived meanwhile are read here, one of which may be to cancel.
       await breath();
       if (cancelled.delete(id)) return say("cancelled", { id });
-      if (!shape) say("start", { id, ...next });
+      if (!shape) say("start", { id, ...step });
       else {
-        step = next;
-        const shown = preview && (step.i + 1) % preview === 0;
-        const [x_t, x0] = shown ? decode([step.x_t, step.x0], shape) : [];
-        say("step", { id, ...step, pictures: shown ? { x_t, x0 } : null });
+        const [x_t, x0] = preview && (step.i + 1) % preview === 0 ? decode([step.x_t, step.x0], shape) : [];
+        say("step", { id, ...step, pictures: x0 ? { x_t, x0 } : null });
       }
-      shape ??= next.shape;
+      shape ??= step.shape;
+      last = step;
     }
-    const [drawn] = decode([step.x], shape);
-    say("done", { id, picture: drawn, seconds: (performance.now() - began) / 1000 });
+    const [picture] = decode([last.x], shape);
+    say("done", { id, picture, seconds: (performance.now() - began) / 1000 });
   }
 
   // Let the worker read its messages. (setTimeout would wait for 4 ms.)
@@ -90,8 +86,8 @@
     const x = new Float32Array(3 * size);
     for (let k = 0; k < 3 * size; k++) {
       const at = 4 * (k % size);
-      const alpha = rgba[at + 3] / 255;
-      x[k] = (Math.round(alpha * rgba[at + Math.floor(k / size)]) + Math.round((1 - alpha) * 255)) / 127.5 - 1;
+      const [value, alpha] = [rgba[at + Math.floor(k / size)], rgba[at + 3] / 255];
+      x[k] = Math.round(alpha * value + (1 - alpha) * 255) / 127.5 - 1;
     }
     return x;
   }
@@ -117,6 +113,7 @@
 
   async function answered(answer, message) {
     try {
+      if (!answer) throw new Error(`The engine knows no message "${message.type}": see worker.js.`);
       if (!sd && message.type !== "load") throw new Error("There is no model yet: send `load` first.");
       await answer(message);
     } catch (error) {
@@ -124,10 +121,5 @@
     }
   }
 
-  globalThis.onmessage = ({ data }) => {
-    const unknown = () => {
-      throw new Error(`The engine knows no message "${data.type}": it takes ${Object.keys(ANSWERS).join(", ")}.`);
-    };
-    answered(ANSWERS[data.type] ?? unknown, data);
-  };
+  globalThis.onmessage = ({ data }) => answered(ANSWERS[data.type], data);
 });
