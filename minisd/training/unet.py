@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoint import cast, load_clip, load_weights, read_weights, write_weights
+from ..checkpoint import cast, load_clip, write_weights
 from ..conditions import CONDITIONS, Captions, condition_of
 from ..data import CaptionedPictures
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
@@ -30,7 +30,7 @@ from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer, digest, fingerprint
-from .vae import encode_all, posterior_of, read_first_stage
+from .vae import encode_all, finished_vae, posterior_of
 
 
 @dataclass(frozen=True)
@@ -253,15 +253,15 @@ def assemble(
     column: str | None = None,
 ) -> LatentDiffusion:
     """A model with a newly initialised UNet, the autoencoder of a finished run and, for captions, its text encoder."""
-    first_stage, scale_factor = read_first_stage(vae_folder)
-    if config.unet.in_channels != first_stage.embed_dim:
+    vae, scale_factor = finished_vae(vae_folder)
+    if config.unet.in_channels != vae.config.embed_dim:
         raise ValueError(
-            f"the latents of the autoencoder in {vae_folder} have {first_stage.embed_dim} channels, and the UNet takes "
+            f"the latents of the autoencoder in {vae_folder} have {vae.config.embed_dim} channels, and the UNet takes "
             f"{config.unet.in_channels}: train both with the same preset"
         )
     if column is not None and not CONDITIONS[condition].reads_column:
         raise ValueError(f"{condition} are not read from a column, so name none (not {column!r})")
-    config = replace(config, first_stage=first_stage, scale_factor=scale_factor)
+    config = replace(config, first_stage=vae.config, scale_factor=scale_factor)
     clip, tokenizer = None, None
     if issubclass(CONDITIONS[condition], Captions):
         clip, tokenizer = load_clip(clip_folder)
@@ -269,8 +269,7 @@ def assemble(
     sd = LatentDiffusion(CONDITIONS[condition].configure(config, data, column), tokenizer)
     if clip is not None:
         sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
-    weights = Path(vae_folder) / "vae.safetensors"
-    load_weights(sd.first_stage_model, read_weights(weights), weights)
+    sd.first_stage_model = vae
     return sd
 
 

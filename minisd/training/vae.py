@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_json, write_json, write_weights
+from .. import checkpoint
 from ..data import CaptionedPictures
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
@@ -166,9 +166,9 @@ def train_vae(
         if quantised:
             measured |= measure_codebook(vae, data, engine)
         if engine.is_main_process:
-            write_weights(vae.state_dict(), folder / "vae.safetensors")
-            record = {"first_stage": part_to_json(config), **measured, "recipe": asdict(recipe)}
-            write_json(record, folder / "vae.json")
+            checkpoint.write_weights(vae.state_dict(), folder / "vae.safetensors")
+            record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
+            checkpoint.write_json(record, folder / "vae.json")
         engine.wait_for_everyone()
         if sd is not None:
             sd.eval().first_stage_model = vae
@@ -269,14 +269,22 @@ class AutoencoderLoss:
         return loss, figures
 
 
-def read_first_stage(folder: str | Path) -> tuple[AutoencoderConfig | VQConfig, float]:
-    """The configuration of a finished run's autoencoder, and the scale factor of its latents."""
-    path = Path(folder) / "vae.json"
-    record = read_json(path)
+def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
+    """The autoencoder of a finished run or of a model that `load` can read, and the scale factor of its latents."""
+    file, weights = Path(path) / "vae.json", Path(path) / "vae.safetensors"
+    if not file.exists():
+        sd = checkpoint.load(path, "cpu")
+        return sd.first_stage_model, sd.scale_factor
+    record = checkpoint.read_json(file)
     try:
-        return part_from_json("first_stage", record["first_stage"]), float(record["scale_factor"])
+        config = checkpoint.part_from_json("first_stage", record["first_stage"])
+        scale_factor = float(record["scale_factor"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe an autoencoder of minisd ({error})") from None
+        raise checkpoint.CheckpointError(f"{file} does not describe an autoencoder of minisd ({error})") from None
+    with torch.device("meta"):  # without random weights, which would be overwritten
+        vae = FIRST_STAGES[type(config)](config)
+    checkpoint.load_weights(vae, checkpoint.read_weights(weights), weights)
+    return vae.eval().requires_grad_(False), scale_factor
 
 
 @torch.no_grad()
