@@ -236,16 +236,17 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
-        folder, told = self.out / "unet", self.condition or "captions"
+        folder = self.out / "unet"
         if self.init:
             if self.condition or self.class_column:
                 raise ValueError(
                     f"--init {self.init} keeps the condition of that model: leave --condition and --class-column out"
                 )
-            model, parts = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
+            model, given = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
             config, captions = model.config, model.cond_stage_model.needs_captions
         else:
-            captions = CONDITIONS[told].needs_captions
+            condition = self.condition or "captions"
+            captions = CONDITIONS[condition].needs_captions
             parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
             for part, path in parts.items():
                 if not (path / f"{part}.json").exists():
@@ -253,11 +254,9 @@ class TrainUNet(Training):
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
             model = config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+            given = parts | {"condition": condition, "column": self.class_column}
         data = self.pictures(config.image_size, captions)
-        sd = training.train_unet(
-            model, self.recipe, data, folder, engine, **parts, keep_at=self.keep_at, condition=told,
-            column=self.class_column,
-        )  # fmt: skip
+        sd = training.train_unet(model, self.recipe, data, folder, engine, keep_at=self.keep_at, **given)
         prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
         what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
         return f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`"
@@ -359,15 +358,15 @@ class Start:
         preset = self.preset or "emoji"
         data = Path("data", "shapes" if preset == "tiny" else "emoji")
         given = {"preset": preset, "data": data, "out": Path("runs", preset)}
-        unet, vae, told = recipes.UNET[preset], recipes.VAE[preset], "captions"
+        unet, vae, condition = recipes.UNET[preset], recipes.VAE[preset], "captions"
         if self.init:
             given["out"] = Path("runs", "finetuned")
-            unet, told = recipes.FINETUNE, None
+            unet, condition = recipes.FINETUNE, None
             vae = recipes.FINETUNE_DECODER if self.decoder_only else vae
         trainings = one_of(
             clip=TrainCLIP(**given, recipe=recipes.CLIP[preset]),
             vae=TrainVAE(**given | {"preset": self.preset if self.init else preset}, recipe=vae),
-            unet=TrainUNet(**given, recipe=unet, condition=told),
+            unet=TrainUNet(**given, recipe=unet, condition=condition),
         )
         corpora = one_of(emoji=DataEmoji, shapes=DataShapes, hub=DataHub)
         return one_of(

@@ -200,7 +200,7 @@ SWEEPS = {
 def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair") -> Sweep:
     """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`."""
     if what not in SWEEPS:
-        raise ValueError(f"a sweep goes over {', '.join(SWEEPS)}, not over {what}")
+        raise ValueError(f"a sweep varies one of {', '.join(SWEEPS)}, not {what}")
     found = {}
     for value in SWEEPS[what]:
         drawn = evaluator.draw(group, replace(setting, **{what: value}))

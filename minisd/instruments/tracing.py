@@ -93,7 +93,7 @@ class Trace:
         for entry in self.entries:
             if entry.symbol == key:
                 return entry
-        raise KeyError(f"there is no {key!r} in this trace, but {', '.join(e.symbol for e in self.entries)}")
+        raise KeyError(f"there is no {key!r} in this trace: choose one of {', '.join(e.symbol for e in self.entries)}")
 
     def __str__(self) -> str:
         head = f" #  {'symbol':10} {'what it is':32} {'shape':15} {'dtype':7} {'min':>8} {'max':>8} {'std':>8}"

@@ -5,7 +5,7 @@ the start. A text encoder that was trained before, such as CLIP's, is not change
 once as well. A table of class embeddings is trained along with the UNet. A training step is algorithm 1 of DDPM (Ho et
 al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 
-    draw a latent z, a timestep t and noise ε, and mix them into z_t
+    sample a latent z, a timestep t and noise ε, and mix them into z_t
     replace one caption in ten by the empty prompt                     (added, for classifier-free guidance)
     take a gradient step on ‖ε - ε_θ(z_t, t, context)‖²
     update the running mean of the weights                             (added: EMA)
@@ -98,7 +98,7 @@ def train_unet(
     trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data, prompts), describe=data.describe)
 
     # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
-    # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can draw a new z.
+    # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can sample a new z.
     # After that, a step costs one forward and one backward pass through the UNet.
     moments = encode_all(sd.first_stage_model, data, engine)
     # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
@@ -109,9 +109,9 @@ def train_unet(
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
-                # For each picture of the batch, draw one wording of its prompt, a timestep t from {0, …, T-1}, and
-                # whether to drop the prompt. All are [b]. The model has to learn to predict the noise without a prompt
-                # too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
+                # For each picture of the batch, choose at random one wording of its prompt, a timestep t from
+                # {0, …, T-1}, and whether to drop the prompt. All are [b]. The model has to learn to predict the noise
+                # without a prompt too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
                 # arXiv:2207.12598, algorithm 1).
                 form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps).to(engine.device)
                 forget = batch.rand() < recipe.text_dropout
@@ -208,8 +208,8 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: CaptionedPictures, kee
         raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
     if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
         raise ValueError(
-            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, which the "
-            "loop does not make: train one that draws from captions alone, or for inpainting"
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
+            "no condition of minisd makes these: train a model without them, or one for inpainting"
         )
     if data.size != sd.config.image_size:
         raise ValueError(
@@ -260,7 +260,7 @@ def assemble(
             f"{config.unet.in_channels}: train both with the same preset"
         )
     if column is not None and not CONDITIONS[condition].reads_column:
-        raise ValueError(f"{condition} are not read from a column, so name none (not {column!r})")
+        raise ValueError(f"{condition} are not read from a column: leave column out (it is {column!r})")
     config = replace(config, first_stage=vae.config, scale_factor=scale_factor)
     clip, tokenizer = None, None
     if issubclass(CONDITIONS[condition], Captions):

@@ -67,9 +67,9 @@ class VAERecipe(Recipe):
     disc_num_layers: int = 3  # its convolutions of stride 2: with 3 it sees patches of 70 pixels, with 2 of 34
     disc_ndf: int = 64  # its channels after the first convolution
     decoder_only: bool = False  # train only the decoder of a finished autoencoder, so that the latents do not change
-    # The largest standard deviation of noise that is added to the latents before decoding, in their own units; for each
-    # picture it is drawn between 0 and this. A sampler's result is never exactly a latent of the encoder. This noise
-    # teaches the decoder to accept small errors.
+    # The largest standard deviation of noise that is added to the latents before decoding, in their own units. For
+    # each picture it is chosen at random between 0 and this. A sampler's result is never exactly a latent of the
+    # encoder. This noise teaches the decoder to accept small errors.
     latent_noise: float = 0.0
 
     def betas(self, network: str) -> tuple[float, float]:
@@ -225,7 +225,7 @@ def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> 
 
 
 def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, most: float) -> Float[Tensor, "b z h w"]:
-    """σ ε with ε ~ N(0, I), where σ is drawn uniformly between 0 and `most` for each picture."""
+    """σ ε with ε ~ N(0, I), where σ is chosen uniformly between 0 and `most` for each picture."""
     height, width = (side // vae.config.downsampling for side in x.shape[-2:])
     sigma = most * batch.rand().view(-1, 1, 1, 1)
     return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)

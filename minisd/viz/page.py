@@ -27,7 +27,7 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> Figu
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
-    # A closed figure can still be drawn on. A notebook would show an open one twice, because it shows all open figures
+    # A closed figure can still be changed. A notebook would show an open one twice, because it shows all open figures
     # at the end of a cell.
     plt.close(figure)
     return figure
