@@ -14,8 +14,3 @@ from .perceptual import LPIPS, CLIPPerceptual
 from .trainer import EMA, Batch, Recipe, Trainer
 from .unet import UNetRecipe, train_unet
 from .vae import VAERecipe, finished_vae, train_vae
-
-__all__ = [
-    "EMA", "LPIPS", "Batch", "CLIPPerceptual", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer",
-    "UNetRecipe", "VAERecipe", "finished_vae", "make_engine", "train_clip", "train_unet", "train_vae",
-]  # fmt: skip
