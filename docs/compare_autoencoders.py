@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from minisd.checkpoint import load, load_clip, load_weights, read_json, read_weights
+from minisd.checkpoint import load_clip, read_json
 from minisd.data import CaptionedPictures
-from minisd.latent_diffusion import FIRST_STAGES
-from minisd.training import CLIPPerceptual, SingleDevice
-from minisd.training.vae import psnr, read_first_stage, reconstruct
+from minisd.training import CLIPPerceptual, SingleDevice, finished_vae
+from minisd.training.vae import psnr, reconstruct
 from minisd.viz import save_sheet
 
 data, sheet, runs = CaptionedPictures(sys.argv[1], 32, "test_pair"), sys.argv[2], [Path(run) for run in sys.argv[3:]]
@@ -29,13 +28,9 @@ def contrast(x: torch.Tensor) -> float:
 
 
 for run in runs:
-    if (run / "vae").is_dir():
-        config, _ = read_first_stage(run / "vae")
-        vae = FIRST_STAGES[type(config)](config).eval()
-        load_weights(vae, read_weights(run / "vae" / "vae.safetensors"), run)
-        record = read_json(run / "vae" / "vae.json")
-    else:
-        vae, record = load(run, "cpu").first_stage_model, {}
+    folder = run / "vae" if (run / "vae").is_dir() else run
+    vae, _ = finished_vae(folder)
+    record = read_json(folder / "vae.json") if folder != run else {}
     x_hat = torch.cat([reconstruct(vae, part, engine) for part in x.split(64)]).clamp(-1, 1)
     rows.append(x_hat[:: len(x) // 12][:12])
     trained = f", {record['psnr']:.2f} in training" if record else ""

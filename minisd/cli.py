@@ -178,7 +178,7 @@ class Training:
         if engine.is_main_process:  # only one of several processes prints
             print(f"wrote {wrote}")
 
-    def pictures(self, size: int, captions: bool = True) -> Corpus:
+    def pictures(self, size: int | None, captions: bool = True) -> Corpus:
         return open_corpus([_corpus(folder) for folder in self.data], size, "train", captions)
 
 
@@ -198,10 +198,15 @@ class TrainCLIP(Training):
 class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
+    # the size of the pictures and of the networks, and the recipe that the other flags change; if left out with
+    # `--init X --no-decoder-only`, the pictures keep the size that they have
+    preset: Preset | None
     recipe: training.VAERecipe
     first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: from a codebook
     # a finished model whose decoder is trained further: "emoji", or anything else that --model of txt2img takes; the
-    # rest of the model does not change
+    # rest of the model does not change. With --no-decoder-only, the whole autoencoder of a model, or of a finished run
+    # of `minisd train vae`, is trained further. It gets new latents, which a UNet trained on the old ones does not fit,
+    # so OUT/vae gets vae.json and vae.safetensors, as from scratch, and no model
     init: str | None = None
     # a finished run of CLIP, whose image tower measures for perceptual_weight how alike pictures look; if left out,
     # OUT/clip, or the CLIP of the model that --init names
@@ -211,14 +216,18 @@ class TrainVAE(Training):
 
     def train(self, engine: Engine) -> Path:
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
-        folder, config, clip = self.out / "vae", PRESETS[self.preset], None
-        model = recipes.VQ[self.preset] if self.first_stage == "vq" else config.first_stage
-        if self.init:
+        folder, clip = self.out / "vae", None
+        size = PRESETS[self.preset].image_size if self.preset else None  # None: that of the data
+        if self.init and self.recipe.decoder_only:
             model, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
-            config = model.config
-        data = self.pictures(config.image_size, captions=False)
-        training.train_vae(model, self.recipe, data, folder, engine, perceptual, clip)
-        return folder / "model" if self.init else folder
+            size = model.config.image_size
+        elif self.init:
+            model, _ = training.finished_vae(self.init)
+        else:
+            preset = self.preset or "emoji"
+            model = recipes.VQ[preset] if self.first_stage == "vq" else PRESETS[preset].first_stage
+        training.train_vae(model, self.recipe, self.pictures(size, False), folder, engine, perceptual, clip)
+        return folder / "model" if isinstance(model, LatentDiffusion) else folder
 
     def perceptual(self) -> CLIPPerceptual | LPIPS:
         if self.lpips:
@@ -242,16 +251,17 @@ class TrainUNet(Training):
     keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
-        folder, told = self.out / "unet", self.condition or "captions"
+        folder = self.out / "unet"
         if self.init:
             if self.condition or self.class_column:
                 raise ValueError(
                     f"--init {self.init} keeps the condition of that model: leave --condition and --class-column out"
                 )
-            model, parts = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
+            model, given = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
             config, captions = model.config, model.cond_stage_model.needs_captions
         else:
-            captions = CONDITIONS[told].needs_captions
+            condition = self.condition or "captions"
+            captions = CONDITIONS[condition].needs_captions
             parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
             for part, path in parts.items():
                 if not (path / f"{part}.json").exists():
@@ -259,11 +269,9 @@ class TrainUNet(Training):
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
             model = config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+            given = parts | {"condition": condition, "column": self.class_column}
         data = self.pictures(config.image_size, captions)
-        sd = training.train_unet(
-            model, self.recipe, data, folder, engine, **parts, keep_at=self.keep_at, condition=told,
-            column=self.class_column,
-        )  # fmt: skip
+        sd = training.train_unet(model, self.recipe, data, folder, engine, keep_at=self.keep_at, **given)
         prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
         what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
         return f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`"
@@ -377,23 +385,27 @@ def one_of(**commands):
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from. The defaults of its other flags depend on these two, so they are read first."""
+    """What a training starts from. The defaults of its other flags depend on these, so they are read first."""
 
-    preset: Preset = "emoji"
+    preset: Preset | None = None
     init: str | None = None
+    decoder_only: bool = True  # with --init
 
     def commands(self):
         """All commands. The defaults of the trainings' flags are this preset's recipes, or the recipes for `--init`."""
-        corpora = {"tiny": ("shapes",), "emoji-64": ("emoji", "scenes")}.get(self.preset, ("emoji",))
+        preset = self.preset or "emoji"
+        corpora = {"tiny": ("shapes",), "emoji-64": ("emoji", "scenes")}.get(preset, ("emoji",))
         data = tuple(Path("data", corpus) for corpus in corpora)
-        given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
-        unet, vae, told = recipes.UNET[self.preset], recipes.VAE[self.preset], "captions"
+        given = {"preset": preset, "data": data, "out": Path("runs", preset)}
+        unet, vae, condition = recipes.UNET[preset], recipes.VAE[preset], "captions"
         if self.init:
-            unet, vae, told = recipes.FINETUNE, recipes.FINETUNE_DECODER, None
+            given["out"] = Path("runs", "finetuned")
+            unet, condition = recipes.FINETUNE, None
+            vae = recipes.FINETUNE_DECODER if self.decoder_only else vae
         trainings = one_of(
-            clip=TrainCLIP(**given, recipe=recipes.CLIP[self.preset]),
-            vae=TrainVAE(**given, recipe=vae),
-            unet=TrainUNet(**given, recipe=unet, condition=told),
+            clip=TrainCLIP(**given, recipe=recipes.CLIP[preset]),
+            vae=TrainVAE(**given | {"preset": self.preset if self.init else preset}, recipe=vae),
+            unet=TrainUNet(**given, recipe=unet, condition=condition),
         )
         corpora = one_of(emoji=DataEmoji, scenes=DataScenes, shapes=DataShapes, hub=DataHub)
         return one_of(

@@ -84,7 +84,7 @@ def condition_of(config) -> type[Condition]:
     for cls in reversed(CONDITIONS.values()):
         if cls.fits(config):
             return cls
-    raise TypeError(f"{type(config.cond_stage).__name__} is the Config of no condition: {', '.join(CONDITIONS)}")
+    raise TypeError(f"no condition has {type(config.cond_stage).__name__} as its Config: {', '.join(CONDITIONS)}")
 
 
 @condition("captions")
@@ -201,9 +201,9 @@ class ClassEmbedder(Condition):
         if str(wanted).isdecimal() and int(wanted) < self.config.n_classes:
             return int(wanted)
         if not self.numbers:
-            raise ValueError(f"this model draws classes, numbers from 0 to {self.unconditional}, and not {wanted!r}")
+            raise ValueError(f"the classes of this model are numbers from 0 to {self.unconditional}, not {wanted!r}")
         some = difflib.get_close_matches(str(wanted), self.numbers, 3) or list(self.numbers)[:5]
-        raise ValueError(f"this model draws {len(self.numbers)} classes, such as {', '.join(some)}, and not {wanted!r}")
+        raise ValueError(f"{wanted!r} is none of this model's {len(self.numbers)} classes, such as {', '.join(some)}")
 
 
 @condition("none")
@@ -226,4 +226,4 @@ class Nothing(Condition):
     def encode(self, prompts: Sequence[str | None]) -> None:
         for prompt in prompts:
             if prompt not in ("", None):
-                raise ValueError(f'this model is told nothing: its prompt must be "" or None, not {prompt!r}')
+                raise ValueError(f'this model has no condition: its prompt must be "" or None, not {prompt!r}')

@@ -333,7 +333,7 @@ def test_a_sweep_asks_with_each_value(corpus, clip, data, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"sweep_guidance_scale.json", "sweep_guidance_scale.png"}
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["guidance_scale", *found] and table[-2].startswith("patches, style")
-    with pytest.raises(ValueError, match="goes over guidance_scale, steps, sampler, not over seed"):
+    with pytest.raises(ValueError, match="varies one of guidance_scale, steps, sampler, not seed"):
         evaluation.sweep(evaluator, "seed")
 
 

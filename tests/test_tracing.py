@@ -86,5 +86,5 @@ def test_what_trace_cannot_follow_is_refused(sd, make_sd):
         trace(sd, "a", image=torch.zeros(3, 32, 32), t=1000)
     from minisd.conditions import ClassConfig
 
-    with pytest.raises(ValueError, match="told something else"):
+    with pytest.raises(ValueError, match="conditioned on a prompt alone, but this one has another condition"):
         trace(make_sd(cond_stage=ClassConfig(4, 32)), "a")

@@ -661,7 +661,7 @@ def test_a_batch_that_cannot_be_divided_evenly_is_refused(tmp_path, monkeypatch)
     engine.num_processes = 3
     with pytest.raises(ValueError, match="a batch of 8 can't be shared out evenly to 3 processes .* a multiple of 6"):
         Trainer(nn.Linear(2, 1), Recipe(batch_size=8, accumulate=2), tmp_path, engine)
-    with pytest.raises(ValueError, match="the batch can't be cut into parts: leave accumulate at 1"):
+    with pytest.raises(ValueError, match="the batch can't be cut into parts: set accumulate to 1"):
         CLIPRecipe(accumulate=2)
     monkeypatch.setenv("WORLD_SIZE", "2")  # without a launcher behind it
     with pytest.raises(ValueError, match="one of 2 processes, and a SingleDevice knows only itself"):

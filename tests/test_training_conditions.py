@@ -182,7 +182,7 @@ def test_classes_are_learned_with_the_unet_under_their_names(pictures, parts, tr
     # guidance goes away from "no class", which the empty prompt stands for
     assert torch.equal(loaded.txt2img("fox", steps=2, negative_prompt="").pictures, by_name)
     assert not torch.equal(loaded.txt2img("fox", steps=2, negative_prompt="pig").pictures, by_name)
-    with pytest.raises(ValueError, match=r"draws \d+ classes, such as fox\b.*, and not 'foxx'") as error:
+    with pytest.raises(ValueError, match=r"'foxx' is none of this model's \d+ classes, such as fox\b") as error:
         loaded.txt2img("foxx")
     assert "\n" not in str(error.value)
 
@@ -196,7 +196,7 @@ def test_a_class_model_is_trained_further_on_its_own_classes_alone(pictures, eng
     moved = after.cond_stage_model.embedding.weight - before.cond_stage_model.embedding.weight
     assert moved[fox].abs().max() > 0 and moved[pig].abs().max() < 1e-3 * 2  # weight decay alone
     few.rows[7] = few.rows[7] | {"concept": "gryphon"}
-    with pytest.raises(ValueError, match="and not 'gryphon'"):
+    with pytest.raises(ValueError, match="'gryphon' is none of"):
         train_unet(load(folder / "model", "cpu"), RECIPE, few, tmp_path / "other", engine)
 
 
@@ -356,5 +356,5 @@ def test_a_class_by_its_number_is_drawn_by_a_model_whose_classes_have_no_names()
     table = ClassEmbedder()
     assert table.number(3) == table.number("3") == 3 and table.number("") == 1000
     for wrong in ("fox", 1001, -1, "-1"):
-        with pytest.raises(ValueError, match="numbers from 0 to 1000, and not"):
+        with pytest.raises(ValueError, match="numbers from 0 to 1000, not"):
             table.number(wrong)

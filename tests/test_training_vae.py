@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from minisd import PRESETS, load
+from minisd import PRESETS, cli, load
 from minisd.checkpoint import read_json, save_clip
 from minisd.clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minisd.data import CaptionedPictures, draw_shapes
-from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, train_unet, train_vae
+from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, finished_vae, train_unet, train_vae
 from minisd.training.codebook import measure_codebook, revive_dead_codes
 from minisd.training.discriminator import (
     NLayerDiscriminator,
@@ -678,3 +678,23 @@ def test_a_decoder_alone_is_trained_only_from_a_finished_model(shapes, engine, t
         train_vae(SMALL, DECODER, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="decoder_only=True"):
         train_vae(load("tiny", "cpu"), VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)
+
+
+# --- the whole autoencoder, further ---------------------------------------------------------------------------------
+
+
+def test_a_whole_autoencoder_is_trained_further_at_the_size_of_the_data(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = load("tiny", "cpu").first_stage_model.state_dict()
+    cli.main(["data", "shapes", "--count", "20", "--size", "64", "--out", "shapes"])
+    further = ["train", "vae", "--no-decoder-only", "--data", "shapes", "--device", "cpu", "--batch-size", "4"]
+    cli.main([*further, "--init", "tiny", "--steps", "2", "--out", "first"])  # a finished model: 32 pixels
+    assert not Path("first/vae/model").exists()
+    assert Image.open("first/vae/samples/000002.png").size == (12 * 2 * 64 + 11 * 2, 2 * 2 * 64 + 2)
+    after, scale_factor = finished_vae("first/vae")
+    assert after.config == PRESETS["tiny"].first_stage and scale_factor > 0
+    steps = {name: (weight - before[name]).abs().max() for name, weight in after.state_dict().items()}
+    assert all(0 < step < 0.1 for step in steps.values()), "of the encoder, too, and from where the model stood"
+
+    cli.main([*further, "--init", "first/vae", "--preset", "tiny", "--steps", "1", "--out", "second"])  # a finished run
+    assert Image.open("second/vae/samples/000001.png").size == (12 * 2 * 32 + 11 * 2, 2 * 2 * 32 + 2)

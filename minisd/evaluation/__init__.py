@@ -16,9 +16,3 @@ from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features, find_
 from .run import Evaluation, Evaluator, Setting, evaluate, sweep
 from .scores import Score, score
 from .tables import report, report_composition, report_sweep
-
-__all__ = [
-    "Distance", "Evaluation", "Evaluator", "ImageTowerJudge", "Nearness", "NearestPicture", "PatchJudge", "Score",
-    "Setting", "evaluate", "evaluate_composition", "features", "find_nearest", "frechet_distance", "kernel_distance",
-    "measure_distance", "nearness", "report", "report_composition", "report_sweep", "score", "sweep",
-]  # fmt: skip

@@ -29,6 +29,7 @@ from .distances import MINIMUM, Distance, measure_distance
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 
+SPLITS = ("train", "test_pair", "test_concept")
 FEWEST = 10  # captions that a group needs; with fewer, a score is not meaningful
 BATCH = 50  # pictures that are drawn, or encoded and decoded, together
 
@@ -83,7 +84,7 @@ class Evaluator:
         folder: str | Path,
         clip: tuple[CLIPModel, BPETokenizer],
         count: int = 1000,
-        groups: Sequence[str] = ("train", "test_pair", "test_concept"),
+        groups: Sequence[str] = SPLITS,
     ):
         self.sd = sd
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
@@ -91,10 +92,8 @@ class Evaluator:
             raise ValueError(
                 f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do"
             )
-        members = {
-            split: [i for i, row in enumerate(data.rows) if row.get("split", "train") == split]
-            for split in ("train", "test_pair", "test_concept")
-        }
+        splits = [row.get("split", "train") for row in data.rows]
+        members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
         if not members["test_pair"]:
             raise ValueError(f"{folder} has no held-out pictures: no row has the split test_pair")
         for split in ("train", "test_pair"):
@@ -200,7 +199,7 @@ SWEEPS = {
 def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair") -> Sweep:
     """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`."""
     if what not in SWEEPS:
-        raise ValueError(f"a sweep goes over {', '.join(SWEEPS)}, not over {what}")
+        raise ValueError(f"a sweep varies one of {', '.join(SWEEPS)}, not {what}")
     found = {}
     for value in SWEEPS[what]:
         drawn = evaluator.draw(group, replace(setting, **{what: value}))

@@ -53,7 +53,7 @@ def score(
     drawn, true = model.diagonal().astype(float), real.diagonal().astype(float)
     chance = (model.sum(axis=1) - drawn) / (n - 1)  # the mean over all shuffles, computed exactly
 
-    # Sums over the pictures of each concept. A resample draws k of the k concepts with replacement, and takes all
+    # Sums over the pictures of each concept. A resample takes k of the k concepts at random, with replacement, and all
     # pictures of each.
     _, member = np.unique(concepts, return_inverse=True)
     sums = np.stack([np.bincount(member, weights=x) for x in (drawn, true, chance, np.ones(n))])  # [4 concepts]

@@ -484,9 +484,8 @@ def _weights(a: _Call, b: _Call, how: Callable = lambda x, y: _relation(x, y, 1e
             return f"its {name} has the shape {_shape(x)} in ours and {_shape(y)} in theirs"
         if much > 1e-6 * size:
             relation = how(x, y)
-            return (
-                f"its {name} differs by up to {_number(much)} of {_number(size)}{f': {relation}' if relation else ''}"
-            )
+            text = f"its {name} differs by up to {_number(much)} of {_number(size)}"
+            return f"{text}: {relation}" if relation else text
     return None
 
 
@@ -524,10 +523,8 @@ def _addition(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: 
 
 def _hints(a: _Call, b: _Call, before: list[tuple[_Call, _Call]], tolerance: float) -> list[str]:
     """Likely causes of the difference in this pair of layers, given the earlier pairs that agree."""
-    hints = []
-    for name, call in (("ours", a), ("theirs", b)):
-        if not call.output.isfinite().all():
-            hints.append(f"{name} gives NaN or infinity")
+    calls = {"ours": a, "theirs": b}
+    hints = [f"{name} gives NaN or infinity" for name, call in calls.items() if not call.output.isfinite().all()]
     if a.dtype != b.dtype:
         hints.append(f"ours computes in {a.dtype} and theirs in {b.dtype}".replace("torch.", ""))
     if _close(a.input, b.input, tolerance):

@@ -93,7 +93,7 @@ class Trace:
         for entry in self.entries:
             if entry.symbol == key:
                 return entry
-        raise KeyError(f"there is no {key!r} in this trace, but {', '.join(e.symbol for e in self.entries)}")
+        raise KeyError(f"there is no {key!r} in this trace: choose one of {', '.join(e.symbol for e in self.entries)}")
 
     def __str__(self) -> str:
         head = f" #  {'symbol':10} {'what it is':32} {'shape':15} {'dtype':7} {'min':>8} {'max':>8} {'std':>8}"
@@ -125,7 +125,10 @@ def trace(
             such step.
     """
     if not isinstance(sd.cond_stage_model, FrozenCLIPEmbedder) or sd.config.concat_channels:
-        raise ValueError("trace draws from a prompt alone: this model is told something else, or something more")
+        raise ValueError(
+            "trace needs a model that is conditioned on a prompt alone, but this one has another condition, or takes "
+            "further input channels such as a mask"
+        )
     if not isinstance(prompt, str):
         raise ValueError(f"trace follows one drawing: prompt must be one string, not {prompt!r}")
     if image is not None:
@@ -142,23 +145,16 @@ def _drawing(sd: LatentDiffusion, prompt: str, steps: int, scale: float, seed: S
     now, last = run[step], run[len(run) - 1]
     x_t, following = "x_T" if step == 0 else f"x_{now.t}", run[step + 1].t if step + 1 < steps else 0
 
-    entries = _conditioning(sd, prompt)
+    # With a guidance scale of 1, there is no prediction for the empty prompt.
+    predictions = ["eps_without_guidance"] if now.eps_cond is None else ["eps_uncond", "eps_cond", "eps"]
     visited = torch.tensor([s.t for s in run], device="cpu")
-    entries += [
+    entries = [
+        *_conditioning(sd, prompt),
         _entry("c_empty", sd.get_learned_conditioning([""])),
         _entry("timesteps", visited, steps=steps, last=sd.schedule.timesteps - 1),
         _entry("x_T" if step == 0 else "x_t", now.x_t, t=now.t),
         *_time(sd, now.t, f"timesteps[{step}]"),
-    ]
-    if now.eps_cond is not None:
-        entries += [
-            _entry("eps_uncond", now.eps_uncond, x_t=x_t, t=now.t),
-            _entry("eps_cond", now.eps_cond, x_t=x_t, t=now.t),
-            _entry("eps", now.eps, s=scale),
-        ]
-    else:  # with a guidance scale of 1, there is no prediction for the empty prompt
-        entries.append(_entry("eps_without_guidance", now.eps, t=now.t))
-    entries += [
+        *(_entry(key, getattr(now, key, now.eps), x_t=x_t, t=now.t, s=scale) for key in predictions),
         _entry("x0", now.x0),
         _entry("x_prev", now.x, t=following),
         _entry("z", last.x, steps=steps),
@@ -184,13 +180,14 @@ def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: Se
     x_t = sd.q_sample(z, at, noise)
     context = sd.get_learned_conditioning([prompt])
     parameterization = sd.config.parameterization
-    what = {"eps": "noise", "v": "velocity", "x0": "latent"}[parameterization]
-    mean_square = f"the mean square of the error in {parameterization}"
-    if parameterization == "eps":
-        mean_square = "L = mean |ε - ε(x_t, t, c)|²"
+    what, mean_square = {
+        "eps": ("noise", "L = mean |ε - ε(x_t, t, c)|²"),
+        "v": ("velocity", "the mean square of the error in v"),
+        "x0": ("latent", "the mean square of the error in x0"),
+    }[parameterization]
 
-    entries = _conditioning(sd, prompt)
-    entries += [
+    entries = [
+        *_conditioning(sd, prompt),
         _entry("x_of_the_data", x),
         _entry("E(x)", posterior if isinstance(posterior, Tensor) else posterior.mode()),
         _entry("z_of_the_data", z, scale_factor=sd.scale_factor),

@@ -13,9 +13,4 @@ from .engine import Engine, SingleDevice, make_engine
 from .perceptual import LPIPS, CLIPPerceptual
 from .trainer import EMA, Batch, Recipe, Trainer
 from .unet import UNetRecipe, train_unet
-from .vae import VAERecipe, train_vae
-
-__all__ = [
-    "EMA", "LPIPS", "Batch", "CLIPPerceptual", "CLIPRecipe", "Engine", "Recipe", "SingleDevice", "Trainer",
-    "UNetRecipe", "VAERecipe", "make_engine", "train_clip", "train_unet", "train_vae",
-]  # fmt: skip
+from .vae import VAERecipe, finished_vae, train_vae

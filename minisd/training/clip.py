@@ -34,8 +34,8 @@ class CLIPRecipe(Recipe):
         super().__post_init__()
         if self.accumulate != 1:
             raise ValueError(
-                "CLIP tells each picture apart from all others of its batch, so the batch can't be cut into parts: "
-                f"leave accumulate at 1 (not {self.accumulate}), and take a smaller batch_size or more processes"
+                f"accumulate is {self.accumulate}, but CLIP compares each picture with all captions of its batch, so "
+                "the batch can't be cut into parts: set accumulate to 1, and use a smaller batch_size or more processes"
             )
 
 
@@ -75,8 +75,8 @@ def train_clip(
         )
     if recipe.batch_size > len(data):
         raise ValueError(
-            f"CLIP tells each picture of a batch apart from all others, and a batch of {recipe.batch_size} would hold "
-            f"some of the {len(data)} pictures twice: take a batch_size of at most {len(data)}"
+            f"a batch of {recipe.batch_size} would hold some of the {len(data)} pictures twice, and CLIP can't tell "
+            f"two equal pictures apart: take a batch_size of at most {len(data)}"
         )
     torch.manual_seed(recipe.seed)  # the initial weights
 

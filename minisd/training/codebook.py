@@ -39,13 +39,13 @@ def revive_dead_codes(
     # A code is dead if it is not the nearest code of any vector of these pictures.
     dead = vae.quantize.usage(vae.quantize.nearest(h)) == 0
     vectors = h.movedim(1, -1).flatten(0, -2)
-    drawn = vectors[torch.from_numpy(random.integers(len(vectors), size=int(dead.sum()))).to(vectors.device)]
+    chosen = vectors[torch.from_numpy(random.integers(len(vectors), size=int(dead.sum()))).to(vectors.device)]
     moved = torch.stack([codes, mean_codes])
-    moved[:, dead] = drawn
+    moved[:, dead] = chosen
     # All processes encode the same pictures, but their rounding may differ. So all take the result of the first one.
     for ours, given in zip((codes, mean_codes), engine.gather(moved[None])[0], strict=True):
         ours.copy_(given)
-    return len(drawn)
+    return len(chosen)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ the start. A text encoder that was trained before, such as CLIP's, is not change
 once as well. A table of class embeddings is trained along with the UNet. A training step is algorithm 1 of DDPM (Ho et
 al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 
-    draw a latent z, a timestep t and noise ε, and mix them into z_t
+    sample a latent z, a timestep t and noise ε, and mix them into z_t
     replace one caption in ten by the empty prompt                     (added, for classifier-free guidance)
     take a gradient step on ‖ε - ε_θ(z_t, t, context)‖²
     update the running mean of the weights                             (added: EMA)
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoint import cast, load_clip, load_weights, read_weights, write_weights
+from ..checkpoint import cast, load_clip, write_weights
 from ..conditions import CONDITIONS, Captions, condition_of
 from ..data import Corpus
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
@@ -31,7 +31,7 @@ from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer, digest, fingerprint
-from .vae import encode_all, posterior_of, read_first_stage
+from .vae import encode_all, finished_vae, posterior_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def train_unet(
     trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data, prompts), describe=data.describe)
 
     # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
-    # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can draw a new z.
+    # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can sample a new z.
     # After that, a step costs one forward and one backward pass through the UNet. If there are too many pictures to
     # keep all this, each step encodes its own, which costs about a fifth more.
     nothing = sd.get_learned_conditioning([condition.unconditional])
@@ -112,9 +112,9 @@ def train_unet(
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
-                # For each picture of the batch, draw one wording of its prompt, a timestep t from {0, …, T-1}, and
-                # whether to drop the prompt. All are [b]. The model has to learn to predict the noise without a prompt
-                # too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
+                # For each picture of the batch, choose at random one wording of its prompt, a timestep t from
+                # {0, …, T-1}, and whether to drop the prompt. All are [b]. The model has to learn to predict the noise
+                # without a prompt too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
                 # arXiv:2207.12598, algorithm 1).
                 form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps).to(engine.device)
                 forget = batch.rand() < recipe.text_dropout
@@ -215,8 +215,8 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple
         raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
     if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
         raise ValueError(
-            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, which the "
-            "loop does not make: train one that draws from captions alone, or for inpainting"
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
+            "no condition of minisd makes these: train a model without them, or one for inpainting"
         )
     if data.size != sd.config.image_size:
         raise ValueError(
@@ -260,16 +260,16 @@ def assemble(
     column: str | None = None,
 ) -> LatentDiffusion:
     """A model with a newly initialised UNet, the autoencoder of a finished run and, for captions, its text encoder."""
-    first_stage, scale_factor = read_first_stage(vae_folder)
-    if config.unet.in_channels != first_stage.embed_dim:
+    vae, scale_factor = finished_vae(vae_folder)
+    if config.unet.in_channels != vae.config.embed_dim:
         raise ValueError(
-            f"the latents of the autoencoder in {vae_folder} have {first_stage.embed_dim} channels, and the UNet takes "
+            f"the latents of the autoencoder in {vae_folder} have {vae.config.embed_dim} channels, and the UNet takes "
             f"{config.unet.in_channels}: train both with the same preset"
         )
     if column is not None and not CONDITIONS[condition].reads_column:
-        raise ValueError(f"{condition} are not read from a column, so name none (not {column!r})")
+        raise ValueError(f"{condition} are not read from a column: leave column out (it is {column!r})")
     # The autoencoder's run decides which latents there are, and by which factor they get about unit variance.
-    config = replace(config, first_stage=first_stage, scale_factor=scale_factor)
+    config = replace(config, first_stage=vae.config, scale_factor=scale_factor)
     # For captions, CLIP's run brings the text encoder and the tokenizer that it was trained with.
     clip, tokenizer = None, None
     if issubclass(CONDITIONS[condition], Captions):
@@ -280,8 +280,7 @@ def assemble(
     # Only the UNet, and a table of classes, keep their random weights. The rest was trained before.
     if clip is not None:
         sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
-    weights = Path(vae_folder) / "vae.safetensors"
-    load_weights(sd.first_stage_model, read_weights(weights), weights)
+    sd.first_stage_model = vae
     return sd
 
 

@@ -37,7 +37,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, part_from_json, part_to_json, read_json, write_json, write_weights
+from .. import checkpoint
 from ..data import Corpus
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
@@ -67,9 +67,9 @@ class VAERecipe(Recipe):
     disc_num_layers: int = 3  # its convolutions of stride 2: with 3 it sees patches of 70 pixels, with 2 of 34
     disc_ndf: int = 64  # its channels after the first convolution
     decoder_only: bool = False  # train only the decoder of a finished autoencoder, so that the latents do not change
-    # The largest standard deviation of noise that is added to the latents before decoding, in their own units; for each
-    # picture it is drawn between 0 and this. A sampler's result is never exactly a latent of the encoder. This noise
-    # teaches the decoder to accept small errors.
+    # The largest standard deviation of noise that is added to the latents before decoding, in their own units. For
+    # each picture it is chosen at random between 0 and this. A sampler's result is never exactly a latent of the
+    # encoder. This noise teaches the decoder to accept small errors.
     latent_noise: float = 0.0
 
     def betas(self, network: str) -> tuple[float, float]:
@@ -166,9 +166,9 @@ def train_vae(
         if quantised:
             measured |= measure_codebook(vae, data, engine)
         if engine.is_main_process:
-            write_weights(vae.state_dict(), folder / "vae.safetensors")
-            record = {"first_stage": part_to_json(config), **measured, "recipe": asdict(recipe)}
-            write_json(record, folder / "vae.json")
+            checkpoint.write_weights(vae.state_dict(), folder / "vae.safetensors")
+            record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
+            checkpoint.write_json(record, folder / "vae.json")
         engine.wait_for_everyone()
         if sd is not None:
             sd.eval().first_stage_model = vae
@@ -225,7 +225,7 @@ def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> 
 
 
 def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, most: float) -> Float[Tensor, "b z h w"]:
-    """σ ε with ε ~ N(0, I), where σ is drawn uniformly between 0 and `most` for each picture."""
+    """σ ε with ε ~ N(0, I), where σ is chosen uniformly between 0 and `most` for each picture."""
     height, width = (side // vae.config.downsampling for side in x.shape[-2:])
     sigma = most * batch.rand().view(-1, 1, 1, 1)
     return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)
@@ -269,14 +269,22 @@ class AutoencoderLoss:
         return loss, figures
 
 
-def read_first_stage(folder: str | Path) -> tuple[AutoencoderConfig | VQConfig, float]:
-    """The configuration of a finished run's autoencoder, and the scale factor of its latents."""
-    path = Path(folder) / "vae.json"
-    record = read_json(path)
+def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
+    """The autoencoder of a finished run or of a model that `load` can read, and the scale factor of its latents."""
+    file, weights = Path(path) / "vae.json", Path(path) / "vae.safetensors"
+    if not file.exists():
+        sd = checkpoint.load(path, "cpu")
+        return sd.first_stage_model, sd.scale_factor
+    record = checkpoint.read_json(file)
     try:
-        return part_from_json("first_stage", record["first_stage"]), float(record["scale_factor"])
+        config = checkpoint.part_from_json("first_stage", record["first_stage"])
+        scale_factor = float(record["scale_factor"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe an autoencoder of minisd ({error})") from None
+        raise checkpoint.CheckpointError(f"{file} does not describe an autoencoder of minisd ({error})") from None
+    with torch.device("meta"):  # without random weights, which would be overwritten
+        vae = FIRST_STAGES[type(config)](config)
+    checkpoint.load_weights(vae, checkpoint.read_weights(weights), weights)
+    return vae.eval().requires_grad_(False), scale_factor
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> Figu
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
-    # A closed figure can still be drawn on. A notebook would show an open one twice, because it shows all open figures
+    # A closed figure can still be changed. A notebook would show an open one twice, because it shows all open figures
     # at the end of a cell.
     plt.close(figure)
     return figure
@@ -40,17 +40,18 @@ def place(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
 
 
 def side_by_side(
-    panels: Mapping, width: float, height: float, **options
+    panels: Mapping, width: float, height: float, xlabel: str = "", ylabel: str = "", **options
 ) -> tuple[Figure, list[tuple[Axes, str, object]]]:
     """A figure with a row of panels, each `width` inches wide, and for each panel: its axes, title and content.
 
-    The panels have no upper and right frame lines.
+    The panels have no upper and right frame lines. xlabel: below each panel; ylabel: left of the first.
     """
     figure = empty_figure(width * len(panels), height, layout="constrained")
     row = list(figure.subplots(1, len(panels), squeeze=False, **options)[0])
-    for axes in row:
+    for axes, title in zip(row, panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis also has labels at minor ticks
+        name_axes(axes, title, xlabel, ylabel if axes is row[0] else "")
     return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
 

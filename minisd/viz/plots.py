@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .page import COLOURS, Figure, as_array, legend_below, line_style, name_axes, side_by_side
+from .page import COLOURS, Figure, as_array, legend_below, line_style, side_by_side
 
 
 def curves(
@@ -21,7 +21,7 @@ def curves(
 
     log: the titles of the panels whose y axis is logarithmic.
     """
-    figure, row = side_by_side(panels, width, height)
+    figure, row = side_by_side(panels, width, height, xlabel, ylabel)
     named = []  # the lines in the last legend; a panel with the same lines needs no legend
     for axes, title, lines in row:
         for i, (name, (x, y)) in enumerate(lines.items()):
@@ -29,7 +29,6 @@ def curves(
         if any(lines) and list(lines) != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
             named = list(lines)
-        name_axes(axes, title, xlabel, ylabel if axes is figure.axes[0] else "")
         if title in log:
             axes.set_yscale("log")
     return figure
@@ -99,7 +98,6 @@ def histograms(
             x = mean + sqrt(variance) * torch.linspace(-4, 4, 161)
             density = torch.exp(-((x - mean) ** 2) / (2 * variance)) / sqrt(2 * torch.pi * variance)
             axes.plot(x.numpy(), density.numpy(), color="black", lw=1, ls="--", label=gaussian_label)
-        axes.set_title(title, fontsize=9)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
     legend_below(figure, *figure.axes[0].get_legend_handles_labels())
@@ -117,8 +115,8 @@ def convergence(
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, row = side_by_side(panels, width=3.8, height=3.1)
-    for axes, title, lines in row:
+    figure, row = side_by_side(panels, 3.8, 3.1, "calls of the model", ylabel)
+    for axes, _, lines in row:
         xs = [as_array(x) for x, _ in lines.values()]
         ys = [as_array(y) for _, y in lines.values()]
         x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
@@ -138,15 +136,13 @@ def convergence(
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        name_axes(axes, title, "calls of the model", ylabel if axes is figure.axes[0] else "")
-        if axes is figure.axes[0]:
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
 def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: float = 8.0) -> Figure:
     """Which timesteps are visited, from T - 1 down to 0: {label: (timesteps, text at the end of the line)}."""
-    figure, [(axes, *_)] = side_by_side({"": rows}, width, 0.62 * len(rows) + 0.45)
+    figure, [(axes, *_)] = side_by_side({"": rows}, width, 0.62 * len(rows) + 0.45, "t")
     for i, (timesteps, end) in enumerate(rows.values()):
         y = len(rows) - 1 - i
         axes.plot([T - 1, 0], [y, y], color="0.8", lw=1, zorder=1)
@@ -158,8 +154,7 @@ def ruler(rows: Mapping[str, tuple[Sequence[int], str]], T: int = 1000, width: f
     axes.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xticks([t for t in range(0, T, T // 5)] + [T - 1])
-    axes.set_xlabel("t", fontsize=8)
+    axes.set_xticks([*range(0, T, T // 5), T - 1])
     return figure
 
 
@@ -177,8 +172,8 @@ def with_errors(
     have an order. marks: the heights of grey lines across all panels.
     """
     width = 0.8 / len(panels) + max(1.9, 0.55 * len(values))  # of a panel, including its share of the ylabel
-    figure, row = side_by_side(panels, width, 2.9)
-    for axes, title, named in row:
+    figure, row = side_by_side(panels, width, 2.9, xlabel, ylabel)
+    for axes, _, named in row:
         for i, (name, numbers) in enumerate(named.items()):
             x = torch.arange(len(values)) + 0.12 * (i - (len(named) - 1) / 2)  # so that error bars don't overlap
             y, error = torch.tensor(numbers, dtype=torch.float).T
@@ -188,8 +183,6 @@ def with_errors(
         for height in marks:
             axes.axhline(height, color="0.8", lw=0.8, zorder=0)
         axes.set_xticks(range(len(values)), values, rotation=30, ha="right")
-        name_axes(axes, title, xlabel)
         if any(named):
             axes.legend(frameon=False, fontsize=7)
-    figure.axes[0].set_ylabel(ylabel, fontsize=8)
     return figure

@@ -136,7 +136,7 @@ def walks(x_0: Float[Tensor, "n 2"], panels: Mapping[str, Float[Tensor, "s k 2"]
     reach = 1.08 * max(points.abs().max().item() for points in (x_0, *panels.values()))  # the same in all panels
     figure, row = side_by_side(panels, width=2.6, height=2.7)
     data = as_array(x_0)
-    for axes, title, paths in row:
+    for axes, _, paths in row:
         axes.scatter(data[:, 0], data[:, 1], s=9, color="0.72", linewidths=0, zorder=1)
         for k, path in enumerate(as_array(paths).swapaxes(0, 1)):
             colour = COLOURS[k % len(COLOURS)]
@@ -146,7 +146,6 @@ def walks(x_0: Float[Tensor, "n 2"], panels: Mapping[str, Float[Tensor, "s k 2"]
             axes.plot(*path[-1], "o", color=colour, markersize=4.5, zorder=4)
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -155,12 +154,11 @@ def pursuit(exact: tuple, panels: Mapping[str, tuple]) -> Figure:
 
     x is the noise level. It decreases to the right, because sampling goes from left to right.
     """
-    figure, row = side_by_side(panels, width=2.5, height=2.3, sharey=True)
-    for i, (axes, title, (x, y)) in enumerate(row):
+    figure, row = side_by_side(panels, 2.5, 2.3, r"$\sigma$", r"$\bar x$", sharey=True)
+    for i, (axes, _, (x, y)) in enumerate(row):
         axes.plot(*map(as_array, exact), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
         axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
-        name_axes(axes, title, r"$\sigma$", "" if i else r"$\bar x$", upright=True)
         axes.invert_xaxis()
-        if i == 0:
-            axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].yaxis.label.set_rotation(0)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
