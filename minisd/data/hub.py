@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .captioned_pictures import decode
+from .captioned_pictures import decode_file
 from .folder import corpus_folder, write_corpus
 
 
@@ -52,7 +52,7 @@ def fetch_dataset(
         for read, (data, caption) in enumerate(stream, 1):
             if caption:
                 with suppress(ValueError):  # raised if the picture can't be read
-                    pictures.append(decode(data, size))
+                    pictures.append(decode_file(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
             raise ValueError(
