@@ -25,6 +25,7 @@ from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, load, 
 from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import CaptionedPictures, build_emoji, draw_shapes, fetch_dataset
+from .data.text import printable
 from .evaluation import Evaluator, Setting, evaluate, report, report_sweep, sweep
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
@@ -62,14 +63,17 @@ class Txt2Img:
     dtype: Dtype = "fp32"  # what the networks compute in
 
     def run(self) -> None:
+        if self.scale is not None and self.scale < 1:
+            raise ValueError(f"--scale enlarges each pixel to a square of at least 1 pixel, not {self.scale}")
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
         out = self.draw(
             sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
-            negative_prompt=self.negative, num_images=self.num_images, height=self.height or sd.config.image_size,
-            width=self.width or sd.config.image_size, progress=True,
+            negative_prompt=self.negative, num_images=self.num_images, progress=True,
+            height=sd.config.image_size if self.height is None else self.height,
+            width=sd.config.image_size if self.width is None else self.width,
         )  # fmt: skip
         scale = self.scale or max(1, 128 // out.images[0].width)
         sheet(out.images, scale=scale).save(self.out)
@@ -161,7 +165,7 @@ class Training:
         engine = training.make_engine(self.device, self.precision)
         wrote = self.train(engine)
         if engine.is_main_process:  # only one of several processes prints
-            print(f"wrote {wrote}")
+            print(f"wrote {printable(wrote)}")
 
     def pictures(self, size: int, captions: bool = True) -> CaptionedPictures:
         return CaptionedPictures(_corpus(self.data), size, "train", captions)
@@ -184,7 +188,8 @@ class TrainVAE(Training):
     """Train the autoencoder, and measure the scale factor of its latents."""
 
     recipe: training.VAERecipe
-    first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: from a codebook
+    # kl (if left out): latents near N(0, I), as in Stable Diffusion; vq: from a codebook
+    first_stage: Literal["kl", "vq"] | None = None
     # a finished model whose decoder is trained further: "emoji", or anything else that --model of txt2img takes; the
     # rest of the model does not change
     init: str | None = None
@@ -198,6 +203,8 @@ class TrainVAE(Training):
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
         folder, config = self.out / "vae", PRESETS[self.preset]
         if self.init:
+            if self.first_stage:
+                raise ValueError(f"the autoencoder of {self.init} stays as it is: leave --first-stage out")
             sd = load(self.init, engine.device)
             data, clip = self.pictures(sd.config.image_size, False), self.init if has_clip(self.init) else None
             training.finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
@@ -234,14 +241,16 @@ class TrainUNet(Training):
     init: str | None = None
     condition: Condition | None = None  # what the model is conditioned on, if it is trained from scratch
     class_column: str | None = None  # the column of metadata.jsonl with the class; if left out, the folders' names
-    parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet predicts, if it is trained from scratch
+    # what the UNet predicts, if it is trained from scratch; if left out, eps
+    parameterization: Literal["eps", "v", "x0"] | None = None
     keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
         folder = self.out / "unet"
         if self.init:
-            if self.condition or self.class_column:
-                raise ValueError(f"what {self.init} is told stays as it is: leave --condition and --class-column out")
+            if self.condition or self.class_column or self.parameterization:
+                flags = "--condition, --class-column and --parameterization"
+                raise ValueError(f"what {self.init} is told and predicts stays as it is: leave {flags} out")
             sd, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
             data = self.pictures(sd.config.image_size, sd.cond_stage_model.needs_captions)
             training.finetune_unet(sd, self.recipe, data, folder, engine, clip, self.keep_at)
@@ -254,7 +263,7 @@ class TrainUNet(Training):
                     raise FileNotFoundError(
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
-            config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+            config = replace(PRESETS[self.preset], parameterization=self.parameterization or "eps")
             data = self.pictures(config.image_size, captions)
             sd = training.train_unet(
                 config, self.recipe, data, folder, engine, **{"clip": None} | parts, keep_at=self.keep_at,
@@ -285,6 +294,9 @@ class Evaluate:
     def run(self) -> None:
         setting = Setting(self.steps, self.guidance, self.sampler, self.seed)
         corpus, sd, clip = _corpus(self.data), load(self.model, self.device), self.towers()
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            _check_writable(self.out / "scores.json", (".json",))
         if self.sweep:
             what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)
             evaluator = Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
@@ -310,7 +322,7 @@ class Info:
     variant: str | None = None  # which weights of a diffusers folder, such as fp16
 
     def run(self) -> None:
-        print(describe(self.path, self.variant))
+        print(printable(describe(self.path, self.variant)))
 
 
 @dataclass(frozen=True)
@@ -360,18 +372,21 @@ def one_of(**commands):
 class Start:
     """What a training starts from. The defaults of its other flags depend on these two, so they are read first."""
 
-    preset: Preset = "emoji"
+    preset: Preset | None = None
     init: str | None = None
 
     def commands(self):
         """All commands. The defaults of the trainings' flags are this preset's recipes, or the recipes for `--init`."""
-        data = Path("data", "shapes" if self.preset == "tiny" else "emoji")
-        given = {"preset": self.preset, "data": data, "out": Path("runs", "finetuned" if self.init else self.preset)}
-        unet, vae, told = recipes.UNET[self.preset], recipes.VAE[self.preset], "captions"
+        preset = self.preset or "emoji"
+        data = Path("data", "shapes" if preset == "tiny" else "emoji")
+        given = {"preset": preset, "data": data, "out": Path("runs", "finetuned" if self.init else preset)}
+        unet, vae, told = recipes.UNET[preset], recipes.VAE[preset], "captions"
         if self.init:
+            if self.preset:
+                raise ValueError(f"the sizes of the networks are those of {self.init}: leave --preset out")
             unet, vae, told = recipes.FINETUNE, recipes.FINETUNE_DECODER, None
         trainings = one_of(
-            clip=TrainCLIP(**given, recipe=recipes.CLIP[self.preset]),
+            clip=TrainCLIP(**given, recipe=recipes.CLIP[preset]),
             vae=TrainVAE(**given, recipe=vae),
             unet=TrainUNet(**given, recipe=unet, condition=told),
         )
@@ -387,6 +402,15 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
+    new = not os.path.lexists(path)
+    if not new and not path.is_file():
+        raise ValueError(f"{path} is there, and it is not a file: give another name")
+    try:
+        path.open("ab").close()  # changes nothing in a file that is there
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): give another path") from None
+    if new:
+        path.unlink()
 
 
 def _corpus(folder: Path) -> Path:
@@ -401,15 +425,15 @@ def _corpus(folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. If the user made a mistake, print one sentence instead of a traceback."""
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
-    command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
     try:
+        start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
+        command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(f"note: {printable(message)}", file=sys.stderr)
             command.run()
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"minisd: {error}")
+        sys.exit(f"minisd: {printable(error)}")

@@ -121,12 +121,12 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
 
     A picture in a subfolder also has a "folder": the subfolder's name. captions: whether a picture needs one.
     """
-    rows, skipped = [], []
+    rows, skipped, guessed = [], [], []
     for name in picture_files(folder):
         path = folder / name
         beside = path.with_suffix(".txt")
         try:
-            caption = " ".join(read_text(beside).split()) if beside.exists() else ""
+            caption = " ".join(read_text(beside, guessed).split()) if beside.exists() else ""
         except ValueError as error:
             skipped.append((name, str(error)))
             continue
@@ -136,6 +136,11 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
         rows.append({"file_name": name, "text": caption})
         if path.parent != folder:
             rows[-1]["folder"] = path.parent.name
+    if guessed:
+        others = f", nor are {len(guessed) - 1} others" if guessed[1:] else ""
+        warnings.warn(
+            printable(f"{guessed[0]}{others}: read as Windows-1252, save as UTF-8 if that is wrong"), stacklevel=4
+        )
     return rows, skipped
 
 

@@ -8,22 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, guessed: list[str] | None = None) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark, as Windows saves it. Lines end in "\\n".
 
-    Raises ValueError, which names the file and the byte, if it is anything else.
+    guessed: if given, text that is neither is read as Windows-1252, in which older programs save "é", and described
+    here. Otherwise it raises ValueError, which names the file and the byte.
     """
     if not path.is_file():  # a pipe, say, whose reader would wait for ever
         raise ValueError(f"{path} is not a file")
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        if b"\0" in data and encoding == "utf-8-sig":  # valid UTF-8, but no text: UTF-16 without its mark, or no text
-            raise UnicodeDecodeError(encoding, data, data.index(0), data.index(0) + 1, "")
         text = data.decode(encoding)
+        wrong = text.find("\0")  # UTF-16 without its mark is valid UTF-8, but no text
     except UnicodeDecodeError as error:
-        at = f"byte {error.start} is 0x{data[error.start]:02x}"
-        raise ValueError(f"{path} is not text in UTF-8 ({at}): save it as UTF-8") from None
+        text, wrong = "", error.start
+    if wrong >= 0:
+        problem = f"{path} is not text in UTF-8 (byte {wrong} is 0x{data[wrong]:02x})"
+        if guessed is None or encoding == "utf-16" or b"\0" in data:
+            raise ValueError(f"{problem}: save it as UTF-8")
+        text = data.decode("cp1252")
+        guessed.append(problem)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
