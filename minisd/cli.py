@@ -403,8 +403,6 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
     new = not os.path.lexists(path)
-    if not new and not path.is_file():
-        raise ValueError(f"{path} is there, and it is not a file: give another name")
     try:
         path.open("ab").close()  # changes nothing in a file that is there
     except OSError as error:

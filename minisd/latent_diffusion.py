@@ -278,8 +278,9 @@ class LatentDiffusion(nn.Module):
         if start_code is None:
             start_code = randn((len(prompts), *shape), generators)
         elif (height, width) != (None, None) and start_code.shape[1:] != shape:
-            given = list(start_code.shape[1:])
-            raise ValueError(f"start_code has the shape {given} and not {list(shape)}, as height and width ask for")
+            raise ValueError(
+                f"start_code is {list(start_code.shape)}, and height and width ask for {[len(prompts), *shape]}"
+            )
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)

@@ -65,10 +65,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if pixels.dtype.kind in "bf" and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:
         pixels = (pixels * 255.0).round().astype(np.uint8)
     if pixels.dtype != np.uint8 or not pixels.size or (pixels.ndim != 2 and pixels.shape[2:] not in ((3,), (4,))):
-        raise ValueError(
-            f"an array must be [H W], [H W 1], [H W 3] or [H W 4] of uint8, of bool or of floats in [0, 1], and this "
-            f"one is {list(array.shape)} of {array.dtype}"
-        )
+        kinds = "[H W], [H W 1], [H W 3] or [H W 4] of uint8, of bool or of floats in [0, 1]"
+        raise ValueError(f"an array must be {kinds}, and this one is {list(array.shape)} of {array.dtype}")
     return Image.fromarray(pixels)
 
 
@@ -129,7 +127,7 @@ def read_mask(mask: Picture, height: int, width: int) -> Float[Tensor, "b 1 H W"
         # Where a large mask is made smaller, NEAREST jumps over thin strokes. What it jumped over is found again.
         near = F.max_pool2d(mask, 3, stride=1, padding=1)
         mask = torch.maximum(mask, F.adaptive_max_pool2d(whole, (height, width)) * (1 - near))
-    if tuple(mask.shape[-2:]) != (height, width):
+    if tuple(mask.shape[-2:]) != (height, width) or not mask.numel():
         raise ValueError(f"mask must have the picture's size, {height}x{width}, not {list(mask.shape)}")
     mask = (mask.reshape(-1, 1, height, width) >= 0.5).float()
     if not mask.flatten(1).any(1).all():

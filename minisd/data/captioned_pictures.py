@@ -84,11 +84,11 @@ def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skip
     two files name has the row of the one that is nearer to it, or of metadata.jsonl.
     """
     rows, skipped, named_in = [], [], {}
-    needed = "no JSON object with a file_name and a text" if captions else "no JSON object with a file_name"
+    needed = "a file_name and a text" if captions else "a file_name"
     for path in metadata_files(folder):
         place = path.parent.relative_to(folder)
         for number, row in read_table(path):
-            reason = needed
+            reason = f"no {'JSON object' if path.suffix == '.jsonl' else 'row'} with {needed}"
             try:
                 row = json.loads(row) if isinstance(row, str) else row
                 name, text = place / row["file_name"], row.get("text") or ""
@@ -162,13 +162,9 @@ def read_templates(folder: Path) -> tuple[str, ...]:
 
 
 def file_marks(folder: Path, rows: list[dict]) -> Int64[np.ndarray, "n 2"]:
-    """The size of each row's file and the time of its last change; -1 if there is no such file."""
-    marks = np.full((len(rows), 2), -1, np.int64)
-    for i, row in enumerate(rows):
-        with suppress(OSError, ValueError):  # ValueError: a name that no file can have
-            found = os.stat(f"{folder}/{row['file_name']}")
-            marks[i] = found.st_size, found.st_mtime_ns
-    return marks
+    """The size of each row's file, and the time of its last change. Raises OSError or ValueError if one is missing."""
+    found = (os.stat(f"{folder}/{row['file_name']}") for row in rows)
+    return np.array([(file.st_size, file.st_mtime_ns) for file in found], np.int64)
 
 
 def times_of_files(packed: Path, count: int) -> Int64[np.ndarray, "n"]:
@@ -186,23 +182,23 @@ def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] 
     another size or another time may have changed, so its picture is compared. (All are, if they come from an earlier
     version of minisd, which recorded nothing, or were copied without their times.)
     """
-    marks, seen = file_marks(folder, rows), None
+    path, compared = folder / "pictures.npy", range(len(rows))
     try:
-        if (folder / "pictures.npy").is_file():
-            packed = np.load(folder / "pictures.npy", mmap_mode="r")
-            with (folder / "pictures.npy").open("rb") as file, suppress(ValueError, EOFError):
+        if path.is_file():
+            packed, marks = np.load(path, mmap_mode="r"), file_marks(folder, rows)
+            with path.open("rb") as file, suppress(ValueError, EOFError):
                 file.seek(packed.offset + packed.nbytes)
-                seen = np.stack([np.load(file), times_of_files(folder / "pictures.npy", len(rows))], 1)
+                written = np.stack([np.load(file), times_of_files(path, len(rows))], 1)
+                compared = np.flatnonzero((marks != written).any(1))
         elif (folder / "pictures.webp").is_file():
             packed = read_sheet(folder / "pictures.webp", len(rows))
-            seen = np.full_like(marks, -1)  # the sample's pictures are here only, and not in files
+            compared = [i for i in compared if (folder / rows[i]["file_name"]).exists()]  # the sample has no such files
         else:
             return None
         size = packed.shape[1] if packed.ndim == 4 else 0
         if packed.dtype != np.uint8 or packed.shape != (len(rows), size, size, 3):
             return None
-        changed = range(len(rows)) if np.shape(seen) != marks.shape else np.flatnonzero((seen != marks).any(1))
-        for i in tqdm(changed, "comparing pictures", disable=len(changed) < 2000):
+        for i in tqdm(compared, "comparing pictures", disable=len(compared) < 2000):
             if not np.array_equal(decode_file(folder / rows[i]["file_name"], size), packed[i]):
                 return None
     except Exception:  # it is broken, in one of many ways: the files are read instead, and errors name them
