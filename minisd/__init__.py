@@ -9,6 +9,8 @@ tokenizer), sampling, latent_diffusion. Beside them: data (captioned pictures), 
 instruments (trace, record_attention, compare), viz, cli.
 """
 
+import sys
+
 from . import data, sampling, viz
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
 from .checkpoint import CheckpointError, load, load_clip, save
@@ -29,6 +31,11 @@ from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution,
 from .vq import VQConfig, VQModel, VQModelInterface
 
 __version__ = "0.2.0"
+
+# Pipes on Windows and some terminals cannot encode "ᾱ" or "∅". They get "\u1fb1" instead of an error.
+for _stream in (sys.stdout, sys.stderr):
+    if getattr(_stream, "errors", None) == "strict" and hasattr(_stream, "reconfigure"):
+        _stream.reconfigure(errors="backslashreplace")
 
 __all__ = [
     "AttentionBlock", "AttentionMaps", "AutoencoderConfig", "AutoencoderKL", "BPETokenizer", "CLIPModel",

@@ -26,6 +26,7 @@ from .checkpoint import describe, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
+from .data.text import printable
 from .instruments.verify import verify
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
@@ -63,14 +64,17 @@ class Txt2Img:
     dtype: Dtype = "fp32"  # what the networks compute in
 
     def run(self) -> None:
+        if self.scale is not None and self.scale < 1:
+            raise ValueError(f"--scale enlarges each pixel to a square of at least 1 pixel, not {self.scale}")
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
         out = self.draw(
             sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
-            negative_prompt=self.negative, num_images=self.num_images, height=self.height or sd.config.image_size,
-            width=self.width or sd.config.image_size, progress=True,
+            negative_prompt=self.negative, num_images=self.num_images, progress=True,
+            height=sd.config.image_size if self.height is None else self.height,
+            width=sd.config.image_size if self.width is None else self.width,
         )  # fmt: skip
         scale = self.scale or max(1, 128 // out.images[0].width)
         sheet(out.images, scale=scale).save(self.out)
@@ -176,7 +180,7 @@ class Training:
         engine = training.make_engine(self.device, self.precision)
         wrote = self.train(engine)
         if engine.is_main_process:  # only one of several processes prints
-            print(f"wrote {wrote}")
+            print(f"wrote {printable(wrote)}")
 
     def pictures(self, size: int | None, captions: bool = True) -> Corpus:
         return open_corpus([_corpus(folder) for folder in self.data], size, "train", captions)
@@ -202,7 +206,8 @@ class TrainVAE(Training):
     # `--init X --no-decoder-only`, the pictures keep the size that they have
     preset: Preset | None
     recipe: training.VAERecipe
-    first_stage: Literal["kl", "vq"] = "kl"  # kl: latents near N(0, I), as in Stable Diffusion; vq: from a codebook
+    # kl (if left out): latents near N(0, I), as in Stable Diffusion; vq: from a codebook
+    first_stage: Literal["kl", "vq"] | None = None
     # a finished model whose decoder is trained further: "emoji", or anything else that --model of txt2img takes; the
     # rest of the model does not change. With --no-decoder-only, the whole autoencoder of a model, or of a finished run
     # of `minisd train vae`, is trained further. It gets new latents, which a UNet trained on the old ones does not fit,
@@ -218,6 +223,8 @@ class TrainVAE(Training):
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
         folder, clip = self.out / "vae", None
         size = PRESETS[self.preset].image_size if self.preset else None  # None: that of the data
+        if self.init and self.first_stage:
+            raise ValueError(f"--init {self.init} keeps the kind of autoencoder: leave --first-stage out")
         if self.init and self.recipe.decoder_only:
             model, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
             size = model.config.image_size
@@ -247,15 +254,17 @@ class TrainUNet(Training):
     init: str | None = None
     condition: Condition | None = None  # what the model is conditioned on, if it is trained from scratch
     class_column: str | None = None  # the column of metadata.jsonl with the class; if left out, the folders' names
-    parameterization: Literal["eps", "v", "x0"] = "eps"  # what the UNet predicts, if it is trained from scratch
+    # what the UNet predicts, if it is trained from scratch; if left out, eps
+    parameterization: Literal["eps", "v", "x0"] | None = None
     keep_at: tuple[int, ...] = ()  # steps after which a copy of the UNet is kept, beside the finished model
 
     def train(self, engine: Engine) -> str:
         folder = self.out / "unet"
         if self.init:
-            if self.condition or self.class_column:
+            if self.condition or self.class_column or self.parameterization:
                 raise ValueError(
-                    f"--init {self.init} keeps the condition of that model: leave --condition and --class-column out"
+                    f"--init {self.init} keeps the condition of that model and what it predicts: leave --condition, "
+                    "--class-column and --parameterization out"
                 )
             model, given = load(self.init, engine.device), {"clip": self.init if has_clip(self.init) else None}
             config, captions = model.config, model.cond_stage_model.needs_captions
@@ -268,7 +277,7 @@ class TrainUNet(Training):
                     raise FileNotFoundError(
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
-            model = config = replace(PRESETS[self.preset], parameterization=self.parameterization)
+            model = config = replace(PRESETS[self.preset], parameterization=self.parameterization or "eps")
             given = parts | {"condition": condition, "column": self.class_column}
         data = self.pictures(config.image_size, captions)
         sd = training.train_unet(model, self.recipe, data, folder, engine, keep_at=self.keep_at, **given)
@@ -298,6 +307,9 @@ class Evaluate:
 
     def run(self) -> None:
         setting = evaluation.Setting(self.steps, self.guidance, self.sampler, self.seed)
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            _check_writable(self.out / "scores.json", (".json",))
         if self.composition:
             scenes, sd = _corpus(self.scenes), load(self.model, self.device)
             found = evaluation.evaluate_composition(sd, scenes, setting, self.count)
@@ -322,7 +334,7 @@ class Info:
     variant: str | None = None  # which weights of a diffusers folder, such as fp16
 
     def run(self) -> None:
-        print(describe(self.path, self.variant))
+        print(printable(describe(self.path, self.variant)))
 
 
 @dataclass(frozen=True)
@@ -399,6 +411,8 @@ class Start:
         given = {"preset": preset, "data": data, "out": Path("runs", preset)}
         unet, vae, condition = recipes.UNET[preset], recipes.VAE[preset], "captions"
         if self.init:
+            if self.preset and self.decoder_only:
+                raise ValueError(f"the sizes of the networks are those of {self.init}: leave --preset out")
             given["out"] = Path("runs", "finetuned")
             unet, condition = recipes.FINETUNE, None
             vae = recipes.FINETUNE_DECODER if self.decoder_only else vae
@@ -419,6 +433,13 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
+    new = not os.path.lexists(path)
+    try:
+        path.open("ab").close()  # changes nothing in a file that is there
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): give another path") from None
+    if new:
+        path.unlink()
 
 
 def _corpus(folder: Path) -> Path:
@@ -444,15 +465,15 @@ def _towers(path: str | Path, needed: str, instead: str = "") -> tuple[CLIPModel
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. If the user made a mistake, print one sentence instead of a traceback."""
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
-    command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
     try:
+        start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
+        command = tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(f"note: {printable(message)}", file=sys.stderr)
             command.run()
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
     except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"minisd: {error}")
+        sys.exit(f"minisd: {printable(error)}")

@@ -288,8 +288,13 @@ class LatentDiffusion(nn.Module):
         prompts, draw = _prompts(prompt, num_images), _sampler(sampler)
         generators = _generators(seed, len(prompts)) if generator is None else generator
         # The start is pure noise, x_T [b d h w]. It depends on the seed, and largely determines the picture's layout.
+        shape = self.latent_shape(height, width)
         if start_code is None:
-            start_code = randn((len(prompts), *self.latent_shape(height, width)), generators)
+            start_code = randn((len(prompts), *shape), generators)
+        elif (height, width) != (None, None) and start_code.shape[1:] != shape:
+            raise ValueError(
+                f"start_code is {list(start_code.shape)}, and height and width ask for {[len(prompts), *shape]}"
+            )
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
@@ -395,8 +400,8 @@ class LatentDiffusion(nn.Module):
         """Draw over a picture: add noise to its latent up to some timestep, and denoise it with a prompt.
 
         Args:
-            image: a PIL image or the path of one, or pictures [c H W] or [b c H W] in [-1, 1]. An image is resized to
-                `height` and `width` if they are given.
+            image: a PIL image, the path of one or an array [H W c] (uint8, or floats in [0, 1]), which is resized to
+                `height` and `width` if they are given; or pictures as tensors, [c H W] or [b c H W] in [-1, 1].
             strength: how much noise is added, from just above 0 (the picture hardly changes) to 1 (nothing of it
                 remains). Of `steps` steps, the last int(strength · steps) are made.
             noise_ahead: if False, the latent gets the noise of the timestep of the first step (as in diffusers). If
@@ -457,6 +462,7 @@ class LatentDiffusion(nn.Module):
             image: as in `img2img`.
             mask: white (1) where something new is drawn, black (0) where the picture is kept: a PIL image or the path
                 of one, or [H W] in [0, 1]. So do diffusers and CompVis's scripts; CompVis's samplers do the opposite.
+                What is transparent is black. A stroke that is thinner than a pixel of the latent is widened to one.
             strength: as in `img2img`; at 1, the masked part starts from pure noise.
             blend: when the unmasked part is put back, for a model without further channels. "after" each step, always
                 with the noise of x_T, and without noise after the last step (as in diffusers). Or "before" each step,
@@ -464,16 +470,16 @@ class LatentDiffusion(nn.Module):
                 the unmasked part changes a little.
             The others are as in `txt2img`.
         """
-        if blend not in ("after", "before"):
-            raise ValueError(f'blend must be "after" or "before" each step, but it is {blend!r}')
+        nine = self.config.concat_channels > 0
+        if blend not in (("after",) if nine else ("after", "before")):
+            only = ', and for a model with further channels "after"' if nine else ""
+            raise ValueError(f'blend must be "after" or "before" each step{only}, but it is {blend!r}')
         count = len(_prompts(prompt, num_images))
         generators = _generators(seed, count)
         pictures = self._pictures(image, count, height, width)
         mask = _repeated(read_mask(mask, *pictures.shape[-2:]).to(pictures), count, "masks")
-        # A pixel of the latent covers f x f pixels of the picture. It gets the mask's value at their upper left corner.
-        latent_mask = F.interpolate(mask, self.latent_shape(*pictures.shape[-2:])[1:])
+        latent_mask = self._latent_mask(mask)
         left, start = self._remaining(sampler, steps, strength, spacing)
-        nine = self.config.concat_channels > 0
 
         # Random numbers are drawn in the same order as in diffusers: for the latent, the noise, and the latent of the
         # masked picture.
@@ -509,7 +515,7 @@ class LatentDiffusion(nn.Module):
         Raises:
             ValueError: the size is not a multiple of the autoencoder's downsampling factor.
         """
-        height, width = height or self.config.image_size, width or self.config.image_size
+        height, width = (self.config.image_size if side is None else side for side in (height, width))
         f = self.config.first_stage.downsampling
         if height < 1 or width < 1 or height % f or width % f:
             raise ValueError(
@@ -528,8 +534,7 @@ class LatentDiffusion(nn.Module):
         # Pictures have values in [-1, 1], so multiplying by 0 makes the masked part grey. The autoencoder encodes it
         # like any other part of a picture.
         hole = self.get_first_stage_encoding(self.encode_first_stage(pictures * (1 - mask)), generator)
-        # [b 1 H W] -> [b 1 h w]: every f-th pixel of the mask is taken, and none are averaged, so it stays 0 or 1.
-        return torch.cat([F.interpolate(mask, hole.shape[-2:]), hole], dim=1)
+        return torch.cat([self._latent_mask(mask), hole], dim=1)
 
     # --- what the methods above share ------------------------------------------------------------------------------
 
@@ -539,7 +544,8 @@ class LatentDiffusion(nn.Module):
         model = self.apply_model if self.config.parameterization == "eps" else self.predict_noise
         maps = {} if c_concat is None else {"c_concat": _repeated(c_concat, len(prompts), "maps").to(self.device)}
         context = self.get_learned_conditioning(prompts)
-        if context is None:  # an unconditional model has no guidance
+        if context is None:  # an unconditional model has no guidance, and encoding refuses a negative prompt
+            self.get_learned_conditioning(_prompts(negative, 1))
             return lambda x, t: model(x, t, maps)
         if negative is None:
             negative = self.cond_stage_model.unconditional
@@ -572,14 +578,29 @@ class LatentDiffusion(nn.Module):
         ahead = timesteps[: -len(left)]
         return left, ahead[-1] if noise_ahead and ahead else left[0]
 
+    def _latent_mask(self, mask: Float[Tensor, "b 1 H W"]) -> Float[Tensor, "b 1 h w"]:
+        """The mask for each pixel of the latent, which covers a cell of f x f pixels of the picture."""
+        f = self.config.first_stage.downsampling
+        # A cell gets the mask's value at its upper left corner, as in diffusers and CompVis.
+        corners = mask[..., ::f, ::f]
+        # Strokes thinner than a cell can pass between the corners. So a cell also counts if such a stroke touches it: a
+        # part of the mask that is further than f pixels from all blocks of f x f pixels that are full (1 everywhere).
+        full = -F.max_pool2d(-mask, f, stride=1)
+        near_full = F.max_pool2d(F.pad(full, [2 * f - 1] * 4), 3 * f, stride=1)
+        return torch.maximum(corners, F.max_pool2d(mask * (1 - near_full), f))
+
     def _put_back(self, x_t: Tensor, z: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Float[Tensor, "b d h w"]:
         """x_t where the mask is 1; elsewhere the latent z of the known picture, with the noise of timestep t."""
         return mask * x_t + (1 - mask) * self.q_sample(z, t, noise)
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
         """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
+        self.latent_shape(height, width)
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])
+        for side, asked_for in zip(pictures.shape[-2:], (height, width), strict=True):
+            if asked_for not in (None, side):
+                raise ValueError(f"a tensor is not resized: it has {side} pixels where {asked_for} are asked for")
         channels = self.config.first_stage.in_channels
         if pictures.shape[1] != channels:
             raise ValueError(f"this model's pictures have {channels} channels, not {pictures.shape[1]}")

@@ -1844,7 +1844,7 @@ def test_students_get_stubs_and_teachers_solutions(exported):
 def test_the_notebooks_that_ship_are_what_the_source_makes(exported):
     ship, made = ({p.name: p.read_text("utf-8") for p in sorted(folder.glob("*"))}
                   for folder in (NOTEBOOKS, exported / "plain/exercises"))  # fmt: skip
-    assert ship == made, "make them anew: python -m minisd.coursework export notebooks --no-solutions"
+    assert ship == made, "make them anew: python -m minisd.coursework export notebooks --no-solutions --overwrite"
 
 
 @pytest.mark.parametrize("stage", STAGES)

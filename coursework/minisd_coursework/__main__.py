@@ -16,9 +16,8 @@ Positional = tyro.conf.Positional
 
 def list_exercises() -> None:
     """All exercises, by stage, with their difficulty and the minutes that they take."""
-    for exercise in EXERCISES.values():
-        stars = "*" * exercise.difficulty
-        print(f"{exercise.number} {exercise.stage:17} {exercise.name:26} {stars:5} {exercise.minutes:3} min")
+    for e in EXERCISES.values():
+        print(f"{e.number} {e.stage:17} {e.name:26} {'*' * e.difficulty:5} {e.minutes:3} min")
 
 
 def show(name: Annotated[str, Positional], hints: int = 0) -> None:
@@ -55,6 +54,7 @@ def export(
     folder: Annotated[Path, Positional],
     form: Literal["plain", "nbgrader", "otter"] = "plain",
     solutions: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write notebooks with the exercises, and with their solutions.
 
@@ -62,8 +62,9 @@ def export(
         folder: where to.
         form: "plain" (exercises/ and solutions/), or the source for nbgrader or otter.
         solutions: in the plain form, whether to write those, too.
+        overwrite: whether to replace notebooks that are there and have been changed.
     """
-    for path in exporting.export(folder, form, solutions):
+    for path in exporting.export(folder, form, solutions, overwrite):
         print(f"wrote {path}")
 
 

@@ -24,22 +24,24 @@ from minisd.coursework import check, draw
 Layer = Callable[[Tensor], Tensor]"""
 
 
-def export(folder: str | Path, form: str = "plain", solutions: bool = True) -> list[Path]:
+def export(folder: str | Path, form: str = "plain", solutions: bool = True, overwrite: bool = False) -> list[Path]:
     """Write a notebook for each stage, and return the paths.
 
     Args:
-        folder: it is made if it is not there; notebooks of the same names are written over.
+        folder: it is made if it is not there.
         form: "plain": `exercises/` for students, and `solutions/` apart from them.
             "nbgrader": `source/STAGE/STAGE.ipynb`, of which `nbgrader generate_assignment` makes the students' version.
             "otter": `STAGE/STAGE.ipynb`, of which `otter assign` makes both.
         solutions: False leaves `solutions/` out of the plain form.
+        overwrite: whether notebooks of the same names are replaced even if they are different, because somebody has
+            worked in them.
 
     Raises:
-        ValueError: there is no such form.
+        ValueError: there is no such form; or a notebook would be overwritten. Then nothing has been written.
     """
     if form not in FORMS:
         raise ValueError(f"the forms are {', '.join(FORMS)}, not {form!r}")
-    written = []
+    files = {}
     for number, stage in enumerate(STAGES, 1):
         name = f"{number:02}_{stage}"
         if form == "nbgrader":
@@ -48,14 +50,15 @@ def export(folder: str | Path, form: str = "plain", solutions: bool = True) -> l
             notebooks = {f"{name}/{name}": otter(stage)}
         else:
             notebooks = {f"exercises/{name}": plain(stage)}
-            if solutions:
-                notebooks[f"solutions/{name}"] = plain(stage, solved=True)
-        for place, cells in notebooks.items():
-            path = Path(folder) / f"{place}.ipynb"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(as_notebook(cells), "utf-8")
-            written.append(path)
-    return written
+            notebooks |= {f"solutions/{name}": plain(stage, solved=True)} if solutions else {}
+        files |= {Path(folder) / f"{place}.ipynb": as_notebook(cells) for place, cells in notebooks.items()}
+    for path, text in files.items():
+        if not overwrite and path.exists() and path.read_text("utf-8", errors="replace") != text:
+            raise ValueError(f"{path} has been changed: give another folder, or replace it by --overwrite")
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return list(files)
 
 
 def of_stage(stage: str) -> list[Exercise]:
@@ -69,8 +72,7 @@ def plain(stage: str, solved: bool = False) -> list[dict]:
     cells = [opening(stage), code(SETUP)]
     for exercise in of_stage(stage):
         cells += [heading(exercise), code(exercise.answer if solved else exercise.stub), hints(exercise)]
-        cells.append(code(f"check.{exercise.name}({exercise.name})"))
-        cells.append(drawing(exercise))
+        cells += [code(f"check.{exercise.name}({exercise.name})"), drawing(exercise)]
     return cells
 
 

@@ -1,29 +1,35 @@
 """Captioned pictures from any folder, as tensors.
 
-One class reads every folder: one with a `metadata.jsonl` (the Hugging Face imagefolder convention, which `build_emoji`
-and `draw_shapes` write) and one where NAME.txt holds the caption of NAME.png. Files of any mode, size and quality come
-out as square RGB pictures of one size. A file that can't be used is left out and listed in `skipped`.
+One class reads every folder: one with a `metadata.jsonl` or `metadata.csv` (the Hugging Face imagefolder convention;
+`build_emoji` and `draw_shapes` write the former) and one where NAME.txt holds the caption of NAME.png. Files of any
+mode, size and quality come out as square RGB pictures of one size. A file that can't be used is left out and listed in
+`skipped`.
 """
 
 import hashlib
 import json
+import os
+import posixpath
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..pictures import open_picture, sheet
+from .text import printable, read_table, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+METADATA = ("metadata.jsonl", "metadata.csv")
 IN_MEMORY = 2**30  # bytes: if all pictures fit, they are decoded once and kept; if not, they are read when asked for
 SHEET_COLUMNS = 32  # pictures in a row of `pictures.webp`
 
@@ -47,61 +53,67 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
     return np.stack([np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures])
 
 
-def decode(data: bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
-    """The picture in a file's bytes, as `open_picture` reads it: its central square, resized (None: not resized).
+def decode_file(source: str | Path | bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
+    """The picture in a file, or in a file's bytes: its central square, resized (None: not resized).
 
-    Raises ValueError, with the reason in plain words, if the bytes are not a picture that can be read.
+    Raises ValueError, with the reason in plain words, if there is no picture that can be read.
     """
-    if not data:
-        raise ValueError("the file is empty")
     try:
-        picture = open_picture(data)
-    except ValueError:
-        raise
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error, DecompressionBombError
-        raise ValueError(f"not a readable picture ({type(error).__name__})") from error
+        picture = open_picture(source)
+    except OSError as error:
+        raise ValueError(str(error)) from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
     return resized(pixels[None], size)[0] if size else pixels
 
 
-def decode_file(path: str | Path, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
-    """`decode` the picture in a file. Raises ValueError as `decode` does, and if the file can't be read."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise ValueError("the file is missing") from None
-    except OSError as error:
-        raise ValueError(f"the file can't be read ({error.strerror})") from None
-    return decode(data, size)
-
-
 # One folder -----------------------------------------------------------------------------------------------------------
 
 
+def metadata_files(folder: Path) -> list[Path]:
+    """The metadata.jsonl and metadata.csv in a folder and its subfolders, the deepest first, except hidden ones."""
+    found = [path for path in folder.rglob("metadata.*") if path.name in METADATA and not hidden(path, folder)]
+    return sorted(found, key=lambda path: (-len(path.parts), path.parent, METADATA.index(path.name)))
+
+
 def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped]:
-    """The valid rows of metadata.jsonl, and what is wrong with the others. captions: whether a row needs a caption."""
-    rows, skipped = [], []
-    for number, line in enumerate((folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row.get("text") or ""
-            if not (isinstance(name, str) and isinstance(text, str)) or (captions and not text.strip()):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            needed = "a file_name and a text" if captions else "a file_name"
-            skipped.append((f"metadata.jsonl:{number}", f"no JSON object with {needed}"))
+    """The valid rows of all metadata, and what is wrong with the others. captions: whether a row needs a caption.
+
+    Each file names pictures relative to its own folder; the rows that come back, relative to `folder`. A picture that
+    two files name has the row of the one that is nearer to it, or of metadata.jsonl.
+    """
+    rows, skipped, named_in = [], [], {}
+    needed = "a file_name and a text" if captions else "a file_name"
+    for path in metadata_files(folder):
+        place = path.parent.relative_to(folder)
+        for number, row in read_table(path):
+            reason = f"no {'JSON object' if path.suffix == '.jsonl' else 'row'} with {needed}"
+            try:
+                row = json.loads(row) if isinstance(row, str) else row
+                name, text = place / row["file_name"], row.get("text") or ""
+                inside, said = posixpath.normpath(name.as_posix()), text.strip().encode()  # refuses half a character
+                if name.anchor or inside.startswith("../"):
+                    reason = "the file_name leads out of the folder"
+                elif named_in.setdefault(inside, path) != path:
+                    reason = f"{inside} is in {named_in[inside].relative_to(folder)}, too"
+                elif said or not captions:
+                    rows.append(row | {"file_name": inside})
+                    continue
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                pass
+            skipped.append((f"{(place / path.name).as_posix()}:{number}", reason))
     return rows, skipped
+
+
+def hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def picture_files(folder: Path) -> list[str]:
     """The names of all pictures in a folder and its subfolders, except hidden ones."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(name for name in names if not name.startswith("."))
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not hidden(path, folder))
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped]:
@@ -109,17 +121,26 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
 
     A picture in a subfolder also has a "folder": the subfolder's name. captions: whether a picture needs one.
     """
-    rows, skipped = [], []
+    rows, skipped, guessed = [], [], []
     for name in picture_files(folder):
         path = folder / name
         beside = path.with_suffix(".txt")
-        caption = " ".join(beside.read_text(encoding="utf-8", errors="replace").split()) if beside.exists() else ""
+        try:
+            caption = " ".join(read_text(beside, guessed).split()) if beside.exists() else ""
+        except ValueError as error:
+            skipped.append((name, str(error)))
+            continue
         if captions and not caption:
             skipped.append((name, "no caption"))
             continue
         rows.append({"file_name": name, "text": caption})
         if path.parent != folder:
             rows[-1]["folder"] = path.parent.name
+    if guessed:
+        others = f", nor are {len(guessed) - 1} others" if guessed[1:] else ""
+        warnings.warn(
+            printable(f"{guessed[0]}{others}: read as Windows-1252, save as UTF-8 if that is wrong"), stacklevel=4
+        )
     return rows, skipped
 
 
@@ -128,7 +149,7 @@ def read_templates(folder: Path) -> tuple[str, ...]:
     path = folder / "templates.txt"
     if not path.is_file():
         return ("{}",)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line.strip() for line in read_text(path).split("\n")]
     templates = tuple(line for line in lines if line)
     wrong = [line for line in templates if not re.fullmatch(r"[^{}]*\{}[^{}]*", line)]
     if wrong or not templates:
@@ -140,24 +161,47 @@ def read_templates(folder: Path) -> tuple[str, ...]:
     return templates
 
 
+def file_marks(folder: Path, rows: list[dict]) -> Int64[np.ndarray, "n 2"]:
+    """The size of each row's file, and the time of its last change. Raises OSError or ValueError if one is missing."""
+    found = (os.stat(f"{folder}/{row['file_name']}") for row in rows)
+    return np.array([(file.st_size, file.st_mtime_ns) for file in found], np.int64)
+
+
+def times_of_files(packed: Path, count: int) -> Int64[np.ndarray, "n"]:
+    """The times that `write_corpus` gives to the files: a microsecond apart, the last one before pictures.npy's own.
+
+    So a picture that is changed, replaced or moved has another time, and yet the same corpus has the same bytes.
+    """
+    return packed.stat().st_mtime_ns - 1000 * np.arange(count, 0, -1)
+
+
 def read_packed(folder: Path, rows: list[dict]) -> UInt8[np.ndarray, "n h w 3"] | None:
-    """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, if one of them is there and fits the rows."""
-    some = {i: folder / rows[i]["file_name"] for i in (0, len(rows) // 2, len(rows) - 1)}
+    """`pictures.npy` (memory-mapped) or the smaller `pictures.webp`, if one of them is there and equals the files.
+
+    `write_corpus` records the sizes of all files behind the pictures in pictures.npy, and sets their times. A file with
+    another size or another time may have changed, so its picture is compared. (All are, if they come from an earlier
+    version of minisd, which recorded nothing, or were copied without their times.)
+    """
+    path, compared = folder / "pictures.npy", range(len(rows))
     try:
-        if (folder / "pictures.npy").exists():
-            packed = np.load(folder / "pictures.npy", mmap_mode="r")
-        elif (folder / "pictures.webp").exists():
+        if path.is_file():
+            packed, marks = np.load(path, mmap_mode="r"), file_marks(folder, rows)
+            with path.open("rb") as file, suppress(ValueError, EOFError):
+                file.seek(packed.offset + packed.nbytes)
+                written = np.stack([np.load(file), times_of_files(path, len(rows))], 1)
+                compared = np.flatnonzero((marks != written).any(1))
+        elif (folder / "pictures.webp").is_file():
             packed = read_sheet(folder / "pictures.webp", len(rows))
+            compared = [i for i in compared if (folder / rows[i]["file_name"]).exists()]  # the sample has no such files
         else:
             return None
         size = packed.shape[1] if packed.ndim == 4 else 0
         if packed.dtype != np.uint8 or packed.shape != (len(rows), size, size, 3):
             return None
-        # Three of them are compared with their files, which may have changed since. The sample has no such files.
-        for i, path in some.items():
-            if path.exists() and not np.array_equal(decode_file(path, size), packed[i]):
+        for i in tqdm(compared, "comparing pictures", disable=len(compared) < 2000):
+            if not np.array_equal(decode_file(folder / rows[i]["file_name"], size), packed[i]):
                 return None
-    except (ValueError, OSError, EOFError):  # it is broken: the files are read instead, and errors name them
+    except Exception:  # it is broken, in one of many ways: the files are read instead, and errors name them
         return None
     return packed
 
@@ -182,8 +226,8 @@ def write_sheet(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
 class CaptionedPictures(Dataset):
     """The pictures of a folder and their captions.
 
-    folder: with `metadata.jsonl` (a JSON object a line: file_name, text, and whatever else is known), or with
-        captions in NAME.txt beside NAME.png, .jpg, .jpeg or .webp; subfolders are read too.
+    folder: with `metadata.jsonl` (a JSON object a line: file_name, text, and whatever else is known) or `metadata.csv`,
+        or with captions in NAME.txt beside NAME.png, .jpg, .webp, .gif, .bmp or .tif; subfolders are read too.
     size: of the square pictures that come out; None: the packed size, or the smallest shorter side among the files,
         so that none is enlarged.
     split: only the rows whose "split" says so ("train", "test_pair", "test_concept" in our corpora); a row without
@@ -205,18 +249,18 @@ class CaptionedPictures(Dataset):
             raise FileNotFoundError(f"{folder} is no folder: give one that holds captioned pictures.")
         self.templates = read_templates(folder)
         packed = None
-        if (folder / "metadata.jsonl").exists():
+        if metadata := metadata_files(folder):
             rows, self.skipped = read_metadata(folder, captions)
             packed = read_packed(folder, rows) if rows and not self.skipped else None
             if packed is None:
-                named = {row["file_name"] for row in rows}
-                self.skipped += [(n, "no line in metadata.jsonl") for n in picture_files(folder) if n not in named]
+                named, where = {row["file_name"] for row in rows}, metadata[-1].name
+                self.skipped += [(n, f"no line in {where}") for n in picture_files(folder) if n not in named]
         else:
             rows, self.skipped = read_files(folder, captions)
 
-        chosen = [i for i, row in enumerate(rows) if split in (None, row.get("split", "train"))]
+        chosen = [i for i, row in enumerate(rows) if split in (None, row.get("split") or "train")]
         if rows and not chosen:
-            have = sorted({row.get("split", "train") for row in rows})
+            have = sorted({str(row.get("split") or "train") for row in rows})
             raise ValueError(f'{folder} has no pictures in the split "{split}"; it has {", ".join(have)}.')
         self.rows = [rows[i] for i in chosen]
         self._packed, self._index = packed, np.array(chosen, int)
@@ -245,16 +289,17 @@ class CaptionedPictures(Dataset):
     def _readable(self, size: int | None) -> Iterator[tuple[dict, UInt8[np.ndarray, "side side 3"]]]:
         """The rows whose files can be read, each with its picture. The others go to `skipped`."""
         for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
+            path = self.folder / row["file_name"]
             try:
-                picture = decode_file(self.folder / row["file_name"], size)
+                picture = decode_file(path, size)
             except ValueError as error:
-                self.skipped.append((row["file_name"], str(error)))
+                self.skipped.append((row["file_name"], str(error).removeprefix(f"{path}: ")))
             else:
                 yield row, picture
 
     def _report(self, captions: bool) -> None:
         """Warn in one sentence of what was left out, or raise ValueError if nothing is left."""
-        named = [f"{name} ({reason})" for name, reason in self.skipped[:5]]
+        named = [printable(f"{name} ({reason})") for name, reason in self.skipped[:5]]
         if len(self.skipped) > 5:
             named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
         if not self.rows:
@@ -292,7 +337,7 @@ class CaptionedPictures(Dataset):
         if not lacking:
             return [row[name] for row in self.rows]
         advice = "write one into each line of metadata.jsonl, or name another column"
-        if not (self.folder / "metadata.jsonl").exists():
+        if not metadata_files(self.folder):
             advice = 'sort all pictures into subfolders and name the column "folder", or write a metadata.jsonl'
         raise ValueError(
             f'{len(lacking)} of {len(self)} pictures in {self.folder} have no "{name}", such as {lacking[0]}: {advice}.'

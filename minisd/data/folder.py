@@ -1,7 +1,9 @@
 """The one format in which a corpus is written: a Hugging Face "imagefolder", with a packed copy for speed.
 
     FOLDER/images/.../NAME.png     the pictures, for people and other programs
-    FOLDER/pictures.npy            the same pictures, uint8 [n h w 3] or, with transparency, [n h w 4]; memory-mappable
+    FOLDER/pictures.npy            the same pictures, uint8 [n h w 3] or, with transparency, [n h w 4], memory-mappable:
+                                    all of them open at once; and behind them the size of each file, to see whether it
+                                    has changed
     FOLDER/recipe.json             what it was made from
     FOLDER/metadata.jsonl          a line per picture, in the same order: file_name, text and what else is known
 
@@ -22,7 +24,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from .captioned_pictures import read_metadata
+from .captioned_pictures import file_marks, read_metadata, times_of_files
+from .text import read_text
 
 try:
     import fcntl
@@ -140,8 +143,8 @@ def unfinished_by(maker: str) -> str:
 def read_recipe(folder: Path) -> dict:
     """recipe.json; an empty dict if there is none, or if it is not a JSON object."""
     try:
-        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recipe = json.loads(read_text(folder / "recipe.json"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return recipe if isinstance(recipe, dict) else {}
 
@@ -213,7 +216,11 @@ def write_corpus(
                 path = scratch / row["file_name"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture).save(path)
-            np.save(scratch / "pictures.npy", pictures)
+            with (scratch / "pictures.npy").open("wb") as packed:
+                np.save(packed, pictures)
+                np.save(packed, file_marks(scratch, rows)[:, 0])
+            for row, time in zip(rows, times_of_files(scratch / "pictures.npy", len(rows)).tolist(), strict=True):
+                os.utime(scratch / row["file_name"], ns=(time, time))
             half = True
             metadata.unlink(missing_ok=True)  # from here until the new one is written, there is no corpus
             shutil.rmtree(folder / "images", ignore_errors=True)

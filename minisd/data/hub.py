@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .captioned_pictures import decode
+from .captioned_pictures import decode_file
 from .folder import corpus_folder, write_corpus
 
 
@@ -52,7 +52,7 @@ def fetch_dataset(
         for read, (data, caption) in enumerate(stream, 1):
             if caption:
                 with suppress(ValueError):  # raised if the picture can't be read
-                    pictures.append(decode(data, size))
+                    pictures.append(decode_file(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
             raise ValueError(
@@ -63,8 +63,8 @@ def fetch_dataset(
     return folder
 
 
-def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[tuple[bytes, str]]:
-    """The bytes of each picture, and its caption; each is empty if there is none."""
+def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[tuple[bytes | str, str]]:
+    """The bytes of each picture, or the path of its file, and its caption; each is empty if there is none."""
     try:
         from datasets import Image, load_dataset
     except ImportError:
@@ -84,12 +84,5 @@ def _stream(source: str | Path, split: str, image: str, text: str) -> Iterator[t
     for row in stream.cast_column(image, Image(decode=False)):
         captions, picture = row[text], row[image] or {}
         caption = captions[0] if isinstance(captions, list) and captions else captions
-        yield _bytes(picture), " ".join(caption.split()) if isinstance(caption, str) else ""
-
-
-def _bytes(picture: dict) -> bytes:
-    """The bytes of a picture, which is in the table itself or in a file beside it."""
-    if picture.get("bytes") is not None:
-        return picture["bytes"]
-    path = Path(picture.get("path") or "")
-    return path.read_bytes() if path.is_file() else b""
+        data = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
+        yield data or b"", " ".join(caption.split()) if isinstance(caption, str) else ""
