@@ -802,7 +802,7 @@ for n in (50, 10, 2):
     print(f"{n:3} steps:  " + "   ".join(f"{k} {t} {math.sqrt(schedule.alpha_bar(t)):.3f}" for k, t in firsts.items()))
 rows = []
 for name in ends:
-    drawn = [draw("ddim", n, 2.0, spacing=name)[-1].x[[0, 2, 3]] for n in (50, 2)]
+    drawn = [draw("ddim", n, 2.0, spacing=name)[-1].x[[0, 2, 3]] for n in (50 if full else 3, 2)]
     rows.append(sd.decode_first_stage(torch.cat(drawn)))
 viz.strip(rows, ["50 steps"] * 3 + ["2 steps"] * 3, list(ends), size=0.64)
 

@@ -81,7 +81,7 @@ def quietly():
 # autoencoder ("decoded": no drawing can be sharper than the decoder), and three judges.
 
 # %%
-sd, corpus = minisd.load("emoji", "cpu"), sample(size=32)
+sd, corpus = minisd.load("emoji" if full else "tiny", "cpu"), sample(size=32)
 if not full:
     evaluation.PatchJudge.atoms = 64
 with quietly():

@@ -93,7 +93,7 @@ del os, sys
 
 @pytest.fixture(scope="session")
 def run_notebook():
-    """run_notebook(notebook, timeout) executes the cells of a notebook, in the folder where a reader opens them.
+    """run_notebook(notebook, folder, timeout) executes the cells of a notebook, in the folder where a reader opens it.
 
     One process runs all notebooks, one after the other, because to import torch and minisd takes seconds. The names
     and figures of one are gone before the next begins. After an error, the next one gets a new process.
@@ -102,14 +102,13 @@ def run_notebook():
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
 
-    forget = FORGET.format(folder=Path(__file__).parents[1] / "notebooks")
     kernels = []
 
-    def run(notebook, timeout: int) -> None:
+    def run(notebook, folder: Path, timeout: int) -> None:
         if not kernels:
             kernels.append(KernelManager(kernel_name="python3"))
         try:
-            for cells in (new_notebook(cells=[new_code_cell(forget)]), notebook):
+            for cells in (new_notebook(cells=[new_code_cell(FORGET.format(folder=folder))]), notebook):
                 client = NotebookClient(cells, km=kernels[0], timeout=timeout, record_timing=False)
                 client.execute()
                 client.kc.stop_channels()

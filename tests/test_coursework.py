@@ -1857,7 +1857,7 @@ def test_a_notebook_runs_from_start_to_end_when_it_is_filled_in(stage, run_noteb
     notebook.cells = [cell for cell in notebook.cells if cell not in drawings[1:]]
     for cell in notebook.cells:
         cell.source = stubs.get(cell.source, cell.source)
-    run_notebook(notebook, timeout=120)
+    run_notebook(notebook, NOTEBOOKS, timeout=120)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(output.text for output in outputs if output.output_type == "stream")
     assert said.splitlines() == [f"{exercise.name}: right." for exercise in exercises]

@@ -151,7 +151,7 @@ def test_runs_in_smoke_mode(source, run_notebook):
     notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell('MODE = "smoke"'))
     failure = None
     try:
-        run_notebook(notebook, TIMEOUT)
+        run_notebook(notebook, NOTEBOOKS, TIMEOUT)
     except CellExecutionError as error:
         failure = str(error)  # the cell and its traceback; one of ours around them would only bury them
     except CellTimeoutError as error:

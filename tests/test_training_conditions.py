@@ -50,10 +50,11 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def few_pictures(pictures, tmp_path_factory):
-    """The folder of sixteen of them, for the command line."""
+    """The folder of sixteen of them, a fox among them, for the command line."""
     folder = tmp_path_factory.mktemp("pictures")
-    rows = [row | {"file_name": f"{i}.png"} for i, row in enumerate(pictures.rows[:16])]
-    for row, pixels in zip(rows, pictures.images, strict=False):
+    chosen = subset(pictures, [pictures.column("concept").index("fox"), *range(15)])
+    rows = [row | {"file_name": f"{i}.png"} for i, row in enumerate(chosen.rows)]
+    for row, pixels in zip(rows, chosen.images, strict=True):
         Image.fromarray(pixels).save(folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
