@@ -426,7 +426,7 @@ def test_a_loop_that_is_left_gives_back_its_folder_and_ctrl_c(how, tmp_path, eng
     for _ in trainer.steps():  # and can be entered again
         assert not free(tmp_path)
         take_step(trainer)
-    assert trainer.step == 5 and [line["step"] for line in log(tmp_path)] == []
+    assert trainer.step == 5
 
 
 @pytest.mark.parametrize("of", ["ema", "the other networks"])

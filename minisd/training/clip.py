@@ -19,7 +19,7 @@ from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
 from ..data import CaptionedPictures
 from .engine import Engine, gather_with_grad
-from .trainer import Recipe, Trainer
+from .trainer import Recipe, Trainer, one_training
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class CLIPOverProcesses(CLIPModel):
         return gather_with_grad(super().get_image_features(pixels))
 
 
+@one_training()
 def train_clip(
     text: CLIPTextConfig,
     vision: CLIPVisionConfig,

@@ -35,10 +35,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..latent_diffusion import enough_memory
 from ..sampling import randn
 from ..viz import save_sheet
 from .engine import Engine
-from .run_folder import RunFolder, refuse_no_numbers
+from .run_folder import LOCKED, RunFolder, refuse_no_numbers
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Recipe:
     tensorboard: bool = False  # also write the figures of log.jsonl for TensorBoard
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
+                object.__setattr__(self, name, value.item())
         every = [name for name in vars(self) if name.endswith("_every")]
         for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", *every):
             if getattr(self, name) < 1:
@@ -151,6 +155,26 @@ class Batch:
     def randn(self, *shape: int) -> Tensor:
         """Noise from N(0, I) for each sample [b *shape], drawn on the CPU so that it is the same for every device."""
         return randn((len(self.generators), *shape), self.generators)
+
+
+@contextlib.contextmanager
+def one_training() -> Iterator[None]:
+    """For functions that train, as a decorator: what has to hold around all of a training, however it ends.
+
+    PyTorch's defaults are float32 and the CPU, because initial weights are random numbers, too. Afterwards the defaults
+    are as before, and the folder of the run is unlocked. If there is not enough memory, the error says what to lower.
+    """
+    dtype, device, locked = torch.get_default_dtype(), torch.get_default_device(), set(LOCKED)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    try:
+        with enough_memory("take a smaller batch_size, a larger accumulate, or smaller pictures"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
+        for path in LOCKED.keys() - locked:
+            RunFolder(path).close()
 
 
 class Steps:

@@ -29,7 +29,7 @@ from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, digest, fingerprint
+from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training
 from .vae import encode_all, posterior_of, read_first_stage
 
 
@@ -50,6 +50,7 @@ class UNetRecipe(Recipe):
             raise ValueError(f"min_snr_gamma must be more than 0, not {self.min_snr_gamma}")
 
 
+@one_training()
 def train_unet(
     config: LatentDiffusionConfig,
     recipe: UNetRecipe,
@@ -76,6 +77,7 @@ def train_unet(
     return finetune_unet(sd, recipe, data, folder, engine, clip, keep_at)
 
 
+@one_training()
 def finetune_unet(
     sd: LatentDiffusion,
     recipe: UNetRecipe,

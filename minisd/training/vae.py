@@ -46,7 +46,7 @@ from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, fingerprint
+from .trainer import Batch, Recipe, Trainer, fingerprint, one_training
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
 
@@ -77,6 +77,7 @@ class VAERecipe(Recipe):
         return (0.5, 0.9) if network == "discriminator" else super().betas(network)
 
 
+@one_training()
 def train_vae(
     config: AutoencoderConfig | VQConfig,
     recipe: VAERecipe,
