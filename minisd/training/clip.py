@@ -98,7 +98,8 @@ def train_clip(
                 # Both towers, and then all pairs of features: entry (i, j) is a learned scale (the inverse of a
                 # temperature) times the cosine between picture i and caption j. The logits are [B B], where B counts
                 # the samples of all processes, because every picture is compared with every caption.
-                logits = trainer.model(ids.to(engine.device), pixels.to(engine.device))
+                ids, pixels = (x.to(engine.device, non_blocking=True) for x in (ids, pixels))
+                logits = trainer.model(ids, pixels)
             # For the log: the share of pictures whose own caption has the largest logit. Row i should have its largest
             # entry on the diagonal.
             right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()

@@ -132,14 +132,15 @@ def finetune_unet(
                 # whether to drop the prompt. All are [b]. The model has to learn to predict the noise without a prompt
                 # too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
                 # arXiv:2207.12598, algorithm 1).
-                form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps).to(engine.device)
+                form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps)
+                t = t.to(engine.device, non_blocking=True)  # queued, like all that follows: see Trainer._read
                 forget = batch.rand() < recipe.text_dropout
 
                 # The noise ε ~ N(0, I) [b d h w], which the UNet has to predict.
-                noise = batch.randn(*sd.latent_shape()).to(engine.device)
+                noise = batch.randn(*sd.latent_shape()).to(engine.device, non_blocking=True)
                 # z [b d h w]: a sample from q(z|x), times the scale factor. The factor brings z to about variance 1,
                 # that of the noise; the noise schedule assumes this.
-                posterior = posterior_of(moments[batch.indices].to(engine.device))
+                posterior = posterior_of(moments[batch.indices], engine.device)
                 z = sd.get_first_stage_encoding(posterior, batch.generators)
                 # For inpainting, the mask and the latent of the masked picture, as further input channels; else None.
                 maps = condition.maps(sd, data, batch)
@@ -150,8 +151,9 @@ def finetune_unet(
                     # The context that cross-attention reads, [b n d]. A dropped prompt becomes the empty prompt (or,
                     # for classes, the extra class "no class").
                     if condition.frozen:
-                        context = contexts[batch.indices, form].to(engine.device)  # looked up: computed before step 0
-                        context = text_dropout(context, nothing, forget.to(engine.device))
+                        # looked up: computed before step 0
+                        context = contexts[batch.indices, form].to(engine.device, non_blocking=True)
+                        context = text_dropout(context, nothing, forget.to(engine.device, non_blocking=True))
                     else:  # computed again in each step, because this encoder is being trained
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
                         kept = [condition.unconditional if forgotten else prompts[i][k] for i, k, forgotten in choices]
