@@ -475,5 +475,5 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"minisd: {printable(error)}")

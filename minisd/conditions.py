@@ -12,7 +12,6 @@ Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis `ldm/modules/encode
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -135,10 +134,10 @@ def random_masks(generators: Sequence[torch.Generator], size: int) -> Float[Tens
     """
     masks = torch.zeros(len(generators), 1, size, size, dtype=torch.float32, device="cpu")
     for mask, generator in zip(masks[:, 0], generators, strict=True):
-        rand = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
-        everything = rand(()) < 0.25
+        everything = torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 0.25
         sides = torch.randint(max(1, size // 4), size + 1, (2,), generator=generator, device="cpu")
-        places = (rand(2) * (size + 1 - sides)).long()  # so that it is inside the mask
+        # The rectangle lies inside the mask.
+        places = (torch.rand(2, generator=generator, dtype=torch.float32, device="cpu") * (size + 1 - sides)).long()
         (top, left), (height, width) = places.tolist(), sides.tolist()
         mask[top : top + height, left : left + width] = 1
         if everything:

@@ -10,10 +10,12 @@ Training and drawing use the same methods. Their names are those of CompVis `ldm
 LatentDiffusion`. Rombach et al. 2022 (arXiv:2112.10752).
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -109,6 +111,22 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Inside the `with`, or in a function that has this as a decorator, an error about memory says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        if not re.search("out ?of ?memory|n't allocate|not enough memory|MemoryError|overflow", said, re.IGNORECASE):
+            raise
+        raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
+
+
+DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
+
+
 def _suggests_names(method: Callable) -> Callable:
     """If a method is called with an argument that does not exist, suggest in the error which one was probably meant."""
     names = [name for name in inspect.signature(method).parameters if name != "self"]
@@ -194,6 +212,7 @@ class LatentDiffusion(nn.Module):
             encoder_posterior = encoder_posterior.sample(generator)
         return self.scale_factor * encoder_posterior.float()
 
+    @DRAW_LESS
     @torch.no_grad()
     def decode_first_stage(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         """Scaled latents → pictures in about [-1, 1]."""
@@ -309,6 +328,7 @@ class LatentDiffusion(nn.Module):
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
     @_suggests_names
+    @DRAW_LESS
     def txt2img(
         self,
         prompt: Prompt,
@@ -373,6 +393,7 @@ class LatentDiffusion(nn.Module):
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
     @_suggests_names
+    @DRAW_LESS
     def img2img(
         self,
         prompt: Prompt,
@@ -429,6 +450,7 @@ class LatentDiffusion(nn.Module):
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
     @_suggests_names
+    @DRAW_LESS
     def inpaint(
         self,
         prompt: Prompt,

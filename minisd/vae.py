@@ -299,7 +299,7 @@ class DiagonalGaussianDistribution:
         noise = randn(self.mean.shape, generator)
         # The reparametrisation trick: all randomness is in ε, so the gradient reaches mean and std as if they were
         # ordinary activations (Kingma & Welling, section 2.4).
-        return self.mean + self.std * noise.to(self.mean)
+        return self.mean + self.std * noise.to(self.mean, non_blocking=True)
 
     def mode(self) -> Float[Tensor, "b c h w"]:
         """The most likely latent, which is the mean."""

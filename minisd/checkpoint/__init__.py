@@ -38,8 +38,8 @@ from .files import (
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 __all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "folder_written_whole", "has_clip", "load",
-    "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
+    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "find_device", "folder_written_whole", "has_clip",
+    "load", "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
     "remove_unfinished", "save", "save_clip", "write_json", "write_weights", "written_whole",
 ]  # fmt: skip
 
@@ -82,7 +82,7 @@ def load(
         FileNotFoundError: there is no model at this path. CheckpointError: it can't be used; nothing has been loaded.
         ValueError: an argument that this kind of model does not have.
     """
-    path, device = _find(path, variant), device or best_device()
+    path, device = _find(path, variant), find_device(device)
     beside = compvis.yaml_beside(path) if config is None and path.is_file() else None
     of_folder = path.is_dir() or (config is None and beside is None and _in_minisd_folder(path))
     unused = {"config": config, "use_ema": use_ema, "tokenizer": tokenizer, "ignore": ignore or None}
@@ -267,6 +267,17 @@ def _find(path: str | Path, variant: str | None = None) -> Path:
         f"there is no model at {path}: give a file or a folder, 'emoji' or 'tiny', which ship with minisd, or the name "
         "of a model on the Hugging Face hub, owner/name"
     )
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name, or the fastest of this machine. Raises ValueError if this machine does not have it."""
+    wanted = device or best_device()
+    try:
+        torch.zeros(1, device=wanted).item()  # PyTorch only notices what is missing when it uses the device
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).partition("\n")[0][:80]
+        raise ValueError(f"this machine has no device {str(wanted)!r} ({reason}): take {best_device()!r}") from None
+    return torch.device(wanted)
 
 
 def best_device() -> str:

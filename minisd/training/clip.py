@@ -19,7 +19,7 @@ from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
 from ..data import Corpus
 from .engine import Engine, gather_with_grad
-from .trainer import Recipe, Trainer
+from .trainer import Recipe, Trainer, one_training
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class CLIPOverProcesses(CLIPModel):
         return gather_with_grad(super().get_image_features(pixels))
 
 
+@one_training()
 def train_clip(
     text: CLIPTextConfig,
     vision: CLIPVisionConfig,
@@ -98,7 +99,8 @@ def train_clip(
                 # Both towers, and then all pairs of features: entry (i, j) is a learned scale (the inverse of a
                 # temperature) times the cosine between picture i and caption j. The logits are [B B], where B counts
                 # the samples of all processes, because every picture is compared with every caption.
-                logits = trainer.model(ids.to(engine.device), pixels.to(engine.device))
+                ids, pixels = (x.to(engine.device, non_blocking=True) for x in (ids, pixels))
+                logits = trainer.model(ids, pixels)
             # For the log: the share of pictures whose own caption has the largest logit. Row i should have its largest
             # entry on the diagonal.
             right = (logits.argmax(dim=1) == torch.arange(len(logits), device=logits.device)).float().mean()

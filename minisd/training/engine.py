@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint import best_device
+from ..checkpoint import find_device
 
 Engine = Any  # a SingleDevice or an accelerate.Accelerator, which is only imported where it is used
 
@@ -39,7 +39,7 @@ def make_engine(device: str | torch.device | None = None, mixed_precision: str =
         raise ImportError(
             f'{started} processes were started, and to train with several takes Accelerate: pip install "minisd[train]"'
         ) from error
-    wanted = torch.device(device or best_device()).type
+    wanted = torch.device(device).type if device else find_device().type
     # Without cpu=True, Accelerate would not connect processes on CPUs, and each would train its own copy of the model.
     engine = Accelerator(cpu=wanted == "cpu", mixed_precision=mixed_precision)
     kind = getattr(engine.distributed_type, "value", str(engine.distributed_type))
@@ -85,7 +85,7 @@ class SingleDevice:
                 f"this is one of {processes_started()} processes, and a SingleDevice knows only itself: "
                 "use make_engine(), which joins them"
             )
-        self.device = torch.device(device or best_device())
+        self.device = find_device(device)
         self.mixed_precision = mixed_precision
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -25,7 +25,7 @@ from ..data.folder import lock
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
 
-_locks: dict[Path, int | None] = {}  # the folders that this process has locked
+LOCKED: dict[Path, int | None] = {}  # the folders that this process has locked
 
 
 class RunFolder:
@@ -44,9 +44,9 @@ class RunFolder:
         Raises ValueError if another process has locked it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.path.resolve() not in _locks:
+        if self.path.resolve() not in LOCKED:
             try:
-                _locks[self.path.resolve()] = lock(self.path)
+                LOCKED[self.path.resolve()] = lock(self.path)
             except BlockingIOError:
                 raise ValueError(f"another process trains in {self.path}: end it, or choose another folder") from None
         # A process that was killed may have left a half-written file, or a half-written folder of the finished model.
@@ -55,7 +55,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Unlock the folder for other processes."""
-        handle = _locks.pop(self.path.resolve(), None)
+        handle = LOCKED.pop(self.path.resolve(), None)
         if handle is not None:
             os.close(handle)
 

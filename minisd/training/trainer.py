@@ -32,13 +32,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..latent_diffusion import enough_memory
 from ..sampling import randn
 from ..viz import save_sheet
 from .engine import Engine
-from .run_folder import RunFolder, refuse_no_numbers
+from .run_folder import LOCKED, RunFolder, refuse_no_numbers
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Recipe:
     clip_grad: float = 1.0  # the largest norm of the gradient; a longer gradient is scaled down to it
     ema_decay: float = 0.999  # 0.9999 in CompVis, for runs of hundreds of thousands of steps
     seed: int = 0  # the order of the data, the noise, the timesteps and the dropped captions follow from it
-    log_every: int = 20  # steps between lines in log.jsonl
+    log_every: int = 20  # steps between lines in log.jsonl; in between, a GPU is not waited for (see Trainer._read)
     sample_every: int = 1000  # steps between sample sheets
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # how many to keep; more than one, in case the newest is damaged on the disk
@@ -66,6 +68,9 @@ class Recipe:
     tensorboard: bool = False  # also write the figures of log.jsonl for TensorBoard
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
+                object.__setattr__(self, name, value.item())
         every = [name for name in vars(self) if name.endswith("_every")]
         for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", *every):
             if getattr(self, name) < 1:
@@ -153,6 +158,26 @@ class Batch:
         return randn((len(self.generators), *shape), self.generators)
 
 
+@contextlib.contextmanager
+def one_training() -> Iterator[None]:
+    """For functions that train, as a decorator: what has to hold around all of a training, however it ends.
+
+    PyTorch's defaults are float32 and the CPU, because initial weights are random numbers, too. Afterwards the defaults
+    are as before, and the folder of the run is unlocked. If there is not enough memory, the error says what to lower.
+    """
+    dtype, device, locked = torch.get_default_dtype(), torch.get_default_device(), set(LOCKED)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    try:
+        with enough_memory("take a smaller batch_size, a larger accumulate, or smaller pictures"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
+        for path in LOCKED.keys() - locked:
+            RunFolder(path).close()
+
+
 class Steps:
     """What `Trainer.steps` returns. Each `for` loop over it makes an iterator of its own.
 
@@ -214,7 +239,8 @@ class Trainer:
         self.models, self.optimizers = {}, {}
         for name, network in {"model": model, **(others or {})}.items():
             # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
-            self.models[name], self.optimizers[name] = engine.prepare(network, _adamw(network, recipe, name))
+            self.optimizers[name] = _adamw(network, recipe, name)
+            self.models[name], _ = engine.prepare(network, self.optimizers[name])
             if recipe.compile:
                 self.models[name].compile()
         self.model = self.models["model"]
@@ -222,6 +248,8 @@ class Trainer:
         self.step, self._since_log = 0, []
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
         self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
+        self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
+        self._reads_each_step = engine.device.type == "cpu" or recipe.on_nan == "skip"
         self._asked_to_stop, self._stopping = threading.Event(), False
         self._resume()
 
@@ -240,6 +268,7 @@ class Trainer:
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
         self._asked_to_stop.clear()
+        self._stopping = False
         if self.engine.is_main_process:
             self.folder.open()  # again, if the loop was left before
         try:
@@ -292,7 +321,7 @@ class Trainer:
                 if k + 1 < self.recipe.accumulate:
                     for model in self.models.values():
                         stack.enter_context(self.engine.no_sync(model))
-                yield Batch(torch.tensor(self._indices(part, n)), generators)
+                yield Batch(torch.tensor(self._indices(self.step, part, n), device="cpu"), generators)
 
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
         """Add the gradient of a batch's loss to that of the step. `name` and `figures` go into the log."""
@@ -306,7 +335,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss or gradient is NaN or infinite on any process, and the recipe says "stop". The
-                weights have not been changed by this step.
+                weights have not been changed by that step. On a GPU, it may be an earlier one: see `_read`.
         """
         # A single bad batch can have a gradient a hundred times as long as usual. Unclipped, it would dominate AdamW's
         # running means for many steps. So the gradient of all weights together is scaled down to a norm of clip_grad.
@@ -316,13 +345,16 @@ class Trainer:
             norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
         # Before the weights are changed, all processes exchange whether every loss and gradient is finite. All of them
         # have to take the step, or none, because their weights must remain the same.
-        figures, suspects = self._agree(norms)
-        if suspects:
-            self._refuse(figures, suspects)
-        else:
+        rows = self._exchange(norms)
+        alone_and_asked_to_stop = self._asked_to_stop.is_set() and self.engine.num_processes == 1
+        now = self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or alone_and_asked_to_stop
+        if not now or self._read():
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.lr_at(self.step)
+                # If the figures are not read now, the device itself decides: it leaves the weights as they are if any
+                # figure is not finite. (PyTorch's GradScaler skips a step in the same way.)
+                optimizer.found_inf = (~rows.isfinite().all()).float()
                 optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             # Now that the weights have changed, move their running mean towards them.
             self.ema.update(self.engine.unwrap_model(self.model))
@@ -330,50 +362,61 @@ class Trainer:
             # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
             # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
             optimizer.zero_grad(set_to_none=True)
-        self._log(figures)
 
-    def _agree(self, norms: dict[str, Tensor]) -> tuple[dict[str, float], list[int]]:
-        """The means of all figures over batches and processes, and the samples whose figures are NaN or infinite.
-
-        The result is the same on every process. It costs one exchange between the processes and one synchronisation
-        with the device in each step.
-        """
+    def _exchange(self, norms: dict[str, Tensor]) -> Float[Tensor, "processes n"]:
+        """The figures of this step, a row from each process. They stay on the device, to be read by `_read`."""
         # Put everything that this process has to report into one row: the figures of its batches, the gradient norms,
         # and whether it got a signal to stop (all processes have to stop after the same step).
-        names, device = list(self._figures[0]), self.engine.device
-        mine = [torch.as_tensor(f[name], device=device).detach().float() for f in self._figures for name in names]
-        stop = torch.tensor(float(self._asked_to_stop.is_set()), device=device)
-        row = torch.stack([*mine, *(norm.to(device).float() for norm in norms.values()), stop])
-        rows = self.engine.gather(row[None]).cpu().double().numpy()
-        self._stopping = bool(rows[:, -1].any())
-        table = rows[:, : len(mine)].reshape(self._parts, len(names))  # a row for each part of the batch
-        figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
-        figures |= dict(zip(norms, rows[0, len(mine) : -1].tolist(), strict=True))
-        if all(map(math.isfinite, figures.values())):
-            return figures, []
-        # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may have come
-        # from any part, so report all samples.
-        bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
-        return figures, [i for part in bad for i in self._indices(part, self._n)]
+        names = list(self._figures[0])
+        row = [*(f[name] for f in self._figures for name in names), *norms.values(), self._asked_to_stop.is_set()]
+        row = [torch.as_tensor(x).detach().to(self.engine.device, torch.float32, non_blocking=True) for x in row]
+        rows = self.engine.gather(torch.stack(row)[None])
+        self._unread.append((self.step, names, list(norms), rows))
+        return rows
 
-    def _refuse(self, figures: dict[str, float], suspects: list[int]) -> None:
+    def _read(self) -> bool:
+        """Read and log the figures of all steps since the last reading. Returns whether those of the last are finite.
+
+        The work for a GPU waits in a queue. To read a number of this step, the program has to wait until the queue is
+        empty, and then the GPU has nothing to do until the next step fills it again. So the figures are only read with
+        every line of the log, and before weights are saved. In each step they are read on a CPU, which has no queue,
+        and with on_nan = skip, because the EMA has to know at once. Every process reads the same.
+        """
+        unread, self._unread, finite = self._unread, [], True
+        for step, names, norms, rows in unread:
+            rows = rows.cpu().double().numpy()
+            self._stopping |= bool(rows[:, -1].any())
+            # Means over batches and processes. The table has a row for each part of the batch.
+            table = rows[:, : -1 - len(norms)].reshape(self._parts, len(names))
+            figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
+            figures |= dict(zip(norms, rows[0, -1 - len(norms) : -1].tolist(), strict=True))
+            finite = all(map(math.isfinite, figures.values()))
+            if not finite:
+                # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may
+                # have come from any part, so report all samples.
+                bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
+                self._refuse(step, figures, [i for part in bad for i in self._indices(step, part, self._n)])
+            self._log(step, figures)
+        return finite
+
+    def _refuse(self, step: int, figures: dict[str, float], suspects: list[int]) -> None:
         """Raise an error, or warn that this step is skipped, as the recipe says (`on_nan`)."""
         name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
         if len(suspects) > FEW:
-            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(self.step + 1)}"
+            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(step + 1)}"
             if self.engine.is_main_process:
-                path = self.folder.path / NAMED.format(self.step + 1)
+                path = self.folder.path / NAMED.format(step + 1)
                 path.write_text("\n".join(described) + "\n", encoding="utf-8")
-        trouble = f"the {name} of step {self.step + 1} is {value}, over the samples {where}"
+        trouble = f"the {name} of step {step + 1} is {value}, over the samples {where}"
         if self.recipe.on_nan == "stop":
             raise FloatingPointError(
                 f"{trouble}. The run in {self.folder.path} stands at its last checkpoint: go on with a smaller lr (now "
                 f"{self.recipe.lr:g}) in another folder, without those samples, or here with on_nan = skip"
             )
         if self.engine.is_main_process:
-            warnings.warn(f"{trouble}: this step was skipped", stacklevel=3)
+            warnings.warn(f"{trouble}: this step was skipped", stacklevel=4)
 
     def sheet(self, draw: Callable[[], Tensor]) -> None:
         """Every `sample_every` steps and after the last, call `draw` with the EMA weights and save the pictures.
@@ -393,23 +436,23 @@ class Trainer:
         size = self.recipe.batch_size // self._parts
         return slice(part * size, (part + 1) * size)
 
-    def _indices(self, part: int, n: int) -> list[int]:
-        """The samples in a part of this step's batch."""
+    def _indices(self, step: int, part: int, n: int) -> list[int]:
+        """The samples in a part of a step's batch."""
         # Count the samples of the whole run: sample p is number p % n of epoch p // n, in the order of that epoch.
-        first = self.step * self.recipe.batch_size
+        first = step * self.recipe.batch_size
         places = range(first, first + self.recipe.batch_size)[self._places(part)]
         return [_order(n, self.recipe.seed, p // n)[p % n] for p in places]
 
     # --- log and checkpoints --------------------------------------------------------------------------------------
 
-    def _log(self, figures: dict[str, float]) -> None:
+    def _log(self, step: int, figures: dict[str, float]) -> None:
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._since_log.append(figures)
-        if (self.step + 1) % self.recipe.log_every:
+        if (step + 1) % self.recipe.log_every:
             return
         good = [f for f in self._since_log if all(map(math.isfinite, f.values()))]  # skipped steps don't count
-        line = {"step": self.step + 1, "lr": self.recipe.lr_at(self.step)}
+        line = {"step": step + 1, "lr": self.recipe.lr_at(step)}
         for name in dict.fromkeys(name for f in self._since_log for name in f):
             values = [f[name] for f in good if name in f]
             line[name] = float(np.mean(values)) if values else None
@@ -424,6 +467,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Older ones are deleted only after it has been written completely."""
+        self._read()  # a step that has no number raises an error here, before its effects are saved
         for name, model in self.models.items():
             weights = self.engine.unwrap_model(model).state_dict()
             refuse_no_numbers(weights, f"the {name} after step {self.step}, which is not saved,")

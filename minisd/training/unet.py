@@ -30,7 +30,7 @@ from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, digest, fingerprint
+from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training
 from .vae import encode_all, finished_vae, posterior_of
 
 
@@ -51,6 +51,7 @@ class UNetRecipe(Recipe):
             raise ValueError(f"min_snr_gamma must be more than 0, not {self.min_snr_gamma}")
 
 
+@one_training()
 def train_unet(
     model: LatentDiffusionConfig | LatentDiffusion,
     recipe: UNetRecipe,
@@ -116,15 +117,16 @@ def train_unet(
                 # {0, …, T-1}, and whether to drop the prompt. All are [b]. The model has to learn to predict the noise
                 # without a prompt too, because classifier-free guidance subtracts that prediction (Ho & Salimans 2022,
                 # arXiv:2207.12598, algorithm 1).
-                form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps).to(engine.device)
+                form, t = batch.randint(len(prompts[0])), batch.randint(sd.schedule.timesteps)
+                t = t.to(engine.device, non_blocking=True)  # queued, like all that follows: see Trainer._read
                 forget = batch.rand() < recipe.text_dropout
 
                 # The noise ε ~ N(0, I) [b d h w], which the UNet has to predict.
-                noise = batch.randn(*sd.latent_shape()).to(engine.device)
+                noise = batch.randn(*sd.latent_shape()).to(engine.device, non_blocking=True)
                 # z [b d h w]: a sample from q(z|x), times the scale factor. The factor brings z to about variance 1,
                 # that of the noise; the noise schedule assumes this.
                 if moments is not None:
-                    posterior = posterior_of(moments[batch.indices].to(engine.device))
+                    posterior = posterior_of(moments[batch.indices], engine.device)
                 else:
                     with engine.autocast():
                         posterior = sd.encode_first_stage(data.batch(batch.indices).to(engine.device))
@@ -138,8 +140,9 @@ def train_unet(
                     # The context that cross-attention reads, [b n d]. A dropped prompt becomes the empty prompt (or,
                     # for classes, the extra class "no class").
                     if condition.frozen and contexts is not None:
-                        context = contexts[batch.indices, form].to(engine.device)  # looked up: computed before step 0
-                        context = text_dropout(context, nothing, forget.to(engine.device))
+                        # looked up: computed before step 0
+                        context = contexts[batch.indices, form].to(engine.device, non_blocking=True)
+                        context = text_dropout(context, nothing, forget.to(engine.device, non_blocking=True))
                     else:  # computed in each step: the encoder is being trained, or there are too many prompts
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
                         asked = [condition.unconditional if forgot else prompts[i][k] for i, k, forgot in choices]

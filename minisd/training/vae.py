@@ -46,7 +46,7 @@ from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, fingerprint
+from .trainer import Batch, Recipe, Trainer, fingerprint, one_training
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
 
@@ -77,6 +77,7 @@ class VAERecipe(Recipe):
         return (0.5, 0.9) if network == "discriminator" else super().betas(network)
 
 
+@one_training()
 def train_vae(
     model: AutoencoderConfig | VQConfig | FirstStage | LatentDiffusion,
     recipe: VAERecipe,
@@ -136,7 +137,7 @@ def train_vae(
             mean_codes = trainer.ema.weights["quantize.embedding.weight"]
             revive_dead_codes(vae, data, mean_codes, [recipe.seed, step], engine)
         for batch in trainer.batches(len(data)):
-            x = data.batch(batch.indices).to(engine.device)  # [b 3 H W] in [-1, 1]
+            x = data.batch(batch.indices).to(engine.device, non_blocking=True)  # [b 3 H W] in [-1, 1]
             # Encode and decode: x → q(z|x) → a sample z → x̂ [b 3 H W]. The sample is z = μ + σ ε, so gradients reach
             # the encoder through μ and σ (Kingma & Welling 2014, arXiv:1312.6114, section 2.4). A VQModel takes the
             # nearest codes instead. latent_loss is the weighted KL term, or that of the codebook.
@@ -228,7 +229,7 @@ def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, mos
     """σ ε with ε ~ N(0, I), where σ is chosen uniformly between 0 and `most` for each picture."""
     height, width = (side // vae.config.downsampling for side in x.shape[-2:])
     sigma = most * batch.rand().view(-1, 1, 1, 1)
-    return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device)
+    return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device, non_blocking=True)
 
 
 @dataclass
@@ -310,10 +311,13 @@ def encode_all(
     return encode_shared(moments, len(chosen), batch_size, engine)
 
 
-def posterior_of(moments: Float[Tensor, "b two_c h w"]) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
+def posterior_of(
+    moments: Float[Tensor, "b two_c h w"], device: torch.device
+) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
     """What `encode_first_stage` returned for these moments: a distribution, or the latent itself for a VQModel."""
-    mean, logvar = moments.chunk(2, dim=1)
-    return mean if logvar.isneginf().all() else DiagonalGaussianDistribution(moments)
+    certain = moments.chunk(2, dim=1)[1].isneginf().all()  # on the CPU, so that no GPU is waited for
+    moments = moments.to(device, non_blocking=True)
+    return moments.chunk(2, dim=1)[0] if certain else DiagonalGaussianDistribution(moments)
 
 
 def measure_scale_factor(vae: FirstStage, data: Corpus, engine: Engine) -> float:

@@ -53,11 +53,9 @@ def noising_strip(
     if timesteps is None:
         T = min(s.timesteps for s in schedules.values())
         timesteps = [(i + 1) * T // 8 - 1 for i in range(8)] if T >= 8 else list(range(T))
-    noise = torch.randn(
-        pictures.shape[1:], generator=torch.Generator("cpu").manual_seed(int(seed)), dtype=torch.float32, device="cpu"
-    ).to(pictures)  # [c h w]
+    noise = torch.randn(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)).to(pictures)  # [c h w]
     noise = noise.expand(len(timesteps), *noise.shape)  # [steps c h w]
-    t = torch.tensor(timesteps, device="cpu")
+    t = torch.tensor(timesteps)
 
     rows, names = [], []
     for i, x_0 in enumerate(pictures):
