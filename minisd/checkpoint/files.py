@@ -307,7 +307,7 @@ def refused_as(sentence: str) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, FileNotFoundError):
+    except (CheckpointError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -482,9 +482,9 @@ def _move(to_be_moved: Path, into: Path) -> None:
         whole = to_be_moved.with_suffix("") == into
         others = [into / file.parent / name for file in files if file.parent.name for name in TABLES["tokenizer"]]
         others += [file for pattern in TABLES["model"] if whole for file in into.glob(pattern)]
-        for file in others:
-            if file.relative_to(into) not in files and file.is_file():
-                file.unlink()
+        for file in (other.relative_to(into) for other in others if other.is_file()):
+            if file not in files and file.parent in {new.parent for new in files}:
+                (into / file).unlink()
         on_disk(into)
         unfinished = to_be_moved.with_suffix(".unfinished")
         remove_unfinished(unfinished)
