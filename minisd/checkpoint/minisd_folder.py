@@ -43,8 +43,19 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
     state, usual = files.read_weights(file), folder / "model.safetensors"
     if file.name != usual.name and usual.exists():
         # Tensors that `file` replaces are not loaded, so they are not searched for NaN either.
-        others = b'"first_stage"' not in config.read_bytes() if config.is_file() else weights.exists()
-    if others or (folder / "model_index.json").exists():
+        others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))
+        state = others | state
+    tokenizer = files.read_tokenizer(folder / "tokenizer") if isinstance(config.cond_stage, CLIPTextConfig) else None
+    sd = files.build(config, tokenizer, folder / "config.json", len(state))
+    files.load_weights(sd, state, file, device, dtype)
+    return sd.eval()
+
+
+def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a model as a minisd folder. The rest of a CLIP that is there stays if the text tower is still its own."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    foreign = b'"first_stage"' not in config.read_bytes() if config.is_file() else weights.exists()
+    if foreign or (folder / "model_index.json").exists():
         raise FileExistsError(f"{folder} holds something else than a model in minisd's layout: choose another folder")
     state = files.cast(sd.state_dict(), dtype)
     with files.folder_written_whole(folder) as unfinished:
