@@ -49,6 +49,7 @@ class Txt2Img:
     # .safetensors; or owner/name on the Hugging Face hub
     model: str = "emoji"
     config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
+    ignore: tuple[str, ...] = ()  # names of superfluous tensors in a CompVis file, which are left out
     steps: int = 25  # denoising steps: one call of the network in each, or two with heun
     guidance: float = 4.0  # 1: no guidance; larger: exaggerates what the prompt changes
     negative: str = ""  # what not to draw
@@ -69,7 +70,7 @@ class Txt2Img:
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
-        sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config)
+        sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config, ignore=self.ignore)
         out = self.draw(
             sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
             negative_prompt=self.negative, num_images=self.num_images, progress=True,

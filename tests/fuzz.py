@@ -301,7 +301,7 @@ def damaged_and_read(kind: str, number: int, folder: Path) -> tuple[str, str]:
             KINDS[kind].read(folder)
         found = "loaded", ""
     except (CheckpointError, FileNotFoundError) as error:
-        one_line = "\n" not in str(error) and len(str(error)) < 1000
+        one_line = "\n" not in str(error) and len(str(error)) < 1500
         found = "refused" if one_line else "traceback", str(error)
     except Hang:
         found = "hang", ""

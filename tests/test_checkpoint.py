@@ -8,15 +8,22 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 import types
+import warnings
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import torch
 
-from minisd import PRESETS, BPETokenizer, CheckpointError, LatentDiffusion, UNetConfig, UNetModel, load, save
-from minisd.checkpoint import SHIPPED, describe, load_weights, read_weights, write_weights
+from minisd import PRESETS, BPETokenizer, CheckpointError, LatentDiffusion, UNetConfig, UNetModel, load, load_clip, save
+from minisd.checkpoint import SHIPPED, describe, has_clip, load_weights, read_weights, save_clip, write_weights
+from minisd.checkpoint import diffusers as layout
+from minisd.clip import CLIPModel, CLIPVisionConfig
 
 
 @pytest.fixture(scope="module")
@@ -478,11 +485,304 @@ def test_a_new_folder_is_there_whole_or_not_at_all(model, tmp_path, monkeypatch)
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt"} <= set(after)
 
 
+# -- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def halved(model):
+    """Another model of the same kind."""
+    other = LatentDiffusion(model.config, model.cond_stage_model.tokenizer)
+    other.load_state_dict({name: tensor / 2 for name, tensor in model.state_dict().items()})
+    return other.eval()
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+
+
+def write(sd, path, form):
+    save(sd, path, layout=form)
+    if form == "minisd":  # the rest of a CLIP, which only this layout has
+        vision = CLIPVisionConfig(image_size=32, patch_size=8, width=64, layers=1, heads=1, projection_dim=32)
+        clip = CLIPModel(sd.config.cond_stage, vision, sd.cond_stage_model.tokenizer.end_token)
+        clip.text_model.load_state_dict(sd.cond_stage_model.transformer.text_model.state_dict())
+        save_clip(clip, sd.cond_stage_model.tokenizer, path)
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9."""
+
+
+def interrupted(act, moment: list[int], how):
+    """The function `act`, whose call number moment[0] ends in an error instead. `moment` is shared and counts down."""
+
+    def acts(*arguments, **options):
+        moment[0] -= 1
+        if moment[0] == -1:
+            raise how(13, "in use by another process")
+        return act(*arguments, **options)
+
+    return acts
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "how"),
+    [
+        ("minisd", "m", Killed),
+        ("minisd", "m", PermissionError),
+        ("diffusers", "m", Killed),
+        ("compvis", "m.safetensors", Killed),
+    ],
+)
+def test_at_every_moment_of_a_save_the_old_model_is_there_whole_or_the_new_one(tmp_path, monkeypatch, form, name, how):
+    model = fuzz.small_model()
+    new, mine = halved(model), {tmp_path / "m" / "README.md": "my notes", tmp_path / "m" / "unet" / "mine.txt": "mine"}
+    for moment in range(100):
+        shutil.rmtree(tmp_path)
+        (tmp_path / "m" / "unet").mkdir(parents=True)
+        for path, text in mine.items():
+            path.write_text(text)
+        write(model, tmp_path / name, form)
+        left = [moment]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", interrupted(os.replace, left, how))
+            patched.setattr(Path, "unlink", interrupted(Path.unlink, left, how))
+            try:
+                save(new, tmp_path / name, layout=form)
+            except (Killed, OSError):
+                pass
+        finished = left[0] >= 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = load(tmp_path / name, "cpu")
+            assert same(found, new) or (same(found, model) and not finished), moment
+            if has_clip(tmp_path / name):  # the old CLIP beside the new model would be neither
+                assert same(found, model)
+                load_clip(tmp_path / name)
+            if not finished:
+                save(new, tmp_path / name, layout=form)  # the next save completes it
+                assert same(load(tmp_path / name, "cpu"), new)
+        assert {path: path.read_text() for path in mine} == mine
+        assert not [*tmp_path.rglob("*.unfinished"), *tmp_path.rglob("*.to_be_moved")]
+        if finished:
+            break
+    assert 5 < moment < 99
+
+
+def test_a_model_is_not_written_over_something_else(model, folder, tmp_path):
+    save(model, tmp_path / "theirs", layout="diffusers")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text('{"my": "settings"}')
+    (tmp_path / "mine.yaml").write_text("my: settings")
+    save(model, tmp_path / "a.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = LatentDiffusion(replace(model.config, parameterization="v"), model.cond_stage_model.tokenizer)
+    for path, form in (
+        ("theirs", "minisd"), ("model", "diffusers"), ("mine", "minisd"), ("mine", "diffusers"), ("mine.ckpt", None),
+        ("a.ckpt", None), ("model/model.safetensors", None), ("model/config.json", "minisd"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match="choose another|is a file"):
+            save(other, tmp_path / path, layout=form)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_rest_of_clip_stays_as_long_as_its_text_tower_does(model, folder):
+    write(model, folder, "minisd")
+    again = load(folder, "cpu")
+    with torch.no_grad():
+        again.model.diffusion_model.out[2].bias.add_(1)
+    save(again, folder)
+    load_clip(folder)
+    save(halved(model), folder)
+    assert not has_clip(folder) and not list(folder.glob("clip.*"))
+
+
+def test_other_forms_of_the_old_weights_do_not_stay_beside_the_new_ones(model, tmp_path):
+    """A variant and a tokenizer.json would be read before what was saved last."""
+    save(model, tmp_path / "m", layout="diffusers")
+    unet = tmp_path / "m" / "unet"
+    shutil.copy(unet / "diffusion_pytorch_model.safetensors", unet / "diffusion_pytorch_model.fp16.safetensors")
+    (tmp_path / "m" / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 1023}')
+    save(halved(model), tmp_path / "m", layout="diffusers")
+    assert not list((tmp_path / "m").rglob("*fp16*")) and not list((tmp_path / "m").rglob("added_tokens.json"))
+    assert same(load(tmp_path / "m", "cpu"), halved(model))
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("name", ["m", "m.ckpt"])
+@pytest.mark.parametrize("wrap", [compiled, torch.nn.DataParallel, lambda m: torch.nn.DataParallel(compiled(m))])
+def test_a_wrapped_model_is_saved_as_the_model_in_it(model, tmp_path, wrap, name):
+    sd = halved(model)
+    sd.model.diffusion_model = wrap(sd.model.diffusion_model)
+    sd.first_stage_model.decoder = wrap(sd.first_stage_model.decoder)
+    save(wrap(sd) if name == "m" else sd, tmp_path / name)
+    assert same(load(tmp_path / name, "cpu"), halved(model))
+    save(sd, tmp_path / "theirs", layout="diffusers")
+    assert same(load(tmp_path / "theirs", "cpu"), halved(model))
+
+
+def test_names_of_a_wrapped_model_are_read(model, folder):
+    wrapped = {name.replace("input_blocks", "_orig_mod.input_blocks"): t for name, t in model.state_dict().items()}
+    state = {f"module.{name}": tensor for name, tensor in wrapped.items()}
+    write_weights(state, folder / "model.safetensors")
+    assert same(load(folder, "cpu"), model)
+    state["module.model.diffusion_model.out.2.bias"] = torch.full((4,), torch.nan)
+    write_weights(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.diffusion_model.out.2.bias in .* holds NaN"):
+        load(folder, "cpu")
+
+
+def test_a_name_too_many_can_be_let_through(model, tmp_path):
+    save(model, tmp_path / "a.safetensors")
+    state = read_weights(tmp_path / "a.safetensors")
+    extra = {"cond_stage_model.logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.zeros(3)}
+    write_weights(state | extra, tmp_path / "a.safetensors")  # which mergers of models leave, and nothing needs
+    load(tmp_path / "a.safetensors", "cpu")
+    write_weights(state | {"mine": torch.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="1 superfluous .mine.*ignore="):
+        load(tmp_path / "a.safetensors", "cpu")
+    assert same(load(tmp_path / "a.safetensors", "cpu", ignore=["mine"]), model)
+
+
+# -- damaged files, and files of something else ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path, compression):
+    torch.save({"a": torch.randn(1000)}, tmp_path / "a.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w", compression) as new:
+        for record in old.namelist():
+            new.writestr(record, old.read(record))
+    data = bytearray((tmp_path / "b.ckpt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "b.ckpt") as archive:
+        data[archive.getinfo("a/data/0").header_offset + 2000] ^= 1
+    (tmp_path / "b.ckpt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="b.ckpt is .*(damaged|no whole)"):
+        read_weights(tmp_path / "b.ckpt")
+
+
+def test_an_archive_that_was_written_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(10)}, tmp_path / "a.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_weights(tmp_path / "a.ckpt")["a"].sum() == 10
+
+
+def test_numbers_in_the_byte_order_of_another_machine_are_turned(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w") as new:
+        for record in old.namelist():
+            content = old.read(record)
+            content = np.frombuffer(content, "<f4").astype(">f4").tobytes() if record.endswith("data/0") else content
+            new.writestr(record, b"big" if record.endswith("byteorder") else content)
+    assert read_weights(tmp_path / "b.ckpt")["a"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("begin", "what"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git lfs pull"),
+    (b"  <!DOCTYPE html><html>Sign in</html>", "a web page"),
+    (b"GGUF\x03", "a GGUF file"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/merges.txt"])
+def test_a_pointer_or_a_page_in_the_place_of_a_file_is_named(folder, name, begin, what):
+    (folder / name).write_bytes(begin)
+    with pytest.raises(CheckpointError, match=f"{name} is .*{what}"):
+        load(folder, "cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/vocab.json"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises((CheckpointError, FileNotFoundError)):
+        load(folder, "cpu")
+    os.mkfifo(folder / "pipe.safetensors")
+    with pytest.raises(FileNotFoundError, match="no ordinary file"):
+        load(folder / "pipe.safetensors", "cpu")
+
+
+def test_a_view_that_would_fill_the_memory_is_refused(tmp_path):
+    torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="a in .* is no plain tensor"):
+        read_weights(tmp_path / "a.ckpt")
+
+
+def test_many_classes_of_lightning_are_read_in_one_pass(tmp_path):
+    names = b"".join(b"clightning.a\nC%d\n" % i for i in range(2000))
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}X\x01\x00\x00\x00a](" + names + b"es.")
+        archive.writestr("a/version", b"3\n")
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="no table of named tensors"):
+        read_weights(tmp_path / "a.ckpt")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [
+    (("cond_stage", "layers"), 10**9, "1,000,000,000 blocks"),
+    (("unet", "channel_mult"), [1] * 20_000, "20,000 blocks"),
+    (("first_stage", "num_res_blocks"), 10**7, "blocks"),
+    (("timesteps",), 10**8, "timesteps must be"),
+    (("parameterization",), "v_prediction", "one of eps, v, x0"),
+    (("beta_schedule",), "quadratic", "one of scaled_linear"),
+    (("scale_factor",), 0, "scale_factor must be"),
+    (("scale_factor",), float("nan"), "scale_factor must be"),
+    (("image_size",), -8, "image_size must be"),
+    (("cond_stage", "heads"), 5, "among 5 heads"),
+    (("cond_stage", "heads"), -2, "among -2 heads"),
+    (("unet",), 5, "does not describe a model"),
+])  # fmt: skip
+def test_a_configuration_that_means_nothing_is_refused(folder, place, value, message):
+    config = json.loads((folder / "config.json").read_text())
+    part = config
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder, "cpu")
+    assert "\n" not in str(error.value) and time.process_time() - began < 2
+
+
+def test_what_would_be_ignored_is_refused(folder):
+    given = {"config": "no such.yaml", "use_ema": True, "tokenizer": "x", "ignore": ["a"], "variant": "fp16"}
+    for name, value in given.items():
+        with pytest.raises(ValueError, match=f"{name} would be ignored"):
+            load(folder, "cpu", **{name: value})
+
+
+def test_a_path_into_a_folder_that_is_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(layout, "fetch", lambda *_: pytest.fail("it asked the hub"))
+    for path in ("runs/foo", "mine/foo"):
+        with pytest.raises(FileNotFoundError, match=f"there is no model at {path}"):
+            load(path)
+
+
 def test_info_counts_parameters_and_says_what_the_model_is(model, folder):
     text = describe(folder)
     for part in (model.model, model.first_stage_model, model.cond_stage_model):
         assert f"{sum(p.numel() for p in part.parameters()):,} parameters, float16" in text
     assert "image_size: 32" in text
+
+
+@pytest.mark.parametrize("name", ["clip.safetensors", "vae.safetensors"])
+def test_info_knows_the_files_of_a_run(model, folder, name):
+    write(model, folder, "minisd")
+    write_weights(model.first_stage_model.state_dict(), folder / "vae.safetensors")
+    (folder / "vae.json").write_text('{"first_stage": {"ch": 32}}')
+    expected = {"clip.safetensors": "vision: {'image_size': 32", "vae.safetensors": "first_stage: {'ch': 32}"}
+    assert expected[name] in describe(folder / name)
 
 
 @pytest.mark.parametrize("name", ["emoji", "tiny"])

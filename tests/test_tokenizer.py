@@ -200,3 +200,27 @@ def test_it_is_a_tokenizer_and_can_be_had_from_clip_too(tokenizer):
 def test_training_twice_gives_the_same_tokenizer(captions, tokenizer):
     again = BPETokenizer.train(captions, vocab_size=640)
     assert again.vocab == tokenizer.vocab and again.merges == tokenizer.merges
+
+
+# -- words that were added later ---------------------------------------------------------------------------------------
+
+
+def test_an_added_word_stays_whole_as_in_transformers(tokenizer, transformers, tmp_path):
+    """As textual inversion adds it. transformers writes it into tokenizer.json, or, earlier, into added_tokens.json."""
+    tokenizer.save(tmp_path / "plain", 77)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "plain")
+    theirs.add_tokens(["<cat>", "<my-style>"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "old", 77)
+    number = len(tokenizer.vocab)
+    (tmp_path / "old" / "added_tokens.json").write_text(f'{{"<cat>": {number}, "<my-style>": {number + 1}}}')
+
+    texts = ["a <cat>", "<cat>s in <my-style>!", "a cat"]
+    expected = theirs(texts, padding="max_length", max_length=16, truncation=True)["input_ids"]
+    for folder in ("theirs", "old"):
+        ours = BPETokenizer.load(tmp_path / folder)
+        assert ours(texts, 16).ids.tolist() == expected
+        ours.save(tmp_path / f"{folder} again", 77)
+        assert BPETokenizer.load(tmp_path / f"{folder} again")(texts, 16).ids.tolist() == expected
+        again = transformers.CLIPTokenizer.from_pretrained(tmp_path / f"{folder} again")
+        assert again(texts, padding="max_length", max_length=16, truncation=True)["input_ids"] == expected

@@ -184,12 +184,14 @@ def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(net
     assert process.returncode == 0, process.stderr[-4000:]
     checkpoints = [f"checkpoint_{step:06d}.pt" for step in (1, 2)]
     model = {
-        "clip": ["tokenizer", "clip.safetensors", "clip.json"],
+        # all of a CLIP is whole in clip.json.to_be_moved, before its files get their places one by one
+        "clip": ["clip.json.to_be_moved", "clip.json", "clip.safetensors", "tokenizer/merges.txt"],
         "vae": ["vae.safetensors", "vae.json"],
         # inside model.unfinished, before the whole of it is moved to model, where the UNet after step 1 is already
         "unet": [
-            "model.unfinished/config.json", "model.unfinished/model.safetensors", "model/config.json",
-            "model/model.safetensors", "model/tokenizer/merges.txt", "model/clip.safetensors", "model/clip.json",
+            "model.unfinished/config.json", "model.unfinished/model.safetensors", "model.to_be_moved",
+            "model/config.json", "model/model.safetensors", "model/tokenizer/merges.txt", "model/clip.json",
+            "model/clip.safetensors",
         ],
     }  # fmt: skip
     expected = [*checkpoints, *model[network]]

@@ -231,7 +231,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         state = read_weights(path, check=False)
         ours = beside is None and _in_minisd_folder(path)
         config = minisd_folder.read_config(path.parent) if ours else None
-        if path.with_suffix(".json").is_file():  # clip.json or vae.json, of a training run
+        if path.stem in ("clip", "vae") and path.with_suffix(".json").is_file():  # of a training run
             config = read_json(path.with_suffix(".json"))
         layout = "minisd's layout" if ours else "one file"
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

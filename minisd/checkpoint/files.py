@@ -32,7 +32,13 @@ TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
 class CheckpointError(ValueError):
-    """A file of weights is not what it should be. The message says what is wrong, and what to do."""
+    """A file of weights is not what it should be. The message says what is wrong, and what to do, in one line.
+
+    It may quote names and values from the file, which can be very long or not printable, so these are cut or left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split())[:1200])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -301,7 +307,7 @@ def refused_as(sentence: str) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, FileNotFoundError):
+    except (CheckpointError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -476,9 +482,9 @@ def _move(to_be_moved: Path, into: Path) -> None:
         whole = to_be_moved.with_suffix("") == into
         others = [into / file.parent / name for file in files if file.parent.name for name in TABLES["tokenizer"]]
         others += [file for pattern in TABLES["model"] if whole for file in into.glob(pattern)]
-        for file in others:
-            if file.relative_to(into) not in files and file.is_file():
-                file.unlink()
+        for file in (other.relative_to(into) for other in others if other.is_file()):
+            if file not in files and file.parent in {new.parent for new in files}:
+                (into / file).unlink()
         on_disk(into)
         unfinished = to_be_moved.with_suffix(".unfinished")
         remove_unfinished(unfinished)
@@ -501,8 +507,8 @@ def link_or_copy(file: Path, target: Path) -> None:
 
 def as_written(path: Path) -> Path:
     """Where to read what was written last as `path`: see `folder_written_whole`."""
-    to_be_moved = path.with_name(path.name + ".to_be_moved") if path.name else path
-    for place in (to_be_moved / path.name, to_be_moved):  # a file of weights; a folder
+    beside, above = Path(f"{path.absolute()}.to_be_moved"), Path(f"{path.absolute().parent}.to_be_moved")
+    for place in (beside / path.name, beside, above / path.name):  # a file of weights; a folder; a file in a folder
         if path.name and place.exists():
             warnings.warn(f"a save of {path} was interrupted: reading it from {place}", stacklevel=4)
             return place

@@ -53,8 +53,9 @@ def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: tor
 
 def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a model as a minisd folder. The rest of a CLIP that is there stays if the text tower is still its own."""
-    config = folder / "config.json"
-    if (folder / "model_index.json").exists() or (config.is_file() and b'"first_stage"' not in config.read_bytes()):
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    foreign = b'"first_stage"' not in config.read_bytes() if config.is_file() else weights.exists()
+    if foreign or (folder / "model_index.json").exists():
         raise FileExistsError(f"{folder} holds something else than a model in minisd's layout: choose another folder")
     state = files.cast(sd.state_dict(), dtype)
     with files.folder_written_whole(folder) as unfinished:
