@@ -1,9 +1,7 @@
 // Stage 3, continued: attention, by which each pixel reads the other pixels and the prompt. Beside minisd/attention.py.
 //
 //     attention(Q, K, V) = softmax(Q Kᵀ / √d) V                   (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)
-(globalThis.minisdLive ??= []).push(function attention(live) {
-  const { memory, Tensor, tidy, product, range, linear, groupNorm, layerNorm, gelu } = live;
-
+minisdLive.push(function attention({ memory, Tensor, tidy, product, range, linear, groupNorm, layerNorm, gelu }) {
   // Each of n queries takes a weighted mean of m values. q is [heads·d, b, 1, n], k and v are [heads·d, b, 1, m].
   //
   // causal: token i reads tokens 0 … i only (CLIP's text tower).
@@ -13,8 +11,7 @@
   function attention(q, k, v, heads, { causal = false, record = null, hidden = null } = {}) {
     const out = new Tensor(q.c, q.b, q.h, q.w);
     const start = memory.top;
-    const [d, n, m] = [q.c / heads, q.h * q.w, k.h * k.w];
-    const scale = 1 / Math.sqrt(d);
+    const [d, n, m, scale] = [q.c / heads, q.h * q.w, k.h * k.w, (q.c / heads) ** -0.5];
     const [keys, weights] = [memory.allocate(m * d), memory.allocate(m * n)];
     for (let b = 0; b < q.b; b++)
       for (let head = 0; head < heads; head++) {
@@ -79,17 +76,17 @@
   // Transformer blocks over the pixels of a feature map, [c b h w] -> [c b h w].
   //
   // watch: (name of the layer that reads the context, heads, map) -> options for its attention.
-  function SpatialTransformer(w, x, context, heads, depth, watch, name) {
+  function SpatialTransformer(w, x, { context, heads, watch, name }) {
     // The checkpoint was trained with eps 1e-6 here and with 1e-5 in the ResBlocks, which its weights do not show.
     let h = groupNorm(w.norm, x, 1e-6);
     // The pixels are the tokens. With the channels first they are columns already, so nothing has to be rearranged.
     h = linear(w.proj_in, h);
-    for (let i = 0; i < depth; i++) {
-      const options = watch ? watch(`${name}.transformer_blocks.${i}.attn2`, heads, x) : {};
+    for (let i = 0; i in w.transformer_blocks; i++) {
+      const options = watch(`${name}.transformer_blocks.${i}.attn2`, heads, x);
       h = BasicTransformerBlock(w.transformer_blocks[i], h, context, heads, options);
     }
     return linear(w.proj_out, h, x); // added to the input
   }
 
-  Object.assign(live, { attention, SpatialTransformer });
+  return { attention, SpatialTransformer };
 });

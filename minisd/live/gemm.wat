@@ -9,7 +9,7 @@
 ;;     pack    gathers B into panels of 8 columns, so that `gemm` reads it from front to back
 ;;     gemm    multiplies a block of 4 rows of A by a panel of 8 columns of B, again and again
 ;;
-;; All sizes in memory (addresses, strides, the tables of `pack`) are in bytes; M, K and the numbers of panels are counts.
+;; All sizes in memory (addresses, strides, the tables of `pack`) are in bytes; M, N, K and the number of panels are counts.
 ;; Assembled by npm's wabt into the bytes in gemm.js:   npx --package wabt wat2wasm gemm.wat -o - | base64 -w 0
 (module
   (import "live" "memory" (memory 1))
@@ -60,10 +60,24 @@
           (br_if $next_row (local.tee $k (i32.sub (local.get $k) (i32.const 1)))))))
       (br_if $next_panel (local.tee $panels (i32.sub (local.get $panels) (i32.const 1))))))
 
-  ;; C [M, 8 · panels] = A [M K] · panels + bias. `bias` is the address of M numbers, or 0 for none. If `add` is 1, the
-  ;; product is added to what C holds. `lda` and `ldc` are the distances from one row to the next.
+  ;; The first n of the 8 numbers in x and y -> memory. Only the last panel of a row of C has fewer than 8.
+  (func $store (param $to i32) (param $n i32) (param $x v128) (param $y v128)
+    (if (i32.ge_s (local.get $n) (i32.const 4))
+      (then
+        (v128.store (local.get $to) (local.get $x))
+        (if (i32.ge_s (local.get $n) (i32.const 8))
+          (then (v128.store offset=16 (local.get $to) (local.get $y)) (return)))
+        (local.set $x (local.get $y))
+        (local.set $to (i32.add (local.get $to) (i32.const 16)))
+        (local.set $n (i32.sub (local.get $n) (i32.const 4)))))
+    (if (i32.ge_s (local.get $n) (i32.const 1)) (then (v128.store32_lane offset=0 0 (local.get $to) (local.get $x))))
+    (if (i32.ge_s (local.get $n) (i32.const 2)) (then (v128.store32_lane offset=4 1 (local.get $to) (local.get $x))))
+    (if (i32.ge_s (local.get $n) (i32.const 3)) (then (v128.store32_lane offset=8 2 (local.get $to) (local.get $x)))))
+
+  ;; C [M N] = A [M K] · B + bias, with B [K N] in the panels that `pack` made. `bias` is the address of M numbers, or 0
+  ;; for none. If `add` is 1, the product is added to what C holds. `lda` and `ldc`: from one row to the next.
   (func (export "gemm")
-    (param $M i32) (param $K i32) (param $a i32) (param $lda i32) (param $b i32) (param $panels i32)
+    (param $M i32) (param $N i32) (param $K i32) (param $a i32) (param $lda i32) (param $b i32)
     (param $c i32) (param $ldc i32) (param $bias i32) (param $add i32)
     (local $m i32) (local $last i32) (local $r1 i32) (local $r2 i32) (local $r3 i32) (local $left i32) (local $k i32)
     (local $panel i32)
@@ -88,7 +102,7 @@
       (local.set $c2 (i32.add (local.get $c) (i32.mul (local.get $r2) (local.get $ldc))))
       (local.set $c3 (i32.add (local.get $c) (i32.mul (local.get $r3) (local.get $ldc))))
       (local.set $panel (local.get $b))
-      (local.set $left (local.get $panels))
+      (local.set $left (local.get $N))
       (loop $next_panel
         ;; each row of the block begins with its bias …
         (if (local.get $bias)
@@ -145,14 +159,14 @@
           (local.set $a2 (i32.add (local.get $a2) (i32.const 4)))
           (local.set $a3 (i32.add (local.get $a3) (i32.const 4)))
           (br_if $next_k (local.tee $k (i32.sub (local.get $k) (i32.const 1)))))
-        (v128.store offset=0 (local.get $c0) (local.get $c00)) (v128.store offset=16 (local.get $c0) (local.get $c01))
-        (v128.store offset=0 (local.get $c1) (local.get $c10)) (v128.store offset=16 (local.get $c1) (local.get $c11))
-        (v128.store offset=0 (local.get $c2) (local.get $c20)) (v128.store offset=16 (local.get $c2) (local.get $c21))
-        (v128.store offset=0 (local.get $c3) (local.get $c30)) (v128.store offset=16 (local.get $c3) (local.get $c31))
+        (call $store (local.get $c0) (local.get $left) (local.get $c00) (local.get $c01))
+        (call $store (local.get $c1) (local.get $left) (local.get $c10) (local.get $c11))
+        (call $store (local.get $c2) (local.get $left) (local.get $c20) (local.get $c21))
+        (call $store (local.get $c3) (local.get $left) (local.get $c30) (local.get $c31))
         (local.set $c0 (i32.add (local.get $c0) (i32.const 32)))
         (local.set $c1 (i32.add (local.get $c1) (i32.const 32)))
         (local.set $c2 (i32.add (local.get $c2) (i32.const 32)))
         (local.set $c3 (i32.add (local.get $c3) (i32.const 32)))
-        (br_if $next_panel (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+        (br_if $next_panel (i32.gt_s (local.tee $left (i32.sub (local.get $left) (i32.const 8))) (i32.const 0))))
       (br_if $next_rows
         (i32.lt_s (local.tee $m (i32.add (local.get $m) (i32.const 4))) (local.get $M))))))

@@ -3,102 +3,94 @@
 //     prompt ─ get_learned_conditioning ─► context ─► sample: x_T … x_0 ─ decode_first_stage ─► picture
 //     img2img:  picture ─ encode_first_stage ─► z ─ q_sample ─► z_t, and from there as in drawing
 //
-// Latents are plain arrays [c h w] in torch's order. Only the networks compute with tensors in the engine's memory.
-(globalThis.minisdLive ??= []).push(function latent_diffusion(live) {
-  const { memory, Tensor, readWeights, BPETokenizer, FrozenCLIPEmbedder, UNetModel, AutoencoderKL } = live;
-  const { Generator, randn, NoiseSchedule, make_timesteps, remaining_timesteps, sample, SAMPLERS } = live;
+// Latents and contexts are plain arrays, in torch's order [c h w] and as [d n]. Only the networks compute with tensors
+// in the engine's memory.
+minisdLive.push(function latent_diffusion(live) {
+  const { memory, Tensor, readWeights, BPETokenizer, FrozenCLIPEmbedder, UNetModel, AutoencoderKL, Generator } = live;
+  const { randn, NoiseSchedule, make_timesteps, remaining_timesteps, sample, SAMPLERS } = live;
 
   class LatentDiffusion {
     // config: the object of config.json. tokenizer: see BPETokenizer. buffers: the .safetensors files.
     constructor(config, tokenizer, buffers) {
-      const parts = { unet: "UNetConfig", first_stage: "AutoencoderConfig", cond_stage: "CLIPTextConfig" };
-      for (const [part, kind] of Object.entries(parts))
-        if ((config[part]?.kind ?? (config[part] ? kind : "none")) !== kind)
-          throw new Error(`This page draws with models whose ${part} is a ${kind}, and this one's is a ${config[part]?.kind}.`);
+      const kinds = { unet: "UNetConfig", first_stage: "AutoencoderConfig", cond_stage: "CLIPTextConfig" };
+      for (const [part, kind] of Object.entries(kinds))
+        if (!config[part] || (config[part].kind ?? kind) !== kind)
+          throw new Error(`The page needs a model whose ${part} is a ${kind}, and this one's is not.`);
       memory.top = 64; // another model takes the place of the one before
-      const weights = readWeights(buffers);
+      const { model, first_stage_model, cond_stage_model } = readWeights(buffers);
+      const { text_model } = cond_stage_model.transformer;
+      this.weights_end = memory.top; // what lies above is free before each call of a network
       this.config = { image_size: 512, scale_factor: 0.18215, parameterization: "eps", ...config };
       this.schedule = NoiseSchedule.from(config);
-      this.unet = new UNetModel(config.unet, weights.model.diffusion_model);
-      this.first_stage_model = new AutoencoderKL(config.first_stage, weights.first_stage_model);
-      const text_model = weights.cond_stage_model.transformer.text_model;
+      this.unet = new UNetModel(config.unet, model.diffusion_model);
+      this.first_stage_model = new AutoencoderKL(config.first_stage, first_stage_model);
       this.cond_stage_model = new FrozenCLIPEmbedder(config.cond_stage, text_model, new BPETokenizer(tokenizer));
       if (this.unet.config.in_channels !== this.first_stage_model.config.embed_dim)
-        throw new Error("This model was trained for inpainting, which the page can't do: give it one that draws from a prompt.");
+        throw new Error("This model was trained for inpainting. The page needs one that draws from a prompt alone.");
     }
 
     latent_shape(height = this.config.image_size, width = this.config.image_size) {
       const f = this.first_stage_model.downsampling;
-      if (height % f || width % f) throw new Error(`A picture's sides must be multiples of ${f}, not ${height}×${width}.`);
+      if (height % f || width % f) throw new Error(`A picture's sides must be multiples of ${f}: ${height}×${width}.`);
       return [this.first_stage_model.config.embed_dim, height / f, width / f];
     }
 
     // --- the stages, under their names in CompVis -------------------------------------------------------------------
 
+    // Prompts -> contexts, one array [d n] for each.
     get_learned_conditioning(prompts) {
-      return this.cond_stage_model.encode(prompts);
+      memory.top = this.weights_end;
+      const context = this.cond_stage_model.encode(prompts);
+      return prompts.map((_, b) => context.picture(b));
     }
 
     // A picture [3 H W] in [-1, 1] -> mean and log variance of its latent, each [c h w].
     encode_first_stage(pixels, height, width) {
-      return this.within(() => {
-        const moments = this.first_stage_model.encode(Tensor.from([pixels], 3, height, width)).picture(0);
-        const half = moments.length / 2;
-        return { mean: moments.slice(0, half), logvar: moments.slice(half).map((v) => Math.min(Math.max(v, -30), 20)) };
-      });
+      memory.top = this.weights_end;
+      const moments = this.first_stage_model.encode(Tensor.from([pixels], 3, height, width)).picture(0);
+      const half = moments.length / 2;
+      return { mean: moments.slice(0, half), logvar: moments.slice(half).map((v) => Math.min(Math.max(v, -30), 20)) };
     }
 
     // z = scale_factor · sample, with sample = mean + σ ε and σ = exp(½ log σ²).
     get_first_stage_encoding({ mean, logvar }, generator) {
       const noise = randn(mean.length, generator);
-      return mean.map((m, i) => this.config.scale_factor * Math.fround(m + Math.exp(0.5 * logvar[i]) * noise[i]));
+      return mean.map((m, i) => this.config.scale_factor * (m + Math.exp(0.5 * logvar[i]) * noise[i]));
     }
 
     // Scaled latents -> pictures [3 H W] in about [-1, 1], of one size.
     decode_first_stage(latents, [c, h, w]) {
-      return this.within(() => {
-        const unscaled = latents.map((z) => z.map((v) => v / this.config.scale_factor));
-        const pictures = this.first_stage_model.decode(Tensor.from(unscaled, c, h, w));
-        return latents.map((_, b) => pictures.picture(b));
-      });
+      memory.top = this.weights_end;
+      const unscaled = latents.map((z) => z.map((v) => v / this.config.scale_factor));
+      const pictures = this.first_stage_model.decode(Tensor.from(unscaled, c, h, w));
+      return latents.map((_, b) => pictures.picture(b));
     }
 
-    // The UNet's prediction for x [c h w] at the timestep t, once for each sentence of the context [d b 1 n].
+    // The UNet's predictions for x [c h w] at the timestep t, one for each of the contexts.
     //
-    // attention: collect how much each pixel reads each token: {layer: {h, w, weights [n h w]}}, the mean over the heads,
-    //     for the last sentence. activations: also collect what each block returns, {block: {c, h, w, values}}.
-    // hide: places of tokens of the last sentence that no pixel may read.
-    apply_model(x, [c, h, w], t, context, { attention = false, activations = false, hide = [] } = {}) {
-      return this.within(() => {
-        const collected = { attention: {}, activations: {} };
-        const last = context.b - 1;
-        const watch = (name, heads, map) => {
-          const record = (b, weights, m, n) => {
-            if (b !== last) return;
-            collected.attention[name] ??= { h: map.h, w: map.w, weights: new Float32Array(m * n) };
-            const mean = collected.attention[name].weights;
-            for (let k = 0; k < m * n; k++) mean[k] += weights[k] / heads;
-          };
-          const hidden = (b, token) => b === last && hide.includes(token);
-          return { record: attention && record, hidden: hide.length && hidden };
+    // attention: collect how much each pixel reads each token of the last context, as {layer: {h, w, weights [n h w]}},
+    //     the mean over the heads. activations: collect what each block returns, as {block: {c, h, w, values}}.
+    // hide: places of tokens of the last context that no pixel may read.
+    apply_model(x, [c, h, w], t, contexts, { attention = false, activations = false, hide = [] } = {}) {
+      const collected = { attention: {}, activations: {} };
+      const last = contexts.length - 1;
+      const hidden = hide.length && ((b, token) => b === last && hide.includes(token));
+      const watch = (name, heads, map) => {
+        const record = (b, weights, m, n) => {
+          const mean = (collected.attention[name] ??= { h: map.h, w: map.w, weights: new Float32Array(m * n) }).weights;
+          if (b === last) weights.forEach((weight, k) => (mean[k] += weight / heads));
         };
-        const record = (name, map) => {
-          collected.activations[name] = { c: map.c, h: map.h, w: map.w, values: map.picture(last) };
-        };
-        const input = Tensor.from(Array(context.b).fill(x), c, h, w);
-        const out = this.unet.forward(input, t, context, { watch, ...(activations && { record }) });
-        return { predictions: Array.from({ length: context.b }, (_, b) => out.picture(b)), ...collected };
-      });
-    }
-
-    // Run a network, and free its memory.
-    within(compute) {
-      const start = memory.top;
-      try {
-        return compute();
-      } finally {
-        memory.top = start;
-      }
+        return { record: attention && record, hidden };
+      };
+      const record = (name, map) => {
+        if (activations) collected.activations[name] = { c: map.c, h: map.h, w: map.w, values: map.picture(last) };
+      };
+      memory.top = this.weights_end;
+      const n = this.cond_stage_model.config.max_length;
+      const context = Tensor.from(contexts, contexts[0].length / n, 1, n);
+      const batch = Tensor.from(contexts.map(() => x), c, h, w);
+      const out = this.unet.forward(batch, t, context, watch, record);
+      return { predictions: contexts.map((_, b) => out.picture(b)), ...collected };
     }
 
     // --- drawing ----------------------------------------------------------------------------------------------------
@@ -106,43 +98,35 @@
     // The steps from noise to latent, one at a time: what txt2img does, or img2img if there is an `init` picture,
     // {pixels [3 H W] in [-1, 1], height, width, strength}. `options` are those of apply_model.
     *draw({ prompt, negative = "", steps = 50, guidance = 7.5, sampler = "ddim", seed = 0, init = null, ...options }) {
-      if (!(sampler in SAMPLERS)) throw new Error(`There is no sampler "${sampler}": choose ${Object.keys(SAMPLERS).join(", ")}.`);
-      if (!(Number.isInteger(steps) && steps >= 1 && steps <= this.schedule.timesteps))
-        throw new Error(`The number of steps must lie between 1 and ${this.schedule.timesteps}, and it is ${steps}.`);
+      const T = this.schedule.timesteps;
+      if (!(sampler in SAMPLERS)) throw new Error(`There is no sampler "${sampler}", only ${Object.keys(SAMPLERS)}.`);
+      if (!(steps >= 1 && steps <= T) || steps % 1) throw new Error(`There can be 1 to ${T} steps, not ${steps}.`);
       const generator = new Generator(seed);
       const shape = this.latent_shape(init?.height, init?.width);
-      const size = shape.reduce((a, b) => a * b);
-      let timesteps = make_timesteps(steps, this.schedule.timesteps, SAMPLERS[sampler].spacing);
-      let x_T;
-      if (init) {
-        // The latent of the picture gets the noise of the first timestep that is left. Noise hides the details first and
-        // the layout last, so the steps keep the layout and draw new details (SDEdit).
-        timesteps = remaining_timesteps(timesteps, init.strength);
-        const z = this.get_first_stage_encoding(this.encode_first_stage(init.pixels, init.height, init.width), generator);
-        x_T = this.schedule.q_sample(z, timesteps[0], randn(size, generator));
-      } else x_T = randn(size, generator);
+      const noise = () => randn(shape[0] * shape[1] * shape[2], generator);
+      const all = make_timesteps(steps, T, SAMPLERS[sampler].spacing);
+      const timesteps = init ? remaining_timesteps(all, init.strength) : all;
+      // The latent of a picture gets the noise of the first timestep that is left. Noise hides the details first and
+      // the layout last, so the steps keep the layout and draw new details (SDEdit).
+      const posterior = init && this.encode_first_stage(init.pixels, init.height, init.width);
+      const z = init && this.get_first_stage_encoding(posterior, generator);
+      const x_T = init ? this.schedule.q_sample(z, timesteps[0], noise()) : noise();
 
-      const start = memory.top;
-      try {
-        // Guidance needs ε for both prompts. One call with a batch of two is faster than two calls. The order is
-        // [unconditional, conditional], as in CompVis.
-        const context = this.get_learned_conditioning(guidance === 1 ? [prompt] : [negative, prompt]);
-        const eps_model = (x, t) => {
-          const { predictions, ...collected } = this.apply_model(x, shape, t, context, options);
-          const to_eps = (prediction) => this.schedule.predict_noise(this.config.parameterization, x, t, prediction);
-          const [eps_uncond, eps_cond] = [to_eps(predictions[0]), to_eps(predictions.at(-1))];
-          if (guidance === 1) return { eps: eps_cond, ...collected };
-          // ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))                     (Ho & Salimans 2022, arXiv:2207.12598, eq. 6)
-          return { eps: eps_uncond.map((e, k) => e + guidance * (eps_cond[k] - e)), eps_cond, eps_uncond, ...collected };
-        };
-        const tokens = this.cond_stage_model.tokenizer.encode(prompt, this.cond_stage_model.config.max_length);
-        yield { shape, timesteps, tokens, context: context.picture(context.b - 1), x_T };
-        yield* sample(sampler, eps_model, x_T, this.schedule, timesteps);
-      } finally {
-        memory.top = start; // also when nobody asks for the rest of the steps
-      }
+      // Guidance needs ε for both prompts. One call with a batch of two is faster than two calls. The order is
+      // [unconditional, conditional], as in CompVis.
+      const contexts = this.get_learned_conditioning(guidance === 1 ? [prompt] : [negative, prompt]);
+      const eps_model = (x, t) => {
+        const { predictions, ...collected } = this.apply_model(x, shape, t, contexts, options);
+        const to_eps = (prediction) => this.schedule.predict_noise(this.config.parameterization, x, t, prediction);
+        if (guidance === 1) return { eps: to_eps(predictions[0]), ...collected };
+        const [eps_uncond, eps_cond] = predictions.map(to_eps);
+        // ε = ε(x_t) + s (ε(x_t, c) - ε(x_t))                         (Ho & Salimans 2022, arXiv:2207.12598, eq. 6)
+        return { eps: eps_uncond.map((e, k) => e + guidance * (eps_cond[k] - e)), eps_cond, eps_uncond, ...collected };
+      };
+      yield { shape, timesteps, tokens: this.cond_stage_model.tokenize(prompt), context: contexts.at(-1), x_T };
+      yield* sample(sampler, eps_model, x_T, this.schedule, timesteps);
     }
   }
 
-  Object.assign(live, { LatentDiffusion });
+  return { LatentDiffusion };
 });

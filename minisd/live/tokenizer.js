@@ -1,8 +1,9 @@
 // Stage 5: the tokenizer, CLIP's byte-pair encoding. Beside minisd/tokenizer.py, where a library does the merging.
 //
 //     "a red Axolotl" ─► clean, split ─► "a" "red" "axolotl" ─► bytes ─► merge ─► a</w> red</w> ax o lot l</w> ─► ids
-(globalThis.minisdLive ??= []).push(function tokenizer(live) {
+minisdLive.push(function tokenizer() {
   const [START, END, END_OF_WORD] = ["<|startoftext|>", "<|endoftext|>", "</w>"];
+  const SPECIAL = { [START]: "<start>", [END]: "<end>" };
   // English contractions, runs of letters, single digits, and runs of other characters. A merge must not reach across
   // words. (White space is \p{White_Space}: JavaScript's \s lacks U+0085 and has the byte order mark.)
   const words = "'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\p{White_Space}\\p{L}\\p{N}]+";
@@ -18,7 +19,7 @@
   }
 
   class BPETokenizer {
-    // vocab: the object of vocab.json. merges: the text of merges.txt. config: that of tokenizer_config.json, or nothing.
+    // vocab: the object of vocab.json. merges: the text of merges.txt. config: that of tokenizer_config.json, or none.
     constructor({ vocab, merges, config }) {
       const pad = config?.pad_token?.content ?? config?.pad_token ?? END;
       for (const token of [START, END, pad])
@@ -30,28 +31,23 @@
       this.names = new Map(Object.entries(vocab).map(([piece, id]) => [id, piece]));
     }
 
-    // A prompt -> ids: start, the pieces, end, and padding up to max_length. `pieces` names them, and `lost` is the end of
-    // a prompt that did not fit.
+    // A prompt -> ids: start, the pieces, end, and padding up to max_length. `pieces` names them, and `lost` is the end
+    // of a prompt that did not fit.
     encode(prompt, max_length) {
-      const pieces = []; // {id, word}
       // A special token that is written out in a prompt becomes that token, before anything else is done.
-      for (const part of prompt.split(/(<\|startoftext\|>|<\|endoftext\|>)/)) {
-        if (part === START || part === END) pieces.push({ id: this.vocab.get(part), word: part });
-        else for (const word of split(part)) for (const piece of this.merge(word)) pieces.push({ id: this.id(piece), word });
-      }
+      const parts = prompt.split(/(<\|startoftext\|>|<\|endoftext\|>)/);
+      const words = parts.flatMap((part) => (part in SPECIAL ? part : split(part)));
+      const pieces = words.flatMap((word) => this.merge(word).map((piece) => [this.vocab.get(piece), word]));
       const kept = pieces.slice(0, max_length - 2); // start and end take two places
       const padding = Array(max_length - 2 - kept.length).fill(this.pad_token);
-      const ids = [this.start_token, ...kept.map((piece) => piece.id), this.end_token, ...padding];
-      const lost = pieces.slice(kept.length).map((piece) => piece.word);
+      const ids = [this.start_token, ...kept.map(([id]) => id ?? this.end_token), this.end_token, ...padding];
+      const lost = pieces.slice(kept.length).map(([, word]) => word);
       return { ids, pieces: this.pieces(ids), lost: lost.filter((word, i) => word !== lost[i - 1]).join(" ") };
-    }
-
-    id(piece) {
-      return this.vocab.get(piece) ?? this.end_token;
     }
 
     // The word's bytes, of which the neighbours that were merged first in training become one piece, again and again.
     merge(word) {
+      if (word in SPECIAL) return [word];
       const pieces = Array.from(new TextEncoder().encode(word), (byte) => BYTES[byte]);
       pieces.push(pieces.pop() + END_OF_WORD);
       for (;;) {
@@ -67,18 +63,14 @@
 
     // In readable form: "<start>", words or pieces of words, "<end>", then "<pad>".
     pieces(ids) {
-      let ended = false;
-      return ids.map((id) => {
-        const piece = this.names.get(id);
-        if (ended) return "<pad>";
-        ended = piece === END;
-        return { [START]: "<start>", [END]: "<end>" }[piece] ?? piece.replace(END_OF_WORD, "");
-      });
+      const end = ids.indexOf(this.end_token);
+      const names = ids.map((id) => SPECIAL[this.names.get(id)] ?? this.names.get(id).replace(END_OF_WORD, ""));
+      return names.fill("<pad>", end + 1);
     }
   }
 
-  // Clean and split: one code point for a letter and its accent, one space for a run of them, and lower case. (Letter by
-  // letter, because for a whole word JavaScript has a second form of the Greek sigma.)
+  // Clean and split: one code point for a letter and its accent, one space for a run of them, and lower case. (Letter
+  // by letter, because for a whole word JavaScript has a second form of the Greek sigma.)
   function split(text) {
     const clean = text.normalize("NFC").replace(/\p{White_Space}+/gu, " ");
     const lower = Array.from(clean, (letter) => letter.toLowerCase()).join("");
@@ -86,5 +78,5 @@
     return (lower.match(WORDS_AND_SPECIAL) ?? []).flatMap((word) => word.match(WORDS));
   }
 
-  Object.assign(live, { BPETokenizer });
+  return { BPETokenizer };
 });

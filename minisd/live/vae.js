@@ -1,9 +1,7 @@
 // Stage 4: the first stage, an autoencoder that turns a picture into a small latent and back. Beside minisd/vae.py.
 //
-//     picture [3 b H W] ─► Encoder ─► quant_conv ─► mean, logvar ─► z [4 b h w] ─► post_quant_conv ─► Decoder ─► picture
-(globalThis.minisdLive ??= []).push(function vae(live) {
-  const { tidy, linear, conv2d, groupNorm, enlarge, attention } = live;
-
+//     picture [3 b H W] ─► Encoder, quant_conv ─► mean, logvar ─► z [4 b h w] ─► post_quant_conv, Decoder ─► picture
+minisdLive.push(function vae({ tidy, linear, conv2d, groupNorm, enlarge, attention }) {
   const EPS = 1e-6; // of every norm here. (The UNet's ResBlocks have 1e-5.)
 
   // Two convolutions whose result is added to the input: the UNet's ResBlock without the time embedding.
@@ -25,10 +23,10 @@
   const Downsample = (w, x) => conv2d(w.conv, x, { stride: 2, before: 0, after: 1 });
   const Upsample = (w, x) => conv2d(w.conv, enlarge(x, 2 * x.h, 2 * x.w));
 
-  // The layers at one resolution: each ResnetBlock, followed by its AttnBlock if the level attends; then the step to the
-  // next resolution, if there is one.
-  function Level(w, x, blocks) {
-    for (let i = 0; i < blocks; i++) {
+  // The layers at one resolution: each ResnetBlock, followed by its AttnBlock if the level attends; then the step to
+  // the next resolution, if there is one.
+  function Level(w, x) {
+    for (let i = 0; i in w.block; i++) {
       x = tidy(() => ResnetBlock(w.block[i], x));
       if ("attn" in w) x = tidy(() => AttnBlock(w.attn[i], x));
     }
@@ -46,16 +44,9 @@
 
   class AutoencoderKL {
     constructor(config, weights) {
-      // the defaults of AutoencoderConfig
-      const defaults = { ch_mult: [1, 2, 4, 4], num_res_blocks: 2, embed_dim: 4 };
-      this.config = { ...defaults, ...config };
-      this.weights = weights;
-      this.levels = this.config.ch_mult.length;
-    }
-
-    // f: a latent pixel stands for a square of f×f pixels of the picture.
-    get downsampling() {
-      return 2 ** (this.levels - 1);
+      Object.assign(this, { config: { embed_dim: 4, ...config }, weights });
+      this.levels = Object.keys(weights.decoder.up).length; // all but one halve the sides
+      this.downsampling = 2 ** (this.levels - 1); // f: a latent pixel stands for f×f pixels of the picture
     }
 
     // Picture in [-1, 1] -> the moments of the distribution of its latent: the mean, then the log variance.
@@ -64,7 +55,7 @@
         const w = this.weights.encoder;
         let h = conv2d(w.conv_in, x); // [3 b H W] -> [ch b H W]
         // Each level looks at a larger part of the picture with each of its pixels.
-        for (let level = 0; level < this.levels; level++) h = Level(w.down[level], h, this.config.num_res_blocks);
+        for (let level = 0; level < this.levels; level++) h = Level(w.down[level], h);
         h = Middle(w.mid, h);
         return linear(this.weights.quant_conv, last(w, h)); // [2·4 b h w]
       });
@@ -78,12 +69,11 @@
         let h = conv2d(w.conv_in, linear(this.weights.post_quant_conv, z));
         h = Middle(w.mid, h);
         // Then each level adds finer detail. They are numbered from the full resolution, so up.0 runs last.
-        for (let level = this.levels - 1; level >= 0; level--)
-          h = Level(w.up[level], h, this.config.num_res_blocks + 1);
+        for (let level = this.levels - 1; level >= 0; level--) h = Level(w.up[level], h);
         return last(w, h); // [3 b H W]
       });
     }
   }
 
-  Object.assign(live, { AutoencoderKL });
+  return { AutoencoderKL };
 });
