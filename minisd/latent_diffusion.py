@@ -119,7 +119,8 @@ def enough_memory(advice: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        if not re.search("out ?of ?memory|n't allocate|not enough memory|MemoryError|overflow", said, re.IGNORECASE):
+        too_little = re.search("out of memory|n't allocate|not enough memory|MemoryError|calculation overflow", said)
+        if not too_little or isinstance(error.__cause__, RuntimeError | MemoryError):  # a decorator inside has said it
             raise
         raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
 

@@ -22,7 +22,7 @@ is not the clean picture but the picture after the first small step. The clean p
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
 import torch
@@ -30,7 +30,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Seed = SupportsIndex  # an int, or an integer of numpy or torch
-Generators = torch.Generator | Sequence[torch.Generator]  # one for the whole batch, or one for each picture
+# One for the whole batch, or one for each picture, or a function that draws noise [b *shape] for all, given the shape.
+Generators = torch.Generator | Sequence[torch.Generator] | Callable[..., Tensor]
 
 
 def seeded(seed: Seed) -> torch.Generator:
@@ -50,6 +51,8 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     With a generator for each picture, a picture gets the same noise in a batch as it would get alone.
     Raises ValueError if there are not as many generators as pictures.
     """
+    if callable(generator):  # such as the method `randn` of a training batch
+        return generator(*shape[1:])
     if not isinstance(generator, Sequence):
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
     if len(generator) != shape[0]:

@@ -661,10 +661,10 @@ def test_an_epoch_visits_every_sample_once(tmp_path, engine):
 
 
 def test_processes_and_parts_draw_what_one_process_would_have_drawn(tmp_path):
-    def drawn(rank, processes, accumulate):
+    def drawn(rank, processes, accumulate, batch_size=8):
         engine = SingleDevice("cpu")
         engine.process_index, engine.num_processes = rank, processes
-        trainer = Trainer(nn.Linear(2, 1), Recipe(batch_size=8, accumulate=accumulate), tmp_path, engine)
+        trainer = Trainer(nn.Linear(2, 1), Recipe(batch_size=batch_size, accumulate=accumulate), tmp_path, engine)
         trainer.step = 5
         batches = list(trainer.batches(100))
         numbers = [(b.indices, b.randint(1000), b.rand(), b.randn(2, 3)) for b in batches]
@@ -675,6 +675,34 @@ def test_processes_and_parts_draw_what_one_process_would_have_drawn(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(drawn(0, 1, 4), whole, strict=True))
     shares = zip(drawn(0, 2, 2), drawn(1, 2, 2), whole, strict=True)
     assert all(torch.equal(torch.cat([a, b]), c) and len(a) == 4 for a, b, c in shares)
+    many = drawn(0, 1, 1, 200)  # of which 64 share a generator
+    assert all(torch.equal(a, b) for a, b in zip(drawn(0, 1, 5, 200), many, strict=True))
+    noise = drawn(0, 1, 1, 2000)[3]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and len(noise.unique(dim=0)) == 2000
+
+
+def test_numbers_that_are_drawn_in_advance_are_those_that_would_be_drawn(tmp_path, engine):
+    trainer, again = (Trainer(nn.Linear(2, 1), Recipe(batch_size=8, accumulate=2), tmp_path, engine) for _ in range(2))
+    shapes = [(2, 3), (2, 3), (2, 3), (5,)]  # the last step asks for something else
+    for trainer.step, shape in enumerate(shapes):
+        for k, batch in enumerate(trainer.batches(16)):
+            numbers = batch.randint(9), batch.randn(*shape), batch.rand()
+            assert bool(batch.ahead) == (trainer.step > 0)  # from the third batch on
+            again.step, again._ahead, again._draws = trainer.step, {}, []
+            same = list(again.batches(16))[k]
+            assert torch.equal(same.randint(9), numbers[0]) and torch.equal(same.randn(*shape), numbers[1])
+            assert torch.equal(same.rand(), numbers[2])
+
+
+def test_a_run_of_a_version_that_drew_other_numbers_is_refused(tmp_path, engine):
+    recipe = Recipe(steps=4, batch_size=4)
+    trainer = Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
+    trainer.save()
+    state = trainer.folder.load()
+    del state["random_numbers"], state["given"]["random numbers"]  # as an older version wrote it
+    trainer.folder.save(0, state)
+    with pytest.raises(ValueError, match="random numbers was those of an older minisd, with which it can be finished"):
+        Trainer(nn.Linear(2, 1), recipe, tmp_path, engine)
 
 
 @pytest.mark.parametrize("network", ["vae", "unet"])

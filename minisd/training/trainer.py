@@ -25,8 +25,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..latent_diffusion import enough_memory
-from ..sampling import randn
+from ..noising import seeded
 from ..viz import save_sheet
 from .engine import Engine
 from .run_folder import LOCKED, RunFolder, refuse_no_numbers
@@ -138,24 +139,60 @@ class EMA:
             yield name, weight.cpu()
 
 
-@dataclass(frozen=True)
+BLOCK = 64  # how many samples share a random generator
+
+
+def drawn(seed: tuple[int, int], places: range, number: int, how: Callable, *arguments) -> Tensor:
+    """Random numbers for some places of a step's batch: how(*options, [places *shape]), where shape comes last.
+
+    Places 0 to 63 of the batch share a generator, places 64 to 127 the next, and so on. One for each place would be
+    several times as slow. With one for all, each process would have to draw the numbers of all processes.
+    """
+    *options, shape = arguments
+    dtype = torch.int64 if how is torch.randint else torch.float32
+    first, last = places.start // BLOCK, (places.stop - 1) // BLOCK
+    words = [np.random.SeedSequence((*seed, 2, number, block)).generate_state(2) for block in range(first, last + 1)]
+    generators = [seeded(int(high) << 31 ^ int(low)) for high, low in words]
+    blocks = [how(*options, (BLOCK, *shape), generator=g, dtype=dtype, device="cpu") for g in generators]
+    return torch.cat(blocks)[places.start - first * BLOCK :][: len(places)]
+
+
+@dataclass
 class Batch:
-    """Samples that go through the network together, and a random generator for each of them."""
+    """Samples that go through the network together, and random numbers for each of them.
+
+    The numbers for a sample depend on the seed, the step, the place of the sample in the step's batch, and on how often
+    the loop has drawn in this batch before. They are drawn on the CPU, so that they are the same for every device.
+    """
 
     indices: Tensor  # which samples of the data, [b]
-    generators: list[torch.Generator]
+    seed: tuple[int, int]  # that of the run, and the step
+    places: range  # the places of the samples in the step's batch
+    ahead: dict[tuple, Future] = field(default_factory=dict)  # what has been drawn for it in advance
+    draws: list[tuple] = field(default_factory=list)  # what the loop has asked for
 
     def randint(self, high: int) -> Tensor:
         """A random number from {0, …, high - 1} for each sample [b]."""
-        return torch.stack([torch.randint(high, (), generator=g) for g in self.generators])
+        return self._draw(torch.randint, high, ())
 
     def rand(self) -> Tensor:
         """A random number from [0, 1) for each sample [b]."""
-        return torch.stack([torch.rand((), generator=g) for g in self.generators])
+        return self._draw(torch.rand, ())
 
     def randn(self, *shape: int) -> Tensor:
-        """Noise from N(0, I) for each sample [b *shape], drawn on the CPU so that it is the same for every device."""
-        return randn((len(self.generators), *shape), self.generators)
+        """Noise from N(0, I) for each sample [b *shape]."""
+        return self._draw(torch.randn, shape)
+
+    def _draw(self, how: Callable, *arguments) -> Tensor:
+        self.draws.append((len(self.draws), how, *arguments))
+        asked = (self.seed, self.places, *self.draws[-1])
+        return self.ahead[asked].result() if asked in self.ahead else drawn(*asked)
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """A generator for each sample, for numbers of which each sample needs another amount. This is slow."""
+        seeds = np.random.SeedSequence((*self.seed, 1)).generate_state(self.places.stop, np.uint64) >> np.uint64(1)
+        return [seeded(seed) for seed in seeds[self.places.start :]]
 
 
 @contextlib.contextmanager
@@ -226,7 +263,8 @@ class Trainer:
         given: Mapping[str, str | int | float] | None = None,
         describe: Callable[[int], str] = str,
     ):
-        self.recipe, self.engine, self.given, self.describe = recipe, engine, dict(given or {}), describe
+        self.recipe, self.engine, self.describe = recipe, engine, describe
+        self.given = {"random numbers": RANDOM_NUMBERS} | dict(given or {})
         self._parts = engine.num_processes * recipe.accumulate  # of a batch
         if recipe.batch_size % self._parts:
             raise ValueError(
@@ -249,6 +287,7 @@ class Trainer:
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
         self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
         self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
+        self._second_thread, self._draws, self._ahead = ThreadPoolExecutor(1), [], {}  # see `batches`
         self._reads_each_step = engine.device.type == "cpu" or recipe.on_nan == "skip"
         self._asked_to_stop, self._stopping = threading.Event(), False
         self._resume()
@@ -310,18 +349,25 @@ class Trainer:
         # mean of the gradients, so together the parts give the gradient of the whole batch.
         for k in range(self.recipe.accumulate):
             part = self.engine.process_index * self.recipe.accumulate + k
-            # Each sample gets a random generator of its own, seeded by (seed, step, position in the batch). So what is
-            # drawn for a sample does not depend on the number of processes, nor on whether the run was interrupted.
-            seeds = _seeds(self.recipe.seed, self.step, self.recipe.batch_size)[self._places(part)]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            # What is drawn for a sample follows from the seed, the step and its place in the step's batch. So it does
+            # not depend on the number of processes, nor on whether the run was interrupted.
+            indices = torch.tensor(self._indices(self.step, part, n), device="cpu")
+            batch = Batch(indices, (self.recipe.seed, self.step), self._places(part), self._ahead)
+            # While the network works on this batch, a second thread draws the random numbers of the next one. A loop
+            # asks for the same in every batch. If it does not, the same numbers are drawn when it asks.
+            last = k + 1 == self.recipe.accumulate
+            following = (self.recipe.seed, self.step + last), self._places(part + 1 - last * self.recipe.accumulate)
+            asked = [(*following, *draw) for draw in self._draws]
+            self._ahead = {ask: self._second_thread.submit(drawn, *ask) for ask in asked}
             self._figures.append({})
             with contextlib.ExitStack() as stack:
                 # DDP would average the gradients over the processes after every backward pass, which is slow. Once is
                 # enough, after the last part.
-                if k + 1 < self.recipe.accumulate:
+                if not last:
                     for model in self.models.values():
                         stack.enter_context(self.engine.no_sync(model))
-                yield Batch(torch.tensor(self._indices(self.step, part, n), device="cpu"), generators)
+                yield batch
+            self._draws = batch.draws
 
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
         """Add the gradient of a batch's loss to that of the step. `name` and `figures` go into the log."""
@@ -431,17 +477,16 @@ class Trainer:
 
     # --- which samples --------------------------------------------------------------------------------------------
 
-    def _places(self, part: int) -> slice:
-        """The positions in the batch that belong to a part."""
+    def _places(self, part: int) -> range:
+        """The places in a step's batch that belong to a part."""
         size = self.recipe.batch_size // self._parts
-        return slice(part * size, (part + 1) * size)
+        return range(part * size, (part + 1) * size)
 
     def _indices(self, step: int, part: int, n: int) -> list[int]:
         """The samples in a part of a step's batch."""
         # Count the samples of the whole run: sample p is number p % n of epoch p // n, in the order of that epoch.
         first = step * self.recipe.batch_size
-        places = range(first, first + self.recipe.batch_size)[self._places(part)]
-        return [_order(n, self.recipe.seed, p // n)[p % n] for p in places]
+        return [_order(n, self.recipe.seed, p // n)[p % n] for p in (first + place for place in self._places(part))]
 
     # --- log and checkpoints --------------------------------------------------------------------------------------
 
@@ -484,6 +529,7 @@ class Trainer:
             "step": self.step,
             "recipe": asdict(self.recipe),
             "given": self.given,
+            "random_numbers": RANDOM_NUMBERS,
             "networks": networks,
             "ema": dict(self.ema.items()),
             "num_updates": self.ema.num_updates,
@@ -502,7 +548,9 @@ class Trainer:
                 f"the processes see different checkpoints in {self.folder.path}: it must be on a disk that all share"
             )
         if state is not None:
-            self._refuse_another_run(state["recipe"], state.get("given", {}))
+            # A run that an older version began would not go on as it began, because the random numbers were others.
+            numbers = state.get("random_numbers", "those of an older minisd, with which it can be finished")
+            self._refuse_another_run(state["recipe"], state.get("given", {}) | {"random numbers": numbers})
             self._restore(state)
         if self.engine.is_main_process:
             self.folder.forget_lines_after(self.step)
@@ -541,6 +589,7 @@ _MAY_CHANGE = {
     "accumulate", "compile", "gradient_checkpointing", "log_every", "sample_every", "save_every", "keep_checkpoints",
     "on_nan", "tensorboard",
 }  # fmt: skip
+RANDOM_NUMBERS = "those of minisd 0.2"  # see `drawn`; before, each sample had a generator of its own
 FEW = 8  # how many samples an error message names; all of them are written to a file
 NAMED = "no_number_{:06d}.txt"
 
@@ -568,12 +617,6 @@ def _numbered(state: dict) -> dict:
 
 def _rounded(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.8g}")  # float32 has no more digits
-
-
-def _seeds(seed: int, step: int, batch_size: int) -> list[int]:
-    """An independent seed for each sample of a batch. A larger batch begins with the same seeds."""
-    words = np.random.SeedSequence((seed, step, 1)).generate_state(batch_size, np.uint64)
-    return (words >> np.uint64(1)).tolist()
 
 
 @lru_cache(maxsize=4)

@@ -130,7 +130,7 @@ def train_unet(
                 else:
                     with engine.autocast():
                         posterior = sd.encode_first_stage(data.batch(batch.indices).to(engine.device))
-                z = sd.get_first_stage_encoding(posterior, batch.generators)
+                z = sd.get_first_stage_encoding(posterior, batch.randn)
                 # For inpainting, the mask and the latent of the masked picture, as further input channels; else None.
                 maps = condition.maps(sd, data, batch)
 
@@ -319,7 +319,7 @@ def _drawings(
 ) -> Float[Tensor, "n c H W"]:
     """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
     indices = torch.linspace(0, len(data) - 1, 12).long()
-    batch = Batch(indices, [torch.Generator().manual_seed(seed) for seed in range(len(indices))])
+    batch = Batch(indices, (0, 0), range(len(indices)))
     maps = sd.cond_stage_model.maps(sd, data, batch)
     with engine.autocast():
         shown = [prompts[i][0] for i in indices]

@@ -212,9 +212,8 @@ def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> 
             # vector (codebook term) and the vector towards the code (commitment term).
             x_hat, codebook_loss, indices = trainer.model(x, return_pred_indices=True)
         else:
-            # Each picture's latent is sampled with a random generator of its own.
             noise = _latent_noise(vae, x, batch, recipe.latent_noise) if recipe.latent_noise else None
-            x_hat, posterior = trainer.model(x, generator=batch.generators, noise=noise)
+            x_hat, posterior = trainer.model(x, generator=batch.randn, noise=noise)
     if quantised:
         used = (vae.quantize.usage(indices) > 0).sum()  # codes that are used in this batch; a larger batch uses more
         figures = {"codebook": codebook_loss, "codes": used, "perplexity": vae.quantize.perplexity(indices)}
