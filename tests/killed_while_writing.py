@@ -1,10 +1,11 @@
 """A program for test_training.py: a run that is left alone, and one that is killed (-9) at everything it writes.
 
-    python killed_while_writing.py NETWORK SHAPES FOLDER        prints the names at which it killed, in their order
+    python killed_while_writing.py SHAPES FOLDER        prints each network and a name at which it was killed, in order
 
-Whatever a run keeps is first written under another name and then renamed (`written_whole`, `folder_written_whole`).
-Each life of the killed run is a fork of this process. It ends just before the first renaming at which no life before it
-has ended: by turns it is killed at each checkpoint, and at each file of the finished model.
+The UNet is trained with the networks in FOLDER/parts. Whatever a run keeps is first written under another name and then
+renamed (`written_whole`, `folder_written_whole`). Each life of the killed run is a fork of this process. It ends just
+before the first renaming at which no life before it has ended, so the run is killed once at each checkpoint, and once
+at each file of the finished model.
 """
 
 import os
@@ -19,21 +20,22 @@ from minisd import PRESETS
 from minisd.data import CaptionedPictures
 from minisd.training import CLIPRecipe, SingleDevice, UNetRecipe, VAERecipe, recipes, train_clip, train_unet, train_vae
 
-network, shapes, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+shapes, folder = sys.argv[1], Path(sys.argv[2])
 data, config, engine = CaptionedPictures(shapes, 32), PRESETS["tiny"], SingleDevice("cpu")
 SHORT = {"steps": 2, "batch_size": 4, "warmup": 2, "log_every": 1, "save_every": 1, "sample_every": 100}
 
 
-def train(run: Path) -> None:
+def train(network: str, run: Path) -> None:
     if network == "clip":
         train_clip(config.cond_stage, recipes.VISION["tiny"], CLIPRecipe(**SHORT), data, run, engine)
     elif network == "vae":
         train_vae(config.first_stage, VAERecipe(**SHORT), data, run, engine)
     else:
-        train_unet(config, UNetRecipe(**SHORT), data, run, engine, folder / "clip", folder / "vae", keep_at=(1,))
+        parts = folder / "parts"
+        train_unet(config, UNetRecipe(**SHORT), data, run, engine, parts / "clip", parts / "vae", keep_at=(1,))
 
 
-def live(run: Path, killed_at: list[str] | None = None) -> str | None:
+def live(network: str, run: Path, killed_at: list[str] | None = None) -> str | None:
     """One life of the run in a process of its own. Returns the name at which it was killed; None if it finished."""
     out, into = os.pipe()
     child = os.fork()
@@ -48,7 +50,7 @@ def live(run: Path, killed_at: list[str] | None = None) -> str | None:
             rename(source, target)
 
         os.replace = rename_or_die
-        train(run)
+        train(network, run)
         os._exit(0)
     os.close(into)
     with os.fdopen(out, "rb") as pipe:
@@ -59,8 +61,9 @@ def live(run: Path, killed_at: list[str] | None = None) -> str | None:
     return name or None
 
 
-live(folder / "whole")
-killed_at = []
-while name := live(folder / "killed", killed_at):
-    killed_at.append(name)
-print(*killed_at, sep="\n")
+for network in ("clip", "vae", "unet"):
+    live(network, folder / network / "whole")
+    killed_at = []
+    while name := live(network, folder / network / "killed", killed_at):
+        killed_at.append(name)
+        print(network, name, flush=True)

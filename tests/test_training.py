@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,30 +132,45 @@ def test_a_run_that_was_interrupted_gives_the_losses_of_one_that_was_not(shapes,
 def test_ctrl_c_sigterm_and_sighup_finish_the_step_and_the_next_run_goes_on(tmp_path):
     program = textwrap.dedent(
         """
-        import signal, sys, time, torch
+        import os, signal, sys, time, torch
+        import torch._dynamo  # the optimiser would import it, in each run
         from minisd.training import Recipe, SingleDevice, Trainer
-        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(which, signal.SIG_DFL)  # under nohup, SIGHUP would be ignored here, too
-        torch.manual_seed(0)
-        recipe = Recipe(steps=10_000, batch_size=2, log_every=1, save_every=10_000)
-        trainer = Trainer(torch.nn.Linear(2, 1), recipe, sys.argv[1], SingleDevice("cpu"))
-        print("from", trainer.step, flush=True)
-        for step in trainer.steps():
-            for batch in trainer.batches(8):
-                trainer.backward(trainer.model(batch.randn(2)).square().mean())
-            trainer.update()
-            time.sleep(0.02)
+
+        def train():
+            torch.manual_seed(0)
+            recipe = Recipe(steps=10_000, batch_size=2, log_every=1, save_every=10_000)
+            trainer = Trainer(torch.nn.Linear(2, 1), recipe, sys.argv[1], SingleDevice("cpu"))
+            print(os.getpid(), trainer.step, flush=True)
+            for step in trainer.steps():
+                for batch in trainer.batches(8):
+                    trainer.backward(trainer.model(batch.randn(2)).square().mean())
+                trainer.update()
+                time.sleep(0.02)
+
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for _ in signals:  # each run is a fork of this process, which has imported everything
+            child = os.fork()
+            if child == 0:
+                for which in signals:
+                    signal.signal(which, signal.SIG_DFL)  # under nohup, SIGHUP would be ignored here, too
+                try:
+                    train()
+                except KeyboardInterrupt as stop:
+                    print(stop, flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
         """
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        began = int(process.stdout.readline().split()[1])
-        while not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < began + 3:
-            assert process.poll() is None
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-        assert "goes on from there" in errors
+    command, environment = [sys.executable, "-c", program, str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            child, began = map(int, process.stdout.readline().split())
+            while not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < began + 3:
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.kill(child, how)
+            assert "goes on from there" in process.stdout.readline()
+    assert process.returncode == 0
     assert began >= 6  # each run began where the one before it was stopped
     steps = [line["step"] for line in log(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))  # and no step was lost or made twice
@@ -173,15 +189,22 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_was_not(shapes, tmp
     assert whole == killed
 
 
-@pytest.mark.parametrize("network", ["clip", "vae", "unet"])
-def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(network, shapes, parts, tmp_path):
+@pytest.fixture(scope="module")
+def killed_while_writing(shapes, parts, tmp_path_factory):
+    """The folder with the runs of that program, and the names that it printed for each network."""
+    folder = tmp_path_factory.mktemp("killed")
     program, environment = Path(__file__).with_name("killed_while_writing.py"), os.environ | {"PYTHONPATH": str(ROOT)}
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
-    for part in parts:
-        (tmp_path / part.name).symlink_to(part)
-    command = [sys.executable, str(program), network, str(shapes.folder), str(tmp_path)]
+    (folder / "parts").symlink_to(parts[0].parent)
+    command = [sys.executable, str(program), str(shapes.folder), str(folder)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert process.returncode == 0, process.stderr[-4000:]
+    return folder, [line.split() for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("network", ["clip", "vae", "unet"])
+def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(network, killed_while_writing):
+    folder, killed_at = killed_while_writing
     checkpoints = [f"checkpoint_{step:06d}.pt" for step in (1, 2)]
     model = {
         # all of a CLIP is whole in clip.json.to_be_moved, before its files get their places one by one
@@ -195,12 +218,13 @@ def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(net
         ],
     }  # fmt: skip
     expected = [*checkpoints, *model[network]]
-    assert [name for name in process.stdout.split() if name in expected] == expected
+    assert [name for which, name in killed_at if which == network and name in expected] == expected
 
-    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    runs = folder / network / "whole", folder / network / "killed"
+    assert log(runs[0]) == log(runs[1])
     whole, killed = (
         {p.relative_to(run): p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix not in (".pt", ".jsonl")}
-        for run in (tmp_path / "whole", tmp_path / "killed")
+        for run in runs
     )
     assert list(whole) == list(killed)  # nothing is missing, and nothing unfinished is left
     for name in whole:
