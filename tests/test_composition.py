@@ -41,8 +41,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_judge():
+    """A judge with few features, which is trained in a second. It has to tell six things apart, not 1,251."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PatchJudge, "atoms", 40)
+        yield
+
+
 @pytest.fixture(scope="module")
-def judge(folder):
+def judge(folder, small_judge):
     return PatchJudge(Crops.of(Scenes(folder, count=250, seed=2)))
 
 

@@ -349,7 +349,7 @@ def test_a_model_is_trained_by_one_command_and_drawn_from_by_another(
     more = ["--init", "run/unet/model", *data, "--out", "more", "--steps", "1", "--batch-size", "4"]
     cli.main(["train", "unet", *more, "--device", "cpu"])
     assert load("more/unet/model", "cpu").config == load("run/unet/model", "cpu").config
-    with pytest.raises(SystemExit, match="leave --condition and --class-column out"):
+    with pytest.raises(SystemExit, match="leave --condition, --class-column and --parameterization out"):
         cli.main(["train", "unet", *more, "--condition", told])
 
 
