@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig
+from minisd import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, load
 from minisd.clip import CLIPTextConfig
 from minisd.loss import LOSSES
 from minisd.noising import ExactDenoiser
@@ -427,6 +427,18 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(sd, options, message):
         sd.txt2img(**{"prompt": FOX} | options)
     assert re.search(message, str(refused.value)) and "\n" not in str(refused.value)
     assert sizes == []
+
+
+@pytest.mark.parametrize("size", [400_000, 4_000_000_000])
+def test_a_picture_that_no_memory_holds_is_refused_with_what_to_lower(sd, size):
+    with pytest.raises(torch.OutOfMemoryError, match="not enough memory: draw fewer pictures .* or smaller ones"):
+        sd.txt2img(FOX, steps=1, height=size, width=size)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"this machine has no device '{device}' .*: take '(cpu|cuda|mps)'"):
+        load("tiny", device)
 
 
 def test_a_prompt_too_long_is_drawn_with_a_warning(sd):

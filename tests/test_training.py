@@ -454,6 +454,39 @@ def test_a_loop_that_is_left_gives_back_its_folder_and_ctrl_c(how, tmp_path, eng
     assert trainer.step == 5
 
 
+def test_a_training_that_ends_before_its_first_step_gives_back_its_folder(shapes, engine, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("minisd.training.unet.encode_prompts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_unet(PRESETS["tiny"], UNetRecipe(steps=1, **SHORT), shapes, tmp_path, engine, *parts)
+    assert free(tmp_path)
+
+
+def test_too_little_memory_says_what_to_lower(shapes, engine, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "backward", lambda *_, **figures: torch.empty(10**15))
+    with pytest.raises(torch.OutOfMemoryError, match="not enough memory: take a smaller batch_size"):
+        train_unet(PRESETS["tiny"], UNetRecipe(steps=1, **SHORT), shapes, tmp_path, engine, *parts)
+
+
+def test_no_default_of_pytorch_changes_a_training(shapes, engine, tmp_path):
+    recipe, config = CLIPRecipe(steps=1, **SHORT), PRESETS["tiny"].cond_stage
+    train_clip(config, recipes.VISION["tiny"], recipe, shapes, tmp_path / "usual", engine)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        train_clip(config, recipes.VISION["tiny"], recipe, shapes, tmp_path / "other", engine)
+        assert torch.get_default_dtype() == torch.float64 and torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert log(tmp_path / "usual") == log(tmp_path / "other")
+
+
+def test_a_recipe_with_numbers_of_numpy_is_gone_on_with(tmp_path, engine):
+    recipe = Recipe(steps=3, batch_size=4, lr=np.float64(0.5))  # which is a float, too
+    Trainer(nn.Linear(2, 1), recipe, tmp_path, engine).save()
+    Trainer(nn.Linear(2, 1), Recipe(steps=3, batch_size=4, lr=0.5), tmp_path, engine)
+
+
 @pytest.mark.parametrize("of", ["ema", "the other networks"])
 def test_weights_that_are_no_numbers_are_not_saved(of, tmp_path, engine):
     others = {"critic": nn.Linear(1, 1)}

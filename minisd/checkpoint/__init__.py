@@ -271,7 +271,7 @@ def _find(path: str | Path, variant: str | None = None) -> Path:
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
     """The device of that name, or the fastest of this machine. Raises ValueError if this machine does not have it."""
-    wanted = device or best_device()
+    wanted = best_device() if device is None else device
     try:
         torch.zeros(1, device=wanted).item()  # PyTorch only notices what is missing when it uses the device
     except Exception as error:  # each kind of device has its own
