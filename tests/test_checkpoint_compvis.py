@@ -306,6 +306,9 @@ def test_what_minisd_does_not_have_is_named(files, clip_folder, path, value, mes
         ("- 1\n- 2", "does not describe a latent diffusion model"),
         ("model: {target: ldm.models.autoencoder.AutoencoderKL, params: {embed_dim: 4}}", "does not describe a latent"),
         ("!!python/object/apply:os.system ['touch it_ran']", "no YAML that can be read"),
+        ("a: &a [x]\nb: [" + "*a, " * 31 + "]", "more than 30 aliases"),
+        ("[" * 40_000, "lists within lists"),
+        ("a" * 60_000, "60,000 bytes, far too many"),
     ],
 )
 def test_a_yaml_of_something_else_is_refused(files, monkeypatch, text, message):

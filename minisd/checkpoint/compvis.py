@@ -66,11 +66,16 @@ def read_yaml(source: str | Path | Mapping) -> dict:
     if not isinstance(source, Mapping):
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no configuration at {source}")
-        text = files.read_text(Path(source), most=200_000)  # CompVis's have 2 kB, and PyYAML is slow
+        text = files.read_text(Path(source), most=50_000)  # CompVis's have 2 kB, and PyYAML is slow
         with files.refused_as(f"{name} is no YAML that can be read"):
-            # A value can be repeated by an alias (*name). Aliases of aliases can make a few lines take up all memory.
-            if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > 30:
-                raise ValueError("it has more than 30 aliases")
+            # A value can be repeated by an alias (*name). Aliases of aliases can make a few lines take up all memory,
+            # and brackets in brackets all time.
+            aliases = depth = 0
+            for event in yaml.parse(text, yaml.SafeLoader):
+                aliases += isinstance(event, yaml.AliasEvent)
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if max(aliases, depth) > 30:
+                    raise ValueError("it has more than 30 aliases, or lists within lists")
             source = yaml.safe_load(text)  # safe_load runs no code
     try:
         model = source["model"]

@@ -282,7 +282,7 @@ def read_text(path: Path, most: int = 2**26) -> str:
     """A text file in UTF-8. Raises CheckpointError if it is something else, or larger than any file of its kind."""
     check_what_it_is(path)
     if path.stat().st_size > most:
-        raise CheckpointError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, far too much for such a file")
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, far too many for such a file")
     with refused_as(f"{path} is no text in UTF-8"):
         return path.read_text(encoding="utf-8-sig")  # some editors on Windows put a mark before the text
 
