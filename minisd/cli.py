@@ -200,11 +200,11 @@ class TrainVAE(Training):
     lpips: tuple[Path, Path] | None = None
 
     def train(self, engine: Engine) -> Path:
+        if self.init and self.first_stage:
+            raise ValueError(f"the autoencoder of {self.init} stays of its kind: leave --first-stage out")
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
         folder, config = self.out / "vae", PRESETS[self.preset]
         if self.init:
-            if self.first_stage:
-                raise ValueError(f"the autoencoder of {self.init} stays as it is: leave --first-stage out")
             sd = load(self.init, engine.device)
             data, clip = self.pictures(sd.config.image_size, False), self.init if has_clip(self.init) else None
             training.finetune_decoder(sd, self.recipe, data, folder, engine, perceptual, clip)
