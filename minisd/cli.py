@@ -221,11 +221,11 @@ class TrainVAE(Training):
     lpips: tuple[Path, Path] | None = None
 
     def train(self, engine: Engine) -> Path:
+        if self.init and self.first_stage:
+            raise ValueError(f"the autoencoder of {self.init} stays of its kind: leave --first-stage out")
         perceptual = self.perceptual().to(engine.device) if self.recipe.perceptual_weight else None
         folder, clip = self.out / "vae", None
         size = PRESETS[self.preset].image_size if self.preset else None  # None: that of the data
-        if self.init and self.first_stage:
-            raise ValueError(f"--init {self.init} keeps the kind of autoencoder: leave --first-stage out")
         if self.init and self.recipe.decoder_only:
             model, clip = load(self.init, engine.device), self.init if has_clip(self.init) else None
             size = model.config.image_size

@@ -1,6 +1,9 @@
 """The command line, called as a person would call it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +117,10 @@ def test_a_checkpoint_that_runs_a_program_is_refused(tmp_path, capsys):
         (("--steps", 1001), "steps"),
         (("--out", "no/such/folder/a.png"), "there is no folder"),
         (("--out", "a.xyz"), "a.xyz"),
+        (("--out", "a" * 300 + ".png"), "cannot be written (File name too long)"),
+        (("--trajectory", "no/such/folder/a.gif"), "there is no folder"),
+        (("--height", 0), "multiples of"),
+        (("--scale", 0), "--scale enlarges"),
         (("--num-images", 0), "num_images"),
     ],
 )
@@ -121,6 +128,49 @@ def test_a_mistake_gets_one_sentence_and_writes_nothing(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert words in fails(capsys, "txt2img", "a fox", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_found_before_the_drawing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minisd.cli.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "kept.png").write_text("mine")
+    assert "taken.png cannot be written (Is a directory)" in fails(
+        capsys, "txt2img", "x", "--out", tmp_path / "taken.png"
+    )
+    film = ("--out", tmp_path / "kept.png", "--trajectory", tmp_path / "taken.gif")
+    (tmp_path / "taken.gif").mkdir()
+    assert "taken.gif cannot be written" in fails(capsys, "txt2img", "x", *film)
+    assert (tmp_path / "kept.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (("unet", "--preset", "tiny"), "--preset"),
+        (("vae", "--preset=emoji"), "--preset"),
+        (("vae", "--first-stage", "kl"), "--first-stage"),
+        (("unet", "--parameterization", "eps"), "--parameterization"),
+        (("unet", "--condition", "none"), "--condition"),
+    ],
+)
+def test_a_flag_that_a_finished_model_leaves_no_room_for_is_refused(capsys, arguments, flag):
+    message = fails(capsys, "train", arguments[0], "--init", "tiny", "--device", "cpu", *arguments[1:])
+    assert flag in message and "leave" in message
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk"])
+def test_what_is_printed_can_be_printed_anywhere(encoding):
+    code = "import minisd; print('\\u1fb1\\u2205\\ud800'); from minisd.cli import main; main(['--help'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}, timeout=120
+    )
+    assert run.returncode == 0 and b"txt2img" in run.stdout, run.stderr.decode(encoding, "replace")
+
+
+def test_a_terminal_is_not_commanded_by_the_name_of_a_file(tmp_path, capsys):
+    evil = "\x1b]0;title\x07\x9b31m.png"
+    message = fails(capsys, "img2img", "a fox", tmp_path / evil, "--model", "tiny", "--out", tmp_path / "a.png")
+    assert "\\x1b]0;title\\x07\\x9b31m.png: the file is missing" in message and "\x1b" not in message
 
 
 def test_a_missing_corpus_says_how_to_make_it(tmp_path, capsys):

@@ -1906,6 +1906,19 @@ def test_an_unknown_form_is_refused(tmp_path):
         export(tmp_path, "pdf")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_notebook_in_which_somebody_has_worked_is_not_overwritten(tmp_path, form):
+    paths = export(tmp_path, form)
+    assert export(tmp_path, form) == paths, "what has not been changed may be written again"
+    paths[-1].write_text("my answers", "utf-8")
+    paths[0].unlink()
+    with pytest.raises(ValueError, match=f"{paths[-1].name} has been changed: give another folder, or .* --overwrite"):
+        export(tmp_path, form)
+    assert paths[-1].read_text("utf-8") == "my answers" and not paths[0].exists(), "nothing is written, or all"
+    export(tmp_path, form, overwrite=True)
+    assert "nbformat" in paths[-1].read_text("utf-8") and paths[0].exists()
+
+
 def test_the_teachers_page_is_up_to_date():
     page = (ROOT / "docs/coursework.md").read_text("utf-8")
     assert table() in page, "print it anew: python -c 'from minisd.coursework.export import table; print(table())'"

@@ -232,6 +232,146 @@ def test_templates_that_cannot_be_used_are_one_clear_sentence(own_folder, text, 
     assert "\n" not in str(refused.value)
 
 
+FOX = "a café fox"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with its mark"])
+@pytest.mark.parametrize("kind", ["a.txt", "metadata.jsonl", "metadata.csv", "templates.txt"])
+def test_text_is_read_as_windows_and_others_save_it(tmp_path, kind, encoding):
+    picture().save(tmp_path / "a.png")
+    text = {
+        "a.txt": FOX + "\r\n",
+        "metadata.jsonl": json.dumps({"file_name": "a.png", "text": FOX}, ensure_ascii=False),
+        "metadata.csv": f'file_name,text\r\na.png,"{FOX}"\r\n',
+        "templates.txt": "{}\r\nthe café's {}",
+    }[kind]
+    if kind == "templates.txt":
+        (tmp_path / "a.txt").write_text(FOX, encoding="utf-8")
+    data = b"\xff\xfe" + text.encode("utf-16-le") if "mark" in encoding else text.encode(encoding)
+    (tmp_path / kind).write_bytes(data)
+    read = CaptionedPictures(tmp_path)
+    assert read.captions == [FOX] and read.skipped == []
+    assert kind != "templates.txt" or read.templates == ("{}", "the café's {}")
+
+
+def test_a_caption_in_an_older_encoding_is_read_and_named_and_no_other_text_is_guessed(own_folder):
+    (own_folder / "one.txt").write_bytes("a café".encode("cp1252"))
+    (own_folder / "two.txt").write_bytes("un éléphant".encode("cp1252"))
+    (own_folder / "more/three.txt").write_bytes("a fox".encode("utf-16-le"))  # without its mark
+    with pytest.warns(UserWarning) as caught:
+        assert CaptionedPictures(own_folder).captions == ["a café", "un éléphant"]
+    said = sorted(str(warning.message) for warning in caught)
+    assert any("one.txt is not text in UTF-8 (byte 5 is 0xe9), nor are 1 others: read as Windows" in s for s in said)
+    assert any("three.txt is not text in UTF-8 (byte 1 is 0x00): save it as UTF-8" in s for s in said)
+    for name in ("templates.txt", "metadata.jsonl"):
+        (own_folder / name).write_bytes('{"file_name": "one.png", "text": "café {}"}'.encode("cp1252"))
+        with pytest.raises(ValueError, match=f"{name} is not text in UTF-8 .byte 3[0-9] is 0xe9.: save it as UTF-8"):
+            CaptionedPictures(own_folder)
+        (own_folder / name).unlink()
+
+
+def rows_in(folder: Path, text: str, name: str = "metadata.jsonl", **options) -> CaptionedPictures:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CaptionedPictures(folder, **options)
+
+
+def test_a_line_of_metadata_ends_where_json_says(own_folder):
+    lines = [f'{{"file_name": "{n}", "text": "a{end}b"}}' for n, end in (("one.png", "\u2028"), ("two.JPG", "\x85"))]
+    assert rows_in(own_folder, "\n".join(lines)).captions == ["a\u2028b", "a\x85b"]
+
+
+@pytest.mark.parametrize("name", ["../mine.png", "more/../../mine.png", "/mine.png", "..", "one.png/../../mine.png"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(own_folder, name):
+    picture().save(own_folder.parent / "mine.png")
+    name = str(own_folder.parent) + name if name[0] == "/" else name
+    rows = [json.dumps({"file_name": n, "text": "a picture"}) for n in (name, "more/../one.png")]
+    data = rows_in(own_folder, "\n".join(rows))
+    assert [row["file_name"] for row in data.rows] == ["one.png"]
+    assert data.skipped[0] == ("metadata.jsonl:1", "the file_name leads out of the folder")
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "\ud800"}, {"file_name": "\ud800"}, {"file_name": "a\0.png"}, {"file_name": "n" * 999}]
+)
+def test_a_row_that_no_file_can_have_is_left_out(own_folder, row):
+    rows = [{"file_name": "two.JPG", "text": "a"} | row, {"file_name": "one.png", "text": "one"}]
+    data = rows_in(own_folder, "[" * 100_000 + "\n" + "\n".join(map(json.dumps, rows)))
+    assert (
+        data.captions == ["one"] and ("metadata.jsonl:1", "no JSON object with a file_name and a text") in data.skipped
+    )
+
+
+def test_rows_with_an_empty_split_are_for_training(own_folder):
+    assert len(rows_in(own_folder, '{"file_name": "one.png", "text": "a", "split": null}', split="train")) == 1
+    (own_folder / "metadata.jsonl").unlink()
+    assert len(rows_in(own_folder, "file_name,text,split\none.png,a,\n", "metadata.csv", split="train")) == 1
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_table_is_read_whatever_stands_between_its_columns(own_folder, mark):
+    lines = [["file_name", "text", "concept"], ["one.png", '"a ""red"", round\nfox"', "fox"], ["two.JPG", "b", "cat"]]
+    data = rows_in(own_folder, "\r\n".join(mark.join(line) for line in lines), "metadata.csv")
+    assert data.captions == ['a "red", round\nfox', "b"] and data.column("concept") == ["fox", "cat"]
+    assert dict(data.skipped) == {"more/three.jpeg": "no line in metadata.csv"}
+
+
+def test_a_table_that_cannot_be_read_is_one_clear_sentence(own_folder):
+    with pytest.raises(ValueError, match=r"metadata.csv:1 cannot be read \(field larger than field limit"):
+        rows_in(own_folder, "file_name,text\none.png," + "x" * 200_000, "metadata.csv")
+
+
+def test_metadata_in_a_subfolder_names_what_is_beside_it(own_folder):
+    rows_in(
+        own_folder,
+        '{"file_name": "three.jpeg", "text": "near"}\n{"file_name": "../two.JPG", "text": "up"}',
+        "more/metadata.jsonl",
+    )
+    data = rows_in(
+        own_folder, '{"file_name": "more/three.jpeg", "text": "far"}\n{"file_name": "one.png", "text": "one"}'
+    )
+    assert {row["file_name"]: row["text"] for row in data.rows} == {
+        "more/three.jpeg": "near",
+        "two.JPG": "up",
+        "one.png": "one",
+    }
+    assert data.skipped == [("metadata.jsonl:1", "more/three.jpeg is in more/metadata.jsonl, too")]
+    data = rows_in(own_folder, "file_name,text\none.png,from the table\n", "metadata.csv")
+    assert ("metadata.csv:2", "one.png is in metadata.jsonl, too") in data.skipped and "one" in data.captions
+
+
+def test_a_terminal_is_not_commanded_by_a_name(own_folder):
+    row = json.dumps({"file_name": "\x1b]0;title\x07.png", "text": "a"})
+    (own_folder / "metadata.jsonl").write_text(row + '\n{"file_name": "one.png", "text": "one"}')
+    with pytest.warns(UserWarning) as caught:
+        CaptionedPictures(own_folder)
+    assert "\\x1b]0;title\\x07.png (the file is missing)" in str(caught[0].message) and "\x1b" not in str(
+        caught[0].message
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(own_folder):
+    for name in ("pipe.png", "one.txt", "metadata.jsonl", "pictures.npy", "templates.txt", "recipe.json"):
+        (own_folder / name).unlink(missing_ok=True)
+        os.mkfifo(own_folder / name)
+    with pytest.raises(ValueError, match="metadata.jsonl is not a file"):
+        CaptionedPictures(own_folder)
+    (own_folder / "metadata.jsonl").unlink()
+    assert folder.read_recipe(own_folder) == {}
+    with pytest.warns(UserWarning, match="2 of 4 left out"):
+        assert dict(CaptionedPictures(own_folder).skipped)["one.png"].endswith("one.txt is not a file")
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a.tif", "a.tiff", "a.webp", "a.png"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_folder_may_hold_pictures_in_any_usual_format(tmp_path, name, mode):
+    picture("red", mode=mode).save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
+    assert np.array_equal(one(tmp_path / name), np.asarray(picture("red", mode=mode).convert("RGB")))
+
+
 @pytest.fixture
 def classes(tmp_path) -> Path:
     """An imagefolder: pictures without captions, in folders that are named after what they show."""
@@ -326,6 +466,68 @@ def test_packed_pictures_that_no_longer_match_are_not_used(corpus, change):
         data = CaptionedPictures(corpus)
     for image, row in zip(data.images, data.rows, strict=True):
         assert np.array_equal(image, captioned_pictures.decode_file(corpus / row["file_name"]))
+
+
+@pytest.mark.parametrize(
+    "change", ["painted", "replaced by an older one", "swapped", "deleted", "same size and time of all"]
+)
+@pytest.mark.parametrize("record", [True, False])
+def test_what_is_seen_is_the_pictures_and_not_a_stale_copy(corpus, record, change):
+    if not record:  # as an earlier version of minisd wrote it
+        np.save(corpus / "pictures.npy", np.load(corpus / "pictures.npy"))
+        for path in corpus.glob("images/*"):
+            os.utime(path, (1, 1))
+    first, third = corpus / "images/1.png", corpus / "images/3.png"
+    assert CaptionedPictures(corpus)._packed is not None
+    expected = CaptionedPictures(corpus).images.copy()
+    if change == "painted":
+        picture("red", (16, 16)).save(third)
+        expected[3] = (255, 0, 0)
+    elif change == "replaced by an older one":
+        picture("red", (16, 16)).save(corpus / "new.png")
+        os.utime(corpus / "new.png", (1, 1))
+        (corpus / "new.png").replace(third)
+        expected[3] = (255, 0, 0)
+    elif change == "swapped":
+        first.rename(corpus / "x.png")
+        third.rename(first)
+        (corpus / "x.png").rename(third)
+        expected[[1, 3]] = expected[[3, 1]]
+    elif change == "deleted":
+        third.unlink()
+        expected = np.delete(expected, 3, axis=0)
+    else:  # as archives do, which keep no times
+        picture("red", (16, 16)).save(third)
+        for path in (*corpus.glob("images/*"), corpus / "pictures.npy"):
+            os.utime(path, (1, 1))
+        expected[3] = (255, 0, 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".* 1 of 5 left out: images/3.png \(the file is missing\)")
+        assert np.array_equal(CaptionedPictures(corpus).images, expected)
+
+
+def test_pictures_that_did_not_change_are_not_compared(corpus, monkeypatch):
+    decoded = []
+    decode = captioned_pictures.decode_file
+    monkeypatch.setattr(captioned_pictures, "decode_file", lambda *given: decoded.append(given) or decode(*given))
+    assert CaptionedPictures(corpus)._packed is not None and decoded == []
+    os.utime(corpus / "images/2.png")
+    assert CaptionedPictures(corpus)._packed is not None and len(decoded) == 1
+
+
+@pytest.mark.parametrize("damage", ["a zip archive", "a pickle", "an enormous shape", "noise behind the pictures"])
+def test_a_damaged_copy_is_not_believed(corpus, damage):
+    expected, path = CaptionedPictures(corpus).images.copy(), corpus / "pictures.npy"
+    if damage == "a zip archive":
+        np.savez(corpus / "a.npz", a=np.zeros(3))
+        (corpus / "a.npz").replace(path)
+    elif damage == "a pickle":
+        np.save(path, np.array([{}]), allow_pickle=True)
+    elif damage == "an enormous shape":
+        path.write_bytes(path.read_bytes().replace(b"(5, ", b"(5" + b"0" * 20 + b", ", 1))
+    else:
+        path.write_bytes(path.read_bytes()[:-200] + bytes(range(200)))
+    assert np.array_equal(CaptionedPictures(corpus).images, expected)
 
 
 def test_a_file_that_breaks_later_is_named(corpus):
@@ -1068,7 +1270,7 @@ def test_shapes_are_written_as_a_corpus(tmp_path, capsys):
     images, captions = shape_corpus(40, size=16, seed=1)
     assert data.captions == captions and np.array_equal(data.images, images)
     assert {row["split"] for row in data.rows} == {"train", "test_pair"}
-    assert data.templates == ("{}",), "its captions are whole phrases: \"a picture of a two pink diamonds\" is none"
+    assert data.templates == ("{}",), 'its captions are whole phrases: "a picture of a two pink diamonds" is none'
     written = (out / "pictures.npy").stat().st_mtime_ns
     draw_shapes(out, count=40, size=16, seed=1)
     assert "is complete" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 """Whole drawings, from prompt to picture, beside diffusers' pipelines and CompVis's recorded runs."""
 
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from minisd import ClassConfig, LatentDiffusion
 from minisd.noising import ExactDenoiser
+from minisd.pictures import read_mask, read_picture
 from minisd.sampling import SAMPLERS
 from minisd.unet import UNetConfig
 from minisd.vae import AutoencoderConfig, IdentityConfig
@@ -213,6 +216,64 @@ def test_a_picture_may_be_a_file_and_what_is_transparent_is_white(sd, tmp_path):
             sd.img2img(FOX, tmp_path / name)
 
 
+def test_a_photograph_of_a_phone_stands_upright_wherever_it_is_given(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo(height=24).save(tmp_path / "phone.png", exif=exif)
+    upright = read_picture(photo(height=24).rotate(-90, expand=True))
+    assert upright.shape == (1, 3, 32, 24)
+    for given in (tmp_path / "phone.png", str(tmp_path / "phone.png"), Image.open(tmp_path / "phone.png")):
+        assert torch.equal(read_picture(given), upright)
+    mask = Image.fromarray(np.eye(8) > 0)
+    mask.save(tmp_path / "mask.png", exif=exif)
+    assert torch.equal(read_mask(tmp_path / "mask.png", 8, 8), torch.eye(8).flip(1)[None, None])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float16, np.float64])
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_a_picture_may_be_an_array(kind, channels):
+    array = np.random.default_rng(0).integers(0, 256, (6, 5, *channels), np.uint8)
+    expected = read_picture(Image.fromarray(array[..., 0] if channels == (1,) else array))
+    assert torch.equal(read_picture(array if kind is np.uint8 else (array / 255).astype(kind)), expected)
+    black = read_picture(np.zeros((6, 5, *channels), bool))
+    assert torch.equal(black, torch.full((1, 3, 6, 5), -1.0))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jp2", "a.pgm"])
+def test_sixteen_bits_are_scaled_in_pictures_and_masks(tmp_path, name):
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)).save(tmp_path / name)
+    assert read_picture(tmp_path / name).unique().numel() == 64
+    assert read_mask(tmp_path / name, 8, 8).sum() == 32
+
+
+@pytest.mark.parametrize(
+    "kind", ["an eps", "a pipe", "a folder", "a device", "an enormous one", "half of one", "nothing"]
+)
+def test_what_is_no_picture_is_one_sentence_that_names_it(tmp_path, kind):
+    path = tmp_path / "a.png"
+    photo().save(path)
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a device":
+        path = Path("/dev/zero")
+    elif kind == "an eps":  # which PIL reads by starting Ghostscript
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    elif kind == "an enormous one":
+        Image.new("1", (20_000, 10_000)).save(path)
+    else:
+        path.write_bytes(data[: len(data) // 2] if kind == "half of one" else b"")
+    said = {"an eps": "its format is none of PNG, ", "an enormous one": "exceeds limit", "nothing": "the file is empty",
+            "half of one": "not a readable picture"}.get(kind, "not a file")  # fmt: skip
+    for read in (read_picture, lambda given: read_mask(given, 8, 8)):
+        with pytest.raises(OSError, match=said) as refused:
+            read(path)
+        assert str(refused.value).startswith(f"{path}: ") and "\n" not in str(refused.value)
+
+
 # -- inpainting ----------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +308,49 @@ def test_what_the_mask_keeps_is_kept_and_the_rest_is_new(sd, sampler):
         new[2:5, 3:7] = True
         difference = (out.trajectory[-1].x - z).abs().amax(dim=1)[0]
         assert difference[~new].max() < 1e-5 and difference[new].min() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path, mode):
+    strokes = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    strokes.paste((255, 255, 255, 255), (8, 8, 16, 16))
+    strokes.convert(mode).save(tmp_path / "strokes.png")
+    assert read_mask(tmp_path / "strokes.png", 32, 32)[0, 0].nonzero().tolist() == [
+        [y, x] for y in range(8, 16) for x in range(8, 16)
+    ]
+
+
+def test_a_thin_stroke_is_not_lost_where_a_large_mask_is_made_smaller():
+    mask = np.zeros((2000, 3000), bool)
+    mask[700:702] = True  # between the rows that NEAREST takes
+    assert read_mask(mask, 32, 32)[0, 0].nonzero()[:, 0].unique().tolist() == [11]
+    thick = np.zeros((2000, 3000), bool)
+    thick[700:1200, 401:1777] = True
+    nearest = Image.fromarray(thick).convert("L").resize((32, 32), Image.Resampling.NEAREST)
+    assert torch.equal(read_mask(thick, 32, 32)[0, 0], torch.from_numpy(np.array(nearest)) / 255)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("stroke", ["row", "slope", "dot"])
+def test_a_stroke_that_is_thinner_than_a_pixel_of_the_latent_is_drawn(make_sd, sd, stroke, channels):
+    model = make_sd(unet=replace(sd.config.unet, in_channels=channels))
+    y, x = np.mgrid[0:32, 0:32]
+    mask = {"row": (y > 12) & (y < 16), "slope": y == x // 2 + 5, "dot": (y == 9) & (x == 14)}[stroke]
+    touched = torch.from_numpy(mask.reshape(8, 4, 8, 4).any((1, 3)))
+    fox, cat = (model.inpaint(p, photo(), mask, steps=2).trajectory[-1].x[0] for p in (FOX, CAT))
+    changed = (fox - cat).abs().amax(0) > 1e-6
+    assert (changed == touched).all() if channels == 4 else changed[touched].all()
+    if channels == 9:
+        seen = model.masked_picture(read_picture(photo()), read_mask(mask, 32, 32), [torch.Generator()])[0, 0]
+        assert torch.equal(seen.bool(), touched)
+
+
+def test_a_mask_without_thin_strokes_is_sampled_as_in_diffusers(sd):
+    y, x = np.mgrid[0:32, 0:32]
+    for k in range(4, 14):
+        for shape in ((y - 15) ** 2 + (x - 13) ** 2 < k**2, (y > 3) & (y < 8 + k) & (x > k) & (x < 27)):
+            mask = read_mask(shape, 32, 32)
+            assert torch.equal(sd._latent_mask(mask), torch.nn.functional.interpolate(mask, (8, 8)))
 
 
 def test_the_trajectory_of_inpainting_can_be_filmed(sd, tmp_path):
@@ -349,13 +453,58 @@ def test_tiles_and_slices_are_asked_of_the_first_stage(sd, make_sd):
         ("img2img", {"image": photo(height=30)}, "multiples of 4 for this model, not 30x32: try 32x32"),
         ("img2img", {"image": torch.zeros(2, 3, 32, 32), "num_images": 3}, "2 pictures do not fit 3 drawings"),
         ("img2img", {"sampler": "magic"}, "no sampler 'magic'"),
+        ("img2img", {"height": 0}, "multiples of 4 for this model, not 0x32"),
+        (
+            "img2img",
+            {"image": torch.zeros(3, 32, 32), "height": 64},
+            "not resized: it has 32 pixels where 64 are asked",
+        ),
+        (
+            "img2img",
+            {"image": torch.zeros(0, 3, 32, 32)},
+            r"must be an image, a path, or a tensor .* not \[0, 3, 32, 32\]",
+        ),
+        (
+            "img2img",
+            {"image": np.zeros((3, 32, 32), np.uint8)},
+            r"an array must be .* this one is \[3, 32, 32\] of uint8",
+        ),
+        ("img2img", {"image": np.full((32, 32, 3), 2.0)}, r"floats in \[0, 1\], and this one is .* of float64"),
+        ("img2img", {"image": np.zeros((32, 32), np.int64)}, "this one is .* of int64"),
+        ("txt2img", {"start_code": torch.zeros(1, 4, 8, 8), "height": 64}, r"start_code is .* ask for \[1, 4, 16, 8\]"),
+        ("inpaint", {"mask": torch.ones(0, 1, 32, 32)}, r"the picture's size, 32x32, not \[0, 1, 32, 32\]"),
+        ("inpaint", {"mask": Image.new("LA", (32, 32), (255, 0))}, "black everywhere, or transparent"),
+        (
+            "inpaint",
+            {"mask": torch.eye(2)[:, :1, None, None].expand(2, 1, 32, 32), "num_images": 2},
+            "black everywhere",
+        ),
         ("inpaint", {"mask": Image.new("L", (32, 32))}, "black everywhere"),
         ("inpaint", {"mask": torch.ones(16, 16)}, r"the picture's size, 32x32, not \[16, 16\]"),
         ("inpaint", {"blend": "never"}, '"after" or "before" each step, but it is \'never\''),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(sd, method, arguments, message):
-    arguments = {"image": photo()} | ({"mask": hole()} if method == "inpaint" else {}) | arguments
+    arguments = (
+        ({} if method == "txt2img" else {"image": photo()})
+        | ({"mask": hole()} if method == "inpaint" else {})
+        | arguments
+    )
     with pytest.raises(ValueError, match=message) as error:
         getattr(sd, method)(FOX, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [{"start_code": torch.zeros(1, 4, 8, 8)}, {"timesteps": [100, 1]}])
+def test_an_argument_that_a_picture_leaves_no_room_for_is_refused(sd, asked):
+    with pytest.raises(TypeError, match=f"img2img has no argument '{next(iter(asked))}'"):
+        sd.img2img(FOX, photo(), **asked)
+
+
+def test_what_a_model_has_no_use_for_is_refused(make_sd, sd):
+    unet = replace(sd.config.unet, context_dim=None, use_spatial_transformer=False)
+    with pytest.raises(ValueError, match="this model is told nothing"):
+        make_sd(unet=unet, cond_stage=None).txt2img(None, steps=2, negative_prompt="a dog")
+    nine = make_sd(unet=replace(sd.config.unet, in_channels=9))
+    with pytest.raises(ValueError, match="for a model with further channels \"after\", but it is 'before'"):
+        nine.inpaint(FOX, photo(), hole(), blend="before", steps=2)

@@ -93,7 +93,7 @@ def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skip
                 row = json.loads(row) if isinstance(row, str) else row
                 name, text = place / row["file_name"], row.get("text") or ""
                 inside, said = posixpath.normpath(name.as_posix()), text.strip().encode()  # refuses half a character
-                if name.anchor or inside.startswith("../"):
+                if name.anchor or inside.split("/")[0] == "..":
                     reason = "the file_name leads out of the folder"
                 elif named_in.setdefault(inside, path) != path:
                     reason = f"{inside} is in {named_in[inside].relative_to(folder)}, too"
