@@ -316,7 +316,7 @@ def test_networks_are_torchs(page, name, odd):
     x, pixels = torch.randn(1, *shape, generator=generator), torch.rand(1, 3, side, side, generator=generator) * 2 - 1
     prompts, timesteps = ["", "a red fox, noto style"], [sd.schedule.timesteps - 1, 300, 1, 0]
 
-    page.evaluate(f"openModelModel('{name}')")
+    page.evaluate(f"openModel('{name}')")
     given = [prompts, x.flatten().tolist(), shape, timesteps, pixels.flatten().tolist(), side]
     ours = page.evaluate(NETWORKS, given)
 
@@ -498,7 +498,7 @@ def test_a_page_opened_as_a_file_draws_the_same_picture(browser, site, tiny):
 
 def test_without_webassembly_the_picture_is_the_same(browser, server, tiny):
     page = browser.new_page()
-    page.add_init_script("delete globalThis.WebAssembly.Module")
+    page.add_init_script("delete globalThis.WebAssembly")
     page.goto(f"{server}/index.html")
     start = "async (plain) => { globalThis.engine = new MinisdEngine('tiny', { plain }); return engine.load(); }"
     assert not page.evaluate(start, True)["simd"]

@@ -32,8 +32,8 @@ minisdLive.push(function sampling() {
     // The last step leads to the clean picture, ᾱ = 1, or to the lowest noise level of the training, ᾱ_0.
     const a_end = set_alpha_to_one ? 1 : schedule.alpha_bar(0);
     const [steps, past] = [timesteps.length, []];
-    for (let x = x_T, i = 0; i < steps; i++) {
-      const t = timesteps[i];
+    let x = x_T;
+    for (const [i, t] of timesteps.entries()) {
       const [a_t, a_prev] = [schedule.alpha_bar(t), i + 1 < steps ? schedule.alpha_bar(timesteps[i + 1]) : a_end];
       const [x_t, answer] = [x, eps_model(x, t)];
       if (!answer.eps.every(isFinite)) throw new Error(`The model returned NaN or infinity at step ${i}, t = ${t}.`);

@@ -16,7 +16,7 @@
 //      ─► step       {i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, attention, activations, pictures}
 //                    arrays of the latent's shape. With a preview, pictures is {x_t, x0}
 //      ─► done       {picture, seconds}
-//     cancel     {id of a drawing}    it stops after the step that it is in, or does not begin
+//     cancel     {id of a drawing}    it stops after the step that it is in, or after its first
 //      ─► cancelled  {}               instead of `done`
 //     tokenize   {prompt}                        ─► tokens      {ids, pieces, lost}
 //     decode     {latents: [[c h w], …], shape}  ─► decoded     {pictures}
@@ -34,9 +34,9 @@ minisdLive.push(function worker({ LatentDiffusion, SAMPLERS, simd }) {
 
   function load({ id, config, tokenizer, weights }) {
     sd = new LatentDiffusion(config, tokenizer, weights);
-    const [samplers, { timesteps, alphas_cumprod }] = [Object.keys(SAMPLERS), sd.schedule];
-    const [{ image_size }, { max_length }] = [sd.config, sd.cond_stage_model.config];
-    say("ready", { id, simd, image_size, max_length, samplers, timesteps, alphas_cumprod });
+    const [{ timesteps, alphas_cumprod }, { image_size }] = [sd.schedule, sd.config];
+    const about = { image_size, max_length: sd.cond_stage_model.config.max_length, samplers: Object.keys(SAMPLERS) };
+    say("ready", { id, simd, ...about, timesteps, alphas_cumprod });
   }
 
   async function draw({ id, preview = 0, init = null, ...options }) {
@@ -52,8 +52,8 @@ minisdLive.push(function worker({ LatentDiffusion, SAMPLERS, simd }) {
       await new Promise((resolve) => setTimeout(resolve));
       if (cancelled.delete(id)) return say("cancelled", { id });
     }
-    const [picture] = decode([step.x], start.shape);
-    say("done", { id, picture, seconds: (performance.now() - began) / 1000 });
+    const [picture, seconds] = [decode([step.x], start.shape)[0], (performance.now() - began) / 1000];
+    say("done", { id, picture, seconds });
   }
 
   // --- pictures: [3 H W] in [-1, 1], and four bytes for each pixel ---------------------------------------------------
@@ -79,8 +79,8 @@ minisdLive.push(function worker({ LatentDiffusion, SAMPLERS, simd }) {
 
   function autoencode({ id, width, height, ...picture }) {
     const shape = sd.latent_shape(height, width);
-    const { mean } = sd.encode_first_stage(fromRGBA({ width, height, ...picture }), height, width);
-    const z = mean.map((v) => sd.config.scale_factor * v);
+    const posterior = sd.encode_first_stage(fromRGBA({ width, height, ...picture }), height, width);
+    const z = posterior.mean.map((v) => sd.config.scale_factor * v);
     say("autoencoded", { id, z, shape, picture: decode([z], shape)[0] });
   }
 
