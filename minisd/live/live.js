@@ -79,10 +79,9 @@ globalThis.MinisdEngine = class {
 
   async readScript() {
     await new Promise((resolve, reject) => {
-      const script = Object.assign(document.createElement("script"), { src: `${this.folder}/model.js` });
-      script.onload = resolve;
-      script.onerror = () => reject(new Error(`${this.folder} has no model: neither config.json nor model.js.`));
-      document.head.append(script);
+      const tag = Object.assign(document.createElement("script"), { src: `${this.folder}/model.js`, onload: resolve });
+      tag.onerror = () => reject(new Error(`${this.folder} has no model: neither config.json nor model.js.`));
+      document.head.append(tag);
     });
     const { weights, ...model } = globalThis.minisdModel;
     globalThis.minisdModel = null; // so that its text, which is larger than the weights, can be freed
