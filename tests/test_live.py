@@ -85,7 +85,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the page, whose model is `tiny` as a script; and beside it the models as folders."""
+    """A folder with the page, whose model is `tiny` as scripts; and beside it the models as folders."""
     folder = tmp_path_factory.mktemp("site")
     live.write_page(WEIGHTS / "tiny", folder)
     for name in ("tiny", "emoji"):
@@ -584,7 +584,7 @@ REFUSED = {
         "engine.draw({ prompt: 'a', init: { rgba: new Uint8Array(3840), width: 30, height: 32, strength: 1 } })"
     ),
     'The engine knows no message "paint": see worker.js.': "engine.ask('paint')",
-    "nowhere has no model: neither config.json nor model.js.": "new MinisdEngine('nowhere').load()",
+    "There is no nowhere/model.js.": "new MinisdEngine('nowhere').load()",
 }
 
 
