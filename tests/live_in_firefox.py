@@ -1,8 +1,9 @@
 """The live page in Firefox:   python tests/live_in_firefox.py
 
-Opens the page in a headless Firefox (Debian: apt-get install firefox-esr), from a server and as a file, lets it draw, and
-compares the pictures with those of minisd. Firefox needs no driver for this: the page itself sends what it drew to a
-server on this machine. It is no test of pytest, because few machines have a Firefox beside the Chromium of the others.
+Opens the page in a headless Firefox (Debian: apt-get install firefox-esr), from a server and as a file, lets it draw,
+and compares the pictures with those of minisd. Firefox needs no driver for this: the page itself sends what it drew to
+a server on this machine. It is no test of pytest, because few machines have a Firefox beside the Chromium of the
+other tests.
 """
 
 import functools

@@ -30,11 +30,9 @@ minisdLive.push(function clip({ memory, Tensor, tidy, linear, layerNorm, silu, a
 
   // Ids of tokens -> last hidden state, after the final norm: what Stable Diffusion calls the context.
   function CLIPTextTransformer(w, sentences, heads) {
-    return tidy(() => {
-      let x = CLIPTextEmbeddings(w.embeddings, sentences);
-      for (let i = 0; i in w.encoder.layers; i++) x = CLIPEncoderLayer(w.encoder.layers[i], x, heads);
-      return layerNorm(w.final_layer_norm, x);
-    });
+    let x = CLIPTextEmbeddings(w.embeddings, sentences);
+    for (let i = 0; i in w.encoder.layers; i++) x = CLIPEncoderLayer(w.encoder.layers[i], x, heads);
+    return layerNorm(w.final_layer_norm, x);
   }
 
   // Prompts -> context, by a tokenizer and the text tower: Stable Diffusion's `cond_stage_model`.

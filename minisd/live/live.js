@@ -1,7 +1,8 @@
 // The page's side: it starts the worker, fetches a model, and turns the worker's messages into promises.
 //
 //     const engine = new MinisdEngine("model");                       a folder beside the page
-//     await engine.load((received, total) => …);                      the weights are fetched here, and not before
+//     await engine.load((received, total) => …);                      the weights are fetched here, and not before.
+//                                                  How much of how much: bytes from a server, pieces from a file
 //     const { picture, seconds } = await engine.draw({ prompt: "a red fox", … }, { start, step });
 //     engine.cancel();                                                 then the promise of `draw` gives null
 //
@@ -54,11 +55,11 @@ globalThis.MinisdEngine = class {
 
   // --- where a model comes from --------------------------------------------------------------------------------------
 
-  // From a server, the files of a minisd folder as they are. From a file, or where there is no such folder, the script
+  // From a server, the files of a minisd folder as they are. From a file, or where there is no such folder, the scripts
   // that minisd/live/__init__.py makes of them, because a page that was opened as a file may load scripts, but no data.
   async readModel(progress) {
     const first = location.protocol === "file:" ? null : await fetch(`${this.folder}/config.json`);
-    if (!first?.ok) return this.readScript();
+    if (!first?.ok) return this.readScripts(progress);
     const get = async (name) => {
       const answer = await fetch(`${this.folder}/${name}`);
       if (!answer.ok) throw new Error(`The server has no ${this.folder}/${name} (${answer.status}).`);
@@ -77,17 +78,22 @@ globalThis.MinisdEngine = class {
     return { config, tokenizer: { vocab, merges, config: special }, weights: [await new Blob(chunks).arrayBuffer()] };
   }
 
-  async readScript() {
-    await new Promise((resolve, reject) => {
-      const script = Object.assign(document.createElement("script"), { src: `${this.folder}/model.js` });
-      script.onload = resolve;
-      script.onerror = () => reject(new Error(`${this.folder} has no model: neither config.json nor model.js.`));
-      document.head.append(script);
-    });
-    const { weights, ...model } = globalThis.minisdModel;
-    globalThis.minisdModel = null; // so that its text, which is larger than the weights, can be freed
-    // The browser decodes base64 fastest as an address that holds its own content.
-    const chunks = weights.map(async (text) => (await fetch(`data:;base64,${text}`)).arrayBuffer());
-    return { ...model, weights: [await new Blob(await Promise.all(chunks)).arrayBuffer()] };
+  // Piece by piece, because each exists several times in memory while it is read: as a file, a script and a string.
+  async readScripts(progress) {
+    const load = (name) =>
+      new Promise((resolve, reject) => {
+        const tag = Object.assign(document.createElement("script"), { src: `${this.folder}/${name}` });
+        tag.onload = () => resolve(tag.remove());
+        tag.onerror = () => reject(new Error(`There is no ${this.folder}/${name}.`));
+        document.head.append(tag);
+      });
+    await load("model.js");
+    const [{ pieces, ...model }, chunks] = [globalThis.minisdModel, []];
+    for (let i = 0; i < pieces; progress(++i, pieces)) {
+      await load(`weights_${i}.js`);
+      // The browser decodes base64 fastest as an address that holds its own content.
+      chunks.push(await (await fetch(`data:;base64,${globalThis.minisdModel}`)).arrayBuffer());
+    }
+    return { ...model, weights: [await new Blob(chunks).arrayBuffer()] };
   }
 };

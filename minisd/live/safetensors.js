@@ -28,7 +28,7 @@ minisdLive.push(function safetensors({ memory }) {
   function part(path) {
     const get = (at, name) => {
       if (name in at) return at[name];
-      throw new Error(`The weights have no ${[...path, name].join(".")}, which config.json asks for.`);
+      throw new Error(`The weights have no ${[...path, name].join(".")}, which this model needs.`);
     };
     return new Proxy({}, { get });
   }

@@ -63,9 +63,8 @@ minisdLive.push(function tokenizer() {
 
     // In readable form: "<start>", words or pieces of words, "<end>", then "<pad>".
     pieces(ids) {
-      const end = ids.indexOf(this.end_token);
       const names = ids.map((id) => SPECIAL[this.names.get(id)] ?? this.names.get(id).replace(END_OF_WORD, ""));
-      return names.fill("<pad>", end + 1);
+      return names.fill("<pad>", ids.indexOf(this.end_token) + 1);
     }
   }
 

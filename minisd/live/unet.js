@@ -65,39 +65,37 @@ minisdLive.push(function unet({ Tensor, tidy, linear, conv2d, groupNorm, silu, c
     //
     // watch: see SpatialTransformer. record: (name, map), called with what each block returns.
     forward(x, t, context, watch, record) {
-      return tidy(() => {
-        const w = this.weights;
-        // The timestep, as a vector that all ResBlocks read: [320 …] -> [1280 …] in SD v1.
-        const embedding = timestep_embedding(t, x.b, this.config.model_channels);
-        let emb = linear(w.time_embed[2], silu(linear(w.time_embed[0], embedding)));
-        record("time_embed", emb);
-        emb = silu(emb);
+      const w = this.weights;
+      // The timestep, as a vector that all ResBlocks read: [320 …] -> [1280 …] in SD v1.
+      const embedding = timestep_embedding(t, x.b, this.config.model_channels);
+      let emb = linear(w.time_embed[2], silu(linear(w.time_embed[0], embedding)));
+      record("time_embed", emb);
+      emb = silu(emb);
 
-        let h = x;
-        const run = (block, name, skip) => {
-          h = this.TimestepEmbedSequential(block, name, h, { emb, context, skip, watch });
-          record(name, h);
-        };
+      let h = x;
+      const run = (block, name, skip) => {
+        h = this.TimestepEmbedSequential(block, name, h, { emb, context, skip, watch });
+        record(name, h);
+      };
 
-        // The way down. The output of every block is kept for the way up.
-        const skips = [];
-        for (let i = 0; i in w.input_blocks; i++) {
-          run(w.input_blocks[i], `input_blocks.${i}`);
-          skips.push(h);
-        }
+      // The way down. The output of every block is kept for the way up.
+      const skips = [];
+      for (let i = 0; i in w.input_blocks; i++) {
+        run(w.input_blocks[i], `input_blocks.${i}`);
+        skips.push(h);
+      }
 
-        // The bottom: here each pixel gathers from the whole picture and from the prompt.
-        run(w.middle_block, "middle_block");
+      // The bottom: here each pixel gathers from the whole picture and from the prompt.
+      run(w.middle_block, "middle_block");
 
-        // The way up. The skips are taken from the end, because the last map of the way down has the size of the first
-        // of the way up. An Upsample aims at the size of the next skip: a side of 5 was halved to 3, and twice 3 is 6.
-        for (let i = 0; i in w.output_blocks; i++) {
-          h = concat(h, skips.pop());
-          run(w.output_blocks[i], `output_blocks.${i}`, skips.at(-1));
-        }
+      // The way up. The skips are taken from the end, because the last map of the way down has the size of the first
+      // of the way up. An Upsample aims at the size of the next skip: a side of 5 was halved to 3, and twice 3 is 6.
+      for (let i = 0; i in w.output_blocks; i++) {
+        h = concat(h, skips.pop());
+        run(w.output_blocks[i], `output_blocks.${i}`, skips.at(-1));
+      }
 
-        return conv2d(w.out[2], groupNorm(w.out[0], h, 1e-5, true));
-      });
+      return conv2d(w.out[2], groupNorm(w.out[0], h, 1e-5, true));
     }
   }
 

@@ -51,27 +51,23 @@ minisdLive.push(function vae({ tidy, linear, conv2d, groupNorm, enlarge, attenti
 
     // Picture in [-1, 1] -> the moments of the distribution of its latent: the mean, then the log variance.
     encode(x) {
-      return tidy(() => {
-        const w = this.weights.encoder;
-        let h = conv2d(w.conv_in, x); // [3 b H W] -> [ch b H W]
-        // Each level looks at a larger part of the picture with each of its pixels.
-        for (let level = 0; level < this.levels; level++) h = Level(w.down[level], h);
-        h = Middle(w.mid, h);
-        return linear(this.weights.quant_conv, last(w, h)); // [2·4 b h w]
-      });
+      const w = this.weights.encoder;
+      let h = conv2d(w.conv_in, x); // [3 b H W] -> [ch b H W]
+      // Each level looks at a larger part of the picture with each of its pixels.
+      for (let level = 0; level < this.levels; level++) h = Level(w.down[level], h);
+      h = Middle(w.mid, h);
+      return linear(this.weights.quant_conv, last(w, h)); // [2·4 b h w]
     }
 
     // Latent -> picture, about in [-1, 1].
     decode(z) {
-      return tidy(() => {
-        const w = this.weights.decoder;
-        // The layout of the whole picture is settled first, at the lowest resolution, where attention sees all of it.
-        let h = conv2d(w.conv_in, linear(this.weights.post_quant_conv, z));
-        h = Middle(w.mid, h);
-        // Then each level adds finer detail. They are numbered from the full resolution, so up.0 runs last.
-        for (let level = this.levels - 1; level >= 0; level--) h = Level(w.up[level], h);
-        return last(w, h); // [3 b H W]
-      });
+      const w = this.weights.decoder;
+      // The layout of the whole picture is settled first, at the lowest resolution, where attention sees all of it.
+      let h = conv2d(w.conv_in, linear(this.weights.post_quant_conv, z));
+      h = Middle(w.mid, h);
+      // Then each level adds finer detail. They are numbered from the full resolution, so up.0 runs last.
+      for (let level = this.levels - 1; level >= 0; level--) h = Level(w.up[level], h);
+      return last(w, h); // [3 b H W]
     }
   }
 
