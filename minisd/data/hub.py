@@ -55,9 +55,7 @@ def fetch_dataset(
                     pictures.append(decode_file(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
-            raise ValueError(
-                f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".'
-            )
+            raise ValueError(f'none of {read} rows of {source} has a picture in "{image}" and a caption in "{text}".')
         write_corpus(folder, rows, np.stack(pictures), recipe)
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {read - len(rows):,} rows left out.")
     return folder

@@ -20,21 +20,17 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .captioned_pictures import read_metadata
+from .captioned_pictures import Corpus, read_metadata
 from .emoji import picture_file, read_concepts, sources
 from .folder import DOWNLOADS, corpus_folder, read_recipe, write_corpus
 from .packages import STYLES, attribution
@@ -174,8 +170,8 @@ def to_hsv(cut_out: UInt8[np.ndarray, "h w 4"]) -> Float32[np.ndarray, "3 h w"]:
 # The data set ---------------------------------------------------------------------------------------------------------
 
 
-class Scenes(Dataset):
-    """Scenes as a data set, with what training needs of `CaptionedPictures`: captions, `batch`, `templates` and so on.
+class Scenes(Corpus):
+    """Scenes as a data set.
 
     Args:
         folder: the folder of cut-out emoji that `build_scenes` wrote.
@@ -198,7 +194,6 @@ class Scenes(Dataset):
                 f"{folder} holds things for scenes of {self.size}x{self.size}, and {size}x{size} is needed: cut them "
                 f"out again, with `minisd data scenes --size {size}`."
             )
-        self.templates = ("{}",)
         self._drawn_in, self._with_one_hue = defaultdict(list), defaultdict(list)  # the things of each style
         for i, thing in enumerate(self.things):
             self._drawn_in[thing["style"]].append(i)
@@ -215,11 +210,6 @@ class Scenes(Dataset):
     @cached_property
     def captions(self) -> list[str]:
         return [scene.caption for scene in self.scenes]
-
-    @property
-    def wordings(self) -> list[list[str]]:
-        """The forms of each caption: here one, because a scene's caption is a sentence already."""
-        return [[caption] for caption in self.captions]
 
     def _scene(self, split: str, seed: int, k: int) -> Scene:
         """Scene k: drawn at random until it is in the split and can be shown."""
@@ -284,14 +274,8 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return self._drawn_by[1]
 
-    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        """Scene i, float32 in [-1, 1], and its caption."""
-        return self.batch([range(len(self))[i]])[0], self.captions[i]
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
-        """The scenes at these indices: float32 in [-1, 1]."""
-        pixels = torch.from_numpy(np.stack([self.picture(int(i)) for i in indices]))
-        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    def pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        return np.stack([self.picture(i) for i in indices.tolist()])
 
     def describe(self, i: int) -> str:
         return f"scene {i} ({self.captions[i]!r})"
@@ -323,9 +307,7 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
     folder, emoji = Path(folder).expanduser(), Path(emoji).expanduser()
     made = read_recipe(emoji)
     if made.get("made_by") != "build_emoji" or made.get("source") != "npm":
-        raise ValueError(
-            f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder with --emoji."
-        )
+        raise ValueError(f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder by --emoji.")
     recipe, corpus = {"made_by": "build_scenes", "size": size, "emoji": made}, read_metadata(emoji)[0]
     with corpus_folder(folder, recipe) as complete:
         if complete:

@@ -15,7 +15,7 @@ the score (scores.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from ..data import Scenes
 from ..data.scenes import COLOURS, KINDS, RELATIONS, Scene, rgb
 from ..latent_diffusion import LatentDiffusion
-from .judges import PatchJudge
-from .run import BATCH, FEWEST, Setting, autoencode
+from .judges import Hits, PatchJudge
+from .run import FEWEST, Setting, autoencode, draw
 from .scores import Score, score
 
 CROP = 32  # pixels along each side of what the judge sees
@@ -115,9 +115,7 @@ class Crops(Dataset):
         return cls(torch.stack(pictures), rows)
 
 
-def answers(
-    pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge
-) -> dict[str, Bool[np.ndarray, "n n"]]:
+def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
     """For each question: whether picture i would be a hit for the caption of scene j.
 
     A question that a scene does not ask is a hit in no picture.
@@ -178,11 +176,9 @@ def evaluate_composition(
     found, drawings = [], {}
     for split, name in {"train": "seen", "test_scene": "held out"}.items():
         data = Scenes(folder, split, size, count, seed=1)
-        real, drawn = data.batch(range(count)), []
-        for start in tqdm(range(0, count, BATCH), f"drawing {name}"):
-            options = asdict(replace(setting, seed=setting.seed + start))
-            drawn.append(sd.txt2img(data.captions[start : start + BATCH], **options).pictures.clamp(-1, 1).cpu())
-        shown = {"model": torch.cat(drawn), "real": real, "decoded": autoencode(sd, real)}
+        real = data.batch(range(count))
+        drawn = draw(sd, data.captions, setting, name)
+        shown = {"model": drawn, "real": real, "decoded": autoencode(sd, real)}
         hits = {what: answers(pictures, data.scenes, judge) for what, pictures in shown.items()}
         for question, asks in ASKED.items():
             chosen = [i for i, scene in enumerate(data.scenes) if asks(scene)]
@@ -192,5 +188,5 @@ def evaluate_composition(
                 found.append(score(name, "crops", question, **some, concepts=names))
         for kind in KINDS:
             chosen = [i for i, scene in enumerate(data.scenes) if scene.kind == kind]
-            drawings[f"{name}_{kind}".replace(" ", "_")] = shown["model"][chosen], real[chosen]
+            drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
     return found, drawings

@@ -89,9 +89,7 @@ class Evaluator:
         self.sd = sd
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
         if not all("concept" in row for row in data.rows):
-            raise ValueError(
-                f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do"
-            )
+            raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as `minisd data emoji` does")
         splits = [row.get("split", "train") for row in data.rows]
         members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
         if not members["test_pair"]:
@@ -129,12 +127,7 @@ class Evaluator:
 
     def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
         """Draw a picture for each caption of a group; picture k uses seed + k."""
-        captions, pictures = [row["text"] for row in self.groups[group].rows], []
-        for start in tqdm(range(0, len(captions), BATCH), desc=f"drawing {group}"):
-            options = asdict(replace(setting, seed=setting.seed + start))
-            out = self.sd.txt2img(captions[start : start + BATCH], **options)
-            pictures.append(out.pictures.clamp(-1, 1).cpu())
-        return torch.cat(pictures)
+        return draw(self.sd, [row["text"] for row in self.groups[group].rows], setting, group)
 
     def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
         """The scores of a group's drawings, for each judge and question."""
@@ -214,6 +207,15 @@ def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
     """The rows whose file names have the smallest hashes. It looks random, but always gives the same rows."""
     hashes = [hashlib.sha256(row["file_name"].encode()).hexdigest() for row in rows]
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
+
+
+def draw(sd: LatentDiffusion, captions: list[str], setting: Setting, name: str) -> Float[Tensor, "n 3 h w"]:
+    """Draw a picture for each caption; picture k uses seed + k. name: of these captions, for the progress bar."""
+    pictures = []
+    for start in tqdm(range(0, len(captions), BATCH), f"drawing {name}"):
+        options = asdict(replace(setting, seed=setting.seed + start))
+        pictures.append(sd.txt2img(captions[start : start + BATCH], **options).pictures.clamp(-1, 1).cpu())
+    return torch.cat(pictures)
 
 
 def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from ..checkpoint import write_json
@@ -62,13 +61,9 @@ def _save_drawings(drawings: dict[str, tuple[Tensor, Tensor]], folder: Path) -> 
     """A sheet for each group: drawings, and below each the real picture of its caption."""
     for name, (drawn, real) in drawings.items():
         parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
-        rows = torch.cat([_filled(row) for pair in parts for row in pair])
-        save_sheet(rows, folder / f"{name}.png", columns=COLUMNS)
-
-
-def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
-    """A row of a sheet, filled up with white after its last picture."""
-    return F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0)
+        # A row is filled up with white after its last picture.
+        rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0) for pair in parts for row in pair]
+        save_sheet(torch.cat(rows), folder / f"{name}.png", columns=COLUMNS)
 
 
 def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path | None = None) -> None:
