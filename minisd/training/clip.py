@@ -7,12 +7,10 @@ arXiv:2103.00020, figure 3). Stable Diffusion uses the text tower that OpenAI tr
 trained on your own pictures. Stable Diffusion does not need the image tower, but evaluation uses it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from ..checkpoint import save_clip
@@ -54,12 +52,7 @@ class CLIPOverProcesses(CLIPModel):
 
 @one_training()
 def train_clip(
-    text: CLIPTextConfig,
-    vision: CLIPVisionConfig,
-    recipe: CLIPRecipe,
-    data: Corpus,
-    folder: str | Path,
-    engine: Engine,
+    text: CLIPTextConfig, vision: CLIPVisionConfig, recipe: CLIPRecipe, data: Corpus, folder: str | Path, engine: Engine
 ) -> tuple[CLIPModel, BPETokenizer]:
     """Train the tokenizer and both towers, and write `clip.safetensors`, `clip.json` and `tokenizer/` to the folder.
 
@@ -86,7 +79,10 @@ def train_clip(
     # trained on all of them.
     wordings = data.wordings
     tokenizer = BPETokenizer.train([form for forms in wordings for form in forms], text.vocab_size)
-    tokens = tokenize_wordings(tokenizer, wordings, text.max_length)  # [n forms max_length]
+    # The token ids of every caption in every wording. Each text is read once, because a mixture of data repeats them.
+    number = {form: k for k, form in enumerate(dict.fromkeys(form for forms in wordings for form in forms))}
+    ids = tokenizer(list(number), text.max_length).ids
+    tokens = ids[torch.tensor([[number[form] for form in forms] for forms in wordings])]  # [n forms max_length]
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
     given = {"data": data.fingerprint, "templates": str(data.templates)}
     trainer = Trainer(towers, recipe, folder, engine, given=given, describe=data.describe)
@@ -115,14 +111,4 @@ def train_clip(
         clip.load_state_dict(dict(trainer.ema.items()))
         if engine.is_main_process:
             save_clip(clip, tokenizer, folder)
-        engine.wait_for_everyone()
     return clip, tokenizer
-
-
-def tokenize_wordings(
-    tokenizer: BPETokenizer, wordings: Sequence[Sequence[str]], max_length: int
-) -> Int[Tensor, "n forms max_length"]:
-    """The token ids of every caption in every wording."""
-    texts = {text: k for k, text in enumerate(dict.fromkeys(text for forms in wordings for text in forms))}
-    ids = tokenizer(list(texts), max_length).ids  # each text once, because a mixture of data repeats captions
-    return ids[torch.tensor([[texts[text] for text in forms] for forms in wordings])]

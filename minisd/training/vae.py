@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..data import Corpus
-from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
+from ..latent_diffusion import FIRST_STAGES, LatentDiffusion, Posterior
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
 from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
@@ -124,7 +124,7 @@ def train_vae(
     if recipe.decoder_only:
         given["encoder"] = fingerprint(vae.encoder)
     trainer = Trainer(vae, recipe, folder, engine, others, given, data.describe)
-    vae = engine.unwrap_model(trainer.model)
+    vae = trainer.network
     # CompVis limits λ to 1e4. With a KL term, their loss is a sum over the numbers of a picture and ours is the mean.
     # So the same limit is 1e4 divided by that number. With a VQModel, both are means.
     limit = 1e4 if quantised else 1e4 / (config.out_ch * data.size**2)
@@ -170,7 +170,6 @@ def train_vae(
             checkpoint.write_weights(vae.state_dict(), folder / "vae.safetensors")
             record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
             checkpoint.write_json(record, folder / "vae.json")
-        engine.wait_for_everyone()
         if sd is not None:
             sd.eval().first_stage_model = vae
             save_model(sd, clip, folder / "model", engine)
@@ -205,7 +204,7 @@ def _check(
 
 def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:
     """The reconstruction x̂, the weighted loss of its latents, and figures for the log."""
-    recipe, vae = trainer.recipe, trainer.engine.unwrap_model(trainer.model)
+    recipe, vae = trainer.recipe, trainer.network
     with trainer.engine.autocast():
         if quantised:
             # Each vector of the encoder's output is replaced by the nearest code. The loss pulls the code towards the
@@ -288,9 +287,7 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
 
 
 @torch.no_grad()
-def encode_all(
-    vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None
-) -> Tensor:
+def encode_all(vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None) -> Tensor:
     """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
 
     most: of more pictures than this, only as many are encoded, drawn at random.
@@ -310,9 +307,7 @@ def encode_all(
     return encode_shared(moments, len(chosen), batch_size, engine)
 
 
-def posterior_of(
-    moments: Float[Tensor, "b two_c h w"], device: torch.device
-) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
+def posterior_of(moments: Float[Tensor, "b two_c h w"], device: torch.device) -> Posterior:
     """What `encode_first_stage` returned for these moments: a distribution, or the latent itself for a VQModel."""
     certain = moments.chunk(2, dim=1)[1].isneginf().all()  # on the CPU, so that no GPU is waited for
     moments = moments.to(device, non_blocking=True)
