@@ -36,6 +36,7 @@ from .folder import DOWNLOADS, corpus_folder, read_recipe, write_corpus
 from .packages import STYLES, attribution
 from .split import unit_hash
 from .tables import read_table
+from .text import with_article
 
 _WORDS = read_table("scenes.toml")
 COLOURS = {name: tuple(hsv) for name, hsv in _WORDS["colours"].items()}  # (hue in degrees, saturation, value)
@@ -85,7 +86,7 @@ class Scene:
         if self.relation:
             words += [self.relation, self.items[1].name]
         if self.background:
-            words.append(f"on a{'n' * (self.background[0] in 'aeiou')} {self.background} background")
+            words.append(f"on {with_article(f'{self.background} background')}")
         return " ".join(words) + (f", {self.style} style" if self.names_style else "")
 
     @property
@@ -103,14 +104,6 @@ class Scene:
     def split(self) -> str:
         held_out = any(unit_hash("/".join(combination)) < HELD_OUT for combination in self.combinations)
         return "test_scene" if held_out else "train"
-
-
-def with_article(name: str) -> str:
-    """A name as it stands in a sentence: "a fox", "an orange", "grapes"."""
-    last = name.split()[-1]
-    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
-        return name  # a plural
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def can_be_shown(concept: str) -> bool:

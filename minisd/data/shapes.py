@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .folder import corpus_folder, write_corpus
 from .split import unit_hash
 from .tables import read_table
+from .text import with_article
 
 _WORDS = read_table("shapes.toml")
 SHAPES = tuple(_WORDS["shapes"])
@@ -70,10 +71,6 @@ def held_out_pairs() -> frozenset[str]:
 
 
 HELD_OUT = held_out_pairs()
-
-
-def with_article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def scene(seed: int, k: int) -> Scene:

@@ -86,12 +86,9 @@ def main_colour(thing: Float[Tensor, "3 h w"]) -> str:
 
 def place(scene: Scene, item: int) -> str:
     """The half of the picture in which an item of a scene is."""
-    if scene.relation is None:
-        return "whole"
-    right, down = RELATIONS[scene.relation]
-    if right:
-        return "right" if (right > 0) == (item == 0) else "left"
-    return "bottom" if (down > 0) == (item == 0) else "top"
+    right, down = RELATIONS.get(scene.relation, (0, 0))  # the way from the second thing to the first
+    wanted = (down, right) if item == 0 else (-down, -right)
+    return next(half for half, way in HALVES.items() if way == wanted)
 
 
 @dataclass(frozen=True)

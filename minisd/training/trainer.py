@@ -509,7 +509,8 @@ class Trainer:
         line |= {"samples_per_s": samples / (self._seconds - self._logged_at), "seconds": self._seconds}
         self._since_log, self._logged_at = [], self._seconds
         if self.engine.is_main_process:
-            self.folder.append({name: _rounded(value) for name, value in line.items()})
+            # Eight digits, because float32 has no more. Whole numbers and None stay as they are.
+            self.folder.append({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in line.items()})
             self._bar.set_postfix(loss=line["loss"], refresh=False)
 
     def save(self) -> None:
@@ -610,10 +611,6 @@ def _numbered(state: dict) -> dict:
     number = {p: n for n, p in enumerate(p for group in groups for p in group["params"])}
     groups = [group | {"params": [number[p] for p in group["params"]]} for group in groups]
     return {"state": {number[p]: means for p, means in state["state"].items()}, "param_groups": groups}
-
-
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.8g}")  # float32 has no more digits
 
 
 @lru_cache(maxsize=4)
