@@ -233,11 +233,9 @@ def build_emoji(
     cache = folder / DOWNLOADS
     recipe = {"made_by": "build_emoji", "size": size, "styles": [style.name for style in chosen]}
     recipe |= {"tones": tones, "flags": flags, "source": source, "templates": list(TEMPLATES)}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"{len(chosen)} styles at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
             return folder
-
         with disk_errors(folder):
             if source == "npm":  # everything is downloaded first, then rendered
                 for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):

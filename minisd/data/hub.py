@@ -43,9 +43,8 @@ def fetch_dataset(
     """
     folder = Path(folder)
     recipe = {"source": str(source), "split": split, "image": image, "text": text, "size": size, "count": count}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"the pictures of {source} at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} holds these pictures already.")
             return folder
         rows, pictures, read = [], [], 0
         stream = tqdm(islice(_stream(source, split, image, text), count), str(source), total=count)

@@ -302,9 +302,8 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
     if made.get("made_by") != "build_emoji" or made.get("source") != "npm":
         raise ValueError(f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder by --emoji.")
     recipe, corpus = {"made_by": "build_scenes", "size": size, "emoji": made}, read_metadata(emoji)[0]
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"cut-outs for scenes of {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: cut-outs for scenes of {size}x{size}.")
             return folder
         everything = read_concepts(emoji / DOWNLOADS, made["tones"], made["flags"])
         trained = {(row["codepoint"], row["style"]): row for row in corpus if row["split"] == "train"}

@@ -170,9 +170,8 @@ def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: i
     """
     folder = Path(folder).expanduser()
     recipe = {"made_by": "draw_shapes", "count": count, "size": size, "seed": seed}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"{count:,} shapes at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
             return folder
         pictures, _ = shape_corpus(count, size, seed)
         rows = [metadata(k, scene(seed, k)) for k in range(count)]

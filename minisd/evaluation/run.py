@@ -146,9 +146,8 @@ class Evaluator:
         """The distances of these pictures from the training split in each feature space; [] for too few pictures."""
         if min(len(pictures), len(self.training)) < 2 * MINIMUM:
             return []
-        return [
-            measure_distance(what, name, space(pictures), self._reference[name]) for name, space in self.spaces.items()
-        ]
+        spaces = self.spaces.items()
+        return [measure_distance(what, name, space(pictures), self._reference[name]) for name, space in spaces]
 
 
 def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16) -> Evaluation:
@@ -196,10 +195,8 @@ def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: 
     found = {}
     for value in SWEEPS[what]:
         drawn = evaluator.draw(group, replace(setting, **{what: value}))
-        found[f"{value:g}" if isinstance(value, float) else str(value)] = (
-            evaluator.scores(group, drawn),
-            evaluator.distances(f"drawings, {group}", drawn),
-        )
+        name = f"{value:g}" if isinstance(value, float) else str(value)
+        found[name] = evaluator.scores(group, drawn), evaluator.distances(f"drawings, {group}", drawn)
     return found
 
 

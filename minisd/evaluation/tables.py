@@ -29,12 +29,8 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
     if folder is None:
         return
     folder = Path(folder)
-    record = {
-        "setting": asdict(setting),
-        **_record(result.scores, result.distances),
-        "nearness": [asdict(n) for n in result.nearness],
-    }
-    write_json(record, folder / "scores.json")
+    record = {"setting": asdict(setting)} | _record(result.scores, result.distances)
+    write_json(record | {"nearness": [asdict(n) for n in result.nearness]}, folder / "scores.json")
     _save_drawings(result.drawings, folder)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)

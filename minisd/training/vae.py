@@ -109,7 +109,7 @@ def train_vae(
     finished = isinstance(model, FirstStage)
     config = model.config if finished else model
     quantised = isinstance(config, VQConfig)
-    _check(recipe, quantised, perceptual, finished, whole_model=sd is not None)
+    _check(recipe, quantised, perceptual, finished, whole=sd is not None)
     torch.manual_seed(recipe.seed)  # the initial weights
     vae, others = model if finished else FIRST_STAGES[type(config)](config), {}
     # Train all of it, or only the layers after the latent, so that the latents do not change.
@@ -176,16 +176,14 @@ def train_vae(
     return vae
 
 
-def _check(
-    recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, finished: bool, whole_model: bool
-) -> None:
+def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, finished: bool, whole: bool) -> None:
     """Raise ValueError if the recipe asks for something that was not given, or that does not fit the model."""
     if recipe.decoder_only and not finished:
         raise ValueError(
             "decoder_only trains the decoder of a finished autoencoder further, but train_vae was given the "
             "configuration of a new one: give it a finished autoencoder or model, or set decoder_only to False"
         )
-    if whole_model and not recipe.decoder_only:
+    if whole and not recipe.decoder_only:
         raise ValueError(
             "train_vae was given a whole model, whose UNet would not fit the latents of a changed encoder: set "
             "decoder_only=True, or give only the model's first_stage_model"
