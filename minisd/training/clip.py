@@ -17,7 +17,7 @@ from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
 from ..data import Corpus
 from .engine import Engine, gather_with_grad
-from .trainer import Recipe, Trainer, one_training
+from .trainer import Recipe, Trainer, one_training, refuse_another_size
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ def train_clip(
     Raises:
         ValueError: the pictures do not have the image tower's size, or there are fewer of them than a batch needs.
     """
-    if data.size != vision.image_size:
-        raise ValueError(
-            f"the image tower sees {vision.image_size}x{vision.image_size} pixels, and the pictures are {data.size}x"
-            f"{data.size}: open them with size={vision.image_size}"
-        )
+    refuse_another_size(data, vision.image_size, "the image tower sees")
     if recipe.batch_size > len(data):
         raise ValueError(
             f"a batch of {recipe.batch_size} would hold some of the {len(data)} pictures twice, and CLIP can't tell "

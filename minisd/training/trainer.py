@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data import Corpus
 from ..latent_diffusion import enough_memory
 from ..noising import seeded
 from ..viz import save_sheet
@@ -617,6 +618,13 @@ def _numbered(state: dict) -> dict:
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of the n samples in an epoch: a random permutation."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def refuse_another_size(data: Corpus, size: int, what: str) -> None:
+    """Raise ValueError unless the pictures have this size. what: "this model draws", say, before the size."""
+    if data.size != size:
+        given = f"{data.size}x{data.size}"
+        raise ValueError(f"{what} {size}x{size} pixels, and the pictures are {given}: open them with size={size}")
 
 
 def digest(content) -> str:
