@@ -79,6 +79,7 @@ class LatentDiffusionConfig:
 Latents = Float[Tensor, "b d h w"]  # scaled, and noisy in between
 Context = Float[Tensor, "b n e"]  # a sequence of n vectors for each picture, which cross-attention reads
 Posterior = DiagonalGaussianDistribution | Tensor  # what an encoder returns: a Gaussian over latents, or one latent
+Reduction = Literal["mean", "none"]  # of the losses of a batch: to their mean, or none, which leaves one for each
 
 
 class DiffusionWrapper(nn.Module):
@@ -250,12 +251,7 @@ class LatentDiffusion(nn.Module):
         return self.schedule.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
 
     def p_losses(
-        self,
-        x_start: Latents,
-        cond: Cond,
-        t: Times,
-        noise: Latents | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        self, x_start: Latents, cond: Cond, t: Times, noise: Latents | None = None, reduction: Reduction = "mean"
     ) -> Float[Tensor, "*b"]:
         """The training loss at the timesteps t: add noise, predict it, take the squared error (DDPM, Algorithm 1).
 

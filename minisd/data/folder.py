@@ -68,7 +68,7 @@ def corpus_folder(folder: Path, recipe: dict, what: str = "its corpus") -> Itera
         complete = already_there(folder, recipe)
         if complete:  # scratch is still there if the process was killed just before it would have removed it
             shutil.rmtree(folder / unfinished_by(made_by(recipe)), ignore_errors=True)
-            print(f"{folder} is complete: {what}.")
+            print(f"{folder} is complete already: {what}.")
         else:
             refuse_what_others_made(folder, recipe)
             if not os.access(folder, os.W_OK):

@@ -32,6 +32,7 @@ from .scores import Score, score
 SPLITS = ("train", "test_pair", "test_concept")
 FEWEST = 10  # captions that a group needs; with fewer, a score is not meaningful
 BATCH = 50  # pictures that are drawn, or encoded and decoded, together
+Towers = tuple[CLIPModel, BPETokenizer]  # both towers of CLIP, and their tokenizer
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        sd: LatentDiffusion,
-        folder: str | Path,
-        clip: tuple[CLIPModel, BPETokenizer],
-        count: int = 1000,
-        groups: Sequence[str] = SPLITS,
+        self, sd: LatentDiffusion, folder: str | Path, clip: Towers, count: int = 1000, groups: Sequence[str] = SPLITS
     ):
         self.sd = sd
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
