@@ -30,8 +30,8 @@ from ..data import Scenes
 from ..data.scenes import COLOURS, KINDS, RELATIONS, Scene, rgb
 from ..latent_diffusion import LatentDiffusion
 from .judges import Hits, PatchJudge
-from .run import FEWEST, Setting, autoencode, draw
-from .scores import Score, score
+from .run import FEWEST, Evaluation, Setting, autoencode, draw
+from .scores import score
 
 CROP = 32  # pixels along each side of what the judge sees
 FAINT = 0.25  # of the range from -1 to 1: a pixel this near to the background's colour is background
@@ -157,20 +157,16 @@ ASKED = {
 # The evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_composition(
-    sd: LatentDiffusion, folder: str | Path, setting: Setting, count: int = 400
-) -> tuple[list[Score], dict[str, tuple[Tensor, Tensor]]]:
-    """Scores for scenes of combinations that training shows ("seen") and of held-out ones, and the drawings.
+def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setting, count: int = 400) -> Evaluation:
+    """Scores and drawings for scenes of combinations that training shows ("seen") and of held-out ones.
 
     Args:
         folder: the things of scenes (`minisd data scenes`).
         count: how many captions of each. The judge learns from other scenes, of which there are many more.
-
-    Returns the scores, and for each kind of scene the drawings and the real scenes [n 3 h w].
     """
     size = sd.config.image_size
     judge = PatchJudge(Crops.of(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
-    found, drawings = [], {}
+    found = Evaluation(scores=[], drawings={})
     for split, name in {"train": "seen", "test_scene": "held out"}.items():
         data = Scenes(folder, split, size, count, seed=1)
         real = data.batch(range(count))
@@ -182,8 +178,8 @@ def evaluate_composition(
             if len(chosen) >= FEWEST:
                 some = {what: table[question][np.ix_(chosen, chosen)] for what, table in hits.items()}
                 names = [data.scenes[i].items[0].concept for i in chosen]
-                found.append(score(name, "crops", question, **some, concepts=names))
+                found.scores.append(score(name, "crops", question, **some, concepts=names))
         for kind in KINDS:
             chosen = [i for i, scene in enumerate(data.scenes) if scene.kind == kind]
-            drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
-    return found, drawings
+            found.drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
+    return found

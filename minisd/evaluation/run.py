@@ -9,8 +9,8 @@ The captions are evaluated in groups. Each is left out if the data set does not 
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -56,14 +56,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All results."""
+    """All results. Those of scenes (`composition`) have only scores and drawings."""
 
     scores: list[Score]
-    distances: list[Distance]
-    nearness: list[Nearness]
     drawings: dict[str, tuple[Tensor, Tensor]]  # for each group: drawings and real pictures, both [n 3 h w]
-    to_training: dict[str, Tensor]  # the distances that `nearness` summarises
-    nearest: dict[str, Tensor]  # the drawings nearest to a training picture, followed by those training pictures
+    distances: Sequence[Distance] = ()
+    nearness: Sequence[Nearness] = ()
+    to_training: Mapping[str, Tensor] = field(default_factory=dict)  # the distances that `nearness` summarises
+    # The drawings nearest to a training picture, followed by those training pictures.
+    nearest: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Evaluator:
