@@ -54,11 +54,10 @@ def held_out_styles(concept: str, styles: Sequence[str], share: float = PAIRS) -
     return held_out
 
 
-def in_known_words(rows: Iterable[dict]) -> list[dict]:
+def in_known_words(rows: Sequence[dict]) -> list[dict]:
     """The rows of `test_concept` whose every word occurs in training captions.
 
     They are reported separately, because the other rows have words whose meaning the model can't have learned.
     """
-    rows = list(rows)
-    known = {word for row in rows if row["split"] == "train" for word in row["concept"].split()}
-    return [row for row in rows if row["split"] == "test_concept" and known.issuperset(row["concept"].split())]
+    known = {word for row in rows if row.get("split", "train") == "train" for word in row["concept"].split()}
+    return [row for row in rows if row.get("split") == "test_concept" and known.issuperset(row["concept"].split())]

@@ -104,8 +104,7 @@ class Evaluator:
         }
         if "test_concept" in self.groups:
             whole = self.groups["test_concept"]
-            known = in_known_words(dict(row, split=row.get("split", "train")) for row in data.rows)
-            names = {row["file_name"] for row in known}
+            names = {row["file_name"] for row in in_known_words(data.rows)}
             self.known_words = some = [i for i, row in enumerate(whole.rows) if row["file_name"] in names]
             if len(some) >= FEWEST:
                 rows = [whole.rows[i] for i in some]

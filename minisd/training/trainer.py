@@ -366,9 +366,8 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 # DDP would average the gradients over the processes after every backward pass, which is slow. Once is
                 # enough, after the last part.
-                if not last:
-                    for model in self.models.values():
-                        stack.enter_context(self.engine.no_sync(model))
+                for model in [] if last else self.models.values():
+                    stack.enter_context(self.engine.no_sync(model))
                 yield batch
             self._draws = batch.draws
 
