@@ -313,8 +313,7 @@ class Evaluate:
             _check_writable(self.out / "scores.json", (".json",))
         if self.composition:
             scenes, sd = _corpus(self.scenes), load(self.model, self.device)
-            found = evaluation.evaluate_composition(sd, scenes, setting, self.count)
-            evaluation.report_composition(*found, setting, self.out)
+            evaluation.report(evaluation.evaluate_composition(sd, scenes, setting, self.count), setting, self.out)
             return
         corpus, sd = _corpus(self.data), load(self.model, self.device)
         clip = _towers(self.clip or self.model, "the scores need")

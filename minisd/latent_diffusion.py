@@ -22,14 +22,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import sampling
 from .clip import CLIPTextConfig, Tokenizer
 from .conditions import condition_of
 from .loss import loss_target, squared_error
-from .noising import Generators, NoiseSchedule, Seed, randn, seeded
+from .noising import Generators, NoiseSchedule, Seed, Times, randn, seeded
 from .pictures import Drawing, Picture, Trajectory, read_mask, read_picture
 from .unet import UNetConfig, UNetModel
 from .vae import AutoencoderConfig, AutoencoderKL, DiagonalGaussianDistribution, IdentityConfig, IdentityFirstStage
@@ -76,6 +76,12 @@ class LatentDiffusionConfig:
         return getattr(NoiseSchedule, self.beta_schedule)(self.linear_start, self.linear_end, self.timesteps)
 
 
+Latents = Float[Tensor, "b d h w"]  # scaled, and noisy in between
+Context = Float[Tensor, "b n e"]  # a sequence of n vectors for each picture, which cross-attention reads
+Posterior = DiagonalGaussianDistribution | Tensor  # what an encoder returns: a Gaussian over latents, or one latent
+Reduction = Literal["mean", "none"]  # of the losses of a batch: to their mean, or none, which leaves one for each
+
+
 class DiffusionWrapper(nn.Module):
     """Holds the UNet under its name in the checkpoint, `model.diffusion_model`, and passes the conditions to it.
 
@@ -90,14 +96,10 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = diffusion_model
 
     def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        t: Int[Tensor, "b"],
-        c_crossattn: Float[Tensor, "b n d"] | None = None,
-        c_concat: Float[Tensor, "b c2 h w"] | None = None,
-    ) -> Float[Tensor, "b c3 h w"]:
+        self, x: Latents, t: Times, c_crossattn: Context | None = None, c_concat: Float[Tensor, "b c h w"] | None = None
+    ) -> Float[Tensor, "b d2 h w"]:
         # A map has a value for every pixel. It becomes further input channels of the UNet's first convolution, after
-        # those of the noisy latent. [b c h w] and [b c2 h w] -> [b c+c2 h w]
+        # those of the noisy latent. [b d h w] and [b c h w] -> [b d+c h w]
         if c_concat is not None:
             x = torch.cat([x, c_concat], dim=1)
         # A sequence has no position in the picture. Cross-attention lets each pixel choose which words to attend to.
@@ -190,19 +192,17 @@ class LatentDiffusion(nn.Module):
 
     # --- the stages, under their names in CompVis ------------------------------------------------------------------
 
-    def get_learned_conditioning(self, c: Sequence[str | int | None]) -> Float[Tensor, "b n d"] | None:
+    def get_learned_conditioning(self, c: Sequence[str | int | None]) -> Context | None:
         """Prompts (or classes) → context, a sequence of n vectors for each; None for an unconditional model."""
         return self.cond_stage_model.encode(c)
 
     @torch.no_grad()
-    def encode_first_stage(self, x: Float[Tensor, "b c H W"]) -> DiagonalGaussianDistribution | Tensor:
+    def encode_first_stage(self, x: Float[Tensor, "b c H W"]) -> Posterior:
         """Pictures in [-1, 1] → unscaled latents: a distribution, or a tensor [b d h w] (VQ, or no autoencoder)."""
         # The autoencoder may have another dtype than the UNet: in float16, that of SD v1 overflows for some pictures.
         return self.first_stage_model.encode(x.to(next(self.first_stage_model.parameters(), x)))
 
-    def get_first_stage_encoding(
-        self, encoder_posterior: DiagonalGaussianDistribution | Tensor, generator: Generators | None = None
-    ) -> Float[Tensor, "b d h w"]:
+    def get_first_stage_encoding(self, encoder_posterior: Posterior, generator: Generators | None = None) -> Latents:
         """z = scale_factor · sample: a latent, scaled for the UNet.
 
         The encoder's latents have a standard deviation of about 5.5 in SD v1. Noise of standard deviation 1 would
@@ -215,15 +215,13 @@ class LatentDiffusion(nn.Module):
 
     @DRAW_LESS
     @torch.no_grad()
-    def decode_first_stage(self, z: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
+    def decode_first_stage(self, z: Latents) -> Float[Tensor, "b c H W"]:
         """Scaled latents → pictures in about [-1, 1]."""
         # The decoder was trained on unscaled latents, so z is first divided by the scale factor.
         z = z / self.scale_factor
         return self.first_stage_model.decode(z.to(next(self.first_stage_model.parameters(), z))).float()
 
-    def apply_model(
-        self, x_noisy: Float[Tensor, "b d h w"], t: Int[Tensor, "b"], cond: Cond = None
-    ) -> Float[Tensor, "b d h w"]:
+    def apply_model(self, x_noisy: Latents, t: Times, cond: Cond = None) -> Latents:
         """The UNet's prediction for noisy latents: the noise in them (or v or x_0, if it was trained for that).
 
         cond: a context [b n d]; or, as in CompVis, {"c_crossattn": context, "c_concat": map [b c h w]}, each a tensor
@@ -248,19 +246,12 @@ class LatentDiffusion(nn.Module):
         inputs = (part if part is None else part.to(self.dtype) for part in (context, concat))
         return self.model(x_noisy.to(self.dtype), t, *inputs).to(x_noisy.dtype)
 
-    def q_sample(
-        self, x_start: Float[Tensor, "b d h w"], t: Int[Tensor, "b"], noise: Float[Tensor, "b d h w"] | None = None
-    ) -> Float[Tensor, "b d h w"]:
+    def q_sample(self, x_start: Latents, t: Times, noise: Latents | None = None) -> Latents:
         """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε: the latents with the noise of the timesteps t (DDPM, eq. 4)."""
         return self.schedule.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
 
     def p_losses(
-        self,
-        x_start: Float[Tensor, "b d h w"],
-        cond: Cond,
-        t: Int[Tensor, "b"],
-        noise: Float[Tensor, "b d h w"] | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        self, x_start: Latents, cond: Cond, t: Times, noise: Latents | None = None, reduction: Reduction = "mean"
     ) -> Float[Tensor, "*b"]:
         """The training loss at the timesteps t: add noise, predict it, take the squared error (DDPM, Algorithm 1).
 
@@ -612,7 +603,7 @@ class LatentDiffusion(nn.Module):
         near_full = F.max_pool2d(F.pad(full, [2 * f - 1] * 4), 3 * f, stride=1)
         return torch.maximum(corners, F.max_pool2d(mask * (1 - near_full), f))
 
-    def _put_back(self, x_t: Tensor, z: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Float[Tensor, "b d h w"]:
+    def _put_back(self, x_t: Tensor, z: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Latents:
         """x_t where the mask is 1; elsewhere the latent z of the known picture, with the noise of timestep t."""
         return mask * x_t + (1 - mask) * self.q_sample(z, t, noise)
 

@@ -32,6 +32,9 @@ from torch import Tensor
 Seed = SupportsIndex  # an int, or an integer of numpy or torch
 # One for the whole batch, or one for each picture, or a function that draws noise [b *shape] for all, given the shape.
 Generators = torch.Generator | Sequence[torch.Generator] | Callable[..., Tensor]
+Data = Float[Tensor, "b *d"]  # of any rank: latents [b c h w], points of a toy example [b 2], plain numbers [b]
+Times = Int[Tensor, "b"]  # t, one for each picture of the batch
+Factors = Float[Tensor, "b *ones"]  # a coefficient for each picture, [b 1 ... 1], to multiply the whole picture by
 
 
 def seeded(seed: Seed) -> torch.Generator:
@@ -62,7 +65,7 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     return torch.stack([randn(shape[1:], g) for g in generator])
 
 
-def extract_into_tensor(a: Float[Tensor, "T"], t: Int[Tensor, "b"], ndim: int) -> Float[Tensor, "b *ones"]:
+def extract_into_tensor(a: Float[Tensor, "T"], t: Times, ndim: int) -> Factors:
     """Look up one coefficient for each picture of a batch, shaped to multiply that batch.
 
     Returns a[t] on t's device, with `ndim` dimensions: [b 1 ... 1]. Raises TypeError if t does not hold
@@ -89,7 +92,7 @@ class NoiseSchedule:
     betas: [T], each in (0, 1), or `.scaled_linear()` (Stable Diffusion), `.linear()` (DDPM), `.cosine()`.
 
     Every buffer is [T], float32, on the CPU. The methods move what they need to the device and the dtype of the
-    data, which may have any rank: latents [b c h w], points of a toy example [b 2], plain numbers [b].
+    data, which may have any rank.
     (CompVis: ldm/models/diffusion/ddpm.py, DDPM.register_schedule)
     """
 
@@ -150,9 +153,7 @@ class NoiseSchedule:
         return cls(roots**2)
 
     @classmethod
-    def linear(
-        cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000
-    ) -> "NoiseSchedule":
+    def linear(cls, beta_start: float = 1e-4, beta_end: float = 0.02, timesteps: int = 1000) -> "NoiseSchedule":
         """DDPM's schedule: β grows linearly (DDPM, section 4). CompVis calls it "sqrt_linear"."""
         return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64, device="cpu"))
 
@@ -185,48 +186,42 @@ class NoiseSchedule:
             raise ValueError(f"t must lie in [0, {self.timesteps}), but it is {t}.")
         return self._alphas_cumprod[t]
 
-    def snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+    def snr(self, t: Times) -> Float[Tensor, "b"]:
         """Signal-to-noise ratio ᾱ_t / (1-ᾱ_t), [b], float32 (VDM, eq. 2). SD v1: 1175 down to 0.0047."""
         # Computed as (√ᾱ / √(1-ᾱ))², from the buffers that were rounded only at the end. Computing 1 - ᾱ here, in
         # float32, would lose three digits where ᾱ is close to 1.
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, ndim=1)
         return (signal / extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, ndim=1)) ** 2
 
-    def log_snr(self, t: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+    def log_snr(self, t: Times) -> Float[Tensor, "b"]:
         """log(ᾱ_t / (1-ᾱ_t)), [b], float32. It is twice the λ_t in which DPM-Solver measures the length of a step."""
         return self.snr(t).log()
 
-    def _at(
-        self, a: Float[Tensor, "T"], t: Int[Tensor, "b"], x: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *ones"]:
+    def _at(self, a: Float[Tensor, "T"], t: Times, x: Data) -> Factors:
         """a[t] with the number of dimensions, dtype and device of x, so that it can be multiplied by x."""
         if t.shape != x.shape[:1]:
-            raise ValueError(
-                f"t must hold one timestep for each picture, but its shape is {list(t.shape)} and the batch's"
-                f" {list(x.shape)}."
-            )
+            raise ValueError(f"t {list(t.shape)} must hold one timestep for each picture of {list(x.shape)}.")
         return extract_into_tensor(a, t, x.ndim).to(x)
+
+    def _signal_and_sigma(self, t: Times, x: Data) -> tuple[Factors, Factors]:
+        """√ᾱ_t and √(1-ᾱ_t), by which the picture and the noise in x_t are multiplied."""
+        return self._at(self.sqrt_alphas_cumprod, t, x), self._at(self.sqrt_one_minus_alphas_cumprod, t, x)
 
     # -- forwards ------------------------------------------------------------------------------------------
 
-    def q_sample(
-        self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *d"]:
+    def q_sample(self, x_0: Data, t: Times, noise: Data) -> Data:
         """Draw x_t from q(x_t | x_0): add the noise of its own timestep to each picture, in one step.
 
         noise: ε ~ N(0, I), shaped like x_0.
         (DDPM, eq. 4; CompVis: DDPM.q_sample)
         """
         _same_shape(x_0=x_0, noise=noise)
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        signal, sigma = self._signal_and_sigma(t, x_0)
         # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε. The squares of the two factors sum to 1. So if x_0 has variance 1, x_t has
         # variance 1 at every t, and the network's inputs always have the same scale ("variance preserving").
         return signal * x_0 + sigma * noise
 
-    def q_mean_variance(
-        self, x_0: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
+    def q_mean_variance(self, x_0: Data, t: Times) -> tuple[Data, Factors, Factors]:
         """Mean [b *d], variance [b 1 ... 1] and log variance of q(x_t | x_0).
 
         (DDPM, eq. 4; CompVis: DDPM.q_mean_variance)
@@ -237,9 +232,7 @@ class NoiseSchedule:
 
     # -- the same equation, solved for the picture and for the noise ---------------------------------------
 
-    def predict_start_from_noise(
-        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], noise: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *d"]:
+    def predict_start_from_noise(self, x_t: Data, t: Times, noise: Data) -> Data:
         """The picture x_0 that x_t was made from, given the noise in x_t (DDPM, eq. 15; CompVis: same name)."""
         _same_shape(x_t=x_t, noise=noise)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
@@ -248,9 +241,7 @@ class NoiseSchedule:
         # is multiplied by the second. So a sampler's first estimates of the picture are poor.
         return recip * x_t - recipm1 * noise
 
-    def predict_noise_from_start(
-        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], x_0: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *d"]:
+    def predict_noise_from_start(self, x_t: Data, t: Times, x_0: Data) -> Data:
         """The noise that leads from x_0 to x_t: the inverse of `predict_start_from_noise`."""
         _same_shape(x_t=x_t, x_0=x_0)
         recip = self._at(self.sqrt_recip_alphas_cumprod, t, x_t)
@@ -261,45 +252,34 @@ class NoiseSchedule:
 
     # -- v-prediction: if √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ, then (x_t, v) is (x_0, ε) rotated by φ --------
 
-    def get_v(
-        self, x_0: Float[Tensor, "b *d"], noise: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
-    ) -> Float[Tensor, "b *d"]:
+    def get_v(self, x_0: Data, noise: Data, t: Times) -> Data:
         """The velocity v: nearly ε where x_t is nearly clean, nearly -x_0 where x_t is nearly pure noise.
 
         (v-prediction, section 4 and appendix D. The 768-pixel version of Stable Diffusion 2 predicts v.)
         """
         _same_shape(x_0=x_0, noise=noise)
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_0)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        signal, sigma = self._signal_and_sigma(t, x_0)
         # v = √ᾱ_t ε - √(1-ᾱ_t) x_0
         return signal * noise - sigma * x_0
 
-    def predict_start_from_v(
-        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *d"]:
+    def predict_start_from_v(self, x_t: Data, t: Times, v: Data) -> Data:
         """The picture in x_t, from v (v-prediction, appendix D)."""
         _same_shape(x_t=x_t, v=v)
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        signal, sigma = self._signal_and_sigma(t, x_t)
         # x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v: (x_t, v) is rotated back by φ. Neither factor exceeds 1, so an error in v is not
         # amplified at any t.
         return signal * x_t - sigma * v
 
-    def predict_noise_from_v(
-        self, x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"], v: Float[Tensor, "b *d"]
-    ) -> Float[Tensor, "b *d"]:
+    def predict_noise_from_v(self, x_t: Data, t: Times, v: Data) -> Data:
         """The noise in x_t, from v. With it, a model that predicts v can be used as a sampler's eps_model."""
         _same_shape(x_t=x_t, v=v)
-        signal = self._at(self.sqrt_alphas_cumprod, t, x_t)
-        sigma = self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        signal, sigma = self._signal_and_sigma(t, x_t)
         # ε = √(1-ᾱ_t) x_t + √ᾱ_t v
         return sigma * x_t + signal * v
 
     # -- one step back, if x_0 is known --------------------------------------------------------------------
 
-    def q_posterior(
-        self, x_0: Float[Tensor, "b *d"], x_t: Float[Tensor, "b *d"], t: Int[Tensor, "b"]
-    ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *ones"], Float[Tensor, "b *ones"]]:
+    def q_posterior(self, x_0: Data, x_t: Data, t: Times) -> tuple[Data, Factors, Factors]:
         """Mean [b *d], variance [b 1 ... 1] and clipped log variance of q(x_{t-1} | x_t, x_0).
 
         The learned reverse process p(x_{t-1} | x_t) is trained to match this without knowing x_0. DDPM's sampler uses
@@ -348,9 +328,7 @@ class ExactDenoiser:
         self.data = x_0_all.detach().to(device).double().reshape(len(x_0_all), -1)  # [n d]
         self.squared_norms = self.data.square().sum(dim=1)  # |x_i|², [n]
 
-    def __call__(
-        self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"], context: Tensor | None = None
-    ) -> Float[Tensor, "b *d"]:
+    def __call__(self, x: Data, t: Times, context: Tensor | None = None) -> Data:
         """The best estimate of the noise in x, E[ε | x_t = x], [b *d].
 
         The arguments are those of a UNet, so it can be used in place of one; the context is ignored.
@@ -361,11 +339,11 @@ class ExactDenoiser:
         eps = (flat - signal * x_0) / sigma
         return eps.reshape(x.shape).to(x.dtype).to(x.device)
 
-    def x0(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b *d"]:
+    def x0(self, x: Data, t: Times) -> Data:
         """The best estimate of the picture in x, E[x_0 | x_t = x], [b *d]: blurred while many are possible."""
         return self._x0(x, t)[0].reshape(x.shape).to(x.dtype).to(x.device)
 
-    def posterior(self, x: Float[Tensor, "b *d"], t: Int[Tensor, "b"]) -> Float[Tensor, "b n"]:
+    def posterior(self, x: Data, t: Times) -> Float[Tensor, "b n"]:
         """The probability that x was made from each of the n pictures, p(x_i | x_t = x). Each row sums to 1."""
         return self._weights(*self._flatten(x, t)).to(x.dtype).to(x.device)
 
@@ -373,17 +351,13 @@ class ExactDenoiser:
         flattened = self._flatten(x, t)
         return self._weights(*flattened) @ self.data, flattened
 
-    def _flatten(
-        self, x: Tensor, t: Tensor
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
+    def _flatten(self, x: Tensor, t: Tensor) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
         """x as one row for each picture, in float64 and on the data's device; √ᾱ_t; √(1-ᾱ_t)."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"x {list(x.shape)} must hold pictures of the data's shape, {list(self.shape)}.")
         t = t.to(self.data.device)
         flat = x.to(self.data.device).double().reshape(len(x), -1)
-        signal = self.schedule._at(self.schedule.sqrt_alphas_cumprod, t, flat)
-        sigma = self.schedule._at(self.schedule.sqrt_one_minus_alphas_cumprod, t, flat)
-        return flat, signal, sigma
+        return flat, *self.schedule._signal_and_sigma(t, flat)
 
     def _weights(self, flat: Tensor, signal: Tensor, sigma: Tensor) -> Float[Tensor, "b n"]:
         # |x - √ᾱ x_i|² = |x|² - 2 √ᾱ x·x_i + ᾱ |x_i|². The first term is the same for every i, and the softmax

@@ -9,10 +9,10 @@
 - `fetch_dataset(source, folder)`: any data set of the Hugging Face hub, or of parquet files
 """
 
-from .captioned_pictures import CaptionedPictures
+from .captioned_pictures import CaptionedPictures, Corpus
 from .emoji import build_emoji
 from .hub import fetch_dataset
-from .mixture import Corpus, Mixture, open_corpus
+from .mixture import Mixture, open_corpus
 from .sample_pictures import photograph, sample
 from .scenes import Scenes, build_scenes
 from .shapes import draw_shapes, shape_corpus

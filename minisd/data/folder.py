@@ -45,10 +45,11 @@ DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and th
 
 
 @contextmanager
-def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
+def corpus_folder(folder: Path, recipe: dict, what: str = "its corpus") -> Iterator[bool]:
     """Make the folder and lock it, so that no other process writes a corpus into it at the same time.
 
-    Yields whether it holds a complete corpus of this recipe. If not, the caller makes one, inside the `with`.
+    Yields whether it holds a complete corpus of this recipe, and says so. If not, the caller makes one, inside the
+    `with`. what: the corpus in words.
 
     Raises ValueError if the folder holds something that the command of this recipe has not made, or if another process
     writes into it; OSError if it cannot be made or written to. In all these cases, nothing in it has been changed.
@@ -67,6 +68,7 @@ def corpus_folder(folder: Path, recipe: dict) -> Iterator[bool]:
         complete = already_there(folder, recipe)
         if complete:  # scratch is still there if the process was killed just before it would have removed it
             shutil.rmtree(folder / unfinished_by(made_by(recipe)), ignore_errors=True)
+            print(f"{folder} is complete already: {what}.")
         else:
             refuse_what_others_made(folder, recipe)
             if not os.access(folder, os.W_OK):

@@ -43,9 +43,8 @@ def fetch_dataset(
     """
     folder = Path(folder)
     recipe = {"source": str(source), "split": split, "image": image, "text": text, "size": size, "count": count}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"the pictures of {source} at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} holds these pictures already.")
             return folder
         rows, pictures, read = [], [], 0
         stream = tqdm(islice(_stream(source, split, image, text), count), str(source), total=count)
@@ -55,9 +54,7 @@ def fetch_dataset(
                     pictures.append(decode_file(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:
-            raise ValueError(
-                f'none of the {read} rows of {source} has a picture in "{image}" and a caption in "{text}".'
-            )
+            raise ValueError(f'none of {read} rows of {source} has a picture in "{image}" and a caption in "{text}".')
         write_corpus(folder, rows, np.stack(pictures), recipe)
     print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {read - len(rows):,} rows left out.")
     return folder

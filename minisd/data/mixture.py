@@ -9,20 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.utils.data import Dataset
+from jaxtyping import UInt8
 
-from .captioned_pictures import CaptionedPictures
+from .captioned_pictures import CaptionedPictures, Corpus
 from .folder import read_recipe
 from .scenes import Scenes
 
 
-class Mixture(Dataset):
+class Mixture(Corpus):
     """Data sets in equal shares. Sample i is from part i % k of k; a small part is repeated until the largest is seen.
-
-    It has what training needs of `CaptionedPictures`, and its pictures are those of its parts.
 
     Raises ValueError if the pictures of the parts have several sizes.
     """
@@ -31,9 +26,7 @@ class Mixture(Dataset):
         self.parts, self.size = list(parts), parts[0].size
         if any(part.size != self.size for part in parts):
             sizes = ", ".join(f"{part.folder}: {part.size}x{part.size}" for part in parts)
-            raise ValueError(
-                f"the pictures of one training have one size, and these have several ({sizes}): give a size."
-            )
+            raise ValueError(f"a training's pictures have one size, and these have several ({sizes}): give a size.")
         self._longest = max(map(len, parts))
         self.templates = tuple(part.templates for part in parts)
 
@@ -56,14 +49,8 @@ class Mixture(Dataset):
     def __len__(self) -> int:
         return self._longest * len(self.parts)
 
-    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        """Picture i, float32 in [-1, 1], and its caption."""
-        part, k = self._locate(range(len(self))[i])
-        return part[k]
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
-        """The pictures at these indices: float32 in [-1, 1]."""
-        return torch.stack([self[int(i)][0] for i in indices])
+    def pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        return np.stack([part.pixels(np.array([k]))[0] for part, k in map(self._locate, indices.tolist())])
 
     def column(self, name: str) -> list:
         """One entry of each row, as in `CaptionedPictures`."""
@@ -77,9 +64,6 @@ class Mixture(Dataset):
     @property
     def fingerprint(self) -> str:
         return " and ".join(part.fingerprint for part in self.parts)
-
-
-Corpus = CaptionedPictures | Scenes | Mixture  # what a training takes
 
 
 def open_corpus(

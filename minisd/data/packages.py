@@ -121,17 +121,12 @@ def fetch(package: Package, cache: Path) -> Path:
 
 def read_json(tarball: Path, name: str) -> dict | list:
     """One JSON file of an npm tarball; an empty dict if the package has no such file."""
-    with tarfile.open(tarball) as tar:
-        try:
-            member = tar.extractfile(f"package/{name}")
-        except KeyError:
-            return {}
-        return json.load(member)
+    return json.loads(read_files(tarball, name).get("", "{}"))
 
 
 def read_files(tarball: Path, pattern: str) -> dict[str, bytes]:
-    """The files of an npm tarball whose names match "FOLDER/*.SUFFIX", by what stands for the *."""
-    before, after = f"package/{pattern}".split("*")
+    """The files of an npm tarball whose names match "FOLDER/*.SUFFIX", by what stands for the *; or one file."""
+    before, _, after = f"package/{pattern}".partition("*")
     with tarfile.open(tarball) as tar:
         files = (member for member in tar if member.name.startswith(before) and member.name.endswith(after))
         return {file.name.removeprefix(before).removesuffix(after): tar.extractfile(file).read() for file in files}

@@ -20,26 +20,23 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .captioned_pictures import read_metadata
+from .captioned_pictures import Corpus, read_metadata
 from .emoji import picture_file, read_concepts, sources
 from .folder import DOWNLOADS, corpus_folder, read_recipe, write_corpus
 from .packages import STYLES, attribution
 from .split import unit_hash
 from .tables import read_table
+from .text import with_article
 
 _WORDS = read_table("scenes.toml")
 COLOURS = {name: tuple(hsv) for name, hsv in _WORDS["colours"].items()}  # (hue in degrees, saturation, value)
@@ -89,7 +86,7 @@ class Scene:
         if self.relation:
             words += [self.relation, self.items[1].name]
         if self.background:
-            words.append(f"on a{'n' * (self.background[0] in 'aeiou')} {self.background} background")
+            words.append(f"on {with_article(f'{self.background} background')}")
         return " ".join(words) + (f", {self.style} style" if self.names_style else "")
 
     @property
@@ -107,14 +104,6 @@ class Scene:
     def split(self) -> str:
         held_out = any(unit_hash("/".join(combination)) < HELD_OUT for combination in self.combinations)
         return "test_scene" if held_out else "train"
-
-
-def with_article(name: str) -> str:
-    """A name as it stands in a sentence: "a fox", "an orange", "grapes"."""
-    last = name.split()[-1]
-    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
-        return name  # a plural
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def can_be_shown(concept: str) -> bool:
@@ -174,8 +163,8 @@ def to_hsv(cut_out: UInt8[np.ndarray, "h w 4"]) -> Float32[np.ndarray, "3 h w"]:
 # The data set ---------------------------------------------------------------------------------------------------------
 
 
-class Scenes(Dataset):
-    """Scenes as a data set, with what training needs of `CaptionedPictures`: captions, `batch`, `templates` and so on.
+class Scenes(Corpus):
+    """Scenes as a data set.
 
     Args:
         folder: the folder of cut-out emoji that `build_scenes` wrote.
@@ -198,7 +187,6 @@ class Scenes(Dataset):
                 f"{folder} holds things for scenes of {self.size}x{self.size}, and {size}x{size} is needed: cut them "
                 f"out again, with `minisd data scenes --size {size}`."
             )
-        self.templates = ("{}",)
         self._drawn_in, self._with_one_hue = defaultdict(list), defaultdict(list)  # the things of each style
         for i, thing in enumerate(self.things):
             self._drawn_in[thing["style"]].append(i)
@@ -215,11 +203,6 @@ class Scenes(Dataset):
     @cached_property
     def captions(self) -> list[str]:
         return [scene.caption for scene in self.scenes]
-
-    @property
-    def wordings(self) -> list[list[str]]:
-        """The forms of each caption: here one, because a scene's caption is a sentence already."""
-        return [[caption] for caption in self.captions]
 
     def _scene(self, split: str, seed: int, k: int) -> Scene:
         """Scene k: drawn at random until it is in the split and can be shown."""
@@ -284,14 +267,8 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return self._drawn_by[1]
 
-    def __getitem__(self, i: int) -> tuple[Float[Tensor, "3 h w"], str]:
-        """Scene i, float32 in [-1, 1], and its caption."""
-        return self.batch([range(len(self))[i]])[0], self.captions[i]
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "b 3 h w"]:
-        """The scenes at these indices: float32 in [-1, 1]."""
-        pixels = torch.from_numpy(np.stack([self.picture(int(i)) for i in indices]))
-        return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    def pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        return np.stack([self.picture(i) for i in indices.tolist()])
 
     def describe(self, i: int) -> str:
         return f"scene {i} ({self.captions[i]!r})"
@@ -323,13 +300,10 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
     folder, emoji = Path(folder).expanduser(), Path(emoji).expanduser()
     made = read_recipe(emoji)
     if made.get("made_by") != "build_emoji" or made.get("source") != "npm":
-        raise ValueError(
-            f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder with --emoji."
-        )
+        raise ValueError(f"{emoji} is no corpus of `minisd data emoji`: make one first, or name its folder by --emoji.")
     recipe, corpus = {"made_by": "build_scenes", "size": size, "emoji": made}, read_metadata(emoji)[0]
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"cut-outs for scenes of {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: cut-outs for scenes of {size}x{size}.")
             return folder
         everything = read_concepts(emoji / DOWNLOADS, made["tones"], made["flags"])
         trained = {(row["codepoint"], row["style"]): row for row in corpus if row["split"] == "train"}

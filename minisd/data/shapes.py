@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .folder import corpus_folder, write_corpus
 from .split import unit_hash
 from .tables import read_table
+from .text import with_article
 
 _WORDS = read_table("shapes.toml")
 SHAPES = tuple(_WORDS["shapes"])
@@ -70,10 +71,6 @@ def held_out_pairs() -> frozenset[str]:
 
 
 HELD_OUT = held_out_pairs()
-
-
-def with_article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def scene(seed: int, k: int) -> Scene:
@@ -173,9 +170,8 @@ def draw_shapes(folder: str | Path = "data/shapes", count: int = 20_000, size: i
     """
     folder = Path(folder).expanduser()
     recipe = {"made_by": "draw_shapes", "count": count, "size": size, "seed": seed}
-    with corpus_folder(folder, recipe) as complete:
+    with corpus_folder(folder, recipe, f"{count:,} shapes at {size}x{size}") as complete:
         if complete:
-            print(f"{folder} is complete: {count:,} shapes at {size}x{size}.")
             return folder
         pictures, _ = shape_corpus(count, size, seed)
         rows = [metadata(k, scene(seed, k)) for k in range(count)]

@@ -36,31 +36,28 @@ def held_out_families(families: Iterable[tuple[str, str]], share: float = CONCEP
     return held_out
 
 
-def held_out_styles(
-    concept: str, styles: Sequence[str], counted: Sequence[str] = FIRST_STYLES, share: float = PAIRS
-) -> set[str]:
+def held_out_styles(concept: str, styles: Sequence[str], share: float = PAIRS) -> set[str]:
     """The styles of one concept that go to `test_pair`.
 
-    Twins are held out together, and at least MIN_LEFT of the styles in `counted` stay in training. Other styles (those
+    Twins are held out together, and at least MIN_LEFT of FIRST_STYLES stay in training. Other styles (those
     that joined later, those on request) do not count, so that they move no picture of these styles to another split.
     """
     pairs: dict[str, set[str]] = defaultdict(set)
     for style in styles:
         pairs[TWINS.get(style, style)].add(style)
     hashes = {first: unit_hash(f"pair/{concept}/{first}") for first in pairs}
-    left, held_out = set(styles) & set(counted), set()
-    for first in sorted(pairs, key=lambda first: (first not in counted, hashes[first])):
+    left, held_out = set(styles) & set(FIRST_STYLES), set()
+    for first in sorted(pairs, key=lambda first: (first not in FIRST_STYLES, hashes[first])):
         if hashes[first] < share and len(left - pairs[first]) >= MIN_LEFT:
             left -= pairs[first]
             held_out |= pairs[first]
     return held_out
 
 
-def in_known_words(rows: Iterable[dict]) -> list[dict]:
+def in_known_words(rows: Sequence[dict]) -> list[dict]:
     """The rows of `test_concept` whose every word occurs in training captions.
 
     They are reported separately, because the other rows have words whose meaning the model can't have learned.
     """
-    rows = list(rows)
-    known = {word for row in rows if row["split"] == "train" for word in row["concept"].split()}
-    return [row for row in rows if row["split"] == "test_concept" and known.issuperset(row["concept"].split())]
+    known = {word for row in rows if row.get("split", "train") == "train" for word in row["concept"].split()}
+    return [row for row in rows if row.get("split") == "test_concept" and known.issuperset(row["concept"].split())]

@@ -1,4 +1,4 @@
-"""Text as people's editors and spreadsheets have saved it, and text for a terminal."""
+"""Text as people's editors and spreadsheets have saved it, text for captions, and text for a terminal."""
 
 import codecs
 import csv
@@ -46,6 +46,14 @@ def read_table(path: Path) -> Iterator[tuple[int, str | dict]]:
         yield from ((reader.line_num, row) for row in reader)
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num} cannot be read ({error})") from None
+
+
+def with_article(name: str) -> str:
+    """A name as it stands in a sentence: "a fox", "an orange", "grapes"."""
+    last = name.split()[-1]
+    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
+        return name  # a plural
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def printable(text: object) -> str:

@@ -15,4 +15,4 @@ from .distances import Distance, frechet_distance, kernel_distance, measure_dist
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features, find_nearest
 from .run import Evaluation, Evaluator, Setting, evaluate, sweep
 from .scores import Score, score
-from .tables import report, report_composition, report_sweep
+from .tables import report, report_sweep

@@ -15,7 +15,7 @@ the score (scores.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from tqdm import tqdm
 from ..data import Scenes
 from ..data.scenes import COLOURS, KINDS, RELATIONS, Scene, rgb
 from ..latent_diffusion import LatentDiffusion
-from .judges import PatchJudge
-from .run import BATCH, FEWEST, Setting, autoencode
-from .scores import Score, score
+from .judges import Hits, PatchJudge
+from .run import FEWEST, Evaluation, Setting, autoencode, draw
+from .scores import score
 
 CROP = 32  # pixels along each side of what the judge sees
 FAINT = 0.25  # of the range from -1 to 1: a pixel this near to the background's colour is background
@@ -86,12 +86,9 @@ def main_colour(thing: Float[Tensor, "3 h w"]) -> str:
 
 def place(scene: Scene, item: int) -> str:
     """The half of the picture in which an item of a scene is."""
-    if scene.relation is None:
-        return "whole"
-    right, down = RELATIONS[scene.relation]
-    if right:
-        return "right" if (right > 0) == (item == 0) else "left"
-    return "bottom" if (down > 0) == (item == 0) else "top"
+    right, down = RELATIONS.get(scene.relation, (0, 0))  # the way from the second thing to the first
+    wanted = (down, right) if item == 0 else (-down, -right)
+    return next(half for half, way in HALVES.items() if way == wanted)
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,7 @@ class Crops(Dataset):
         return cls(torch.stack(pictures), rows)
 
 
-def answers(
-    pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge
-) -> dict[str, Bool[np.ndarray, "n n"]]:
+def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
     """For each question: whether picture i would be a hit for the caption of scene j.
 
     A question that a scene does not ask is a hit in no picture.
@@ -162,35 +157,29 @@ ASKED = {
 # The evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_composition(
-    sd: LatentDiffusion, folder: str | Path, setting: Setting, count: int = 400
-) -> tuple[list[Score], dict[str, tuple[Tensor, Tensor]]]:
-    """Scores for scenes of combinations that training shows ("seen") and of held-out ones, and the drawings.
+def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setting, count: int = 400) -> Evaluation:
+    """Scores and drawings for scenes of combinations that training shows ("seen") and of held-out ones.
 
     Args:
         folder: the things of scenes (`minisd data scenes`).
         count: how many captions of each. The judge learns from other scenes, of which there are many more.
-
-    Returns the scores, and for each kind of scene the drawings and the real scenes [n 3 h w].
     """
     size = sd.config.image_size
     judge = PatchJudge(Crops.of(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
-    found, drawings = [], {}
+    found = Evaluation(scores=[], drawings={})
     for split, name in {"train": "seen", "test_scene": "held out"}.items():
         data = Scenes(folder, split, size, count, seed=1)
-        real, drawn = data.batch(range(count)), []
-        for start in tqdm(range(0, count, BATCH), f"drawing {name}"):
-            options = asdict(replace(setting, seed=setting.seed + start))
-            drawn.append(sd.txt2img(data.captions[start : start + BATCH], **options).pictures.clamp(-1, 1).cpu())
-        shown = {"model": torch.cat(drawn), "real": real, "decoded": autoencode(sd, real)}
+        real = data.batch(range(count))
+        drawn = draw(sd, data.captions, setting, name)
+        shown = {"model": drawn, "real": real, "decoded": autoencode(sd, real)}
         hits = {what: answers(pictures, data.scenes, judge) for what, pictures in shown.items()}
         for question, asks in ASKED.items():
             chosen = [i for i, scene in enumerate(data.scenes) if asks(scene)]
             if len(chosen) >= FEWEST:
                 some = {what: table[question][np.ix_(chosen, chosen)] for what, table in hits.items()}
                 names = [data.scenes[i].items[0].concept for i in chosen]
-                found.append(score(name, "crops", question, **some, concepts=names))
+                found.scores.append(score(name, "crops", question, **some, concepts=names))
         for kind in KINDS:
             chosen = [i for i, scene in enumerate(data.scenes) if scene.kind == kind]
-            drawings[f"{name}_{kind}".replace(" ", "_")] = shown["model"][chosen], real[chosen]
-    return found, drawings
+            found.drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
+    return found

@@ -43,12 +43,9 @@ def frechet_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
     Raises:
         ValueError: there are not more pictures than features, so the covariance would be singular.
     """
-    for z in (x, y):
-        if len(z) <= z.shape[1]:
-            raise ValueError(
-                f"a Fréchet distance in {z.shape[1]} features needs more than {z.shape[1]} pictures on each side, "
-                f"not {len(z)}"
-            )
+    n, d = min(len(x), len(y)), x.shape[1]
+    if n <= d:
+        raise ValueError(f"a Fréchet distance in {d} features needs more than {d} pictures on each side, not {n}")
     return _frechet(_moments(x), _moments(y))
 
 

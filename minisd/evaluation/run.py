@@ -9,8 +9,8 @@ The captions are evaluated in groups. Each is left out if the data set does not 
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from .scores import Score, score
 SPLITS = ("train", "test_pair", "test_concept")
 FEWEST = 10  # captions that a group needs; with fewer, a score is not meaningful
 BATCH = 50  # pictures that are drawn, or encoded and decoded, together
+Towers = tuple[CLIPModel, BPETokenizer]  # both towers of CLIP, and their tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All results."""
+    """All results. Those of scenes (`composition`) have only scores and drawings."""
 
     scores: list[Score]
-    distances: list[Distance]
-    nearness: list[Nearness]
     drawings: dict[str, tuple[Tensor, Tensor]]  # for each group: drawings and real pictures, both [n 3 h w]
-    to_training: dict[str, Tensor]  # the distances that `nearness` summarises
-    nearest: dict[str, Tensor]  # the drawings nearest to a training picture, followed by those training pictures
+    distances: Sequence[Distance] = ()
+    nearness: Sequence[Nearness] = ()
+    to_training: Mapping[str, Tensor] = field(default_factory=dict)  # the distances that `nearness` summarises
+    # The drawings nearest to a training picture, followed by those training pictures.
+    nearest: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -79,19 +81,12 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        sd: LatentDiffusion,
-        folder: str | Path,
-        clip: tuple[CLIPModel, BPETokenizer],
-        count: int = 1000,
-        groups: Sequence[str] = SPLITS,
+        self, sd: LatentDiffusion, folder: str | Path, clip: Towers, count: int = 1000, groups: Sequence[str] = SPLITS
     ):
         self.sd = sd
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
         if not all("concept" in row for row in data.rows):
-            raise ValueError(
-                f"the rows of {folder}/metadata.jsonl must name a concept, as those of `minisd data emoji` do"
-            )
+            raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as `minisd data emoji` does")
         splits = [row.get("split", "train") for row in data.rows]
         members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
         if not members["test_pair"]:
@@ -109,8 +104,7 @@ class Evaluator:
         }
         if "test_concept" in self.groups:
             whole = self.groups["test_concept"]
-            known = in_known_words(dict(row, split=row.get("split", "train")) for row in data.rows)
-            names = {row["file_name"] for row in known}
+            names = {row["file_name"] for row in in_known_words(data.rows)}
             self.known_words = some = [i for i, row in enumerate(whole.rows) if row["file_name"] in names]
             if len(some) >= FEWEST:
                 rows = [whole.rows[i] for i in some]
@@ -129,12 +123,7 @@ class Evaluator:
 
     def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
         """Draw a picture for each caption of a group; picture k uses seed + k."""
-        captions, pictures = [row["text"] for row in self.groups[group].rows], []
-        for start in tqdm(range(0, len(captions), BATCH), desc=f"drawing {group}"):
-            options = asdict(replace(setting, seed=setting.seed + start))
-            out = self.sd.txt2img(captions[start : start + BATCH], **options)
-            pictures.append(out.pictures.clamp(-1, 1).cpu())
-        return torch.cat(pictures)
+        return draw(self.sd, [row["text"] for row in self.groups[group].rows], setting, group)
 
     def scores(self, name: str, drawn: Float[Tensor, "n 3 h w"]) -> list[Score]:
         """The scores of a group's drawings, for each judge and question."""
@@ -153,9 +142,8 @@ class Evaluator:
         """The distances of these pictures from the training split in each feature space; [] for too few pictures."""
         if min(len(pictures), len(self.training)) < 2 * MINIMUM:
             return []
-        return [
-            measure_distance(what, name, space(pictures), self._reference[name]) for name, space in self.spaces.items()
-        ]
+        spaces = self.spaces.items()
+        return [measure_distance(what, name, space(pictures), self._reference[name]) for name, space in spaces]
 
 
 def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16) -> Evaluation:
@@ -203,10 +191,8 @@ def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: 
     found = {}
     for value in SWEEPS[what]:
         drawn = evaluator.draw(group, replace(setting, **{what: value}))
-        found[f"{value:g}" if isinstance(value, float) else str(value)] = (
-            evaluator.scores(group, drawn),
-            evaluator.distances(f"drawings, {group}", drawn),
-        )
+        name = f"{value:g}" if isinstance(value, float) else str(value)
+        found[name] = evaluator.scores(group, drawn), evaluator.distances(f"drawings, {group}", drawn)
     return found
 
 
@@ -214,6 +200,15 @@ def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
     """The rows whose file names have the smallest hashes. It looks random, but always gives the same rows."""
     hashes = [hashlib.sha256(row["file_name"].encode()).hexdigest() for row in rows]
     return torch.tensor(sorted(range(len(rows)), key=hashes.__getitem__)[:count])
+
+
+def draw(sd: LatentDiffusion, captions: list[str], setting: Setting, name: str) -> Float[Tensor, "n 3 h w"]:
+    """Draw a picture for each caption; picture k uses seed + k. name: of these captions, for the progress bar."""
+    pictures = []
+    for start in tqdm(range(0, len(captions), BATCH), f"drawing {name}"):
+        options = asdict(replace(setting, seed=setting.seed + start))
+        pictures.append(sd.txt2img(captions[start : start + BATCH], **options).pictures.clamp(-1, 1).cpu())
+    return torch.cat(pictures)
 
 
 def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool
 
+RESAMPLES = 1000
+Table = Bool[np.ndarray, "n n"]  # row i, column j: whether picture i would be a hit for caption j
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,16 +37,9 @@ class Score:
 
 
 def score(
-    split: str,
-    judge: str,
-    question: str,
-    model: Bool[np.ndarray, "n n"],
-    real: Bool[np.ndarray, "n n"],
-    decoded: Bool[np.ndarray, "n n"],
-    concepts: list[str],
-    resamples: int = 1000,
+    split: str, judge: str, question: str, model: Table, real: Table, decoded: Table, concepts: list[str]
 ) -> Score:
-    """Compute a score from matrices of hits: row i, column j says whether picture i would be a hit for caption j.
+    """Compute a score from tables of hits.
 
     The error is estimated by bootstrap. It resamples concepts and not pictures, because the pictures of one concept
     tend to be right or wrong together. There is only a score if the real pictures are better than chance by three
@@ -58,7 +54,7 @@ def score(
     _, member = np.unique(concepts, return_inverse=True)
     sums = np.stack([np.bincount(member, weights=x) for x in (drawn, true, chance, np.ones(n))])  # [4 concepts]
     k = sums.shape[1]
-    times = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), size=resamples)  # [resamples concepts]
+    times = np.random.default_rng(0).multinomial(k, np.full(k, 1 / k), size=RESAMPLES)  # [resamples concepts]
     m, r, c, size = sums @ times.T
     scale = (r - c) / size
     clear = scale.min() > 0 and scale.mean() > 3 * scale.std()

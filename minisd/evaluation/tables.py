@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from ..checkpoint import write_json
 from ..viz import histograms, save_sheet, with_errors
@@ -21,54 +19,34 @@ COLUMNS = 16  # pictures in a row of a sample sheet
 
 
 def report(result: Evaluation, setting: Setting, folder: str | Path | None = None) -> None:
-    """Print the tables; with a folder, also write scores.json and pictures."""
+    """Print the tables; with a folder, also write scores.json and pictures. For scenes, it is composition.json."""
     _print_scores(result.scores)
     _print_distances(result.distances)
-    print(f"\n{'nearest training picture':<26}{'count':>7}{f'< {COPY}':>9}{'5%':>8}{'median':>8}{'95%':>8}")
+    if result.nearness:
+        print(f"\n{'nearest training picture':<26}{'count':>7}{f'< {COPY}':>9}{'5%':>8}{'median':>8}{'95%':>8}")
     for n in result.nearness:
         print(f"{n.what:<26}{n.count:>7}{n.near:>9.1%}{n.low:>8.3f}{n.median:>8.3f}{n.high:>8.3f}")
     if folder is None:
         return
     folder = Path(folder)
-    record = {
-        "setting": asdict(setting),
-        **_record(result.scores, result.distances),
-        "nearness": [asdict(n) for n in result.nearness],
-    }
-    write_json(record, folder / "scores.json")
-    _save_drawings(result.drawings, folder)
+    record = {"setting": asdict(setting)} | _record(result.scores, result.distances)
+    if result.nearness:
+        write_json(record | {"nearness": [asdict(n) for n in result.nearness]}, folder / "scores.json")
+        groups = list(result.drawings)
+        panels = _panels([s for s in result.scores if s.split == group] for group in groups)
+        with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1)).savefig(folder / "scores.png")
+        panel = {"distance to the nearest training picture": result.to_training}
+        histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
+    else:
+        write_json(record, folder / "composition.json")
+    # A sheet for each group: drawings, and below each the real picture of its caption. Rows are filled up with white.
+    for name, (drawn, real) in result.drawings.items():
+        parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
+        rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0) for pair in parts for row in pair]
+        save_sheet(torch.cat(rows), folder / f"{name}.png", columns=COLUMNS)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
-    groups = list(result.drawings)
-    panels = _panels([s for s in result.scores if s.split == group] for group in groups)
-    with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1)).savefig(folder / "scores.png")
-    panel = {"distance to the nearest training picture": result.to_training}
-    histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     print(f"wrote {folder}")
-
-
-def report_composition(
-    scores: list[Score], drawings: dict[str, tuple[Tensor, Tensor]], setting: Setting, folder: str | Path | None = None
-) -> None:
-    """Print the table; with a folder, also write composition.json and a sheet for each kind of scene."""
-    _print_scores(scores)
-    if folder is not None:
-        write_json({"setting": asdict(setting)} | _record(scores, []), Path(folder) / "composition.json")
-        _save_drawings(drawings, Path(folder))
-        print(f"wrote {folder}")
-
-
-def _save_drawings(drawings: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
-    """A sheet for each group: drawings, and below each the real picture of its caption."""
-    for name, (drawn, real) in drawings.items():
-        parts = zip(drawn[:64].split(COLUMNS), real[:64].split(COLUMNS), strict=True)
-        rows = torch.cat([_filled(row) for pair in parts for row in pair])
-        save_sheet(rows, folder / f"{name}.png", columns=COLUMNS)
-
-
-def _filled(row: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "columns 3 h w"]:
-    """A row of a sheet, filled up with white after its last picture."""
-    return F.pad(row, (0, 0, 0, 0, 0, 0, 0, COLUMNS - len(row)), value=1.0)
 
 
 def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path | None = None) -> None:

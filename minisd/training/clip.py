@@ -7,19 +7,17 @@ arXiv:2103.00020, figure 3). Stable Diffusion uses the text tower that OpenAI tr
 trained on your own pictures. Stable Diffusion does not need the image tower, but evaluation uses it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from ..checkpoint import save_clip
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig, contrastive_loss
 from ..data import Corpus
 from .engine import Engine, gather_with_grad
-from .trainer import Recipe, Trainer, one_training
+from .trainer import Recipe, Trainer, one_training, refuse_another_size
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,7 @@ class CLIPOverProcesses(CLIPModel):
 
 @one_training()
 def train_clip(
-    text: CLIPTextConfig,
-    vision: CLIPVisionConfig,
-    recipe: CLIPRecipe,
-    data: Corpus,
-    folder: str | Path,
-    engine: Engine,
+    text: CLIPTextConfig, vision: CLIPVisionConfig, recipe: CLIPRecipe, data: Corpus, folder: str | Path, engine: Engine
 ) -> tuple[CLIPModel, BPETokenizer]:
     """Train the tokenizer and both towers, and write `clip.safetensors`, `clip.json` and `tokenizer/` to the folder.
 
@@ -69,11 +62,7 @@ def train_clip(
     Raises:
         ValueError: the pictures do not have the image tower's size, or there are fewer of them than a batch needs.
     """
-    if data.size != vision.image_size:
-        raise ValueError(
-            f"the image tower sees {vision.image_size}x{vision.image_size} pixels, and the pictures are {data.size}x"
-            f"{data.size}: open them with size={vision.image_size}"
-        )
+    refuse_another_size(data, vision.image_size, "the image tower sees")
     if recipe.batch_size > len(data):
         raise ValueError(
             f"a batch of {recipe.batch_size} would hold some of the {len(data)} pictures twice, and CLIP can't tell "
@@ -86,7 +75,10 @@ def train_clip(
     # trained on all of them.
     wordings = data.wordings
     tokenizer = BPETokenizer.train([form for forms in wordings for form in forms], text.vocab_size)
-    tokens = tokenize_wordings(tokenizer, wordings, text.max_length)  # [n forms max_length]
+    # The token ids of every caption in every wording. Each text is read once, because a mixture of data repeats them.
+    number = {form: k for k, form in enumerate(dict.fromkeys(form for forms in wordings for form in forms))}
+    ids = tokenizer(list(number), text.max_length).ids
+    tokens = ids[torch.tensor([[number[form] for form in forms] for forms in wordings])]  # [n forms max_length]
     towers = CLIPOverProcesses(text, vision, tokenizer.end_token)
     given = {"data": data.fingerprint, "templates": str(data.templates)}
     trainer = Trainer(towers, recipe, folder, engine, given=given, describe=data.describe)
@@ -115,14 +107,4 @@ def train_clip(
         clip.load_state_dict(dict(trainer.ema.items()))
         if engine.is_main_process:
             save_clip(clip, tokenizer, folder)
-        engine.wait_for_everyone()
     return clip, tokenizer
-
-
-def tokenize_wordings(
-    tokenizer: BPETokenizer, wordings: Sequence[Sequence[str]], max_length: int
-) -> Int[Tensor, "n forms max_length"]:
-    """The token ids of every caption in every wording."""
-    texts = {text: k for k, text in enumerate(dict.fromkeys(text for forms in wordings for text in forms))}
-    ids = tokenizer(list(texts), max_length).ids  # each text once, because a mixture of data repeats captions
-    return ids[torch.tensor([[texts[text] for text in forms] for forms in wordings])]

@@ -81,11 +81,7 @@ def hinge_d_loss(logits_real: Float[Tensor, "*p"], logits_fake: Float[Tensor, "*
 
 
 def adaptive_weight(
-    nll_loss: Float[Tensor, ""],
-    g_loss: Float[Tensor, ""],
-    last_layer: nn.Parameter,
-    engine: Engine,
-    limit: float = 1e4,
+    nll_loss: Float[Tensor, ""], g_loss: Float[Tensor, ""], last_layer: nn.Parameter, engine: Engine, limit: float = 1e4
 ) -> Float[Tensor, ""]:
     """λ = ‖∇ nll_loss‖ / (‖∇ g_loss‖ + 1e-4), at most `limit`; both gradients are with respect to the last layer.
 

@@ -163,4 +163,3 @@ def save_model(sd: LatentDiffusion, clip: str | Path | None, folder: Path, engin
         save(sd, folder, dtype=torch.float16)  # half the size, without a visible change in the pictures
         if clip is not None:
             save_clip(*load_clip(clip), folder)
-    engine.wait_for_everyone()

@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data import Corpus
 from ..latent_diffusion import enough_memory
 from ..noising import seeded
 from ..viz import save_sheet
@@ -244,7 +245,7 @@ class Trainer:
             wrapper averages the gradients over the processes.
         others: further networks to train, by name, such as a discriminator. Each has its own optimiser and is saved in
             the checkpoints, but has no EMA. Call `trainer.models[name]` for its own loss. In the loss of the model,
-            where it only passes gradients on, freeze it and call `engine.unwrap_model(trainer.models[name])`.
+            where it only passes gradients on, freeze it and call `trainer.networks[name]`.
         given: what the run depends on beside its recipe, by name: fingerprints of the data and of frozen networks, and
             settings. A checkpoint is only continued if these are the same.
         describe: describes a sample, given its index, for the error message about a loss that is NaN or infinite.
@@ -274,15 +275,16 @@ class Trainer:
         self.folder = RunFolder(folder, recipe.keep_checkpoints, recipe.tensorboard)
         if engine.is_main_process:
             self.folder.open()
-        self.models, self.optimizers = {}, {}
+        self.models, self.networks, self.optimizers = {}, {}, {}
         for name, network in {"model": model, **(others or {})}.items():
             # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
             self.optimizers[name] = _adamw(network, recipe, name)
             self.models[name], _ = engine.prepare(network, self.optimizers[name])
+            self.networks[name] = engine.unwrap_model(self.models[name])  # the same without the wrapper
             if recipe.compile:
                 self.models[name].compile()
-        self.model = self.models["model"]
-        self.ema = EMA(engine.unwrap_model(self.model), recipe.ema_decay)
+        self.model, self.network = self.models["model"], self.networks["model"]
+        self.ema = EMA(self.network, recipe.ema_decay)
         self.step, self._since_log = 0, []
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
         self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
@@ -333,6 +335,7 @@ class Trainer:
         try:
             with _signals_only_ask(self._asked_to_stop):
                 yield
+                self.engine.wait_for_everyone()  # until the main process has written it
         finally:
             self.folder.close()
         if self._asked_to_stop.is_set():
@@ -363,9 +366,8 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 # DDP would average the gradients over the processes after every backward pass, which is slow. Once is
                 # enough, after the last part.
-                if not last:
-                    for model in self.models.values():
-                        stack.enter_context(self.engine.no_sync(model))
+                for model in [] if last else self.models.values():
+                    stack.enter_context(self.engine.no_sync(model))
                 yield batch
             self._draws = batch.draws
 
@@ -403,7 +405,7 @@ class Trainer:
                 optimizer.found_inf = (~rows.isfinite().all()).float()
                 optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             # Now that the weights have changed, move their running mean towards them.
-            self.ema.update(self.engine.unwrap_model(self.model))
+            self.ema.update(self.network)
         for optimizer in self.optimizers.values():
             # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
             # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
@@ -470,7 +472,7 @@ class Trainer:
         They go to samples/. All processes draw, because they would have to wait anyway, and the main process saves.
         """
         if (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps:
-            with self.ema.applied_to(self.engine.unwrap_model(self.model)):
+            with self.ema.applied_to(self.network):
                 pictures = draw()
             if self.engine.is_main_process:
                 save_sheet(pictures, self.folder.path / f"samples/{self.step + 1:06d}.png", columns=12)
@@ -507,30 +509,26 @@ class Trainer:
         line |= {"samples_per_s": samples / (self._seconds - self._logged_at), "seconds": self._seconds}
         self._since_log, self._logged_at = [], self._seconds
         if self.engine.is_main_process:
-            self.folder.append({name: _rounded(value) for name, value in line.items()})
+            # Eight digits, because float32 has no more. Whole numbers and None stay as they are.
+            self.folder.append({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in line.items()})
             self._bar.set_postfix(loss=line["loss"], refresh=False)
 
     def save(self) -> None:
         """Write a checkpoint. Older ones are deleted only after it has been written completely."""
         self._read()  # a step that has no number raises an error here, before its effects are saved
-        for name, model in self.models.items():
-            weights = self.engine.unwrap_model(model).state_dict()
-            refuse_no_numbers(weights, f"the {name} after step {self.step}, which is not saved,")
-        refuse_no_numbers(self.ema.weights, f"the EMA after step {self.step}, which is not saved,")
+        weights = {name: network.state_dict() for name, network in self.networks.items()}
+        for name, numbers in [*weights.items(), ("EMA", self.ema.weights)]:
+            refuse_no_numbers(numbers, f"the {name} after step {self.step}, which is not saved,")
         if not self.engine.is_main_process:
             return
         # The state of an optimiser is AdamW's two running means for each weight, and how many steps it has made. The
         # random generators have no state to save, because each step seeds its own.
-        networks = {
-            name: (self.engine.unwrap_model(model).state_dict(), self.optimizers[name].state_dict())
-            for name, model in self.models.items()
-        }
         state = {
             "step": self.step,
             "recipe": asdict(self.recipe),
             "given": self.given,
             "random_numbers": RANDOM_NUMBERS,
-            "networks": networks,
+            "networks": {name: (weights[name], self.optimizers[name].state_dict()) for name in weights},
             "ema": dict(self.ema.items()),
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
@@ -569,9 +567,9 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         try:
-            for name, model in self.models.items():
+            for name, network in self.networks.items():
                 weights, optimizer = state["networks"][name]
-                self.engine.unwrap_model(model).load_state_dict(weights)
+                network.load_state_dict(weights)
                 self.optimizers[name].load_state_dict(_numbered(optimizer))
             for name, mean in self.ema.weights.items():
                 mean.copy_(state["ema"][name])
@@ -615,14 +613,17 @@ def _numbered(state: dict) -> dict:
     return {"state": {number[p]: means for p, means in state["state"].items()}, "param_groups": groups}
 
 
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.8g}")  # float32 has no more digits
-
-
 @lru_cache(maxsize=4)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of the n samples in an epoch: a random permutation."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def refuse_another_size(data: Corpus, size: int, what: str) -> None:
+    """Raise ValueError unless the pictures have this size. what: "this model draws", say, before the size."""
+    if data.size != size:
+        given = f"{data.size}x{data.size}"
+        raise ValueError(f"{what} {size}x{size} pixels, and the pictures are {given}: open them with size={size}")
 
 
 def digest(content) -> str:

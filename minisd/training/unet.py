@@ -30,7 +30,7 @@ from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training
+from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training, refuse_another_size
 from .vae import encode_all, finished_vae, posterior_of
 
 
@@ -221,11 +221,7 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple
             f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
             "no condition of minisd makes these: train a model without them, or one for inpainting"
         )
-    if data.size != sd.config.image_size:
-        raise ValueError(
-            f"this model draws {sd.config.image_size}x{sd.config.image_size} pixels, and the pictures are {data.size}x"
-            f"{data.size}: open them with size={sd.config.image_size}"
-        )
+    refuse_another_size(data, sd.config.image_size, "this model draws")
 
 
 def _given(sd: LatentDiffusion, data: Corpus, prompts: list[list]) -> dict[str, str | int | float]:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..data import Corpus
-from ..latent_diffusion import FIRST_STAGES, LatentDiffusion
+from ..latent_diffusion import FIRST_STAGES, LatentDiffusion, Posterior
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
 from ..vq import VQConfig, VQModel
 from .codebook import measure_codebook, revive_dead_codes
@@ -109,7 +109,7 @@ def train_vae(
     finished = isinstance(model, FirstStage)
     config = model.config if finished else model
     quantised = isinstance(config, VQConfig)
-    _check(recipe, quantised, perceptual, finished, whole_model=sd is not None)
+    _check(recipe, quantised, perceptual, finished, whole=sd is not None)
     torch.manual_seed(recipe.seed)  # the initial weights
     vae, others = model if finished else FIRST_STAGES[type(config)](config), {}
     # Train all of it, or only the layers after the latent, so that the latents do not change.
@@ -124,7 +124,7 @@ def train_vae(
     if recipe.decoder_only:
         given["encoder"] = fingerprint(vae.encoder)
     trainer = Trainer(vae, recipe, folder, engine, others, given, data.describe)
-    vae = engine.unwrap_model(trainer.model)
+    vae = trainer.network
     # CompVis limits λ to 1e4. With a KL term, their loss is a sum over the numbers of a picture and ours is the mean.
     # So the same limit is 1e4 divided by that number. With a VQModel, both are means.
     limit = 1e4 if quantised else 1e4 / (config.out_ch * data.size**2)
@@ -170,23 +170,20 @@ def train_vae(
             checkpoint.write_weights(vae.state_dict(), folder / "vae.safetensors")
             record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
             checkpoint.write_json(record, folder / "vae.json")
-        engine.wait_for_everyone()
         if sd is not None:
             sd.eval().first_stage_model = vae
             save_model(sd, clip, folder / "model", engine)
     return vae
 
 
-def _check(
-    recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, finished: bool, whole_model: bool
-) -> None:
+def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, finished: bool, whole: bool) -> None:
     """Raise ValueError if the recipe asks for something that was not given, or that does not fit the model."""
     if recipe.decoder_only and not finished:
         raise ValueError(
             "decoder_only trains the decoder of a finished autoencoder further, but train_vae was given the "
             "configuration of a new one: give it a finished autoencoder or model, or set decoder_only to False"
         )
-    if whole_model and not recipe.decoder_only:
+    if whole and not recipe.decoder_only:
         raise ValueError(
             "train_vae was given a whole model, whose UNet would not fit the latents of a changed encoder: set "
             "decoder_only=True, or give only the model's first_stage_model"
@@ -205,7 +202,7 @@ def _check(
 
 def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:
     """The reconstruction x̂, the weighted loss of its latents, and figures for the log."""
-    recipe, vae = trainer.recipe, trainer.engine.unwrap_model(trainer.model)
+    recipe, vae = trainer.recipe, trainer.network
     with trainer.engine.autocast():
         if quantised:
             # Each vector of the encoder's output is replaced by the nearest code. The loss pulls the code towards the
@@ -288,9 +285,7 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
 
 
 @torch.no_grad()
-def encode_all(
-    vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None
-) -> Tensor:
+def encode_all(vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None) -> Tensor:
     """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
 
     most: of more pictures than this, only as many are encoded, drawn at random.
@@ -310,9 +305,7 @@ def encode_all(
     return encode_shared(moments, len(chosen), batch_size, engine)
 
 
-def posterior_of(
-    moments: Float[Tensor, "b two_c h w"], device: torch.device
-) -> DiagonalGaussianDistribution | Float[Tensor, "b c h w"]:
+def posterior_of(moments: Float[Tensor, "b two_c h w"], device: torch.device) -> Posterior:
     """What `encode_first_stage` returned for these moments: a distribution, or the latent itself for a VQModel."""
     certain = moments.chunk(2, dim=1)[1].isneginf().all()  # on the CPU, so that no GPU is waited for
     moments = moments.to(device, non_blocking=True)
