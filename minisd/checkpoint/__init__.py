@@ -142,11 +142,10 @@ def _build_compvis(
     if isinstance(config.cond_stage, CLIPTextConfig):
         reader = BPETokenizer.clip() if tokenizer is None else files.read_tokenizer(Path(tokenizer))
     sd = files.build(config, reader, path, len(state))
-    expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
-    given = {ours: state[theirs].shape for ours, theirs in names.items()}
-    only_more = expected.keys() < given.keys()
+    expected = sd.state_dict()
+    only_more = expected.keys() < names.keys()
     hint = "If these names do not matter, give them as ignore=" if only_more else compvis.what_would_fit(state)
-    files.check_names(expected, given, path, hint)
+    files.check_names(expected, {ours: state[theirs] for ours, theirs in names.items()}, path, hint)
     compvis.check_schedule(state, config, path)
     return sd, names
 
@@ -202,8 +201,7 @@ def _unwrapped(sd: LatentDiffusion) -> LatentDiffusion:
     sd = inside(sd)
     state = files.plain_names(sd.state_dict())
     plain = files.build(sd.config, getattr(inside(sd.cond_stage_model), "tokenizer", None), "this model", len(state))
-    expected = {name: tensor.shape for name, tensor in plain.state_dict().items()}
-    files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, "this model")
+    files.check_names(plain.state_dict(), state, "this model")
     plain.load_state_dict(state, assign=True)
     return plain
 

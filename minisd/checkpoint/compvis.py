@@ -340,8 +340,7 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
             tokenizer.save(unfinished / version, text.max_length)
             files.write_json(text_config_json(text, tokenizer), unfinished / version / "config.json")
         (unfinished / yaml.name).write_text(configuration, encoding="utf-8")
-        write = files.write_ckpt if path.suffix == ".ckpt" else files.write_weights
-        write(files.cast(as_compvis(sd), dtype), unfinished / path.name)
+        files.write_weights(files.cast(as_compvis(sd), dtype), unfinished / path.name)
 
 
 # --- which configuration would fit? -----------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ def read_folder(
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name
         state = {today(name): tensor for name, tensor in given[part].items() if not files.set_aside(name)}
-        expected = {theirs: _as_theirs(ours, network.get_parameter(ours)).shape for ours, theirs in names.items()}
-        files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, source)
+        expected = {theirs: _as_theirs(ours, network.get_parameter(ours)) for ours, theirs in names.items()}
+        files.check_names(expected, state, source)
         ours = {ours: state[theirs].reshape(network.get_parameter(ours).shape) for ours, theirs in names.items()}
         files.load_weights(network, ours, source, device, dtype)
     return sd.eval()
