@@ -37,12 +37,6 @@ from .files import (
 )
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
-__all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "find_device", "folder_written_whole", "has_clip",
-    "load", "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
-    "remove_unfinished", "save", "save_clip", "write_json", "write_weights", "written_whole",
-]  # fmt: skip
-
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
 # Folders that runs and models usually lie in. A path into one of them is never looked for on the hub.
 LOCAL = ("runs", "data", "models", "checkpoints", "weights", "out", "output", "outputs")
@@ -177,18 +171,14 @@ def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dt
         ValueError: this model can't be written in that layout.
     """
     path, sd = Path(path) if Path(path).name else Path(path).resolve(), _unwrapped(sd)
-    if layout is None:
-        layout = "compvis" if path.suffix in (".safetensors", ".ckpt") else "minisd"
-    if layout == "minisd":
-        minisd_folder.write_folder(sd, path, dtype)
-    elif layout == "diffusers":
-        diffusers.write_folder(sd, path, dtype)
-    elif layout == "compvis" and path.suffix in (".safetensors", ".ckpt"):
-        compvis.write_file(sd, path, dtype)
-    elif layout == "compvis":
-        raise ValueError(f"a CompVis checkpoint is a file ending in .safetensors or .ckpt, and {path} does not")
-    else:
+    is_file = path.suffix in (".safetensors", ".ckpt")
+    layout = layout or ("compvis" if is_file else "minisd")
+    write = {"minisd": minisd_folder.write_folder, "diffusers": diffusers.write_folder, "compvis": compvis.write_file}
+    if layout not in write:
         raise ValueError(f'layout must be "minisd", "diffusers" or "compvis", not {layout!r}')
+    if layout == "compvis" and not is_file:
+        raise ValueError(f"a CompVis checkpoint is a file ending in .safetensors or .ckpt, and {path} does not")
+    write[layout](sd, path, dtype)
 
 
 def _unwrapped(sd: LatentDiffusion) -> LatentDiffusion:

@@ -38,6 +38,7 @@ BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": 
 # The classes that a YAML may name as its first stage.
 FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
+# "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class.
 # "unet": keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or
 # with any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
 # CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
@@ -98,22 +99,15 @@ def config_from_yaml(
     with files.refused_as(f"{name} does not describe a model"):
         unet = _unet(params["unet_config"]["params"], name)
         first_stage = _first_stage(params["first_stage_config"], name)
+        given = {key: type(default)(params.get(key, default)) for key, default in TABLES["model"].items()}
         betas = params.get("beta_schedule", "linear")
         if betas not in BETA_SCHEDULES:
             raise CheckpointError(f"{name}: beta_schedule is {betas!r}; minisd knows {', '.join(BETA_SCHEDULES)}")
-        return LatentDiffusionConfig(
-            unet=unet,
-            first_stage=first_stage,
-            cond_stage=_cond_stage(params, state, name, base),
-            # CompVis's image_size is that of the latent; v1's YAML has another in unet_config, which is not used
-            image_size=int(params.get("image_size", 64)) * first_stage.downsampling,
-            scale_factor=float(params.get("scale_factor", 1.0)),
-            beta_schedule=BETA_SCHEDULES[betas],
-            linear_start=float(params.get("linear_start", 1e-4)),
-            linear_end=float(params.get("linear_end", 2e-2)),
-            timesteps=int(params.get("timesteps", 1000)),
-            parameterization=str(params.get("parameterization", "eps")),
-        )
+        given["beta_schedule"] = BETA_SCHEDULES[betas]
+        # CompVis's image_size is that of the latent; v1's YAML has another in unet_config, which is not used
+        given["image_size"] *= first_stage.downsampling
+        cond_stage = _cond_stage(params, state, name, base)
+        return LatentDiffusionConfig(unet=unet, first_stage=first_stage, cond_stage=cond_stage, **given)
 
 
 def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
@@ -209,12 +203,10 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
         values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in leave_out}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    unet = params(config.unet, leave_out=("num_heads", "num_head_channels")) | {
-        "image_size": config.image_size // config.first_stage.downsampling,  # CompVis requires it, and ignores it
-        "num_heads": -1 if config.unet.num_heads is None else config.unet.num_heads,
-        "num_head_channels": -1 if config.unet.num_head_channels is None else config.unet.num_head_channels,
-        "legacy": False,
-    }
+    side = config.image_size // config.first_stage.downsampling
+    heads = {key: vars(config.unet)[key] for key in ("num_heads", "num_head_channels")}
+    unet = params(config.unet, leave_out=heads) | {"image_size": side}  # CompVis requires it, and ignores it
+    unet |= {key: -1 if value is None else value for key, value in heads.items()} | {"legacy": False}
     target = {kind: name for name, kind in FIRST_STAGES.items()}[type(config.first_stage)]
     first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
     if not isinstance(config.first_stage, IdentityConfig):
@@ -237,14 +229,9 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
             f"CompVis's layout has no condition like {type(config.cond_stage).__qualname__}: save the model as a folder"
         )
     ways_in = {(True, False): "crossattn", (False, True): "concat", (True, True): "hybrid", (False, False): None}
-    model = {
-        "linear_start": config.linear_start,
-        "linear_end": config.linear_end,
+    model = {key: getattr(config, key) for key in TABLES["model"]} | {
         "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[config.beta_schedule],
-        "timesteps": config.timesteps,
-        "parameterization": config.parameterization,
-        "image_size": config.image_size // config.first_stage.downsampling,
-        "scale_factor": config.scale_factor,
+        "image_size": side,
         "conditioning_key": ways_in[config.cond_stage is not None, config.concat_channels > 0],
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},

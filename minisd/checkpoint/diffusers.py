@@ -41,6 +41,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The tables in diffusers.json:
 #   stems      names of the files of weights of each part, without the suffix; transformers has another one for .bin
 #   names      CompVis's name of a layer and diffusers' name, for each class of network or block; other names are equal
+#   blocks     diffusers' name of a level with attention begins with the first; then the names of a level down and up
 #   old_names  the name that diffusers gave a layer in 2022, and the name that it gives it today
 #   must       keys that have another value in other models, and the value that Stable Diffusion v1 has (the default)
 #   fields     the fields of our configurations, and diffusers' keys for the same numbers
@@ -105,15 +106,17 @@ def _config(configs: dict[str, dict], folder: Path) -> LatentDiffusionConfig:
                 )
     unet, vae, text, scheduler = (FIXED["left_out"][part] | configs[part] for part in FIXED["must"])
     text["projection_dim"] = text.get("projection_dim") or text["hidden_size"]
-    channels, down, up = unet["block_out_channels"], unet["down_block_types"], unet["up_block_types"]
-    attends = _attends(down, up, "CrossAttn", ("DownBlock2D", "UpBlock2D"), folder / "unet")
+    channels, attends = unet["block_out_channels"], _attends(unet, folder / "unet")
     if any(c % channels[0] for c in channels):
         raise CheckpointError(f"{folder / 'unet'} has levels of {channels} channels, no multiples of the first")
+    resolution = 2 ** (len(vae["down_block_types"]) + 7)  # any side that can be halved at each level
+    in_vae = [resolution // 2**level for level, attend in enumerate(_attends(vae, folder / "vae")) if attend]
     first_stage = AutoencoderConfig(
         ch=vae["block_out_channels"][0],
         ch_mult=tuple(c // vae["block_out_channels"][0] for c in vae["block_out_channels"]),
+        resolution=resolution,
+        attn_resolutions=tuple(in_vae),
         **_ours("vae", vae),
-        **_vae_attention(vae, folder / "vae"),
     )
     schedule, prediction = scheduler["beta_schedule"], scheduler["prediction_type"]
     if schedule not in SCHEDULES or prediction not in PREDICTIONS:
@@ -161,20 +164,23 @@ def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], fo
     raise CheckpointError(f"{folder} has {heads} heads at {channels} channels: neither equally many nor equally wide")
 
 
-def _vae_attention(vae: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    down, up = vae["down_block_types"], vae["up_block_types"]
-    attends = _attends(down, up, "Attn", ("DownEncoderBlock2D", "UpDecoderBlock2D"), folder)
-    side = 2 ** (len(down) + 7)  # any side that can be halved at each level
-    return {"resolution": side, "attn_resolutions": tuple(side // 2**i for i, attend in enumerate(attends) if attend)}
-
-
-def _attends(down: list[str], up: list[str], mark: str, plain: tuple[str, str], folder: Path) -> list[bool]:
+def _attends(config: Mapping[str, Any], folder: Path) -> list[bool]:
     """Which levels have attention, by the names of their down blocks. The up blocks must have it at the same levels."""
-    attends = [kind == mark + plain[0] for kind in down]
-    for kinds, name, order in ((down, plain[0], attends), (up, plain[1], attends[::-1])):
-        if list(kinds) != [mark + name if attend else name for attend in order]:
-            raise CheckpointError(f"{folder} is built of {', '.join([*down, *up])}, not as Stable Diffusion v1 is")
+    mark, down, _ = FIXED["blocks"][folder.name]
+    attends = [kind == mark + down for kind in config["down_block_types"]]
+    if any(list(config[key]) != kinds for key, kinds in _block_types(folder.name, attends).items()):
+        kinds = [*config["down_block_types"], *config["up_block_types"]]
+        raise CheckpointError(f"{folder} is built of {', '.join(kinds)}, not as Stable Diffusion v1 is")
     return attends
+
+
+def _block_types(part: str, attends: list[bool]) -> dict[str, list[str]]:
+    """The names of the blocks of all levels, on the way down and on the way up."""
+    mark, down, up = FIXED["blocks"][part]
+    return {
+        "down_block_types": [mark + down if attend else down for attend in attends],
+        "up_block_types": [mark + up if attend else up for attend in reversed(attends)],
+    }
 
 
 # --- files of a part --------------------------------------------------------------------------------------------------
@@ -293,7 +299,7 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
 
     diffusers numbers the decoder's levels in the order in which they run, CompVis the other way round.
     """
-    names = {}
+    names = dict(FIXED["names"]["AutoencoderKL"])
     last = len(vae.config.ch_mult) - 1
     for level in range(last + 1):
         for half, ours, theirs in (
@@ -305,9 +311,6 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
                 names[f"{ours}.attn.{j}"] = f"{theirs}.attentions.{j}"
             names[f"{ours}.downsample"] = f"{theirs}.downsamplers.0"
             names[f"{ours}.upsample"] = f"{theirs}.upsamplers.0"
-    for half in ("encoder", "decoder"):
-        names |= {f"{half}.mid.block_{i}": f"{half}.mid_block.resnets.{i - 1}" for i in (1, 2)}
-        names |= {f"{half}.mid.attn_1": f"{half}.mid_block.attentions.0", f"{half}.norm_out": f"{half}.conv_norm_out"}
     return _translated(vae, names)
 
 
@@ -411,8 +414,7 @@ def unet_config_json(unet: UNetConfig) -> dict:
         "_class_name": "UNet2DConditionModel",
         **_theirs("unet", unet),
         "block_out_channels": channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        **_block_types("unet", attends),
         "attention_head_dim": heads,  # despite its name, the number of heads
         "norm_num_groups": 32,
         "norm_eps": 1e-5,
@@ -421,13 +423,11 @@ def unet_config_json(unet: UNetConfig) -> dict:
 
 def vae_config_json(vae: AutoencoderConfig) -> dict:
     """The config.json of an AutoencoderKL, except for the size of its pictures and the scale factor of its latents."""
-    attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
     return {
         "_class_name": "AutoencoderKL",
         **_theirs("vae", vae),
         "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        **_block_types("vae", [vae.attends(level) for level in range(len(vae.ch_mult))]),
         "act_fn": "silu",
         "norm_num_groups": 32,
     }

@@ -114,7 +114,7 @@ def part_to_json(config) -> dict | None:
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
-    here = clip_folder(folder)
+    here = files.as_written(folder / "clip.json").parent  # the folder, unless `save_clip` was killed in between
     config = files.read_json(here / "clip.json")
     state = files.read_weights(here / "clip.safetensors")
     if (folder / "model.safetensors").exists():  # the text tower is not stored twice
@@ -127,12 +127,6 @@ def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
         clip = CLIPModel(text, vision, tokenizer.end_token)
     files.load_weights(clip, state, here / "clip.safetensors", "cpu")
     return clip.eval(), tokenizer
-
-
-def clip_folder(folder: Path) -> Path:
-    """Where the files that `save_clip` wrote into a folder are: there, unless it was killed before it moved them."""
-    written = files.as_written(folder / "clip.json")
-    return folder if written == folder / "clip.json" else written.parent
 
 
 def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:
