@@ -206,19 +206,15 @@ def _engine(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] |
         raise ValueError(f"the merges do not fit the vocabulary ({error})") from None
     # Clean: one code point for a letter and its accent (NFC), one space for any run of spaces, and lower case, so that
     # what looks the same has the same ids.
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    engine.normalizer = normalizers.Sequence(clean)
     # Split, because a merge must not reach across words. In this order: special tokens, English contractions, runs of
     # letters, single digits, and runs of other characters except spaces. Spaces are dropped, because "</w>" says where
     # a word ends.
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),  # UTF-8, with a character for each byte: see below
-        ]
-    )
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)  # UTF-8, with a character for each byte: see below
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     return engine
 
 

@@ -25,7 +25,6 @@ from . import compvis, diffusers, files, minisd_folder
 from .files import (
     CheckpointError,
     cast,
-    folder_written_whole,
     load_weights,
     on_disk,
     read_json,
@@ -79,23 +78,22 @@ def load(
     path, device = _find(path, variant), find_device(device)
     beside = compvis.yaml_beside(path) if config is None and path.is_file() else None
     of_folder = path.is_dir() or (config is None and beside is None and _in_minisd_folder(path))
+    in_diffusers = (path / "model_index.json").is_file()
     unused = {"config": config, "use_ema": use_ema, "tokenizer": tokenizer, "ignore": ignore or None}
-    unused = (unused if of_folder else {}) | ({} if (path / "model_index.json").is_file() else {"variant": variant})
+    unused = (unused if of_folder else {}) | ({} if in_diffusers else {"variant": variant})
     given = [name for name, value in unused.items() if value is not None]
     if given:
         kind = "a folder that says itself what it holds" if of_folder else "one file"
         raise ValueError(f"{path} is {kind}, so that {' and '.join(given)} would be ignored: leave it out")
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            return diffusers.read_folder(path, device, dtype, variant)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one "
-                "of diffusers"
-            )
-        return minisd_folder.read_folder(path, path / "model.safetensors", device, dtype)
+    if in_diffusers:
+        return diffusers.read_folder(path, device, dtype, variant)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one of "
+            "diffusers"
+        )
     if of_folder:
-        return minisd_folder.read_folder(path.parent, path, device, dtype)
+        return minisd_folder.read_folder(path, device, dtype)
     state = {name: tensor for name, tensor in read_weights(path, check=False).items() if name not in ignore}
     try:
         sd, names = _build_compvis(state, path, beside or config, use_ema, tokenizer)
@@ -212,13 +210,13 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     if (path / "model_index.json").is_file():
         parts = {part: diffusers.read_part(path / part, variant) for part in diffusers.STEMS}
         state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-        config, layout = diffusers.read_config(path), "diffusers' layout"
+        config, layout = asdict(diffusers.read_config(path)), "diffusers' layout"
     else:
         beside = None if path.is_dir() else compvis.yaml_beside(path)
         path = path / "model.safetensors" if path.is_dir() else path
         state = read_weights(path, check=False)
         ours = beside is None and _in_minisd_folder(path)
-        config = minisd_folder.read_config(path.parent) if ours else None
+        config = asdict(minisd_folder.read_config(path.parent)) if ours else None
         if path.stem in ("clip", "vae") and path.with_suffix(".json").is_file():  # of a training run
             config = read_json(path.with_suffix(".json"))
         layout = "minisd's layout" if ours else "one file"
@@ -235,7 +233,6 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         if beside is not None:
             lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:
-        config = config if isinstance(config, Mapping) else asdict(config)
         lines += [f"  {name}: {value}" for name, value in config.items()]
     return "\n".join(lines)
 

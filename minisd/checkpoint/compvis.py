@@ -38,11 +38,12 @@ BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": 
 # The classes that a YAML may name as its first stage.
 FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
-# "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class.
-# "unet": keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or
-# with any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
-# CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
-# other whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
+# "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class. "unet":
+# keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or with
+# any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
+# CompVis's class, not those of SD v1. "first_stage": the size of which tensor, along which axis, is a field of the
+# autoencoder's configuration. "networks": how the names of the three networks begin. "others": names that only other
+# whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -395,17 +396,10 @@ def _first_stage_of(state: Mapping[str, Tensor]) -> AutoencoderConfig | VQConfig
     shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
     if not shape:
         return IdentityConfig()
-    ch = shape["encoder.conv_in.weight"][0]
-    levels = _count(shape, "encoder.down.")
-    sizes = {
-        "in_channels": shape["encoder.conv_in.weight"][1],
-        "out_ch": shape["decoder.conv_out.weight"][0],
-        "ch": ch,
-        "ch_mult": tuple(shape[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
-        "num_res_blocks": _count(shape, "encoder.down.0.block."),
-        "z_channels": shape["decoder.conv_in.weight"][1],
-        "embed_dim": shape["post_quant_conv.weight"][1],
-    }
+    sizes = {field: shape[tensor][axis] for field, (tensor, axis) in TABLES["first_stage"].items()}
+    widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(_count(shape, "encoder.down."))]
+    sizes["ch_mult"] = tuple(width // sizes["ch"] for width in widths)
+    sizes["num_res_blocks"] = _count(shape, "encoder.down.0.block.")
     if "quantize.embedding.weight" in shape:
         return VQConfig(**sizes, n_embed=shape["quantize.embedding.weight"][0])
     return AutoencoderConfig(**sizes)

@@ -283,9 +283,8 @@ def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Raises FileNotFoundError, or CheckpointError if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    text = read_text(path)
     with refused_as(f"{path} is no JSON"):
-        content = json.loads(text)
+        content = json.loads(read_text(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
     return content
@@ -528,10 +527,9 @@ def remove_unfinished(path: Path) -> None:
 
 def on_disk(path: Path) -> None:
     """Wait until the system has written a file, or a folder's list of names, from its memory to the disk."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
+    if os.name == "nt" and path.is_dir():
         return  # Windows can't open a folder
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -37,10 +37,12 @@ TEXT_TOWER = "cond_stage_model.transformer."
 NO_LONGER = {"unet": {"use_checkpoint"}}
 
 
-def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
-    """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
-    config = read_config(folder)
-    state, usual = files.read_weights(file), folder / "model.safetensors"
+def read_folder(path: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    """The model in a folder. If `path` is a file in it, its tensors are read in place of those of model.safetensors."""
+    folder = path if path.is_dir() else path.parent
+    config, usual = read_config(folder), folder / "model.safetensors"
+    file = usual if path.is_dir() else path
+    state = files.read_weights(file)
     if file.name != usual.name and usual.exists():
         # Tensors that `file` replaces are not loaded, so they are not searched for NaN either.
         others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))

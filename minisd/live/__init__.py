@@ -1,9 +1,9 @@
 """The live page: Stable Diffusion in JavaScript, running in the reader's browser. It draws the picture of `txt2img`.
 
-The engine's files are read beside the modules of the same names: noising.js, tokenizer.js, clip.js, attention.js,
-unet.js, vae.js, sampling.js, latent_diffusion.js. Below them are layers.js (convolution, norms), gemm.js with gemm.wat
-(the matrix product, in WebAssembly) and safetensors.js; above them worker.js (the messages, explained at its top) and
-live.js, which is what a page uses.
+The engine's files are read beside the modules of the same names: noising.js, tokenizer.js, clip.js, attention.js, unet.js,
+vae.js, sampling.js, latent_diffusion.js. Below them are layers.js (convolution, norms), gemm.js with gemm.wat (the matrix
+product, in WebAssembly) and safetensors.js; above them worker.js (the messages, explained at its top) and live.js, which
+is what a page uses.
 """
 
 import base64
