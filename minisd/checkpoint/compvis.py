@@ -212,12 +212,10 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
     first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
     if not isinstance(config.first_stage, IdentityConfig):
         outside = ("embed_dim", "n_embed", "beta", "legacy", "downsampling")
-        first_stage["params"] = {
-            key: getattr(config.first_stage, key) for key in outside[:2] if hasattr(config.first_stage, key)
-        } | {
-            "ddconfig": params(config.first_stage, leave_out=outside) | {"dropout": 0.0},
-            "lossconfig": {"target": "torch.nn.Identity"},
-        }
+        own = params(config.first_stage)
+        ddconfig = {key: value for key, value in own.items() if key not in outside} | {"dropout": 0.0}
+        first_stage["params"] = {key: own[key] for key in outside[:2] if key in own}
+        first_stage["params"] |= {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
     cond_stage: Any = "__is_unconditional__"
     if isinstance(config.cond_stage, CLIPTextConfig):
         text = {"version": version, "max_length": config.cond_stage.max_length}

@@ -301,16 +301,13 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
     """
     names = dict(FIXED["names"]["AutoencoderKL"])
     last = len(vae.config.ch_mult) - 1
-    for level in range(last + 1):
-        for half, ours, theirs in (
-            ("encoder", f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
-            ("decoder", f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"),
-        ):
-            for j in range(vae.config.num_res_blocks + (half == "decoder")):
+    for i in range(last + 1):
+        places = {f"encoder.down.{i}": f"encoder.down_blocks.{i}", f"decoder.up.{i}": f"decoder.up_blocks.{last - i}"}
+        for ours, theirs in places.items():
+            for j in range(vae.config.num_res_blocks + 1):  # the decoder has one block more than the encoder
                 names[f"{ours}.block.{j}"] = f"{theirs}.resnets.{j}"
                 names[f"{ours}.attn.{j}"] = f"{theirs}.attentions.{j}"
-            names[f"{ours}.downsample"] = f"{theirs}.downsamplers.0"
-            names[f"{ours}.upsample"] = f"{theirs}.upsamplers.0"
+            names |= {f"{ours}.{way}sample": f"{theirs}.{way}samplers.0" for way in ("down", "up")}
     return _translated(vae, names)
 
 

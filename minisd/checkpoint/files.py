@@ -116,9 +116,7 @@ def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor])
             written = any(record.CRC for record in archive.infolist())  # PyTorch can be told to leave them out
             if written and (record := archive.testzip()):
                 raise CheckpointError(f"{path} is damaged: the checksum of {record} is wrong; fetch or save it again")
-    for name, piece in _pieces(path, {name: state[name] for name in names}):
-        if not piece.is_floating_point():
-            continue
+    for name, piece in _pieces(path, {name: state[name] for name in names if state[name].is_floating_point()}):
         piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't sum 8-bit floats
         # A sum is NaN or infinite if one of its terms is, and it is fast to compute. Because it may also overflow, the
         # numbers themselves are tested only if the sum is not finite.
