@@ -34,10 +34,6 @@ from .files import CheckpointError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-# What diffusers calls a schedule or a prediction, and what minisd calls it.
-SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
 # The tables in diffusers.json:
 #   stems      names of the files of weights of each part, without the suffix; transformers has another one for .bin
 #   names      CompVis's name of a layer and diffusers' name, for each class of network or block; other names are equal
@@ -45,11 +41,14 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 #   old_names  the name that diffusers gave a layer in 2022, and the name that it gives it today
 #   must       keys that have another value in other models, and the value that Stable Diffusion v1 has (the default)
 #   fields     the fields of our configurations, and diffusers' keys for the same numbers
+#   schedules, predictions: what diffusers calls a schedule or a prediction, and what minisd calls it
+#   written    keys that are written beside those of our fields
 #   left_out   further keys that a configuration may leave out, and the values that they then have
 #   pipeline   the contents of model_index.json
 #   ddim       the settings with which diffusers' DDIM takes the same steps as ours
 FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 STEMS, OLD_NAMES = FIXED["stems"], FIXED["old_names"]
+SCHEDULES, PREDICTIONS = FIXED["schedules"], FIXED["predictions"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -413,8 +412,7 @@ def unet_config_json(unet: UNetConfig) -> dict:
         "block_out_channels": channels,
         **_block_types("unet", attends),
         "attention_head_dim": heads,  # despite its name, the number of heads
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
+        **FIXED["written"]["unet"],
     }
 
 
@@ -425,8 +423,7 @@ def vae_config_json(vae: AutoencoderConfig) -> dict:
         **_theirs("vae", vae),
         "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
         **_block_types("vae", [vae.attends(level) for level in range(len(vae.ch_mult))]),
-        "act_fn": "silu",
-        "norm_num_groups": 32,
+        **FIXED["written"]["vae"],
     }
 
 
