@@ -558,10 +558,7 @@ def _sigma(a: float) -> float:
 
 
 def classifier_free_guidance(
-    model: Callable[[Tensor, Tensor, Context], Tensor],
-    context: Context,
-    uncond_context: Context,
-    scale: float,
+    model: Callable[[Tensor, Tensor, Context], Tensor], context: Context, uncond_context: Context, scale: float
 ) -> EpsModel:
     """Make an eps_model(x, t) from model(x, t, context) that amplifies the effect of the context (CFG, eq. 6).
 

@@ -137,16 +137,26 @@ class BPETokenizer:
             ValueError: its files are broken, or are no CLIP vocabulary.
         """
         folder = Path(folder)
-        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-        if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
+        in_two = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+        if not in_two and not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
                 f"there is no tokenizer in {folder}: it has neither vocab.json and merges.txt nor tokenizer.json"
             )
         try:
-            pad, added = _padding_token(folder), _added_words(folder)
-            if vocab.is_file() and merges.is_file():
-                return cls(json.loads(vocab.read_text(encoding="utf-8")), _read_merges(merges), pad, added)
-            model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+            whole, config, added = (
+                json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+                for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+            )
+            pad = config.get("pad_token")  # without one, the end token, as in Stable Diffusion v1
+            pad = (pad["content"] if isinstance(pad, dict) else pad) or END  # some versions write a dict
+            # Each version of transformers writes the words that were added to a vocabulary elsewhere.
+            decoder, in_whole = config.get("added_tokens_decoder", {}), whole.get("added_tokens", [])
+            added |= {token["content"]: int(i) for i, token in decoder.items()}
+            added |= {token["content"]: token["id"] for token in in_whole}
+            if in_two:
+                vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+                return cls(vocab, _read_merges(folder / "merges.txt"), pad, added)
+            model = whole["model"]
             if model["type"] != "BPE":
                 raise ValueError(f"its model is {model['type']}, not BPE")
             # Old versions of the library write a merge as "a b", new ones as ["a", "b"].
@@ -196,19 +206,15 @@ def _engine(vocab: dict[str, int] | None = None, merges: list[tuple[str, str]] |
         raise ValueError(f"the merges do not fit the vocabulary ({error})") from None
     # Clean: one code point for a letter and its accent (NFC), one space for any run of spaces, and lower case, so that
     # what looks the same has the same ids.
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    engine.normalizer = normalizers.Sequence(clean)
     # Split, because a merge must not reach across words. In this order: special tokens, English contractions, runs of
     # letters, single digits, and runs of other characters except spaces. Spaces are dropped, because "</w>" says where
     # a word ends.
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),  # UTF-8, with a character for each byte: see below
-        ]
-    )
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)  # UTF-8, with a character for each byte: see below
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     return engine
 
 
@@ -231,20 +237,3 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     """A pair of pieces from each line, after a line with the version."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-
-
-def _padding_token(folder: Path) -> str:
-    """The padding token that `tokenizer_config.json` names; else the end token, as in Stable Diffusion v1."""
-    path = folder / "tokenizer_config.json"
-    pad = json.loads(path.read_text(encoding="utf-8")).get("pad_token") if path.is_file() else None
-    return (pad["content"] if isinstance(pad, dict) else pad) or END  # some versions write a dict
-
-
-def _added_words(folder: Path) -> dict[str, int]:
-    """{word: id} of the words that were added to a vocabulary. Each version of transformers writes them elsewhere."""
-    files = {name: folder / name for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")}
-    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
-    added = dict(found.get("added_tokens.json", {}))
-    for i, token in found.get("tokenizer_config.json", {}).get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(i)
-    return added | {token["content"]: token["id"] for token in found.get("tokenizer.json", {}).get("added_tokens", [])}

@@ -8,7 +8,6 @@ import yaml
 
 from minisd import CheckpointError, LatentDiffusion, LatentDiffusionConfig, UNetConfig, VQConfig, load, save
 from minisd.checkpoint import compvis, describe, write_weights
-from minisd.checkpoint.files import write_ckpt
 from minisd.clip import CLIPTextConfig
 from minisd.conditions import ClassConfig
 from minisd.vae import AutoencoderConfig, IdentityConfig
@@ -151,7 +150,7 @@ def test_the_ema_weights_take_the_place_of_the_unets(official, files, clip_folde
 def test_nan_is_looked_for_in_the_weights_that_are_used(official, files, clip_folder, use_ema, bad):
     """The EMA weights or the UNet's own: a NaN in the others does no harm."""
     state = dict(official) | {bad: torch.full_like(official[bad], torch.nan)}
-    write_ckpt(state, files / "model.ckpt")
+    write_weights(state, files / "model.ckpt")
 
     def read(use_ema):
         return load(files / "model.ckpt", "cpu", config=files / "model.yaml", use_ema=use_ema, tokenizer=clip_folder)
@@ -330,8 +329,7 @@ def test_a_yaml_of_something_else_is_refused(files, monkeypatch, text, message):
 def test_the_yaml_beside_a_file_says_what_it_is(official, tmp_path, clip_folder, weights, suffix):
     """A model that predicts v has the names and shapes of one that predicts the noise: only the YAML tells."""
     file = tmp_path / weights
-    write = write_ckpt if file.suffix == ".ckpt" else write_weights
-    write(official, file)
+    write_weights(official, file)
     file.with_suffix(suffix).write_text(yaml.safe_dump(changed("parameterization", "v") | {"more": 1}))
     sd = load(file, "cpu", tokenizer=clip_folder)
     assert sd.config == replace(CONFIG, parameterization="v") and is_the_file(sd, official)

@@ -25,7 +25,6 @@ from . import compvis, diffusers, files, minisd_folder
 from .files import (
     CheckpointError,
     cast,
-    folder_written_whole,
     load_weights,
     on_disk,
     read_json,
@@ -36,12 +35,6 @@ from .files import (
     written_whole,
 )
 from .minisd_folder import part_from_json, part_to_json, save_clip
-
-__all__ = [
-    "SHIPPED", "CheckpointError", "best_device", "cast", "describe", "find_device", "folder_written_whole", "has_clip",
-    "load", "load_clip", "load_weights", "on_disk", "part_from_json", "part_to_json", "read_json", "read_weights",
-    "remove_unfinished", "save", "save_clip", "write_json", "write_weights", "written_whole",
-]  # fmt: skip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
 # Folders that runs and models usually lie in. A path into one of them is never looked for on the hub.
@@ -85,23 +78,22 @@ def load(
     path, device = _find(path, variant), find_device(device)
     beside = compvis.yaml_beside(path) if config is None and path.is_file() else None
     of_folder = path.is_dir() or (config is None and beside is None and _in_minisd_folder(path))
+    in_diffusers = (path / "model_index.json").is_file()
     unused = {"config": config, "use_ema": use_ema, "tokenizer": tokenizer, "ignore": ignore or None}
-    unused = (unused if of_folder else {}) | ({} if (path / "model_index.json").is_file() else {"variant": variant})
+    unused = (unused if of_folder else {}) | ({} if in_diffusers else {"variant": variant})
     given = [name for name, value in unused.items() if value is not None]
     if given:
         kind = "a folder that says itself what it holds" if of_folder else "one file"
         raise ValueError(f"{path} is {kind}, so that {' and '.join(given)} would be ignored: leave it out")
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            return diffusers.read_folder(path, device, dtype, variant)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one "
-                "of diffusers"
-            )
-        return minisd_folder.read_folder(path, path / "model.safetensors", device, dtype)
+    if in_diffusers:
+        return diffusers.read_folder(path, device, dtype, variant)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one of "
+            "diffusers"
+        )
     if of_folder:
-        return minisd_folder.read_folder(path.parent, path, device, dtype)
+        return minisd_folder.read_folder(path, device, dtype)
     state = {name: tensor for name, tensor in read_weights(path, check=False).items() if name not in ignore}
     try:
         sd, names = _build_compvis(state, path, beside or config, use_ema, tokenizer)
@@ -142,11 +134,10 @@ def _build_compvis(
     if isinstance(config.cond_stage, CLIPTextConfig):
         reader = BPETokenizer.clip() if tokenizer is None else files.read_tokenizer(Path(tokenizer))
     sd = files.build(config, reader, path, len(state))
-    expected = {name: tensor.shape for name, tensor in sd.state_dict().items()}
-    given = {ours: state[theirs].shape for ours, theirs in names.items()}
-    only_more = expected.keys() < given.keys()
+    expected = sd.state_dict()
+    only_more = expected.keys() < names.keys()
     hint = "If these names do not matter, give them as ignore=" if only_more else compvis.what_would_fit(state)
-    files.check_names(expected, given, path, hint)
+    files.check_names(expected, {ours: state[theirs] for ours, theirs in names.items()}, path, hint)
     compvis.check_schedule(state, config, path)
     return sd, names
 
@@ -179,18 +170,14 @@ def save(sd: nn.Module, path: str | Path, layout: Layout | None = None, dtype: t
         ValueError: this model can't be written in that layout.
     """
     path, sd = Path(path) if Path(path).name else Path(path).resolve(), _unwrapped(sd)
-    if layout is None:
-        layout = "compvis" if path.suffix in (".safetensors", ".ckpt") else "minisd"
-    if layout == "minisd":
-        minisd_folder.write_folder(sd, path, dtype)
-    elif layout == "diffusers":
-        diffusers.write_folder(sd, path, dtype)
-    elif layout == "compvis" and path.suffix in (".safetensors", ".ckpt"):
-        compvis.write_file(sd, path, dtype)
-    elif layout == "compvis":
-        raise ValueError(f"a CompVis checkpoint is a file ending in .safetensors or .ckpt, and {path} does not")
-    else:
+    is_file = path.suffix in (".safetensors", ".ckpt")
+    layout = layout or ("compvis" if is_file else "minisd")
+    write = {"minisd": minisd_folder.write_folder, "diffusers": diffusers.write_folder, "compvis": compvis.write_file}
+    if layout not in write:
         raise ValueError(f'layout must be "minisd", "diffusers" or "compvis", not {layout!r}')
+    if layout == "compvis" and not is_file:
+        raise ValueError(f"a CompVis checkpoint is a file ending in .safetensors or .ckpt, and {path} does not")
+    write[layout](sd, path, dtype)
 
 
 def _unwrapped(sd: nn.Module) -> LatentDiffusion:
@@ -203,8 +190,7 @@ def _unwrapped(sd: nn.Module) -> LatentDiffusion:
     sd = inside(sd)
     state = files.plain_names(sd.state_dict())
     plain = files.build(sd.config, getattr(inside(sd.cond_stage_model), "tokenizer", None), "this model", len(state))
-    expected = {name: tensor.shape for name, tensor in plain.state_dict().items()}
-    files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, "this model")
+    files.check_names(plain.state_dict(), state, "this model")
     plain.load_state_dict(state, assign=True)
     return plain
 
@@ -225,13 +211,13 @@ def describe(path: str | Path, variant: str | None = None) -> str:
     if (path / "model_index.json").is_file():
         parts = {part: diffusers.read_part(path / part, variant) for part in diffusers.STEMS}
         state = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-        config, layout = diffusers.read_config(path), "diffusers' layout"
+        config, layout = asdict(diffusers.read_config(path)), "diffusers' layout"
     else:
         beside = None if path.is_dir() else compvis.yaml_beside(path)
         path = path / "model.safetensors" if path.is_dir() else path
         state = read_weights(path, check=False)
         ours = beside is None and _in_minisd_folder(path)
-        config = minisd_folder.read_config(path.parent) if ours else None
+        config = asdict(minisd_folder.read_config(path.parent)) if ours else None
         if path.stem in ("clip", "vae") and path.with_suffix(".json").is_file():  # of a training run
             config = read_json(path.with_suffix(".json"))
         layout = "minisd's layout" if ours else "one file"
@@ -248,7 +234,6 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         if beside is not None:
             lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:
-        config = config if isinstance(config, Mapping) else asdict(config)
         lines += [f"  {name}: {value}" for name, value in config.items()]
     return "\n".join(lines)
 

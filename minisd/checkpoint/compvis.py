@@ -38,10 +38,12 @@ BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": 
 # The classes that a YAML may name as its first stage.
 FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig, "IdentityFirstStage": IdentityConfig}
 
-# "unet": keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or
-# with any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
-# CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
-# other whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
+# "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class. "unet":
+# keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or with
+# any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
+# CompVis's class, not those of SD v1. "first_stage": the size of which tensor, along which axis, is a field of the
+# autoencoder's configuration. "networks": how the names of the three networks begin. "others": names that only other
+# whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -103,22 +105,15 @@ def config_from_yaml(
     with files.refused_as(f"{name} does not describe a model"):
         unet = _unet(params["unet_config"]["params"], name)
         first_stage = _first_stage(params["first_stage_config"], name)
+        given = {key: type(default)(params.get(key, default)) for key, default in TABLES["model"].items()}
         betas = params.get("beta_schedule", "linear")
         if betas not in BETA_SCHEDULES:
             raise CheckpointError(f"{name}: beta_schedule is {betas!r}; minisd knows {', '.join(BETA_SCHEDULES)}")
-        return LatentDiffusionConfig(
-            unet=unet,
-            first_stage=first_stage,
-            cond_stage=_cond_stage(params, state, name, base),
-            # CompVis's image_size is that of the latent; v1's YAML has another in unet_config, which is not used
-            image_size=int(params.get("image_size", 64)) * first_stage.downsampling,
-            scale_factor=float(params.get("scale_factor", 1.0)),
-            beta_schedule=BETA_SCHEDULES[betas],
-            linear_start=float(params.get("linear_start", 1e-4)),
-            linear_end=float(params.get("linear_end", 2e-2)),
-            timesteps=int(params.get("timesteps", 1000)),
-            parameterization=str(params.get("parameterization", "eps")),
-        )
+        given["beta_schedule"] = BETA_SCHEDULES[betas]
+        # CompVis's image_size is that of the latent; v1's YAML has another in unet_config, which is not used
+        given["image_size"] *= first_stage.downsampling
+        cond_stage = _cond_stage(params, state, name, base)
+        return LatentDiffusionConfig(unet=unet, first_stage=first_stage, cond_stage=cond_stage, **given)
 
 
 def _unet(params: Mapping[str, Any], name: str) -> UNetConfig:
@@ -214,22 +209,18 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
         values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in leave_out}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    unet = params(config.unet, leave_out=("num_heads", "num_head_channels")) | {
-        "image_size": config.image_size // config.first_stage.downsampling,  # CompVis requires it, and ignores it
-        "num_heads": -1 if config.unet.num_heads is None else config.unet.num_heads,
-        "num_head_channels": -1 if config.unet.num_head_channels is None else config.unet.num_head_channels,
-        "legacy": False,
-    }
+    side = config.image_size // config.first_stage.downsampling
+    heads = {key: vars(config.unet)[key] for key in ("num_heads", "num_head_channels")}
+    unet = params(config.unet, leave_out=heads) | {"image_size": side}  # CompVis requires it, and ignores it
+    unet |= {key: -1 if value is None else value for key, value in heads.items()} | {"legacy": False}
     target = {kind: name for name, kind in FIRST_STAGES.items()}[type(config.first_stage)]
     first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
     if not isinstance(config.first_stage, IdentityConfig):
         outside = ("embed_dim", "n_embed", "beta", "legacy", "downsampling")
-        first_stage["params"] = {
-            key: getattr(config.first_stage, key) for key in outside[:2] if hasattr(config.first_stage, key)
-        } | {
-            "ddconfig": params(config.first_stage, leave_out=outside) | {"dropout": 0.0},
-            "lossconfig": {"target": "torch.nn.Identity"},
-        }
+        own = params(config.first_stage)
+        ddconfig = {key: value for key, value in own.items() if key not in outside} | {"dropout": 0.0}
+        first_stage["params"] = {key: own[key] for key in outside[:2] if key in own}
+        first_stage["params"] |= {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
     cond_stage: Any = "__is_unconditional__"
     if isinstance(config.cond_stage, CLIPTextConfig):
         text = {"version": version, "max_length": config.cond_stage.max_length}
@@ -242,14 +233,9 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
             f"CompVis's layout has no condition like {type(config.cond_stage).__qualname__}: save the model as a folder"
         )
     ways_in = {(True, False): "crossattn", (False, True): "concat", (True, True): "hybrid", (False, False): None}
-    model = {
-        "linear_start": config.linear_start,
-        "linear_end": config.linear_end,
+    model = {key: getattr(config, key) for key in TABLES["model"]} | {
         "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[config.beta_schedule],
-        "timesteps": config.timesteps,
-        "parameterization": config.parameterization,
-        "image_size": config.image_size // config.first_stage.downsampling,
-        "scale_factor": config.scale_factor,
+        "image_size": side,
         "conditioning_key": ways_in[config.cond_stage is not None, config.concat_channels > 0],
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
@@ -345,8 +331,7 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
             tokenizer.save(unfinished / version, text.max_length)
             files.write_json(text_config_json(text, tokenizer), unfinished / version / "config.json")
         (unfinished / yaml.name).write_text(configuration, encoding="utf-8")
-        write = files.write_ckpt if path.suffix == ".ckpt" else files.write_weights
-        write(files.cast(as_compvis(sd), dtype), unfinished / path.name)
+        files.write_weights(files.cast(as_compvis(sd), dtype), unfinished / path.name)
 
 
 # --- which configuration would fit? -----------------------------------------------------------------------------------
@@ -414,17 +399,10 @@ def _first_stage_of(state: Mapping[str, Tensor]) -> AutoencoderConfig | VQConfig
     shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
     if not shape:
         return IdentityConfig()
-    ch = shape["encoder.conv_in.weight"][0]
-    levels = _count(shape, "encoder.down.")
-    sizes = {
-        "in_channels": shape["encoder.conv_in.weight"][1],
-        "out_ch": shape["decoder.conv_out.weight"][0],
-        "ch": ch,
-        "ch_mult": tuple(shape[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
-        "num_res_blocks": _count(shape, "encoder.down.0.block."),
-        "z_channels": shape["decoder.conv_in.weight"][1],
-        "embed_dim": shape["post_quant_conv.weight"][1],
-    }
+    sizes = {field: shape[tensor][axis] for field, (tensor, axis) in TABLES["first_stage"].items()}
+    widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(_count(shape, "encoder.down."))]
+    sizes["ch_mult"] = tuple(width // sizes["ch"] for width in widths)
+    sizes["num_res_blocks"] = _count(shape, "encoder.down.0.block.")
     if "quantize.embedding.weight" in shape:
         return VQConfig(**sizes, n_embed=shape["quantize.embedding.weight"][0])
     return AutoencoderConfig(**sizes)

@@ -34,21 +34,21 @@ from .files import CheckpointError
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-# What diffusers calls a schedule or a prediction, and what minisd calls it.
-SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
 # The tables in diffusers.json:
 #   stems      names of the files of weights of each part, without the suffix; transformers has another one for .bin
 #   names      CompVis's name of a layer and diffusers' name, for each class of network or block; other names are equal
+#   blocks     diffusers' name of a level with attention begins with the first; then the names of a level down and up
 #   old_names  the name that diffusers gave a layer in 2022, and the name that it gives it today
 #   must       keys that have another value in other models, and the value that Stable Diffusion v1 has (the default)
 #   fields     the fields of our configurations, and diffusers' keys for the same numbers
+#   schedules, predictions: what diffusers calls a schedule or a prediction, and what minisd calls it
+#   written    keys that are written beside those of our fields
 #   left_out   further keys that a configuration may leave out, and the values that they then have
 #   pipeline   the contents of model_index.json
 #   ddim       the settings with which diffusers' DDIM takes the same steps as ours
 FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 STEMS, OLD_NAMES = FIXED["stems"], FIXED["old_names"]
+SCHEDULES, PREDICTIONS = FIXED["schedules"], FIXED["predictions"]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def read_folder(
     for part, (network, names) in parts_of(sd).items():
         source, today = folder / part, _text_name if part == "text_encoder" else _layer_name
         state = {today(name): tensor for name, tensor in given[part].items() if not files.set_aside(name)}
-        expected = {theirs: _as_theirs(ours, network.get_parameter(ours)).shape for ours, theirs in names.items()}
-        files.check_names(expected, {name: tensor.shape for name, tensor in state.items()}, source)
+        expected = {theirs: _as_theirs(ours, network.get_parameter(ours)) for ours, theirs in names.items()}
+        files.check_names(expected, state, source)
         ours = {ours: state[theirs].reshape(network.get_parameter(ours).shape) for ours, theirs in names.items()}
         files.load_weights(network, ours, source, device, dtype)
     return sd.eval()
@@ -105,15 +105,17 @@ def _config(configs: dict[str, dict], folder: Path) -> LatentDiffusionConfig:
                 )
     unet, vae, text, scheduler = (FIXED["left_out"][part] | configs[part] for part in FIXED["must"])
     text["projection_dim"] = text.get("projection_dim") or text["hidden_size"]
-    channels, down, up = unet["block_out_channels"], unet["down_block_types"], unet["up_block_types"]
-    attends = _attends(down, up, "CrossAttn", ("DownBlock2D", "UpBlock2D"), folder / "unet")
+    channels, attends = unet["block_out_channels"], _attends(unet, folder / "unet")
     if any(c % channels[0] for c in channels):
         raise CheckpointError(f"{folder / 'unet'} has levels of {channels} channels, no multiples of the first")
+    resolution = 2 ** (len(vae["down_block_types"]) + 7)  # any side that can be halved at each level
+    in_vae = [resolution // 2**level for level, attend in enumerate(_attends(vae, folder / "vae")) if attend]
     first_stage = AutoencoderConfig(
         ch=vae["block_out_channels"][0],
         ch_mult=tuple(c // vae["block_out_channels"][0] for c in vae["block_out_channels"]),
+        resolution=resolution,
+        attn_resolutions=tuple(in_vae),
         **_ours("vae", vae),
-        **_vae_attention(vae, folder / "vae"),
     )
     schedule, prediction = scheduler["beta_schedule"], scheduler["prediction_type"]
     if schedule not in SCHEDULES or prediction not in PREDICTIONS:
@@ -161,20 +163,23 @@ def _heads(unet: Mapping[str, Any], channels: list[int], attends: list[bool], fo
     raise CheckpointError(f"{folder} has {heads} heads at {channels} channels: neither equally many nor equally wide")
 
 
-def _vae_attention(vae: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    down, up = vae["down_block_types"], vae["up_block_types"]
-    attends = _attends(down, up, "Attn", ("DownEncoderBlock2D", "UpDecoderBlock2D"), folder)
-    side = 2 ** (len(down) + 7)  # any side that can be halved at each level
-    return {"resolution": side, "attn_resolutions": tuple(side // 2**i for i, attend in enumerate(attends) if attend)}
-
-
-def _attends(down: list[str], up: list[str], mark: str, plain: tuple[str, str], folder: Path) -> list[bool]:
+def _attends(config: Mapping[str, Any], folder: Path) -> list[bool]:
     """Which levels have attention, by the names of their down blocks. The up blocks must have it at the same levels."""
-    attends = [kind == mark + plain[0] for kind in down]
-    for kinds, name, order in ((down, plain[0], attends), (up, plain[1], attends[::-1])):
-        if list(kinds) != [mark + name if attend else name for attend in order]:
-            raise CheckpointError(f"{folder} is built of {', '.join([*down, *up])}, not as Stable Diffusion v1 is")
+    mark, down, _ = FIXED["blocks"][folder.name]
+    attends = [kind == mark + down for kind in config["down_block_types"]]
+    if any(list(config[key]) != kinds for key, kinds in _block_types(folder.name, attends).items()):
+        kinds = [*config["down_block_types"], *config["up_block_types"]]
+        raise CheckpointError(f"{folder} is built of {', '.join(kinds)}, not as Stable Diffusion v1 is")
     return attends
+
+
+def _block_types(part: str, attends: list[bool]) -> dict[str, list[str]]:
+    """The names of the blocks of all levels, on the way down and on the way up."""
+    mark, down, up = FIXED["blocks"][part]
+    return {
+        "down_block_types": [mark + down if attend else down for attend in attends],
+        "up_block_types": [mark + up if attend else up for attend in reversed(attends)],
+    }
 
 
 # --- files of a part --------------------------------------------------------------------------------------------------
@@ -293,21 +298,15 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
 
     diffusers numbers the decoder's levels in the order in which they run, CompVis the other way round.
     """
-    names = {}
+    names = dict(FIXED["names"]["AutoencoderKL"])
     last = len(vae.config.ch_mult) - 1
-    for level in range(last + 1):
-        for half, ours, theirs in (
-            ("encoder", f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
-            ("decoder", f"decoder.up.{level}", f"decoder.up_blocks.{last - level}"),
-        ):
-            for j in range(vae.config.num_res_blocks + (half == "decoder")):
+    for i in range(last + 1):
+        places = {f"encoder.down.{i}": f"encoder.down_blocks.{i}", f"decoder.up.{i}": f"decoder.up_blocks.{last - i}"}
+        for ours, theirs in places.items():
+            for j in range(vae.config.num_res_blocks + 1):  # the decoder has one block more than the encoder
                 names[f"{ours}.block.{j}"] = f"{theirs}.resnets.{j}"
                 names[f"{ours}.attn.{j}"] = f"{theirs}.attentions.{j}"
-            names[f"{ours}.downsample"] = f"{theirs}.downsamplers.0"
-            names[f"{ours}.upsample"] = f"{theirs}.upsamplers.0"
-    for half in ("encoder", "decoder"):
-        names |= {f"{half}.mid.block_{i}": f"{half}.mid_block.resnets.{i - 1}" for i in (1, 2)}
-        names |= {f"{half}.mid.attn_1": f"{half}.mid_block.attentions.0", f"{half}.norm_out": f"{half}.conv_norm_out"}
+            names |= {f"{ours}.{way}sample": f"{theirs}.{way}samplers.0" for way in ("down", "up")}
     return _translated(vae, names)
 
 
@@ -411,25 +410,20 @@ def unet_config_json(unet: UNetConfig) -> dict:
         "_class_name": "UNet2DConditionModel",
         **_theirs("unet", unet),
         "block_out_channels": channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        **_block_types("unet", attends),
         "attention_head_dim": heads,  # despite its name, the number of heads
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
+        **FIXED["written"]["unet"],
     }
 
 
 def vae_config_json(vae: AutoencoderConfig) -> dict:
     """The config.json of an AutoencoderKL, except for the size of its pictures and the scale factor of its latents."""
-    attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
     return {
         "_class_name": "AutoencoderKL",
         **_theirs("vae", vae),
         "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
-        "act_fn": "silu",
-        "norm_num_groups": 32,
+        **_block_types("vae", [vae.attends(level) for level in range(len(vae.ch_mult))]),
+        **FIXED["written"]["vae"],
     }
 
 

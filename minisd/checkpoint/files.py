@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from ..clip import BPETokenizer, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 
-# "mistaken": how files begin that people take for weights, and what they are. "tokenizer": the files of one. "model":
-# further files of a model in minisd's or diffusers' layout, which a new model in the same folder takes the place of.
+# "mistaken": how files begin that people take for weights, and what they are. "set_aside": see `set_aside`.
+# "tokenizer": the files of one. "model": further files of a model in minisd's or diffusers' layout, which a new model
+# in the same folder takes the place of.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+SET_ASIDE = re.compile("|".join(TABLES["set_aside"]), re.DOTALL)
 
 
 class CheckpointError(ValueError):
@@ -50,13 +52,7 @@ def set_aside(name: str) -> bool:
     These are the schedule's buffers, the EMA weights, `position_ids` (0, 1, 2, …), the networks of the autoencoder's
     loss, and what programs that merge models leave behind: k-diffusion's noise levels, and the last layer of CLIP.
     """
-    of_ddpm = ("betas", "alphas_", "sqrt_", "log_", "posterior_", "lvlb_", "logvar", "scale_factor")
-    return (
-        ("." not in name and name.startswith(of_ddpm))
-        or name.startswith(("model_ema.", "loss.", "first_stage_model.loss.", "denoiser."))
-        or name.endswith("position_ids")
-        or (name.startswith("cond_stage_model.") and name.endswith((".logit_scale", ".text_projection")))
-    )
+    return SET_ASIDE.search(name) is not None
 
 
 def plain_names(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,9 +116,7 @@ def check_numbers(path: Path, names: Iterable[str], state: Mapping[str, Tensor])
             written = any(record.CRC for record in archive.infolist())  # PyTorch can be told to leave them out
             if written and (record := archive.testzip()):
                 raise CheckpointError(f"{path} is damaged: the checksum of {record} is wrong; fetch or save it again")
-    for name, piece in _pieces(path, {name: state[name] for name in names}):
-        if not piece.is_floating_point():
-            continue
+    for name, piece in _pieces(path, {name: state[name] for name in names if state[name].is_floating_point()}):
         piece = piece.float() if piece.element_size() == 1 else piece  # PyTorch can't sum 8-bit floats
         # A sum is NaN or infinite if one of its terms is, and it is fast to compute. Because it may also overflow, the
         # numbers themselves are tested only if the sum is not finite.
@@ -162,14 +156,11 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
     They are read from the file and not from its memory map, because all of the map would then stay in memory.
     """
-    places = _places(path, state) if state else {}
-    if places is None:
-        yield from state.items()
-        return
-    buffer = bytearray(8 * PIECE)
+    places, buffer = _places(path, state), bytearray(8 * PIECE)
     with path.open("rb") as file:
         for name, tensor in state.items():
-            if not tensor.is_contiguous():  # a view whose numbers do not lie side by side in the file
+            # The numbers of a view may not lie side by side in the file.
+            if name not in places or not tensor.is_contiguous():
                 yield name, tensor
                 continue
             size = tensor.element_size()
@@ -180,24 +171,23 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
                 yield name, torch.frombuffer(buffer, dtype=tensor.dtype, count=count)
 
 
-def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int] | None:
-    """Where in the file each tensor begins, in bytes; None where that can't be known (see `_can_be_mapped`)."""
+def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Where in the file each tensor begins, in bytes; {} if that can't be known (see `_can_be_mapped`)."""
     if _is_safetensors(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = plain_names(json.loads(file.read(length)))
         return {name: 8 + length + header[name]["data_offsets"][0] for name in state}
-    if not _can_be_mapped(path):
-        return None
+    if not state or not _can_be_mapped(path):
+        return {}
     outline = _table(_unpickle(path, "meta"), path)  # on "meta": their shapes and places, without numbers
-    outline = {name: outline[name] for name in state}
-    storages = {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in outline.items()}
+    storages = {name: outline[name].untyped_storage()._checkpoint_offset for name in state}
     # PyTorch computes these places from the way in which it packs a zip itself. If another program has packed the file
     # again, they are wrong.
     reader = torch._C.PyTorchFileReader(str(path))
     if not {reader.get_record_offset(record) for record in reader.get_all_records()}.issuperset(storages.values()):
-        return None
-    return {name: storages[name] + tensor.storage_offset() * tensor.element_size() for name, tensor in outline.items()}
+        return {}
+    return {n: begin + outline[n].storage_offset() * outline[n].element_size() for n, begin in storages.items()}
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -291,9 +281,8 @@ def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Raises FileNotFoundError, or CheckpointError if it is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    text = read_text(path)
     with refused_as(f"{path} is no JSON"):
-        content = json.loads(text)
+        content = json.loads(read_text(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold an object, {{…}}, not a {type(content).__name__}")
     return content
@@ -379,31 +368,25 @@ def load_weights(
         CheckpointError: names the first few that are missing, superfluous or of another shape.
     """
     own = model.state_dict()
-    given = {name: tensor for name, tensor in state.items() if not set_aside(name)}
-    check_names({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in given.items()}, source)
-    if device is None and own:
-        devices = {tensor.device for tensor in own.values()} - {torch.device("meta")}
-        device = devices.pop() if len(devices) == 1 else "cpu"
+    check_names(own, {name: tensor for name, tensor in state.items() if not set_aside(name)}, source)
+    devices = {tensor.device for tensor in own.values()} - {torch.device("meta")}
+    device = device or (devices.pop() if len(devices) == 1 else "cpu")
     filled = {}
     for name, meant in own.items():
         kind = (dtype or meant.dtype) if meant.is_floating_point() else meant.dtype
-        filled[name] = given[name].to(device, kind)
+        filled[name] = state[name].to(device, kind)
     model.load_state_dict(filled, assign=True)
 
 
 def check_names(
-    expected: Mapping[str, Iterable], given: Mapping[str, Iterable], source: str | Path, hint: str = ""
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path, hint: str = ""
 ) -> None:
     """Compare names and shapes. Raises CheckpointError, which names the first few that differ, and adds the hint."""
-    expected, given = ({name: list(shape) for name, shape in table.items()} for table in (expected, given))
+    both = [(name, list(given[name].shape), list(expected[name].shape)) for name in expected if name in given]
     problems = {
         "missing": [name for name in expected if name not in given],
         "superfluous": [name for name in given if name not in expected],
-        "of another shape": [
-            f"{name} is {given[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if name in given and given[name] != shape
-        ],
+        "of another shape": [f"{name} is {has} instead of {shape}" for name, has, shape in both if has != shape],
     }
     found = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -426,7 +409,8 @@ def written_whole(path: Path, before: str = "what was there before") -> Iterator
     """
     with _unfinished(path, before) as unfinished:
         yield unfinished
-        unfinished.chmod(0o666 & ~_umask())  # some libraries write files that only their owner may read
+        os.umask(mask := os.umask(0o22))  # what new files of this user may not get; only setting it returns it
+        unfinished.chmod(0o666 & ~mask)  # some libraries write files that only their owner may read
         on_disk(unfinished)  # otherwise a crash of the machine may leave an empty file under the new name
         os.replace(unfinished, path)
         on_disk(path.parent)
@@ -541,38 +525,23 @@ def remove_unfinished(path: Path) -> None:
 
 def on_disk(path: Path) -> None:
     """Wait until the system has written a file, or a folder's list of names, from its memory to the disk."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
+    if os.name == "nt" and path.is_dir():
         return  # Windows can't open a folder
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _umask() -> int:
-    """The permissions that this user's new files do not get. The system only returns the mask when one is set."""
-    mask = os.umask(0o22)
-    os.umask(mask)
-    return mask
-
-
 def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.safetensors` file whole."""
+    """Write a file of weights whole: a `.ckpt` as CompVis has it, a pickle of {"state_dict": …}; else safetensors."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with written_whole(Path(path)) as unfinished:
-        # transformers only reads a file whose metadata say "pt": that it holds PyTorch's weights
-        save_file({name: _plain(tensor) for name, tensor in state.items()}, unfinished, {"format": "pt"})
-
-
-def write_ckpt(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.ckpt` file whole: a pickle of {"state_dict": …}, as CompVis has it."""
-    with written_whole(Path(path)) as unfinished:
-        torch.save({"state_dict": {name: _plain(tensor) for name, tensor in state.items()}}, unfinished)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+        if Path(path).suffix == ".ckpt":
+            torch.save({"state_dict": state}, unfinished)
+        else:  # transformers only reads a file whose metadata say "pt": that it holds PyTorch's weights
+            save_file(state, unfinished, {"format": "pt"})
 
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -37,10 +37,12 @@ TEXT_TOWER = "cond_stage_model.transformer."
 NO_LONGER = {"unet": {"use_checkpoint"}}
 
 
-def read_folder(folder: Path, file: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
-    """The model in a folder, with the tensors of `file` in place of those of its model.safetensors."""
-    config = read_config(folder)
-    state, usual = files.read_weights(file), folder / "model.safetensors"
+def read_folder(path: Path, device: str | torch.device, dtype: torch.dtype) -> LatentDiffusion:
+    """The model in a folder. If `path` is a file in it, its tensors are read in place of those of model.safetensors."""
+    folder = path if path.is_dir() else path.parent
+    config, usual = read_config(folder), folder / "model.safetensors"
+    file = usual if path.is_dir() else path
+    state = files.read_weights(file)
     if file.name != usual.name and usual.exists():
         # Tensors that `file` replaces are not loaded, so they are not searched for NaN either.
         others = files.read_weights(usual, lambda name: not (files.set_aside(name) or name in state))
@@ -114,7 +116,7 @@ def part_to_json(config) -> dict | None:
 
 def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
     """Both CLIP towers of a minisd folder or of a `minisd train clip` run, and their tokenizer."""
-    here = clip_folder(folder)
+    here = files.as_written(folder / "clip.json").parent  # the folder, unless `save_clip` was killed in between
     config = files.read_json(here / "clip.json")
     state = files.read_weights(here / "clip.safetensors")
     if (folder / "model.safetensors").exists():  # the text tower is not stored twice
@@ -127,12 +129,6 @@ def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
         clip = CLIPModel(text, vision, tokenizer.end_token)
     files.load_weights(clip, state, here / "clip.safetensors", "cpu")
     return clip.eval(), tokenizer
-
-
-def clip_folder(folder: Path) -> Path:
-    """Where the files that `save_clip` wrote into a folder are: there, unless it was killed before it moved them."""
-    written = files.as_written(folder / "clip.json")
-    return folder if written == folder / "clip.json" else written.parent
 
 
 def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ Stable Diffusion.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 
 import torch
@@ -179,18 +180,15 @@ def record_attention(
         maps.timesteps.append(int(timesteps[0]))
         maps._calls.append({})
 
-    def keeper(name: str):
-        def keep(weights: Tensor) -> None:
-            weights = weights.detach().float()
-            maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
-
-        return keep
+    def keep(name: str, weights: Tensor) -> None:
+        weights = weights.detach().float()
+        maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
 
     with ExitStack() as restore:
         # The hooks are not in the modules of this model, because a copy of the model would have them, too.
         restore.enter_context(register_module_forward_hook(after_any_module))
         restore.enter_context(register_module_forward_pre_hook(before_any_module))
-        recorders, recorder = RECORDING.recorders, {layer: keeper(name) for name, layer in watched.items()}
+        recorders, recorder = RECORDING.recorders, {layer: partial(keep, name) for name, layer in watched.items()}
         recorders.append(recorder)
         restore.callback(recorders.remove, recorder)
         yield maps
