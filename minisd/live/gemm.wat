@@ -35,7 +35,8 @@
       (local.set $cols (i32.add (local.get $cols) (i32.const 32)))
       (local.set $k (local.get $K))
       (local.set $from (local.get $rows))
-      ;; Offsets rise from column to column, so four that span 12 bytes are neighbours, and are copied as one v128.
+      ;; Offsets rise from column to column, so four that span 12 bytes are neighbours, and are copied as one v128. (What
+      ;; fills up the last panel has the first offset, which is the smallest.)
       (if (i32.and (i32.eq (i32.sub (local.get $j3) (local.get $j0)) (i32.const 12))
                    (i32.eq (i32.sub (local.get $j7) (local.get $j4)) (i32.const 12)))
         (then (loop $next_row

@@ -57,7 +57,7 @@ minisdLive.push(function layers({ memory, pack, gemm }) {
     const group = min(panels, max(1, floor(8192 / K)));
     const [table, packed] = [memory.allocate(8 * panels + K), memory.allocate(group * K * 8)];
     const offsets = memory.integers(table, 8 * panels + K);
-    for (let j = 0; j < 8 * panels; j++) offsets[j] = 4 * cols[min(j, N - 1)]; // the last panel is filled up
+    for (let j = 0; j < 8 * panels; j++) offsets[j] = 4 * cols[j < N ? j : 0]; // the last panel is filled up
     for (let k = 0; k < K; k++) offsets[8 * panels + k] = 4 * rows[k];
     for (let p = 0; p < panels; p += group) {
       pack(b, table + 32 * p, table + 32 * panels, K, min(group, panels - p), packed);

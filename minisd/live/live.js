@@ -14,10 +14,14 @@ globalThis.MinisdEngine = class {
     Object.assign(this, { folder, plain, waiting: new Map(), ids: 0 });
   }
 
-  // Fetch the model and hand it to the worker. A second call gives the same promise.
+  // Fetch the model and hand it to the worker. A second call gives the same promise, unless the first has failed.
   load(progress = () => {}) {
     const begin = async () => this.ask("load", await this.readModel(progress));
-    return (this.loaded ??= this.start() && begin());
+    const failed = (error) => {
+      this.loaded = null; // it can be tried again
+      throw error;
+    };
+    return (this.loaded ??= this.start() && begin().catch(failed));
   }
 
   // A worker from the texts of the engine's files. A page that is a file may start one from a Blob, but from no file.
