@@ -9,7 +9,7 @@ The captions are evaluated in groups. Each is left out if the data set does not 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -60,11 +60,11 @@ class Evaluation:
 
     scores: list[Score]
     drawings: dict[str, tuple[Tensor, Tensor]]  # for each group: drawings and real pictures, both [n 3 h w]
-    distances: Sequence[Distance] = ()
-    nearness: Sequence[Nearness] = ()
-    to_training: Mapping[str, Tensor] = field(default_factory=dict)  # the distances that `nearness` summarises
+    distances: list[Distance] = field(default_factory=list)
+    nearness: list[Nearness] = field(default_factory=list)
+    to_training: dict[str, Tensor] = field(default_factory=dict)  # the distances that `nearness` summarises
     # The drawings nearest to a training picture, followed by those training pictures.
-    nearest: Mapping[str, Tensor] = field(default_factory=dict)
+    nearest: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Evaluator:
