@@ -32,9 +32,15 @@ def corpus(tmp_path_factory):
         rows[3 * k + k % 3]["split"] = "test_pair"
     for row in rows[-36:]:
         row["split"] = "test_concept"
-    np.save(folder / "pictures.npy", np.stack([shipped.images[i] for i in chosen]))
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(folder, rows, np.stack([shipped.images[i] for i in chosen]))
     return folder
+
+
+def write(folder, rows, images):
+    """A data set of these rows and pictures."""
+    for row, image in zip(rows, images, strict=True):
+        Image.fromarray(image).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -291,8 +297,7 @@ def test_words_that_training_knows_are_reported_apart(corpus, clip, tmp_path):
     known = next(row["concept"] for row in rows if row["split"] == "train")
     for row in rows[-12:]:
         row["concept"] = known  # held out, and yet in words of training captions
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "pictures.npy").write_bytes((corpus / "pictures.npy").read_bytes())
+    write(tmp_path, rows, CaptionedPictures(corpus, 32, None).images)
     groups = evaluation.Evaluator(Oracle(None), tmp_path, clip).groups
     assert {row["file_name"] for row in groups["known_words"].rows} >= {row["file_name"] for row in rows[-12:]}
     assert len(groups["known_words"].rows) < len(groups["test_concept"].rows) == 36
@@ -349,7 +354,6 @@ def test_a_corpus_that_cannot_be_evaluated_is_refused(corpus, clip, tmp_path, ch
     rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         change(row)
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "pictures.npy").write_bytes((corpus / "pictures.npy").read_bytes())
+    write(tmp_path, rows, CaptionedPictures(corpus, 32, None).images)
     with pytest.raises(ValueError, match=message):
         evaluation.Evaluator(Oracle(None), tmp_path, clip)

@@ -137,6 +137,12 @@ def with_pictures(folder: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def no_program_yet():
+    """Forget what other tests of this process have started."""
+    STARTED.clear()
+
+
+@pytest.fixture(autouse=True)
 def small_bombs(monkeypatch):
     """So that a picture that claims to be enormous is refused before it takes the memory of a small machine."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)

@@ -1,7 +1,7 @@
 """The output of an evaluation: tables in the terminal, and scores.json and pictures in a folder."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def _print_scores(scores: Iterable[Score]) -> None:
         print(f"{s.split:<14}{s.judge:<17}{s.question:<10}{s.count:>6}{shares}{_pm(s.score, s.error):>15}")
 
 
-def _print_distances(distances: list[Distance]) -> None:
+def _print_distances(distances: Sequence[Distance]) -> None:
     if not distances:
         return
     print(f"\n{'distance from training':<26}{'features':<12}{'N':>6}{'Fréchet':>18}{'at N = ∞':>10}{'MMD²':>20}")
@@ -98,7 +98,7 @@ def _pm(value: float, error: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f} ± {error:.2f}"
 
 
-def _record(scores: list[Score], distances: list[Distance]) -> dict[str, list[dict]]:
+def _record(scores: Sequence[Score], distances: Sequence[Distance]) -> dict[str, list[dict]]:
     """Scores and distances for JSON. NaN becomes null, because JSON does not have NaN."""
     none = {"error": None, "score": None}
     records = [asdict(s) | (none if math.isnan(s.score) else {"score": s.score}) for s in scores]
