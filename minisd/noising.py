@@ -200,7 +200,9 @@ class NoiseSchedule:
     def _at(self, a: Float[Tensor, "T"], t: Times, x: Data) -> Factors:
         """a[t] with the number of dimensions, dtype and device of x, so that it can be multiplied by x."""
         if t.shape != x.shape[:1]:
-            raise ValueError(f"t {list(t.shape)} must hold one timestep for each picture of {list(x.shape)}.")
+            raise ValueError(
+                f"t must hold one timestep for each picture, but t is {list(t.shape)} and the batch {list(x.shape)}."
+            )
         return extract_into_tensor(a, t, x.ndim).to(x)
 
     def _signal_and_sigma(self, t: Times, x: Data) -> tuple[Factors, Factors]:
