@@ -153,10 +153,11 @@ def _in_minisd_folder(file: Path) -> bool:
     return (file.parent / "config.json").is_file() and (file.parent / "model.safetensors").is_file()
 
 
-def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> None:
+def save(sd: nn.Module, path: str | Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a model, whole or not at all.
 
     Args:
+        sd: a LatentDiffusion, or what torch.compile or DataParallel made of one.
         path: a folder; or, for CompVis's layout, a file ending in `.safetensors` or `.ckpt`. The YAML is written
             beside the file, and so is a folder with the tokenizer if that is not CLIP's own.
         layout: "minisd"; "diffusers", for `StableDiffusionPipeline.from_pretrained`; or "compvis". If left out, it is
@@ -179,7 +180,7 @@ def save(sd: LatentDiffusion, path: str | Path, layout: Layout | None = None, dt
     write[layout](sd, path, dtype)
 
 
-def _unwrapped(sd: LatentDiffusion) -> LatentDiffusion:
+def _unwrapped(sd: nn.Module) -> LatentDiffusion:
     """The same tensors in a model without what torch.compile and DataParallel wrap around its parts."""
 
     def inside(module: nn.Module) -> nn.Module:
