@@ -66,7 +66,7 @@ from minisd.data.shapes import scene, shape_corpus, with_article
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
 from minisd.pictures import read_picture
 from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, recipes, train_unet
-from minisd.training.clip import tokenize_templates
+from minisd.training.clip import tokenize_wordings
 from minisd.training.discriminator import adaptive_weight, hinge_d_loss
 from minisd.training.unet import by_time, encode_prompts
 from minisd.training.vae import encode_all
@@ -101,8 +101,8 @@ print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {s
 # |---|---|---|
 # | the loss of the UNet | `ddpm.py: p_losses` | `loss.py` |
 # | 10% of the captions are dropped | no code; a sentence in the model card | `loss.py: text_dropout` |
-# | learning rate, warm-up | `v1-inference.yaml`: 1e-4, 10,000 steps | `recipes.py` |
-# | batch, hardware, number of steps | the model card | `recipes.py` |
+# | learning rate, warm-up | `v1-inference.yaml`: 1e-4, 10,000 steps | `recipes.toml` |
+# | batch, hardware, number of steps | the model card | `recipes.toml` |
 # | EMA | `ema.py: LitEma`; off in the configuration, which is for drawing | `trainer.py: EMA` |
 # | the loop, devices, accumulation, checkpoints | the framework PyTorch Lightning | `trainer.py`, `engine.py` |
 # | the data (`LAION`) | no class that reads it | `data/` |
@@ -144,7 +144,7 @@ print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {s
 tiny = minisd.PRESETS["tiny"]
 tokenizer = minisd.load("tiny", "cpu").cond_stage_model.tokenizer
 max_length = tiny.cond_stage.max_length
-tokens = tokenize_templates(tokenizer, shapes.captions, shapes.templates, max_length)  # [n 4 16]: ids in four forms
+tokens = tokenize_wordings(tokenizer, shapes.wordings, max_length)  # [n 4 16]: ids in four forms
 print(f"tokens {list(tokens.shape)}, the forms: {shapes.templates}")
 exam = torch.arange(0, len(shapes), max(1, len(shapes) // 64))[:64]  # 64 pictures to be examined on
 
