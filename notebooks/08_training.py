@@ -66,7 +66,6 @@ from minisd.data.shapes import scene, shape_corpus, with_article
 from minisd.loss import epsilon_loss, min_snr_weight, text_dropout
 from minisd.pictures import read_picture
 from minisd.training import CLIPPerceptual, Recipe, SingleDevice, Trainer, recipes, train_unet
-from minisd.training.clip import tokenize_wordings
 from minisd.training.discriminator import adaptive_weight, hinge_d_loss
 from minisd.training.unet import by_time, encode_prompts
 from minisd.training.vae import encode_all
@@ -144,7 +143,8 @@ print(f"{len(shapes)} pictures of {shapes.size}x{shapes.size} pixels, such as {s
 tiny = minisd.PRESETS["tiny"]
 tokenizer = minisd.load("tiny", "cpu").cond_stage_model.tokenizer
 max_length = tiny.cond_stage.max_length
-tokens = tokenize_wordings(tokenizer, shapes.wordings, max_length)  # [n 4 16]: ids in four forms
+forms = [[form.format(caption) for caption in shapes.captions] for form in shapes.templates]
+tokens = torch.stack([tokenizer(texts, max_length).ids for texts in forms], dim=1)  # [n 4 16]: ids in four forms
 print(f"tokens {list(tokens.shape)}, the forms: {shapes.templates}")
 exam = torch.arange(0, len(shapes), max(1, len(shapes) // 64))[:64]  # 64 pictures to be examined on
 
