@@ -87,6 +87,8 @@ import os, sys
 os.chdir(r"{folder}")
 if "matplotlib.pyplot" in sys.modules:
     sys.modules["matplotlib.pyplot"].close("all")
+if "torch" in sys.modules:  # some notebooks turn gradients off
+    sys.modules["torch"].set_grad_enabled(True)
 del os, sys
 """
 
@@ -95,8 +97,8 @@ del os, sys
 def run_notebook():
     """run_notebook(notebook, folder, timeout) executes the cells of a notebook, in the folder where a reader opens it.
 
-    One process runs all notebooks, one after the other, because to import torch and minisd takes seconds. The names
-    and figures of one are gone before the next begins. After an error, the next one gets a new process.
+    One process runs all notebooks, one after the other, because to import torch and minisd takes seconds. The names,
+    figures and settings of one are gone before the next begins. After an error, the next one gets a new process.
     """
     from jupyter_client.manager import KernelManager
     from nbclient import NotebookClient
