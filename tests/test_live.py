@@ -351,7 +351,9 @@ def test_the_smallest_maps_are_computed_right(page, odd, h, w):
     )
     with torch.no_grad():
         theirs = odd.apply_model(x, torch.tensor([9]), odd.get_learned_conditioning(["a fox"]))
-    assert error(ours, theirs) < 1e-5
+    # The deepest map has one pixel, so a group of a norm has two numbers. If they are nearly equal, the norm multiplies
+    # rounding errors. A wrong neighbour would be off by much more than this.
+    assert error(ours, theirs) < 1e-4
 
 
 def test_attention_maps_are_the_recorded_ones(page, odd):
