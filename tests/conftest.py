@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from chromium import find_chromium, launch
 from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
@@ -180,3 +181,15 @@ def make_sd(randomise, tokenizer):
 def sd(make_sd):
     """That model, shared by all tests: don't change it."""
     return make_sd()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for the tests of pages. Where there is none, they are skipped."""
+    api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[site]"')
+    if find_chromium() is None:
+        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        running = launch(playwright)
+        yield running
+        running.close()

@@ -4,21 +4,18 @@ Two kinds of tests. Most call the engine's functions in the page itself, and com
 drawing go the way of a reader: MinisdEngine, which runs the engine in a worker. Firefox: see live_in_firefox.py.
 """
 
-import functools
 import hashlib
 import json
 import math
 import random
 import shutil
-import threading
 import unicodedata
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from chromium import find_chromium, launch
+from chromium import served
 
 import minisd
 from minisd import live, sampling
@@ -78,11 +75,6 @@ def test_the_assembled_kernel_is_that_of_the_source():
 # --- a page with the engine -------------------------------------------------------------------------------------------
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with the page, whose model is `tiny` as scripts; and beside it the models as folders."""
@@ -103,21 +95,8 @@ def odd(site, randomise, tokenizer):
 
 @pytest.fixture(scope="module")
 def server(site):
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[site]"')
-    if find_chromium() is None:
-        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        running = launch(playwright)
-        yield running
-        running.close()
+    with served(site) as address:
+        yield address
 
 
 # What the tests call in the page. `live` is the engine without its worker, `models` what has been opened.

@@ -174,16 +174,20 @@ def test_a_cut_out_does_not_take_colour_from_transparent_pixels():
 # What is held out --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def words_of_training(folder):
+    return {word.strip(",") for caption in Scenes(folder, count=2000).captions for word in caption.split()}
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6))
-def test_held_out_combinations_never_occur_in_training_and_each_word_of_them_does(folder, seed):
+def test_held_out_combinations_never_occur_in_training_and_each_word_of_them_does(folder, words_of_training, seed):
     train, test = Scenes(folder, count=150, seed=seed), Scenes(folder, "test_scene", count=30, seed=seed)
     known = {combination for scene in train.scenes for combination in scene.combinations}
     assert all(scene.split == "train" for scene in train.scenes)
     for scene in test.scenes:
         assert set(scene.combinations) - known, scene.caption
-    words = {word.strip(",") for caption in Scenes(folder, count=2000).captions for word in caption.split()}
-    assert {word.strip(",") for caption in test.captions for word in caption.split()} <= words
+    assert {word.strip(",") for caption in test.captions for word in caption.split()} <= words_of_training
 
 
 def test_what_is_held_out_in_one_wording_is_held_out_in_the_other():

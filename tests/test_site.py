@@ -4,16 +4,13 @@ What needs a browser drives the Chromium on the PATH with playwright (pip instal
 browser of its own). Where one of them is missing, those tests are skipped.
 """
 
-import functools
 import os
-import threading
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from chromium import find_chromium, launch
+from chromium import served
 
 if "MINISD_SITE" not in os.environ:
     pytest.skip("MINISD_SITE names no folder of built docs, such as docs/_build/html", allow_module_level=True)
@@ -67,29 +64,11 @@ def test_no_link_or_picture_is_broken():
 # --- in the browser --------------------------------------------------------------------------------------------------
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def server():
     """The address under which the site is served, on this machine."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason='no playwright: pip install -e ".[site]"')
-    if find_chromium() is None:
-        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        running = launch(playwright)
-        yield running
-        running.close()
+    with served(SITE) as address:
+        yield address
 
 
 @pytest.fixture

@@ -375,21 +375,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path, engine):
 @pytest.mark.parametrize("network", ["clip", "vae", "unet", "decoder"])
 def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engine, parts, tmp_path, monkeypatch):
     config, held = PRESETS["tiny"], []
-
-    def another_process_may_train_here():
-        handle = os.open(tmp_path, os.O_RDONLY)  # a handle of its own has no part in the lock of this process
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(handle)
-
     rename = os.replace
 
     def look_and_rename(source, target):
-        held.append(not another_process_may_train_here())
+        held.append(not free(tmp_path))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", look_and_rename)
@@ -404,7 +393,7 @@ def test_a_run_holds_its_folder_until_its_model_is_written(network, shapes, engi
         recipe = VAERecipe(steps=1, decoder_only=True, **SHORT)
         train_vae(load("tiny", "cpu"), recipe, shapes, tmp_path, engine)
     assert len(held) >= 3 and all(held)
-    assert another_process_may_train_here()
+    assert free(tmp_path)
 
 
 def free(folder):

@@ -18,6 +18,9 @@ def test_a_report_says_that_all_layers_agree_and_which_one_does_not(diffusers, t
         assert word in report
     assert len(report.splitlines()) < 20
 
+    with pytest.raises(ValueError, match="this machine has no device 'tpu'"):
+        verify.verify(file, tmp_path / "a.png", device="tpu")
+
     def misread(*arguments, **options):  # what a mistake in our reading would do
         sd = load(*arguments, **options)
         with torch.no_grad():

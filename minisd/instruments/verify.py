@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import best_device, diffusers, load, read_weights
+from ..checkpoint import diffusers, find_device, load, read_weights
 from ..latent_diffusion import LatentDiffusion
 from .comparison import compare
 
@@ -28,7 +28,7 @@ PROMPT = "a photograph of an astronaut riding a horse"
 
 def verify(path: str | Path, picture: Path, config: str | Path | None = None, device: str | None = None) -> str:
     """Compare, draw, and return the report. Raises what `load` raises if the file can't be read."""
-    device, began = device or best_device(), time.perf_counter()
+    device, began = find_device(device), time.perf_counter()
     sd, state = load(path, "cpu", config=config, use_ema=False), read_weights(path, check=False)
     names = "\n".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state.items()))
     installed = [name for name in PACKAGES if importlib.util.find_spec(name)]

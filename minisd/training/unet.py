@@ -102,7 +102,7 @@ def train_unet(
     # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
     # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can sample a new z.
     # After that, a step costs one forward and one backward pass through the UNet. If there are too many pictures to
-    # keep all this, each step encodes its own, which costs about a fifth more.
+    # keep all this, each step encodes its own, which takes longer.
     nothing = sd.get_learned_conditioning([condition.unconditional])
     kept = fits_in_memory(sd, len(data), len(prompts[0]), nothing)
     moments = encode_all(sd.first_stage_model, data, engine) if kept else None
