@@ -37,8 +37,9 @@ class Mixture(Corpus):
     @cached_property
     def wordings(self) -> list[list[str]]:
         """The forms of each caption. Each has the same number of them, because training draws one at random."""
-        most = max(len(part.wordings[0]) for part in self.parts)
-        filled = {part: [(forms * most)[:most] for forms in part.wordings] for part in self.parts}
+        wordings = {part: part.wordings for part in self.parts}
+        most = max(len(forms[0]) for forms in wordings.values())
+        filled = {part: [(forms * most)[:most] for forms in every] for part, every in wordings.items()}
         return [filled[part][k] for part, k in map(self._locate, range(len(self)))]
 
     def _locate(self, i: int) -> tuple[CaptionedPictures | Scenes, int]:

@@ -106,9 +106,11 @@ class Crops(Dataset):
 
     @classmethod
     def of(cls, scenes: Scenes) -> "Crops":
-        items = [(i, k) for i, scene in enumerate(scenes.scenes) for k in range(len(scene.items))]
-        pictures = [crop(scenes[i][0], place(scenes.scenes[i], k)) for i, k in tqdm(items, "real scenes")]
-        rows = [{"concept": scenes.scenes[i].items[k].concept, "style": scenes.scenes[i].style} for i, k in items]
+        pictures, rows = [], []
+        for i, scene in enumerate(tqdm(scenes.scenes, "real scenes")):
+            picture, _ = scenes[i]
+            pictures += [crop(picture, place(scene, k)) for k in range(len(scene.items))]
+            rows += [{"concept": item.concept, "style": scene.style} for item in scene.items]
         return cls(torch.stack(pictures), rows)
 
 
@@ -118,6 +120,7 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
     A question that a scene does not ask is a hit in no picture.
     """
     views = {half: torch.stack([crop(picture, half) for picture in pictures]) for half in HALVES}
+    colours = {half: np.array([main_colour(part) for part in crops]) for half, crops in views.items()}
     one, two = (np.array([len(scene.items) == k for scene in scenes]) for k in (1, 2))
     thing, colour = {}, {}
     for k in (0, 1):  # a scene with one thing has it as its second, too, so that every scene has a row
@@ -126,7 +129,7 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
         asked = np.array([item.colour or "none" for item in items])
         for half, crops in views.items():
             thing[half, k] = judge(crops, rows)["concept"]
-            colour[half, k] = np.array([main_colour(part) for part in crops])[:, None] == asked
+            colour[half, k] = colours[half][:, None] == asked
 
     def where_it_should_be(found: dict, k: int) -> Bool[np.ndarray, "n n"]:
         columns = [found[place(scene, min(k, len(scene.items) - 1)), k][:, j] for j, scene in enumerate(scenes)]
