@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import describe, has_clip
+from .checkpoint import as_written, describe, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
@@ -274,7 +274,7 @@ class TrainUNet(Training):
             captions = CONDITIONS[condition].needs_captions
             parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
             for part, path in parts.items():
-                if not (path / f"{part}.json").exists():
+                if not as_written(path / f"{part}.json").exists():
                     raise FileNotFoundError(
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )

@@ -207,9 +207,10 @@ def test_a_run_that_is_killed_at_anything_it_writes_ends_as_one_that_was_not(net
     folder, killed_at = killed_while_writing
     checkpoints = [f"checkpoint_{step:06d}.pt" for step in (1, 2)]
     model = {
-        # all of a CLIP is whole in clip.json.to_be_moved, before its files get their places one by one
+        # all of a CLIP is whole in clip.json.to_be_moved, before its files get their places one by one; the same for
+        # an autoencoder
         "clip": ["clip.json.to_be_moved", "clip.json", "clip.safetensors", "tokenizer/merges.txt"],
-        "vae": ["vae.safetensors", "vae.json"],
+        "vae": ["vae.json.to_be_moved", "vae.json", "vae.safetensors"],
         # inside model.unfinished, before the whole of it is moved to model, where the UNet after step 1 is already
         "unet": [
             "model.unfinished/config.json", "model.unfinished/model.safetensors", "model.to_be_moved",

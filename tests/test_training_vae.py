@@ -1,10 +1,14 @@
 """How the autoencoder is trained: each loss against its source, the discriminator, the codebook, and whole runs."""
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from minisd import PRESETS, cli, load
-from minisd.checkpoint import read_json, save_clip
+from minisd.checkpoint import CheckpointError, read_json, save_clip, write_json
 from minisd.clip import BPETokenizer, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.training import SingleDevice, Trainer, UNetRecipe, VAERecipe, finished_vae, train_unet, train_vae
@@ -537,6 +541,58 @@ def test_a_model_with_a_codebook_is_trained_from_pictures_to_a_drawing(shapes, e
     assert loaded.config.first_stage == vq
     images = loaded.txt2img("a red circle", steps=2, num_images=2).images
     assert [image.size for image in images] == [(32, 32)] * 2 and images[0].tobytes() != images[1].tobytes()
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9."""
+
+
+def test_an_autoencoder_and_its_scale_factor_are_replaced_together(engine, tmp_path, monkeypatch):
+    """A run is killed whenever it gives a file its name, in a folder where the files of another run lie."""
+    found, rename = {}, os.replace
+    draw_shapes(tmp_path / "shapes", count=4, size=16)
+    four = CaptionedPictures(tmp_path / "shapes", size=16)
+    for seed in (0, 1):
+        train_vae(SMALL, VAERecipe(steps=1, seed=seed, **SHORT), four, tmp_path / str(seed), engine)
+        found[seed] = read_vae(tmp_path / str(seed))
+    for moment in range(100):
+        run, left = tmp_path / f"killed {moment}", [moment]
+        shutil.copytree(tmp_path / "1", run)  # it has nothing more to do than to write what it has learned
+        for name in ("vae.json", "vae.safetensors"):
+            shutil.copy(tmp_path / "0" / name, run)
+
+        def rename_or_die(source, target, left=left):
+            left[0] -= 1
+            if left[0] == -1:
+                raise Killed
+            rename(source, target)
+
+        with monkeypatch.context() as patched, contextlib.suppress(Killed), warnings.catch_warnings():
+            patched.setattr(os, "replace", rename_or_die)
+            train_vae(SMALL, VAERecipe(steps=1, seed=1, **SHORT), four, run, engine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it reads what an interrupted save has left
+            seen = read_vae(run)
+        if left[0] >= 0:  # it was not killed
+            break
+        assert seen in found.values()
+    assert moment > 5 and seen == found[1]
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in (tmp_path / "1").iterdir())
+
+
+def read_vae(folder):
+    vae, scale_factor = finished_vae(folder)
+    return scale_factor, vae.decoder.conv_in.weight.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [{"first_stage": None}, {"first_stage": {"num_res_blocks": 10**9}}, {"scale_factor": []}]
+)
+def test_a_damaged_description_of_an_autoencoder_is_refused_in_a_sentence(shapes, engine, tmp_path, change):
+    train_vae(SMALL, VAERecipe(steps=1, **SHORT), shapes, tmp_path, engine)
+    write_json(read_json(tmp_path / "vae.json") | change, tmp_path / "vae.json")
+    with pytest.raises(CheckpointError, match="does not describe an autoencoder of minisd"):
+        finished_vae(tmp_path)
 
 
 def test_a_unet_for_other_latents_is_refused(shapes, engine, randomise, tmp_path):

@@ -167,9 +167,10 @@ def train_vae(
         if quantised:
             measured |= measure_codebook(vae, data, engine)
         if engine.is_main_process:
-            checkpoint.write_weights(vae.state_dict(), folder / "vae.safetensors")
             record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
-            checkpoint.write_json(record, folder / "vae.json")
+            with checkpoint.folder_written_whole(folder / "vae.json", into=folder) as unfinished:
+                checkpoint.write_weights(vae.state_dict(), unfinished / "vae.safetensors")
+                checkpoint.write_json(record, unfinished / "vae.json")
         if sd is not None:
             sd.eval().first_stage_model = vae
             save_model(sd, clip, folder / "model", engine)
@@ -268,19 +269,21 @@ class AutoencoderLoss:
 
 def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
     """The autoencoder of a finished run or of a model that `load` can read, and the scale factor of its latents."""
-    file, weights = Path(path) / "vae.json", Path(path) / "vae.safetensors"
+    file = checkpoint.as_written(Path(path) / "vae.json")
+    weights = file.with_name("vae.safetensors")
     if not file.exists():
         sd = checkpoint.load(path, "cpu")
         return sd.first_stage_model, sd.scale_factor
-    record = checkpoint.read_json(file)
-    try:
-        config = checkpoint.part_from_json("first_stage", record["first_stage"])
-        scale_factor = float(record["scale_factor"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{file} does not describe an autoencoder of minisd ({error})") from None
-    with torch.device("meta"):  # without random weights, which would be overwritten
+    record, state = checkpoint.read_json(file), checkpoint.read_weights(weights)
+    # On "meta", it gets no random weights, which would be overwritten.
+    with checkpoint.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
+        config, scale_factor = (
+            checkpoint.part_from_json("first_stage", record["first_stage"]),
+            float(record["scale_factor"]),
+        )
+        checkpoint.check_blocks(len(state), config)
         vae = FIRST_STAGES[type(config)](config)
-    checkpoint.load_weights(vae, checkpoint.read_weights(weights), weights)
+    checkpoint.load_weights(vae, state, weights)
     return vae.eval().requires_grad_(False), scale_factor
 
 
