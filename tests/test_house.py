@@ -54,7 +54,7 @@ STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_name
 STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
 
 # Seconds each to import: they wait until somebody needs them.
-SLOW = {"transformers", "matplotlib", "accelerate", "tensorboard", "diffusers", "datasets", "torchmetrics"}
+SLOW = {"transformers", "matplotlib", "accelerate", "diffusers", "datasets", "torchmetrics"}
 
 
 @cache

@@ -634,7 +634,7 @@ def test_a_run_from_before_a_field_of_the_recipe_was_added_continues(shapes, eng
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     folder = RunFolder(tmp_path)
     state = folder.load()
-    del state["recipe"]["disc_weight"], state["given"]
+    del state["recipe"]["disc_weight"], state["given"]["data"]
     folder.save(2, state)
     train_vae(SMALL, recipe, shapes, tmp_path, engine)
     with pytest.raises(ValueError, match="disc_weight was 0.0, now 0.5"):

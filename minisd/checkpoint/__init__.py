@@ -22,22 +22,7 @@ from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
 from ..presets import PRESETS
 from . import compvis, diffusers, files, minisd_folder
-from .files import (
-    CheckpointError,
-    as_written,
-    cast,
-    check_blocks,
-    folder_written_whole,
-    load_weights,
-    on_disk,
-    read_json,
-    read_weights,
-    refused_as,
-    remove_unfinished,
-    write_json,
-    write_weights,
-    written_whole,
-)
+from .files import CheckpointError, as_written, load_weights, read_json, read_weights, write_json, write_weights
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
@@ -93,8 +78,7 @@ def load(
         return diffusers.read_folder(path, device, dtype, variant)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"{path} holds no model: it has no config.json, as a folder of minisd, and no model_index.json, as one of "
-            "diffusers"
+            f"{path} holds no model: it has no config.json (minisd's layout) and no model_index.json (diffusers')"
         )
     if of_folder:
         return minisd_folder.read_folder(path, device, dtype)
@@ -140,7 +124,7 @@ def _build_compvis(
     sd = files.build(config, reader, path, len(state))
     expected = sd.state_dict()
     only_more = expected.keys() < names.keys()
-    hint = "If these names do not matter, give them as ignore=" if only_more else compvis.what_would_fit(state)
+    hint = "If these names do not matter, give them as ignore=" if only_more else compvis.what_it_is(state)
     files.check_names(expected, {ours: state[theirs] for ours, theirs in names.items()}, path, hint)
     compvis.check_schedule(state, config, path)
     return sd, names
@@ -234,7 +218,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
         kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         lines.append(f"  {part:<20} {sum(map(Tensor.numel, tensors)):>13,} parameters, {', '.join(kinds)}")
     if config is None:
-        lines.append(f"  {compvis.what_would_fit(state) or 'These are the names of no model that minisd knows'}.")
+        lines.append(f"  {compvis.what_it_is(state) or 'These are the names of no model that minisd knows'}.")
         if beside is not None:
             lines.append(f"  Its configuration is read from {beside.name}, which lies beside it.")
     else:

@@ -104,7 +104,7 @@ def train_clip(
     # The finished towers get the EMA weights. They are a plain CLIPModel, which does not gather over processes.
     with trainer.finishing():
         clip = CLIPModel(text, vision, tokenizer.end_token).to(engine.device).eval()
-        clip.load_state_dict(dict(trainer.ema.items()))
+        clip.load_state_dict(trainer.ema.weights)
         if engine.is_main_process:
             save_clip(clip, tokenizer, folder)
     return clip, tokenizer

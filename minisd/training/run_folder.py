@@ -2,14 +2,12 @@
 
     checkpoint_000500.pt     everything that is needed to continue the run; the newest `keep` of them
     log.jsonl                a line of figures for every `log_every` steps
-    tensorboard/             the same figures, if asked for
     model/                   the finished model
 
 A process may be killed at any moment, and a disk may be full. A run continues from the newest checkpoint that is
 complete, and from the lines of the log up to it. All later steps are computed again.
 """
 
-import importlib.util
 import json
 import os
 import warnings
@@ -20,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_clip, on_disk, remove_unfinished, save, save_clip, written_whole
+from ..checkpoint import load_clip, save, save_clip
+from ..checkpoint.files import on_disk, remove_unfinished, written_whole
 from ..data.folder import lock
 from ..latent_diffusion import LatentDiffusion
 from .engine import Engine
@@ -31,12 +30,9 @@ LOCKED: dict[Path, int | None] = {}  # the folders that this process has locked
 class RunFolder:
     """The files of one run. All processes read them; only the main one writes."""
 
-    def __init__(self, path: str | Path, keep: int = 1, tensorboard: bool = False):
-        if tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise ImportError('curves for TensorBoard need a package: pip install "minisd[train]"')
-        self.path, self.keep, self.tensorboard = Path(path), keep, tensorboard
+    def __init__(self, path: str | Path, keep: int = 1):
+        self.path, self.keep = Path(path), keep
         self.log = self.path / "log.jsonl"
-        self._curves = None  # TensorBoard's writer
 
     def open(self) -> None:
         """Create the folder and lock it, so that no other process can train in it at the same time.
@@ -105,20 +101,6 @@ class RunFolder:
                 log.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.log} ({error}); the run stands at its last checkpoint") from error
-        if self.tensorboard:
-            self._draw(line)
-
-    def _draw(self, line: dict) -> None:
-        if self._curves is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A run that was killed may have written figures of steps that are now computed again. TensorBoard is told
-            # to discard those.
-            self._curves = SummaryWriter(self.path / "tensorboard", purge_step=line["step"])
-        for name, value in line.items():
-            if value is not None:
-                self._curves.add_scalar(name, value, line["step"])
-        self._curves.flush()
 
     def forget_lines_after(self, step: int) -> None:
         """Delete the lines of later steps, which will be computed again, and incomplete lines."""

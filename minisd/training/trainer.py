@@ -23,13 +23,11 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -66,8 +64,6 @@ class Recipe:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # how many to keep; more than one, in case the newest is damaged on the disk
     compile: bool = False  # torch.compile: the first step is slow, the others are faster
-    on_nan: Literal["stop", "skip"] = "stop"  # what to do if a loss or a gradient is NaN or infinite
-    tensorboard: bool = False  # also write the figures of log.jsonl for TensorBoard
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -80,8 +76,6 @@ class Recipe:
         self._check_share("ema_decay")
         if not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be more than 0, not {self.clip_grad}")
-        if self.on_nan not in ("stop", "skip"):
-            raise ValueError(f"on_nan is 'stop' or 'skip', not {self.on_nan!r}")
 
     def _check_share(self, name: str) -> None:
         if not 0 <= getattr(self, name) <= 1:
@@ -133,11 +127,6 @@ class EMA:
             yield
         finally:
             model.load_state_dict(own, strict=False)
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """The names and EMA weights, on the CPU."""
-        for name, weight in self.weights.items():
-            yield name, weight.cpu()
 
 
 BLOCK = 64  # how many samples share a random generator
@@ -223,16 +212,11 @@ class Steps:
     soon as the loop is left, by `break` or by an error, even if a notebook keeps the `Steps` in a variable.
     """
 
-    def __init__(self, make: Callable[[Callable], Iterator[int]]):
-        self._make, self._by_hand = make, None
+    def __init__(self, make: Callable[[], Iterator[int]]):
+        self._make = make
 
     def __iter__(self) -> Iterator[int]:
-        return self._make(_signals_only_ask)
-
-    def __next__(self) -> int:
-        # Here nothing shows when the loop is left, so signals keep their usual effect.
-        self._by_hand = self._by_hand or self._make(contextlib.nullcontext)
-        return next(self._by_hand)
+        return self._make()
 
 
 class Trainer:
@@ -272,7 +256,7 @@ class Trainer:
                 f"a batch of {recipe.batch_size} can't be shared out evenly to {engine.num_processes} processes with "
                 f"{recipe.accumulate} parts each: take a multiple of {self._parts}"
             )
-        self.folder = RunFolder(folder, recipe.keep_checkpoints, recipe.tensorboard)
+        self.folder = RunFolder(folder, recipe.keep_checkpoints)
         if engine.is_main_process:
             self.folder.open()
         self.models, self.networks, self.optimizers = {}, {}, {}
@@ -290,7 +274,7 @@ class Trainer:
         self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
         self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
         self._second_thread, self._draws, self._ahead = ThreadPoolExecutor(1), [], {}  # see `batches`
-        self._reads_each_step = engine.device.type == "cpu" or recipe.on_nan == "skip"
+        self._reads_each_step = engine.device.type == "cpu"
         self._asked_to_stop, self._stopping = threading.Event(), False
         self._resume()
 
@@ -304,7 +288,7 @@ class Trainer:
         """
         return Steps(self._steps)
 
-    def _steps(self, signals: Callable) -> Iterator[int]:
+    def _steps(self) -> Iterator[int]:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
@@ -313,7 +297,7 @@ class Trainer:
         if self.engine.is_main_process:
             self.folder.open()  # again, if the loop was left before
         try:
-            with bar, signals(self._asked_to_stop):
+            with bar, _signals_only_ask(self._asked_to_stop):
                 while self.step < last:
                     yield self.step  # the loop's body runs here: batches, a `backward` for each, and `update`
                     self.step += 1
@@ -382,8 +366,8 @@ class Trainer:
         """Take one optimiser step for each network that has a gradient, and update the EMA.
 
         Raises:
-            FloatingPointError: a loss or gradient is NaN or infinite on any process, and the recipe says "stop". The
-                weights have not been changed by that step. On a GPU, it may be an earlier one: see `_read`.
+            FloatingPointError: a loss or gradient is NaN or infinite on any process. The weights have not been changed
+                by that step. On a GPU, it may be an earlier one: see `_read`.
         """
         # A single bad batch can have a gradient a hundred times as long as usual. Unclipped, it would dominate AdamW's
         # running means for many steps. So the gradient of all weights together is scaled down to a norm of clip_grad.
@@ -396,20 +380,20 @@ class Trainer:
         rows = self._exchange(norms)
         alone_and_asked_to_stop = self._asked_to_stop.is_set() and self.engine.num_processes == 1
         now = self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or alone_and_asked_to_stop
-        if not now or self._read():
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = self.recipe.lr_at(self.step)
-                # If the figures are not read now, the device itself decides: it leaves the weights as they are if any
-                # figure is not finite. (PyTorch's GradScaler skips a step in the same way.)
-                optimizer.found_inf = (~rows.isfinite().all()).float()
-                optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
-            # Now that the weights have changed, move their running mean towards them.
-            self.ema.update(self.network)
+        if now:
+            self._read()
         for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr_at(self.step)
+            # If the figures are not read now, the device itself decides: it leaves the weights as they are if any
+            # figure is not finite. (PyTorch's GradScaler skips a step in the same way.)
+            optimizer.found_inf = (~rows.isfinite().all()).float()
+            optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
             # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
             optimizer.zero_grad(set_to_none=True)
+        # Now that the weights have changed, move their running mean towards them.
+        self.ema.update(self.network)
 
     def _exchange(self, norms: dict[str, Tensor]) -> Float[Tensor, "processes n"]:
         """The figures of this step, a row from each process. They stay on the device, to be read by `_read`."""
@@ -422,15 +406,15 @@ class Trainer:
         self._unread.append((self.step, names, list(norms), rows))
         return rows
 
-    def _read(self) -> bool:
-        """Read and log the figures of all steps since the last reading. Returns whether those of the last are finite.
+    def _read(self) -> None:
+        """Read and log the figures of all steps since the last reading. Raises FloatingPointError if one is not finite.
 
         The work for a GPU waits in a queue. To read a number of this step, the program has to wait until the queue is
         empty, and then the GPU has nothing to do until the next step fills it again. So the figures are only read with
-        every line of the log, and before weights are saved. In each step they are read on a CPU, which has no queue,
-        and with on_nan = skip, because the EMA has to know at once. Every process reads the same.
+        every line of the log, and before weights are saved. On a CPU, which has no queue, they are read in each step.
+        Every process reads the same.
         """
-        unread, self._unread, finite = self._unread, [], True
+        unread, self._unread = self._unread, []
         for step, names, norms, rows in unread:
             rows = rows.cpu().double().numpy()
             self._stopping |= bool(rows[:, -1].any())
@@ -438,17 +422,15 @@ class Trainer:
             table = rows[:, : -1 - len(norms)].reshape(self._parts, len(names))
             figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
             figures |= dict(zip(norms, rows[0, -1 - len(norms) : -1].tolist(), strict=True))
-            finite = all(map(math.isfinite, figures.values()))
-            if not finite:
+            if not all(map(math.isfinite, figures.values())):
                 # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may
                 # have come from any part, so report all samples.
                 bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
                 self._refuse(step, figures, [i for part in bad for i in self._indices(step, part, self._n)])
             self._log(step, figures)
-        return finite
 
     def _refuse(self, step: int, figures: dict[str, float], suspects: list[int]) -> None:
-        """Raise an error, or warn that this step is skipped, as the recipe says (`on_nan`)."""
+        """Raise the error about a figure that is not finite. It names the samples that may be the cause."""
         name, value = next(item for item in figures.items() if not math.isfinite(item[1]))
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
@@ -457,14 +439,11 @@ class Trainer:
             if self.engine.is_main_process:
                 path = self.folder.path / NAMED.format(step + 1)
                 path.write_text("\n".join(described) + "\n", encoding="utf-8")
-        trouble = f"the {name} of step {step + 1} is {value}, over the samples {where}"
-        if self.recipe.on_nan == "stop":
-            raise FloatingPointError(
-                f"{trouble}. The run in {self.folder.path} stands at its last checkpoint: go on with a smaller lr (now "
-                f"{self.recipe.lr:g}) in another folder, without those samples, or here with on_nan = skip"
-            )
-        if self.engine.is_main_process:
-            warnings.warn(f"{trouble}: this step was skipped", stacklevel=4)
+        raise FloatingPointError(
+            f"the {name} of step {step + 1} is {value}, over the samples {where}. The run in {self.folder.path} stands "
+            f"at its last checkpoint: start again in another folder, with a smaller lr (now {self.recipe.lr:g}) or "
+            "without those samples"
+        )
 
     def sheet(self, draw: Callable[[], Tensor]) -> None:
         """Every `sample_every` steps and after the last, call `draw` with the EMA weights and save the pictures.
@@ -498,18 +477,14 @@ class Trainer:
         self._since_log.append(figures)
         if (step + 1) % self.recipe.log_every:
             return
-        good = [f for f in self._since_log if all(map(math.isfinite, f.values()))]  # skipped steps don't count
         line = {"step": step + 1, "lr": self.recipe.lr_at(step)}
         for name in dict.fromkeys(name for f in self._since_log for name in f):
-            values = [f[name] for f in good if name in f]
-            line[name] = float(np.mean(values)) if values else None
-        if self.recipe.on_nan == "skip":
-            line["skipped"] = len(self._since_log) - len(good)
+            line[name] = float(np.mean([f[name] for f in self._since_log if name in f]))
         samples = len(self._since_log) * self.recipe.batch_size
         line |= {"samples_per_s": samples / (self._seconds - self._logged_at), "seconds": self._seconds}
         self._since_log, self._logged_at = [], self._seconds
         if self.engine.is_main_process:
-            # Eight digits, because float32 has no more. Whole numbers and None stay as they are.
+            # Eight digits, because float32 has no more. Whole numbers stay as they are.
             self.folder.append({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in line.items()})
             self._bar.set_postfix(loss=line["loss"], refresh=False)
 
@@ -527,9 +502,8 @@ class Trainer:
             "step": self.step,
             "recipe": asdict(self.recipe),
             "given": self.given,
-            "random_numbers": RANDOM_NUMBERS,
             "networks": {name: (weights[name], self.optimizers[name].state_dict()) for name in weights},
-            "ema": dict(self.ema.items()),
+            "ema": self.ema.weights,
             "num_updates": self.ema.num_updates,
             "since_log": self._since_log,
             "seconds": (self._seconds, self._logged_at),
@@ -542,13 +516,9 @@ class Trainer:
         # this check, nothing would show it.
         steps = self.engine.gather(torch.tensor([-1 if state is None else state["step"]], device=self.engine.device))
         if len(set(steps.tolist())) > 1:
-            raise ValueError(
-                f"the processes see different checkpoints in {self.folder.path}: it must be on a disk that all share"
-            )
+            raise ValueError(f"processes see different checkpoints in {self.folder.path}: use a disk that all share")
         if state is not None:
-            # A run that an older version began would not go on as it began, because the random numbers were others.
-            numbers = state.get("random_numbers", "those of an older minisd, with which it can be finished")
-            self._refuse_another_run(state["recipe"], state.get("given", {}) | {"random numbers": numbers})
+            self._refuse_another_run(state["recipe"], state["given"])
             self._restore(state)
         if self.engine.is_main_process:
             self.folder.forget_lines_after(self.step)
@@ -557,7 +527,9 @@ class Trainer:
         ours = asdict(self.recipe) | self.given
         # A checkpoint of an older version of minisd lacks the newer fields of the recipe. That version behaved as their
         # defaults do, so these are taken. A `given` entry that it lacks cannot be compared, and is accepted.
-        theirs = asdict(type(self.recipe)()) | self.given | recipe | given
+        # But a run that an older version began would not go on as it began, because its random numbers were others.
+        numbers = {"random numbers": "those of an older minisd, with which it can be finished"}
+        theirs = asdict(type(self.recipe)()) | self.given | recipe | numbers | given
         changed = [f"{k} was {theirs[k]}, now {v}" for k, v in ours.items() if theirs[k] != v and k not in _MAY_CHANGE]
         if changed:
             raise ValueError(
@@ -570,7 +542,7 @@ class Trainer:
             for name, network in self.networks.items():
                 weights, optimizer = state["networks"][name]
                 network.load_state_dict(weights)
-                self.optimizers[name].load_state_dict(_numbered(optimizer))
+                self.optimizers[name].load_state_dict(optimizer)
             for name, mean in self.ema.weights.items():
                 mean.copy_(state["ema"][name])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -585,7 +557,6 @@ class Trainer:
 # Fields of the recipe that may change when a run is continued.
 _MAY_CHANGE = {
     "accumulate", "compile", "gradient_checkpointing", "log_every", "sample_every", "save_every", "keep_checkpoints",
-    "on_nan", "tensorboard",
 }  # fmt: skip
 RANDOM_NUMBERS = "those of minisd 0.2"  # see `drawn`; before, each sample had a generator of its own
 FEW = 8  # how many samples an error message names; all of them are written to a file
@@ -603,14 +574,6 @@ def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
         [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=recipe.lr, betas=recipe.betas(name), fused=True,
     )  # fmt: skip
-
-
-def _numbered(state: dict) -> dict:
-    """The state of an optimiser with its parameters numbered, as PyTorch expects. minisd 0.1 wrote their names."""
-    groups = state["param_groups"]
-    number = {p: n for n, p in enumerate(p for group in groups for p in group["params"])}
-    groups = [group | {"params": [number[p] for p in group["params"]]} for group in groups]
-    return {"state": {number[p]: means for p, means in state["state"].items()}, "param_groups": groups}
 
 
 @lru_cache(maxsize=4)

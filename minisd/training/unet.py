@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoint import cast, load_clip, write_weights
+from ..checkpoint import load_clip, write_weights
+from ..checkpoint.files import cast
 from ..conditions import CONDITIONS, Captions, condition_of
 from ..data import Corpus
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
@@ -171,7 +172,7 @@ def train_unet(
             # Keep the EMA weights of some steps in float16, so that you can compare how the model drew at those steps.
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if condition.frozen else ""
-                weights = {prefix + name: weight for name, weight in trainer.ema.items()}
+                weights = {prefix + name: weight for name, weight in trainer.ema.weights.items()}
                 write_weights(cast(weights, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
     # The finished model gets the EMA weights, not those of the last step. They are loaded into a new UNet, because the
@@ -179,7 +180,7 @@ def train_unet(
     with trainer.finishing():
         sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
         trained = sd.model.diffusion_model if condition.frozen else sd
-        trained.load_state_dict(dict(trainer.ema.items()), strict=condition.frozen)
+        trained.load_state_dict(trainer.ema.weights, strict=condition.frozen)
         condition.requires_grad_(False)
         save_model(sd, clip, folder / "model", engine)
     return sd.eval()

@@ -38,6 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checkpoint import files
 from ..data import Corpus
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion, Posterior
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
@@ -161,14 +162,14 @@ def train_vae(
     # The finished autoencoder gets the EMA weights, not those of the last step.
     with trainer.finishing():
         vae = FIRST_STAGES[type(config)](config).to(engine.device).eval()
-        vae.load_state_dict(dict(trainer.ema.items()), strict=False)
+        vae.load_state_dict(trainer.ema.weights, strict=False)
         # Measure with the EMA weights. Every process takes part, because the processes share the encoding of the data.
         measured = {"scale_factor": measure_scale_factor(vae, data, engine), "psnr": psnr(vae, data, engine)}
         if quantised:
             measured |= measure_codebook(vae, data, engine)
         if engine.is_main_process:
             record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
-            with checkpoint.folder_written_whole(folder / "vae.json", into=folder) as unfinished:
+            with files.folder_written_whole(folder / "vae.json", into=folder) as unfinished:
                 checkpoint.write_weights(vae.state_dict(), unfinished / "vae.safetensors")
                 checkpoint.write_json(record, unfinished / "vae.json")
         if sd is not None:
@@ -276,12 +277,12 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
         return sd.first_stage_model, sd.scale_factor
     record, state = checkpoint.read_json(file), checkpoint.read_weights(weights)
     # On "meta", it gets no random weights, which would be overwritten.
-    with checkpoint.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
+    with files.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
         config, scale_factor = (
             checkpoint.part_from_json("first_stage", record["first_stage"]),
             float(record["scale_factor"]),
         )
-        checkpoint.check_blocks(len(state), config)
+        files.check_blocks(len(state), config)
         vae = FIRST_STAGES[type(config)](config)
     checkpoint.load_weights(vae, state, weights)
     return vae.eval().requires_grad_(False), scale_factor
