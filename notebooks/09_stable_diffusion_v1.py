@@ -428,7 +428,7 @@ torch.save({"state_dict": typo}, folder / "typo.ckpt")
 try:
     minisd.load(folder / "typo.ckpt", **small)
 except minisd.CheckpointError as error:
-    say("minisd: " + str(error).partition(". By its shapes")[0])
+    say("minisd: " + str(error).partition(". By its names")[0])
 
 # %% [markdown]
 # ## What a converter can get wrong

@@ -41,9 +41,8 @@ FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig
 # "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class. "unet":
 # keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or with
 # any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
-# CompVis's class, not those of SD v1. "first_stage": the size of which tensor, along which axis, is a field of the
-# autoencoder's configuration. "networks": how the names of the three networks begin. "others": names that only other
-# whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
+# CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
+# other whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -334,75 +333,19 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
         files.write_weights(files.cast(as_compvis(sd), dtype), unfinished / path.name)
 
 
-# --- which configuration would fit? -----------------------------------------------------------------------------------
+# --- what is it? ------------------------------------------------------------------------------------------------------
 
 
-def what_would_fit(state: Mapping[str, Tensor]) -> str:
-    """A sentence that says which model the weights belong to, from their names and shapes; "" if that is not known."""
+def what_it_is(state: Mapping[str, Tensor]) -> str:
+    """A sentence that says, by the names of the tensors, to which model they belong; "" if that is not known."""
     has = {what: any(name.startswith(prefix) for name in state) for prefix, what in TABLES["networks"].items()}
     for kind in ("others", "strangers")[: 1 if has["UNet"] else 2]:
         for pattern, what in TABLES[kind].items():
             if any(re.search(pattern, name) for name in state):
                 return f"By its names, {what}"
-    if any(has.values()) and not all(has.values()):
+    if all(has.values()):
+        return "By its names, it is a whole latent diffusion model; config= takes its YAML or its configuration"
+    if any(has.values()):
         own, lacking = ([what for what in has if has[what] is there] for there in (True, False))
         return f"It has only the {' and the '.join(own)}, and no {' and no '.join(lacking)}"
-    try:
-        parts = {"unet": _unet_of(state), "first_stage": _first_stage_of(state), "cond_stage": text_config(state)}
-    except (LookupError, ValueError, ArithmeticError):
-        return ""  # the names or shapes are not those of a latent diffusion model
-    brief = {name: _brief(part) for name, part in parts.items()}
-    changed = ", ".join(f"{name}={text}" for name, text in brief.items() if not text.endswith("()"))
-    if not changed:
-        return "By its shapes, it is Stable Diffusion v1"
-    return (
-        f"By its shapes, this configuration would fit: LatentDiffusionConfig({changed}); the number of heads can't be "
-        "told from weights"
-    )
-
-
-def _brief(config) -> str:
-    """A config, written with only those fields that differ from the default."""
-    default = vars(type(config)())
-    changed = ", ".join(f"{name}={value!r}" for name, value in vars(config).items() if value != default[name])
-    return f"{type(config).__name__}({changed})"
-
-
-def _unet_of(state: Mapping[str, Tensor]) -> UNetConfig:
-    prefix = "model.diffusion_model."
-    shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
-    channels, in_channels = shape["input_blocks.0.0.weight"][:2]
-    mults, counts, attends, depth, context_dim = [], [0], set(), 0, None
-    for i in range(1, _count(shape, "input_blocks.")):
-        block = f"input_blocks.{i}."
-        if block + "0.op.weight" in shape:
-            counts.append(0)
-            continue
-        counts[-1] += 1
-        width = shape[block + "0.in_layers.2.weight"][0]
-        mults[len(counts) - 1 :] = [width // channels]
-        if block + "1.proj_in.weight" in shape:
-            attends.add(2 ** (len(counts) - 1))
-            depth = _count(shape, block + "1.transformer_blocks.")
-            context_dim = shape[block + "1.transformer_blocks.0.attn2.to_k.weight"][1]
-    if len(set(counts)) != 1 or not mults:
-        raise ValueError("levels of different depths")
-    return UNetConfig(
-        in_channels=in_channels, out_channels=shape["out.2.weight"][0], model_channels=channels,
-        num_res_blocks=counts[0], channel_mult=tuple(mults), transformer_depth=max(1, depth),
-        attention_resolutions=tuple(sorted(attends, reverse=True)), context_dim=context_dim,
-    )  # fmt: skip
-
-
-def _first_stage_of(state: Mapping[str, Tensor]) -> AutoencoderConfig | VQConfig | IdentityConfig:
-    prefix = "first_stage_model."
-    shape = {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
-    if not shape:
-        return IdentityConfig()
-    sizes = {field: shape[tensor][axis] for field, (tensor, axis) in TABLES["first_stage"].items()}
-    widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(_count(shape, "encoder.down."))]
-    sizes["ch_mult"] = tuple(width // sizes["ch"] for width in widths)
-    sizes["num_res_blocks"] = _count(shape, "encoder.down.0.block.")
-    if "quantize.embedding.weight" in shape:
-        return VQConfig(**sizes, n_embed=shape["quantize.embedding.weight"][0])
-    return AutoencoderConfig(**sizes)
+    return ""

@@ -64,10 +64,7 @@ def read_folder(
     """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(missing)}: Stable Diffusion v1 in diffusers' layout has "
-            f"{', '.join(PARTS)}"
-        )
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: diffusers' layout has {', '.join(PARTS)}")
     config, tokenizer = read_config(folder), files.read_tokenizer(folder / "tokenizer")
     if variant is not None:
         _check_variant(folder, variant)
