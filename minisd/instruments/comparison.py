@@ -134,19 +134,18 @@ def compare(
     pairs = _pair(runs["ours"].calls, runs["theirs"].calls)
     reached = max((i for i, pair in enumerate(pairs) if None not in pair), default=-1) if errors else len(pairs)
     rows = [_row(*pair, tolerance, i <= reached) for i, pair in enumerate(pairs)]
-    agree = [i for i, row in enumerate(rows) if row.verdict == "agree"]
     first = differs = next((i for i, row in enumerate(rows) if row.verdict == "differ"), None)
+    agree = [i for i, row in enumerate(rows[:differs]) if row.verdict == "agree"]  # all of them, if none differs
 
     hints = []
     if differs is None:
         where = _agreement([rows[i] for i in agree], bool(errors))
     else:
-        before = [i for i in agree if i < differs]
         inputs_agree = _close(*(call.input for call in pairs[differs]), tolerance)
         if not inputs_agree:  # an extra layer just before, which the other network lacks, may be the reason
             first = next((i for i in range(max(differs - 4, 0), differs) if "only" in rows[i].verdict), differs)
-        where = _difference(rows[first], rows[differs], [rows[i] for i in before], inputs_agree)
-        hints += _hints(*pairs[differs], [pairs[i] for i in before], tolerance)
+        where = _difference(rows[first], rows[differs], [rows[i] for i in agree], inputs_agree)
+        hints += _hints(*pairs[differs], [pairs[i] for i in agree], tolerance)
         layers = [(a, b) for a, b in pairs if a and b and a.parameters]
         if 2 * (others := sum(_weights(a, b, how=lambda x, y: None) is not None for a, b in layers)) > len(layers) > 1:
             hints.append(f"{others} of {len(layers)} pairs of layers have other weights: first give both the same")

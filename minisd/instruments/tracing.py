@@ -9,7 +9,6 @@ The texts are in `tracing.toml`.
 """
 
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,19 +42,6 @@ class Intermediate:
     file: str  # the file of CompVis's source
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape) if isinstance(self.value, Tensor) else ()
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.value.dtype if isinstance(self.value, Tensor) else None
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest number of the value."""
-        return self.value.min().item(), self.value.max().item()
-
-    @property
     def std(self) -> float:
         return self.value.float().std(correction=0).item()
 
@@ -64,9 +50,11 @@ class Intermediate:
         if isinstance(self.value, str):
             numbers = repr(self.value)
         else:
-            low, high = (f"{x:d}" if isinstance(x, int) else f"{x:.3f}" for x in self.range)
+            ends = self.value.min().item(), self.value.max().item()
+            low, high = (f"{x:d}" if isinstance(x, int) else f"{x:.3f}" for x in ends)
             std = f"{self.std:.3f}" if self.value.is_floating_point() and self.value.numel() > 1 else ""
-            numbers = f"{list(self.shape)!s:15} {str(self.dtype).removeprefix('torch.'):7} {low:>8} {high:>8} {std:>8}"
+            shape, dtype = str(list(self.value.shape)), str(self.value.dtype).removeprefix("torch.")
+            numbers = f"{shape:15} {dtype:7} {low:>8} {high:>8} {std:>8}"
         where = f"{self.compvis}, {'/'.join(self.file.split('/')[-2:])}"
         width = 46 + self.equation.count("\N{COMBINING CIRCUMFLEX ACCENT}")  # the combining hat of x̂ takes no column
         first, second = f"{self.stage:2}  {self.symbol:10} {self.name:32} {numbers}", f"{self.equation:{width}} {where}"
@@ -74,26 +62,20 @@ class Intermediate:
         return f"{first if len(first) <= WIDTH else first[: WIDTH - 1] + '…'}\n    {second}"
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(list[Intermediate]):
     """All intermediate values in the order of their computation. Index by number or symbol: `trace["x_T"].value`."""
 
-    title: str
-    entries: list[Intermediate]
+    def __init__(self, title: str, entries: list[Intermediate]):
+        super().__init__(entries)
+        self.title = title
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __iter__(self) -> Iterator[Intermediate]:
-        return iter(self.entries)
-
-    def __getitem__(self, key: int | str) -> Intermediate:
-        if isinstance(key, int):
-            return self.entries[key]
-        for entry in self.entries:
+    def __getitem__(self, key):
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for entry in self:
             if entry.symbol == key:
                 return entry
-        raise KeyError(f"there is no {key!r} in this trace: choose one of {', '.join(e.symbol for e in self.entries)}")
+        raise KeyError(f"there is no {key!r} in this trace: choose one of {', '.join(entry.symbol for entry in self)}")
 
     def __str__(self) -> str:
         head = f" #  {'symbol':10} {'what it is':32} {'shape':15} {'dtype':7} {'min':>8} {'max':>8} {'std':>8}"
