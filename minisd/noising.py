@@ -59,9 +59,7 @@ def randn(shape: Sequence[int], generator: Generators | None = None) -> Float[Te
     if not isinstance(generator, Sequence):
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
     if len(generator) != shape[0]:
-        raise ValueError(
-            f"{len(generator)} generators cannot draw noise for a batch of {shape[0]} pictures: pass one for each."
-        )
+        raise ValueError(f"{len(generator)} generators cannot draw noise for {shape[0]} pictures: pass one for each.")
     return torch.stack([randn(shape[1:], g) for g in generator])
 
 

@@ -884,7 +884,7 @@ def test_a_model_that_returns_another_shape_is_named(sampler):
 
 
 def test_there_must_be_a_generator_for_each_picture():
-    with pytest.raises(ValueError, match="2 generators cannot draw noise for a batch of 3"):
+    with pytest.raises(ValueError, match="2 generators cannot draw noise for 3 pictures"):
         randn((3, 4), [gen(0), gen(1)])
 
 

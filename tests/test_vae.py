@@ -388,7 +388,7 @@ def test_a_list_of_generators_gives_each_picture_its_own_noise():
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     expected = alone.sample(torch.Generator().manual_seed(6))
     assert torch.equal(posterior.sample(generators)[1:], expected)
-    with pytest.raises(ValueError, match="1 generators cannot draw noise for a batch of 2 pictures: pass one"):
+    with pytest.raises(ValueError, match="1 generators cannot draw noise for 2 pictures: pass one"):
         posterior.sample(generators[:1])
 
 
