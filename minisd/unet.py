@@ -351,13 +351,9 @@ class UNetModel(nn.Module):
             )
         if config.context_dim is None or not config.use_spatial_transformer:
             return
-        if context is None:
+        width = None if context is None else context.shape[-1]
+        if width != config.context_dim:
             raise ValueError(
-                f"this UNet reads a context of width {config.context_dim}, and none was given: pass context="
-                f"[b n {config.context_dim}], the output of the text encoder"
-            )
-        if context.shape[-1] != config.context_dim:
-            raise ValueError(
-                f"this UNet reads a context of width {config.context_dim}, not {context.shape[-1]}: take the text "
-                "encoder that it was trained with"
+                f"this UNet reads a context of width {config.context_dim}, and {width or 'none'} was given: pass "
+                f"context=[b n {config.context_dim}], the output of the text encoder that it was trained with"
             )

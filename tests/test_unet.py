@@ -277,5 +277,5 @@ def test_another_number_of_channels_is_refused():
 def test_a_missing_context_is_refused():
     with pytest.raises(ValueError, match="context of width 24, and none was given"):
         UNetModel(OTHER)(torch.zeros(1, 4, 8, 8), torch.tensor([0]))
-    with pytest.raises(ValueError, match="context of width 24, not 32"):
+    with pytest.raises(ValueError, match="context of width 24, and 32 was given"):
         UNetModel(OTHER)(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.zeros(1, 2, 32))

@@ -13,7 +13,7 @@ CompVis: `configs/stable-diffusion/v1-inference.yaml`, `ldm/util.py: instantiate
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -204,28 +204,24 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
     """A CompVis YAML of a model. `version`: where its tokenizer is, relative to the YAML, or a name on the hub."""
     import yaml
 
-    def params(part, leave_out=()) -> dict:
-        values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in leave_out}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
+    parts = json.loads(json.dumps(asdict(config)))  # with lists in the place of tuples
     side = config.image_size // config.first_stage.downsampling
-    heads = {key: vars(config.unet)[key] for key in ("num_heads", "num_head_channels")}
-    unet = params(config.unet, leave_out=heads) | {"image_size": side}  # CompVis requires it, and ignores it
+    heads = {key: parts["unet"].pop(key) for key in ("num_heads", "num_head_channels")}
+    unet = parts["unet"] | {"image_size": side}  # CompVis requires it, and ignores it
     unet |= {key: -1 if value is None else value for key, value in heads.items()} | {"legacy": False}
     target = {kind: name for name, kind in FIRST_STAGES.items()}[type(config.first_stage)]
     first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
     if not isinstance(config.first_stage, IdentityConfig):
-        outside = ("embed_dim", "n_embed", "beta", "legacy", "downsampling")
-        own = params(config.first_stage)
-        ddconfig = {key: value for key, value in own.items() if key not in outside} | {"dropout": 0.0}
-        first_stage["params"] = {key: own[key] for key in outside[:2] if key in own}
+        outside = {key: parts["first_stage"].pop(key, None) for key in ("embed_dim", "n_embed", "beta", "legacy")}
+        first_stage["params"] = {key: outside[key] for key in ("embed_dim", "n_embed") if outside[key] is not None}
+        ddconfig = parts["first_stage"] | {"dropout": 0.0}
         first_stage["params"] |= {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
     cond_stage: Any = "__is_unconditional__"
     if isinstance(config.cond_stage, CLIPTextConfig):
         text = {"version": version, "max_length": config.cond_stage.max_length}
         cond_stage = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text}
     elif isinstance(config.cond_stage, ClassConfig):
-        table = params(config.cond_stage, leave_out=("names", "column"))  # CompVis's classes have no names
+        table = {key: parts["cond_stage"][key] for key in ("n_classes", "embed_dim")}  # CompVis's have no names
         cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": table}
     elif config.cond_stage is not None:
         raise ValueError(

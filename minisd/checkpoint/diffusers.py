@@ -274,19 +274,16 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
     CompVis numbers all blocks in one sequence, input_blocks.0 … 11. diffusers numbers the levels, and in each level the
     layers of each kind.
     """
-    names = dict(FIXED["names"]["UNetModel"])
-    for way, blocks in (("down", "input_blocks"), ("up", "output_blocks")):
-        level = count = 0
+    names, in_a_level = dict(FIXED["names"]["UNetModel"]), unet.config.num_res_blocks + 1
+    # input_blocks.0 is a convolution, which the table names. After it, the levels begin.
+    for way, blocks, first in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
         for i, block in enumerate(getattr(unet, blocks)):
+            level, count = divmod(i - first, in_a_level)
             kinds = {ResBlock: f"resnets.{count}", SpatialTransformer: f"attentions.{count}",
                      Downsample: "downsamplers.0", Upsample: "upsamplers.0"}  # fmt: skip
             for j, layer in enumerate(block):
-                if type(layer) in kinds:  # input_blocks.0 is a convolution, named above
+                if type(layer) in kinds:
                     names[f"{blocks}.{i}.{j}"] = f"{way}_blocks.{level}.{kinds[type(layer)]}"
-            if isinstance(block[-1], Downsample | Upsample):
-                level, count = level + 1, 0
-            elif isinstance(block[0], ResBlock):
-                count += 1
     return _translated(unet, names)
 
 
