@@ -425,43 +425,36 @@ def one_of(**commands: Callable):
     return Union[*(Annotated[Any, tyro.conf.subcommand(name, constructor=f)] for name, f in commands.items())]
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from. The defaults of its other flags depend on these, so they are read first."""
+def commands(preset: Preset | None = None, init: str | None = None, decoder_only: bool = True):
+    """A type for tyro: one of all commands.
 
-    preset: Preset | None = None
-    init: str | None = None
-    decoder_only: bool = True  # with --init
+    These three arguments are read first, because the defaults of a training's other flags follow from them: they are
+    the recipes of the preset, or the recipes for a finished model (`--init`).
+    """
+    if init and preset and decoder_only:
+        raise ValueError(f"the sizes of the networks are those of {init}: leave --preset out")
+    name = preset or "emoji"
+    folders = {"tiny": ("shapes",), "emoji-64": ("emoji", "scenes")}.get(name, ("emoji",))
+    run = Run(tuple(Path("data", folder) for folder in folders), Path("runs", "finetuned" if init else name))
+    vae = recipes.FINETUNE_DECODER if init and decoder_only else recipes.VAE[name]
+    unet, condition = (recipes.FINETUNE, None) if init else (recipes.UNET[name], "captions")
+    networks = one_of(
+        clip=partial(train_clip, preset=name, run=run, recipe=recipes.CLIP[name]),
+        vae=partial(train_vae, preset=preset if init else name, run=run, recipe=vae),
+        unet=partial(train_unet, preset=name, run=run, recipe=unet, condition=condition),
+    )
+    corpora = one_of(emoji=data_emoji, scenes=data_scenes, shapes=data_shapes, hub=data_hub)
 
-    def commands(self):
-        """All commands. The defaults of the trainings' flags are this preset's recipes, or the recipes for `--init`."""
-        preset = self.preset or "emoji"
-        corpora = {"tiny": ("shapes",), "emoji-64": ("emoji", "scenes")}.get(preset, ("emoji",))
-        run = Run(tuple(Path("data", corpus) for corpus in corpora), Path("runs", preset))
-        unet, vae, condition = recipes.UNET[preset], recipes.VAE[preset], "captions"
-        if self.init:
-            if self.preset and self.decoder_only:
-                raise ValueError(f"the sizes of the networks are those of {self.init}: leave --preset out")
-            run = replace(run, out=Path("runs", "finetuned"))
-            unet, condition = recipes.FINETUNE, None
-            vae = recipes.FINETUNE_DECODER if self.decoder_only else vae
-        networks = one_of(
-            clip=partial(train_clip, preset=preset, run=run, recipe=recipes.CLIP[preset]),
-            vae=partial(train_vae, preset=self.preset if self.init else preset, run=run, recipe=vae),
-            unet=partial(train_unet, preset=preset, run=run, recipe=unet, condition=condition),
-        )
-        corpora = one_of(emoji=data_emoji, scenes=data_scenes, shapes=data_shapes, hub=data_hub)
+    def data(corpus: corpora) -> None:
+        """Make a corpus of captioned pictures."""
 
-        def data(corpus: corpora) -> None:
-            """Make a corpus of captioned pictures."""
+    def train(network: networks) -> None:
+        """Train a model from scratch, first clip and vae, then unet; or continue from a finished one (--init)."""
 
-        def train(network: networks) -> None:
-            """Train a model from scratch, first clip and vae, then unet; or continue from a finished one (--init)."""
-
-        return one_of(
-            txt2img=txt2img, img2img=img2img, inpaint=inpaint, data=data, train=train, evaluate=evaluate, info=info,
-            verify=verify, convert=convert,
-        )  # fmt: skip
+    return one_of(
+        txt2img=txt2img, img2img=img2img, inpaint=inpaint, data=data, train=train, evaluate=evaluate, info=info,
+        verify=verify, convert=convert,
+    )  # fmt: skip
 
 
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -502,11 +495,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command. If the user made a mistake, print one sentence instead of a traceback."""
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
-        start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
+        one_command, _ = tyro.cli(commands, args=arguments, return_unknown_args=True, add_help=False)
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {printable(message)}", file=sys.stderr)
-            tyro.cli(start.commands(), prog="minisd", args=arguments, config=flat)  # calls the command's function
+            tyro.cli(one_command, prog="minisd", args=arguments, config=flat)  # calls the command's function
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
