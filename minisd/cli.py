@@ -14,7 +14,9 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar, Union, get_origin
 
@@ -22,12 +24,13 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import as_written, describe, has_clip
+from .checkpoint import as_written, describe, folder_written_whole, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
 from .data.text import printable
 from .instruments.verify import verify
+from .latent_diffusion import enough_memory
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -65,8 +68,8 @@ class Txt2Img:
     dtype: Dtype = "fp32"  # what the networks compute in
 
     def run(self) -> None:
-        if self.scale is not None and self.scale < 1:
-            raise ValueError(f"--scale enlarges each pixel to a square of at least 1 pixel, not {self.scale}")
+        if self.scale is not None and not 1 <= self.scale <= 1000:
+            raise ValueError(f"--scale enlarges each pixel to a square of 1 to 1,000 pixels a side, not {self.scale}")
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
@@ -78,11 +81,9 @@ class Txt2Img:
             width=sd.config.image_size if self.width is None else self.width,
         )  # fmt: skip
         scale = self.scale or max(1, 128 // out.images[0].width)
-        sheet(out.images, scale=scale).save(self.out)
-        print(f"wrote {self.out}")
+        _write(self.out, sheet(out.images, scale=scale).save)
         if self.trajectory:
-            out.trajectory.save(self.trajectory, scale=scale)
-            print(f"wrote {self.trajectory}")
+            _write(self.trajectory, partial(out.trajectory.save, scale=scale))
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
         return sd.txt2img(self.prompt, **options)
@@ -429,7 +430,7 @@ class Start:
 
 
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
-    if not path.absolute().parent.is_dir():
+    if not os.access(path.absolute().parent, os.W_OK) or not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
@@ -440,6 +441,12 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): give another path") from None
     if new:
         path.unlink()
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    with folder_written_whole(path, into=path.parent) as unfinished:
+        save(unfinished / path.name)  # a name with the same ending, which says the format
+    print(f"wrote {path}")
 
 
 def _corpus(folder: Path) -> Path:
@@ -471,7 +478,8 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {printable(message)}", file=sys.stderr)
-            command.run()
+            with enough_memory("ask for fewer or smaller things (--num-images, --height, --scale, --count, --size)"):
+                command.run()
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)
