@@ -26,11 +26,13 @@ from tyro.conf import Positional
 
 from . import PRESETS, BPETokenizer, CLIPModel, LatentDiffusion, evaluation, load, load_clip, save, training
 from .checkpoint import Layout, as_written, describe, has_clip
+from .checkpoint.files import folder_written_whole
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
 from .data.text import printable
 from .instruments.verify import verify as verify_file
+from .latent_diffusion import enough_memory
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -69,8 +71,8 @@ class Options:
 
     def draw(self, method: Callable, *given, **more) -> None:
         """Draw with this method of the model, and write the pictures."""
-        if self.scale is not None and self.scale < 1:
-            raise ValueError(f"--scale enlarges each pixel to a square of at least 1 pixel, not {self.scale}")
+        if self.scale is not None and not 1 <= self.scale <= 1000:
+            raise ValueError(f"--scale enlarges each pixel to a square of 1 to 1,000 pixels a side, not {self.scale}")
         _check_writable(self.out, (".png", ".webp", ".jpg", ".jpeg"))  # now, because drawing takes time
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
@@ -82,11 +84,9 @@ class Options:
             width=sd.config.image_size if self.width is None else self.width, **more,
         )  # fmt: skip
         scale = self.scale or max(1, 128 // out.images[0].width)
-        sheet(out.images, scale=scale).save(self.out)
-        print(f"wrote {self.out}")
+        _write(self.out, sheet(out.images, scale=scale).save)
         if self.trajectory:
-            out.trajectory.save(self.trajectory, scale=scale)
-            print(f"wrote {self.trajectory}")
+            _write(self.trajectory, partial(out.trajectory.save, scale=scale))
 
 
 def txt2img(prompt: Positional[str], drawing: Options) -> None:
@@ -458,7 +458,7 @@ def commands(preset: Preset | None = None, init: str | None = None, decoder_only
 
 
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
-    if not path.absolute().parent.is_dir():
+    if not os.access(path.absolute().parent, os.W_OK) or not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} should end in {' or '.join(suffixes)}")
@@ -469,6 +469,12 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): give another path") from None
     if new:
         path.unlink()
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    with folder_written_whole(path, into=path.parent) as unfinished:
+        save(unfinished / path.name)  # a name with the same ending, which says the format
+    print(f"wrote {path}")
 
 
 def _corpus(folder: Path) -> Path:
@@ -499,7 +505,8 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"note: {printable(message)}", file=sys.stderr)
-            tyro.cli(one_command, prog="minisd", args=arguments, config=flat)  # calls the command's function
+            with enough_memory("ask for fewer or smaller things (--num-images, --height, --scale, --count, --size)"):
+                tyro.cli(one_command, prog="minisd", args=arguments, config=flat)  # calls the command's function
     except (KeyboardInterrupt, FloatingPointError) as stop:
         # all processes of a training stop together, so only one of them prints the reason
         sys.exit(f"\nminisd: {str(stop) or 'stopped'}" if os.environ.get("RANK", "0") == "0" else 1)

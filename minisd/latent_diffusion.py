@@ -113,20 +113,24 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
+NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # in an error, beside its kind
+
+
 @contextlib.contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Inside the `with`, or in a function that has this as a decorator, an error about memory says what to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OverflowError) as error:
         # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        too_little = re.search("out of memory|n't allocate|not enough memory|MemoryError|calculation overflow", said)
-        if not too_little or isinstance(error.__cause__, RuntimeError | MemoryError):  # a decorator inside has said it
+        too_little = re.search(f"{NO_MEMORY}|calculation overflow|OverflowError", said)
+        if not too_little or "there is not enough memory" in said:  # a decorator inside has said it
             raise
         raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
 
 
+MOST = 100_000  # pictures at a time, and pixels along a side: there is no memory for more
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
@@ -522,7 +526,7 @@ class LatentDiffusion(nn.Module):
         """Shape [d h w] of the latent of a picture of that size; by default the size of the training pictures.
 
         Raises:
-            ValueError: the size is not a multiple of the autoencoder's downsampling factor.
+            ValueError: the size is not a multiple of the autoencoder's downsampling factor. MemoryError: it is absurd.
         """
         height, width = (self.config.image_size if side is None else side for side in (height, width))
         f = self.config.first_stage.downsampling
@@ -531,6 +535,8 @@ class LatentDiffusion(nn.Module):
                 f"height and width must be positive multiples of {f} for this model, not {height}x{width}: try "
                 f"{max(f, round(height / f) * f)}x{max(f, round(width / f) * f)}"
             )
+        if max(height, width) > MOST:
+            raise MemoryError(f"a side of {max(height, width):,} pixels")
         return self.config.first_stage.embed_dim, height // f, width // f
 
     def masked_picture(
@@ -620,7 +626,9 @@ def _prompts(prompt: Prompt, num_images: int) -> list:
     """A prompt for each picture: every prompt is repeated num_images times."""
     if num_images < 1 or (isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt)):
         raise ValueError(f"there is nothing to draw: num_images is {num_images}, the prompt {prompt!r}")
-    prompts = [prompt] if prompt is None or isinstance(prompt, str | int) else prompt
+    prompts = [prompt] if prompt is None or isinstance(prompt, str | int) else list(prompt)
+    if num_images * len(prompts) > MOST:
+        raise ValueError(f"num_images is {num_images:,}: at most {MOST:,} pictures can be drawn at a time")
     return [p for p in prompts for _ in range(num_images)]
 
 

@@ -3,11 +3,12 @@
     python -m tests.fuzz 10000                            that many files; prints a table of what became of them
     python -m tests.fuzz 1 --kind ckpt --first 4711       one of them again
 
-`test_fuzz.py` runs a hundred of each kind. A kind is a way to write whole files, a way to read them, and the ways in
-which they are damaged: add one to KINDS. Damage number n of a kind is always the same.
+The files are those of models, pictures, and the text files in a folder of pictures. `test_fuzz.py` runs a hundred of
+each kind. A kind is a way to write whole files, a way to read them, and the ways in which they are damaged: add one to
+KINDS. Damage number n of a kind is always the same.
 
     loaded       the damage was where nothing is read, or gave another valid file
-    refused      with CheckpointError or FileNotFoundError, in one line
+    refused      with one of the errors that such a file may cause, in one line: CheckpointError, say
     traceback    any other error, or a message of several lines: a fault
     hang         more than TIME seconds of computing, or waiting: a fault
     code ran     something in the file made a folder, a file, a process or a connection: a fault
@@ -31,10 +32,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from minisd import CheckpointError, LatentDiffusion, LatentDiffusionConfig, UNetConfig, load, save
 from minisd.clip import BPETokenizer, CLIPTextConfig
+from minisd.data import CaptionedPictures
+from minisd.pictures import open_picture, read_mask
 from minisd.vae import AutoencoderConfig
 
 TIME = 5.0  # seconds of computing; a sound file takes about 0.05
@@ -64,6 +69,30 @@ def bytes_changed(rng: random.Random, data: bytes) -> bytes:
         elif rng.random() < 0.2:
             del data[at:]
     return bytes(data)
+
+
+def bytes_moved(rng: random.Random, data: bytes) -> bytes:
+    """One to four small damages: bits that flip, bytes that are lost, repeated, swapped for extremes, or cut off."""
+    for _ in range(rng.randint(1, 4)):
+        at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 64))
+        head, part, tail = data[:at], data[at : at + length], data[at + length :]
+        kind = rng.choice(("flip", "lose", "repeat", "extreme", "noise", "cut", "move"))
+        if kind == "flip":
+            part = bytes(byte ^ (1 << rng.randrange(8)) for byte in part)
+        elif kind == "lose":
+            part = b""
+        elif kind == "repeat":
+            part *= rng.randint(2, 40)
+        elif kind == "extreme":
+            part = rng.choice((b"\0", b"\xff", b"\x7f", b"\x80", b"%", b"{", b'"', b"\n")) * length
+        elif kind == "noise":
+            part = rng.randbytes(length)
+        elif kind == "cut":
+            tail = b""
+        else:
+            part, tail = tail, part
+        data = head + part + tail
+    return data
 
 
 def something_else(rng: random.Random, data: bytes) -> bytes:
@@ -182,15 +211,16 @@ def record_changed(rng: random.Random, data: bytes) -> bytes:
     return file.getvalue()
 
 
-# -- kinds of files ----------------------------------------------------------------------------------------------------
+# -- kinds of files: models --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
     make: Callable[[Path], None]  # writes whole files into an empty folder
-    read: Callable[[Path], object]  # reads them
+    read: Callable[[Path, Path], object]  # reads them; the second path is that of the file that is damaged
     files: str  # which of them are damaged, one at a time: a pattern
     ways: tuple[Damage, ...]
+    refused: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError)  # what a damaged file may cause
 
 
 def small_model() -> LatentDiffusion:
@@ -226,16 +256,104 @@ def diffusers_folder(folder: Path) -> None:
 
 ANY = (bytes_changed, something_else)
 KINDS = {
-    "safetensors": Kind(minisd_folder, lambda f: load(f / "m", "cpu"), "m/model.safetensors", (*ANY, header_changed)),
-    "ckpt": Kind(compvis_file(".ckpt"), lambda f: load(f / "m.ckpt", "cpu"), "m.ckpt", (*ANY, *[record_changed] * 4)),
-    "config.json": Kind(minisd_folder, lambda f: draws(f / "m"), "m/config.json", (*ANY, *[json_changed] * 4)),
-    "yaml": Kind(compvis_file(".safetensors"), lambda f: draws(f / "m.safetensors"), "m.yaml",
+    "safetensors": Kind(minisd_folder, lambda f, _: load(f / "m", "cpu"), "m/model.safetensors",
+                        (*ANY, header_changed)),
+    "ckpt": Kind(compvis_file(".ckpt"), lambda f, _: load(f / "m.ckpt", "cpu"), "m.ckpt",
+                 (*ANY, *[record_changed] * 4)),
+    "config.json": Kind(minisd_folder, lambda f, _: draws(f / "m"), "m/config.json", (*ANY, *[json_changed] * 4)),
+    "yaml": Kind(compvis_file(".safetensors"), lambda f, _: draws(f / "m.safetensors"), "m.yaml",
                  (*ANY, *[yaml_changed] * 4)),
-    "tokenizer": Kind(minisd_folder, lambda f: draws(f / "m"), "m/tokenizer/*.json", (*ANY, *[json_changed] * 3)),
-    "merges": Kind(minisd_folder, lambda f: draws(f / "m"), "m/tokenizer/merges.txt", (*ANY, *[lines_changed] * 3)),
-    "diffusers": Kind(diffusers_folder, lambda f: draws(f / "m"), "m/**/*.json", (*ANY, *[json_changed] * 4)),
-    "minisd folder": Kind(minisd_folder, lambda f: draws(f / "m"), "m/**/*.*", ANY),
+    "tokenizer": Kind(minisd_folder, lambda f, _: draws(f / "m"), "m/tokenizer/*.json", (*ANY, *[json_changed] * 3)),
+    "merges": Kind(minisd_folder, lambda f, _: draws(f / "m"), "m/tokenizer/merges.txt", (*ANY, *[lines_changed] * 3)),
+    "diffusers": Kind(diffusers_folder, lambda f, _: draws(f / "m"), "m/**/*.json", (*ANY, *[json_changed] * 4)),
+    "minisd folder": Kind(minisd_folder, lambda f, _: draws(f / "m"), "m/**/*.*", ANY),
 }  # fmt: skip
+
+
+# -- kinds of files: pictures, captions and metadata -------------------------------------------------------------------
+
+
+def pictures(kind: str) -> Callable[[Path], None]:
+    """Writes 24 small pictures of many modes, with what a camera or an editor writes beside the pixels."""
+
+    def write(folder: Path) -> None:
+        rng = random.Random(kind)
+        modes = {"JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"), "BMP": ("RGB", "L", "P", "1")}
+        modes["GIF"] = ("P", "L")
+        for number in range(24):
+            mode = rng.choice(modes.get(kind, ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")))
+            noise = np.frombuffer(rng.randbytes(12 * 16 * 4), np.uint8).reshape(12, 16, 4)
+            if mode == "I;16":
+                image = Image.fromarray(noise.view("<u2")[..., 0])
+            else:
+                image = Image.fromarray(noise, "RGBA").convert(mode)
+            exif = Image.Exif()
+            exif[0x0112] = rng.randint(1, 8)  # which side is up
+            options = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+            if kind in ("GIF", "WEBP", "TIFF", "PNG") and rng.random() < 0.3:
+                options |= {"save_all": True, "append_images": [image.rotate(180)]}
+            if kind == "TIFF":
+                options["compression"] = rng.choice(("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"))
+            image.save(folder / f"{number}.{FORMATS[kind]}", kind, **options)
+
+    return write
+
+
+def opens(_: Path, file: Path) -> None:
+    """Open a picture by its path and by its bytes, which has to end alike, and read it as a mask."""
+    try:
+        read_mask(file, 8, 8)
+    except (OSError, ValueError) as error:
+        assert is_sentence(error), repr(error)
+    try:
+        open_picture(file.read_bytes())
+    except OSError as error:
+        assert is_sentence(error), repr(error)
+        open_picture(file)  # raises the same
+        raise AssertionError("its bytes were refused, and the file was not") from None
+    try:
+        open_picture(file)
+    except OSError:
+        raise AssertionError("the file was refused, and its bytes were not") from None
+
+
+def captions(name: str) -> Callable[[Path], None]:
+    """Writes two pictures with captions, and one file of text that says something about them."""
+    rows = [
+        {"file_name": "a.png", "text": "a café\u2028by night", "split": None},
+        {"file_name": "sub/b.png", "text": "b"},
+    ]
+    texts = {
+        "metadata.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(),
+        "metadata.csv": 'file_name,text\na.png,"a café, by ""night"""\nsub/b.png,b\n'.encode("utf-8-sig"),
+        "a.txt": "a café\r\nby night".encode("utf-16"),
+        "templates.txt": b"{}\na picture of {}\n",
+    }
+
+    def write(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        for picture in ("a.png", "sub/b.png"):
+            Image.new("RGB", (8, 8), "red").save(folder / picture)
+        (folder / "sub/b.txt").write_text("b")
+        (folder / name).write_bytes(texts[name])
+
+    return write
+
+
+def opens_as_data(folder: Path, _: Path) -> None:
+    for wants_captions in (False, True):
+        data = CaptionedPictures(folder, 8, captions=wants_captions)
+        assert len(data) == len(data.captions) == len(data.images) > 0
+        own = {folder / "a.png", folder / "sub/b.png"}
+        assert all(folder / row["file_name"] in own for row in data.rows), "a picture of somebody else"
+        json.dumps(data.fingerprint), "".join(data.captions).encode()
+
+
+FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp"}
+KINDS |= {kind: Kind(pictures(kind), opens, "*", (bytes_moved,), (OSError,)) for kind in FORMATS}
+KINDS |= {name: Kind(captions(name), opens_as_data, name, (bytes_moved,), (ValueError,))
+          for name in ("metadata.jsonl", "metadata.csv", "a.txt", "templates.txt")}  # fmt: skip
+MOST_PIXELS = 100_000  # so that a picture that claims to be enormous is refused before a small machine's memory is full
 
 
 # -- reading them ------------------------------------------------------------------------------------------------------
@@ -250,8 +368,8 @@ watching, ran = False, []
 
 def watch(event: str, arguments: tuple) -> None:
     """An audit hook: whatever happens in this process while a damaged file is read."""
-    if watching and event in ("os.system", "os.mkdir", "os.remove", "os.posix_spawn", "os.exec", "subprocess.Popen",
-                              "socket.connect", "shutil.rmtree"):  # fmt: skip
+    if watching and event in ("os.system", "os.mkdir", "os.remove", "os.posix_spawn", "os.exec", "os.fork",
+                              "os.startfile", "subprocess.Popen", "socket.connect", "shutil.rmtree"):  # fmt: skip
         ran.append(event)
     if watching and event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         ran.append(f"open {arguments[0]}")
@@ -280,10 +398,14 @@ def prepare(kind: str, folder: Path) -> None:
         sys.addaudithook(watch)
         hooked.append(watch)
     KINDS[kind].make(folder)
-    KINDS[kind].read(folder)
+    KINDS[kind].read(folder, next(path for path in folder.glob(KINDS[kind].files) if path.is_file()))
 
 
 hooked: list = []
+
+
+def is_sentence(error: Exception) -> bool:
+    return 0 < len(str(error)) < 1500 and "\n" not in str(error)
 
 
 def damaged_and_read(kind: str, number: int, folder: Path) -> tuple[str, str]:
@@ -298,11 +420,10 @@ def damaged_and_read(kind: str, number: int, folder: Path) -> tuple[str, str]:
         with warnings.catch_warnings(), time_limit():
             warnings.simplefilter("ignore")
             watching = True
-            KINDS[kind].read(folder)
+            KINDS[kind].read(folder, file)
         found = "loaded", ""
-    except (CheckpointError, FileNotFoundError) as error:
-        one_line = "\n" not in str(error) and len(str(error)) < 1500
-        found = "refused" if one_line else "traceback", str(error)
+    except KINDS[kind].refused as error:
+        found = "refused" if is_sentence(error) else "traceback", str(error)
     except Hang:
         found = "hang", ""
     except Exception:
@@ -355,6 +476,7 @@ def main() -> None:
     given = parser.parse_args()
     kinds = [given.kind] if given.kind else list(KINDS)
     classes = ("loaded", "refused", *FAULTS)
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     print(f"{'':<15}" + "".join(f"{name:>11}" for name in classes))
     total: Counter = Counter()
     for kind in kinds:

@@ -1,8 +1,10 @@
 """Files of weights: what is right loads to the last bit, what is wrong gets one sentence."""
 
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -24,6 +26,7 @@ from minisd import PRESETS, BPETokenizer, CheckpointError, LatentDiffusion, UNet
 from minisd.checkpoint import SHIPPED, describe, has_clip, load_weights, read_weights, save_clip, write_weights
 from minisd.checkpoint import diffusers as layout
 from minisd.clip import CLIPModel, CLIPVisionConfig
+from minisd.conditions import ClassConfig
 
 
 @pytest.fixture(scope="module")
@@ -599,6 +602,26 @@ def test_the_rest_of_clip_stays_as_long_as_its_text_tower_does(model, folder):
     assert not has_clip(folder) and not list(folder.glob("clip.*"))
 
 
+def test_a_clip_is_not_written_beside_a_model_with_another_text_tower(model, folder):
+    write(model, folder, "minisd")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    clip, tokenizer = load_clip(folder)
+    with torch.no_grad():
+        clip.text_model.embeddings.token_embedding.weight.mul_(2)
+    with pytest.raises(FileExistsError, match="has another text tower than this CLIP: choose another folder"):
+        save_clip(clip, tokenizer, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_clip_beside_a_model_without_a_text_tower_keeps_its_own(model, folder):
+    write(model, folder, "minisd")
+    clip, tokenizer = load_clip(folder)
+    classes = replace(model.config, cond_stage=ClassConfig(3, model.config.unet.context_dim))
+    save(LatentDiffusion(classes), folder)
+    save_clip(clip, tokenizer, folder)
+    assert same(load_clip(folder)[0], clip)
+
+
 def test_other_forms_of_the_old_weights_do_not_stay_beside_the_new_ones(model, tmp_path):
     """A variant and a tokenizer.json would be read before what was saved last."""
     save(model, tmp_path / "m", layout="diffusers")
@@ -650,6 +673,49 @@ def test_a_name_too_many_can_be_let_through(model, tmp_path):
     with pytest.raises(CheckpointError, match="1 superfluous .mine.*ignore="):
         load(tmp_path / "a.safetensors", "cpu")
     assert same(load(tmp_path / "a.safetensors", "cpu", ignore=["mine"]), model)
+
+
+# -- more than the memory holds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to such a limit")
+def test_a_model_that_does_not_fit_into_memory_is_refused_in_a_sentence(tmp_path):
+    """A file of 320 MB, mostly a hole, in a process that may take 200 MB more than it has, and then 800 MB."""
+    model, words = fuzz.small_model(), 5_000_000
+    save(model, tmp_path / "m", dtype=torch.float16)
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["cond_stage"]["vocab_size"] = words
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        shape = [words, *tensor.shape[1:]] if name.endswith("token_embedding.weight") else list(tensor.shape)
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    written = json.dumps(header).encode()
+    with (tmp_path / "m/model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + end)
+    program = """
+import resource, sys
+from pathlib import Path
+import minisd
+from minisd.checkpoint import describe
+for more, read in ((200, describe), (200, minisd.load), (800, describe), (800, minisd.load)):
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more * 2**20, resource.RLIM_INFINITY))
+    try:
+        read("m")
+    except Exception as error:
+        print(type(error).__name__, error)
+    else:
+        print("read")
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert len(told.stdout.splitlines()) == 4, told.stdout + told.stderr[-2000:]
+    described, loaded, described_in_more, loaded_in_more = told.stdout.splitlines()
+    assert described.startswith("CheckpointError there is not enough memory: ") and loaded == described
+    assert described_in_more == "read"
+    assert re.match("OutOfMemoryError there is not enough memory: take a dtype of half the size", loaded_in_more)
 
 
 # -- damaged files, and files of something else ------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,9 @@ def test_a_checkpoint_that_runs_a_program_is_refused(tmp_path, capsys):
         (("--height", 0), "multiples of"),
         (("--scale", 0), "--scale enlarges"),
         (("--num-images", 0), "num_images"),
+        (("--num-images", 10**11), "num_images is 100,000,000,000: at most 100,000"),
+        (("--scale", 10**6), "1 to 1,000 pixels"),
+        (("--height", 32 * 10**28), "there is not enough memory: draw fewer pictures"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments, words):
@@ -141,6 +145,33 @@ def test_what_cannot_be_written_is_found_before_the_drawing(tmp_path, capsys, mo
     (tmp_path / "taken.gif").mkdir()
     assert "taken.gif cannot be written" in fails(capsys, "txt2img", "x", *film)
     assert (tmp_path / "kept.png").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path, capsys, monkeypatch):
+    def full_disk(image, path, *_, **__):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    film = ("--trajectory", tmp_path / "a.gif")
+    before = draw(tmp_path / "a.png", *film, "--model", "tiny")
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    told = fails(capsys, "txt2img", "x", "--steps", 1, "--model", "tiny", "--out", tmp_path / "a.png")
+    assert "could not write" in told and "No space left on device" in told and "is untouched" in told
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png").convert("RGB")), before)
+    assert sorted(os.listdir(tmp_path)) == ["a.gif", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("data", "shapes", "--count", 10**20), "1 to 1,000,000 can be drawn"),
+        (("data", "shapes", "--count", 2, "--seed", -1), "from a seed of at least 0"),
+        (("data", "shapes", "--count", 2, "--size", 10**9), "there is not enough memory: ask for fewer or smaller"),
+    ],
+)
+def test_an_absurd_number_is_refused_at_once(tmp_path, capsys, command, words):
+    assert words in fails(capsys, *command, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

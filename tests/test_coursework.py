@@ -1919,6 +1919,20 @@ def test_a_notebook_in_which_somebody_has_worked_is_not_overwritten(tmp_path, fo
     assert "nbformat" in paths[-1].read_text("utf-8") and paths[0].exists()
 
 
+def test_a_full_disk_leaves_the_notebook_that_would_be_replaced(tmp_path, monkeypatch):
+    path = export(tmp_path)[0]
+    path.write_text("my answers", "utf-8")
+
+    def full_disk(file, *_, **__):
+        file.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left on device.*what was there before is untouched"):
+        export(tmp_path, overwrite=True)
+    assert path.read_text("utf-8") == "my answers" and not list(tmp_path.rglob("*.unfinished"))
+
+
 def test_the_teachers_page_is_up_to_date():
     page = (ROOT / "docs/coursework.md").read_text("utf-8")
     assert table() in page, "print it anew: python -c 'from minisd.coursework.export import table; print(table())'"

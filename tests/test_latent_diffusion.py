@@ -415,6 +415,8 @@ def test_a_trajectory_shows_x_t_and_the_estimates_of_x_0(sd):
         ({"width": 19}, "multiples of 4 .*not 32x19: try 32x20"),
         ({"width": -8}, "multiples of 4 .*not 32x-8"),
         ({"num_images": 0}, "num_images is 0"),
+        ({"num_images": 10**11}, "num_images is 100,000,000,000: at most 100,000"),
+        ({"steps": 10**11}, "steps must lie between 1 and 1000"),
         ({"seed": 2**70}, "between .*but this one is 1180591620717411303424"),
         ({"prompt": []}, r"the prompt \[\]"),
         ({"sampler": "plms", "eta": 0.5}, "eta must be 0.* 0.5"),

@@ -898,6 +898,8 @@ def test_a_unet_run_leaves_a_model_that_draws(shapes, engine, parts, tmp_path):
     ("recipe", "values", "words"),
     [
         (Recipe, {"batch_size": 0}, "batch_size must be at least 1"),
+        (Recipe, {"batch_size": 10**12}, "batch_size must be at least 1 and at most 1,000,000, not 1,000,000,000,000"),
+        (Recipe, {"seed": -1}, "seed must be at least 0"),
         (Recipe, {"ema_decay": 9.0}, "ema_decay is a share, from 0 to 1, not 9.0"),
         (Recipe, {"clip_grad": 0.0}, "clip_grad must be more than 0"),
         (UNetRecipe, {"text_dropout": 10.0}, "text_dropout is a share, from 0 to 1, not 10.0"),

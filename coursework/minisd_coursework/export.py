@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from minisd.checkpoint import written_whole
+
 from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
 from .picture import caption
 from .texts import FOLDER, placeholders, say
@@ -56,8 +58,8 @@ def export(folder: str | Path, form: str = "plain", solutions: bool = True, over
         if not overwrite and path.exists() and path.read_text("utf-8", errors="replace") != text:
             raise ValueError(f"{path} has been changed: give another folder, or replace it by --overwrite")
     for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        with written_whole(path) as unfinished:
+            unfinished.write_text(text, "utf-8")
     return list(files)
 
 
@@ -85,8 +87,7 @@ def nbgrader(stage: str) -> list[dict]:
         own = {"grade": False, "solution": True, "locked": False}
         graded = {"grade": True, "solution": False, "locked": True, "points": exercise.difficulty}
         cells += [heading(exercise), code(fenced, _graded(exercise.name, own)), hints(exercise)]
-        test = f"check.{exercise.name}({exercise.name}).expect()"
-        cells.append(code(test, _graded(f"check_{exercise.name}", graded)))
+        cells.append(code(f"check.{exercise.name}({exercise.name}).expect()", _graded(f"check_{exercise.name}", graded)))
     return cells
 
 

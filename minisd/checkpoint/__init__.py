@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
-from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig, enough_memory
 from ..presets import PRESETS
 from . import compvis, diffusers, files, minisd_folder
 from .files import CheckpointError, as_written, load_weights, read_json, read_weights, write_json, write_weights
@@ -31,6 +31,7 @@ LOCAL = ("runs", "data", "models", "checkpoints", "weights", "out", "output", "o
 Layout = Literal["minisd", "diffusers", "compvis"]
 
 
+@enough_memory("take a dtype of half the size, float16 or bfloat16, or a machine with more memory")
 def load(
     path: str | Path = "emoji",
     device: str | torch.device | None = None,
@@ -68,7 +69,7 @@ def load(
     beside = compvis.yaml_beside(path) if config is None and path.is_file() else None
     of_folder = path.is_dir() or (config is None and beside is None and _in_minisd_folder(path))
     in_diffusers = (path / "model_index.json").is_file()
-    unused = {"config": config, "use_ema": use_ema, "tokenizer": tokenizer, "ignore": ignore or None}
+    unused = {"config": config, "use_ema": use_ema or None, "tokenizer": tokenizer, "ignore": ignore or None}
     unused = (unused if of_folder else {}) | ({} if in_diffusers else {"variant": variant})
     given = [name for name, value in unused.items() if value is not None]
     if given:

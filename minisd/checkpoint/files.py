@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..clip import BPETokenizer, CLIPTextConfig
-from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
+from ..latent_diffusion import NO_MEMORY, LatentDiffusion, LatentDiffusionConfig
 
 # "mistaken": how files begin that people take for weights, and what they are. "set_aside": see `set_aside`.
 # "tokenizer": the files of one. "model": further files of a model in minisd's or diffusers' layout, which a new model
@@ -299,8 +299,10 @@ def refused_as(sentence: str) -> Iterator[None]:
     except (CheckpointError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise CheckpointError(f"{sentence} ({reason})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if re.search(NO_MEMORY, reason):
+            sentence = f"there is not enough memory: end other programs; or, if there should be enough, {sentence}"
+        raise CheckpointError(f"{sentence} ({reason[:160]})") from None
 
 
 def read_tokenizer(folder: Path) -> BPETokenizer:
@@ -510,7 +512,9 @@ def _unfinished(path: Path, before: str = "what was there before") -> Iterator[P
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch raises RuntimeError on a full disk
-        raise OSError(f"could not write {path} ({error}); {before} is untouched") from error
+        reason = error.__cause__ or error  # a file in an unfinished folder has said it before
+        hint = "" if isinstance(reason, OSError) else "is the disk full? "
+        raise OSError(f"could not write {path} ({hint}{reason}); {before} is untouched") from reason
     finally:
         remove_unfinished(unfinished)
 

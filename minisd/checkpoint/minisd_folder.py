@@ -61,7 +61,8 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
         raise FileExistsError(f"{folder} holds something else than a model in minisd's layout: choose another folder")
     state = files.cast(sd.state_dict(), dtype)
     with files.folder_written_whole(folder) as unfinished:
-        if _is_of(folder, state):
+        tower = {n.removeprefix(TEXT_TOWER): t for n, t in state.items() if n.startswith(TEXT_TOWER)}
+        if all((folder / name).is_file() for name in CLIP_FILES) and _equal(tower, _text_tower(folder)):
             for name in CLIP_FILES:
                 files.link_or_copy(folder / name, unfinished / name)
         if isinstance(sd.config.cond_stage, CLIPTextConfig):
@@ -71,16 +72,18 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
         files.write_weights(state, unfinished / "model.safetensors")
 
 
-def _is_of(folder: Path, state: Mapping[str, Tensor]) -> bool:
-    """Whether the model in a folder has the text tower of `state`, so that the rest of CLIP beside it fits both."""
-    if not all((folder / name).is_file() for name in (*CLIP_FILES, "model.safetensors")):
-        return False
+def _text_tower(folder: Path) -> dict[str, Tensor]:
+    """The text tower of the model in a folder, under CLIP's names. {} if it has none, or can't be read."""
     try:
-        old = files.read_weights(folder / "model.safetensors", check=False)
-    except CheckpointError:
-        return False
-    ours, theirs = ({n: t.float() for n, t in table.items() if n.startswith(TEXT_TOWER)} for table in (state, old))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+        state = files.read_weights(folder / "model.safetensors", check=False)
+    except (FileNotFoundError, CheckpointError):
+        return {}
+    return {name.removeprefix(TEXT_TOWER): t for name, t in state.items() if name.startswith(TEXT_TOWER)}
+
+
+def _equal(ours: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+    """Whether two text towers are the same, in the dtype in which the second is stored."""
+    return ours.keys() == stored.keys() and all(torch.equal(ours[n].cpu().to(t.dtype), t) for n, t in stored.items())
 
 
 def read_config(folder: Path) -> LatentDiffusionConfig:
@@ -132,10 +135,16 @@ def load_clip_folder(folder: Path) -> tuple[CLIPModel, BPETokenizer]:
 
 
 def save_clip(clip: CLIPModel, tokenizer: BPETokenizer, folder: str | Path) -> None:
-    """Write both CLIP towers and their tokenizer, without the text tower if a model in the folder holds it already."""
-    folder = Path(folder)
-    beside_model = (folder / "model.safetensors").exists()
-    state = {k: v for k, v in clip.state_dict().items() if not (beside_model and k.startswith("text_model."))}
+    """Write both CLIP towers and their tokenizer, without the text tower if a model in the folder holds it already.
+
+    Raises:
+        OSError: they could not be written; or the model in the folder has another text tower.
+    """
+    folder, state = Path(folder), clip.state_dict()
+    stored = _text_tower(folder)
+    if stored and not _equal({name: t for name, t in state.items() if name.startswith("text_model.")}, stored):
+        raise FileExistsError(f"the model in {folder} has another text tower than this CLIP: choose another folder")
+    state = {name: tensor for name, tensor in state.items() if name not in stored}
     with files.folder_written_whole(folder / "clip.json", into=folder) as unfinished:
         tokenizer.save(unfinished / "tokenizer", clip.text_config.max_length)
         files.write_weights(files.cast(state, torch.float16), unfinished / "clip.safetensors")

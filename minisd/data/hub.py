@@ -47,7 +47,7 @@ def fetch_dataset(
         if complete:
             return folder
         rows, pictures, read = [], [], 0
-        stream = tqdm(islice(_stream(source, split, image, text), count), str(source), total=count)
+        stream = tqdm(islice(_stream(source, split, image, text), count and max(0, count)), str(source), total=count)
         for read, (data, caption) in enumerate(stream, 1):
             if caption:
                 with suppress(ValueError):  # raised if the picture can't be read

@@ -142,8 +142,9 @@ def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
 
 def shape_corpus(count: int, size: int = 32, seed: int = 0) -> tuple[UInt8[np.ndarray, "n size size 3"], list[str]]:
     """The first `count` pictures of a seed and their captions, in memory."""
-    if count < 1 or size < 8:
-        raise ValueError(f"{count} pictures of {size} pixels were asked for: at least 1, of at least 8.")
+    if not 1 <= count <= 10**6 or size < 8 or seed < 0:
+        asked = f"{count:,} pictures of {size} pixels from the seed {seed} were asked for"
+        raise ValueError(f"{asked}: 1 to 1,000,000 can be drawn, of at least 8, from a seed of at least 0.")
     scenes = [scene(seed, k) for k in range(count)]
     pictures = np.stack([render(s, size) for s in tqdm(scenes, "drawing shapes", disable=count < 5000)])
     return pictures, [s.caption for s in scenes]

@@ -70,9 +70,10 @@ class Recipe:
             if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
                 object.__setattr__(self, name, value.item())
         every = [name for name in vars(self) if name.endswith("_every")]
-        for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", *every):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed", *every):
+            least, most = {"batch_size": (1, 10**6), "seed": (0, 2**63)}.get(name, (1, 10**12))
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be at least {least} and at most {most:,}, not {getattr(self, name):,}")
         self._check_share("ema_decay")
         if not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be more than 0, not {self.clip_grad}")
@@ -284,7 +285,8 @@ class Trainer:
         """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
-        If you leave the loop before the last step, other processes can, and signals have their usual effect again.
+        If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
+        a variable holds an iterator over the steps, `iter(trainer.steps())`, it is so once the variable is deleted.)
         """
         return Steps(self._steps)
 

@@ -278,10 +278,8 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
     record, state = checkpoint.read_json(file), checkpoint.read_weights(weights)
     # On "meta", it gets no random weights, which would be overwritten.
     with files.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
-        config, scale_factor = (
-            checkpoint.part_from_json("first_stage", record["first_stage"]),
-            float(record["scale_factor"]),
-        )
+        config = checkpoint.part_from_json("first_stage", record["first_stage"])
+        scale_factor = float(record["scale_factor"])
         files.check_blocks(len(state), config)
         vae = FIRST_STAGES[type(config)](config)
     checkpoint.load_weights(vae, state, weights)
