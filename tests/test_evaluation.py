@@ -322,26 +322,6 @@ def test_each_drawing_lies_above_its_real_picture(evaluator, tmp_path):
     assert middles.tolist() == [[0] * 16, [128] * 16, [0] * 4 + [255] * 12, [128] * 4 + [255] * 12]
 
 
-def test_a_sweep_asks_with_each_value(corpus, clip, data, tmp_path, capsys):
-    asked = []
-
-    class Watched(Oracle):
-        def txt2img(self, captions, **options):
-            asked.append(options["guidance_scale"])
-            return super().txt2img(captions, **options)
-
-    real = {caption: data[i][0] for i, caption in enumerate(data.captions)}
-    evaluator = evaluation.Evaluator(Watched(real.__getitem__), corpus, clip, groups=("test_pair",))
-    found = evaluation.sweep(evaluator, "guidance_scale")
-    assert asked == list(run.SWEEPS["guidance_scale"]) and list(found) == ["1", "2", "3", "4", "6", "8"]
-    evaluation.report_sweep("guidance_scale", found, evaluation.Setting(), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep_guidance_scale.json", "sweep_guidance_scale.png"}
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["guidance_scale", *found] and table[-2].startswith("patches, style")
-    with pytest.raises(ValueError, match="varies one of guidance_scale, steps, sampler, not seed"):
-        evaluation.sweep(evaluator, "seed")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,7 +22,6 @@ from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
-from ..sampling import SAMPLERS
 from ..vae import DiagonalGaussianDistribution
 from .copies import Nearness, nearness
 from .distances import MINIMUM, Distance, measure_distance
@@ -74,7 +73,7 @@ class Evaluator:
         folder: the data set. Its rows have the columns `concept` and `split` and, if there are styles, `style`.
         clip: both towers and their tokenizer (`minisd.load_clip`).
         count: the largest number of captions in a group. They are chosen by the hashes of their file names.
-        groups: the groups to draw for; `evaluate` needs train and test_pair, `sweep` only its own group.
+        groups: the groups to draw for; `evaluate` needs train and test_pair, the methods of this class only their own.
 
     Raises:
         ValueError: the rows do not name concepts, or there are too few held-out pairs or none.
@@ -172,28 +171,6 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
         to_training={what: distance for what, (_, distance, _) in measured.items()},
         nearest=nearest,
     )
-
-
-Sweep = dict[str, tuple[list[Score], list[Distance]]]  # for each value of the option that is varied
-
-# The options that a sweep can vary, and their values.
-SWEEPS = {
-    "guidance_scale": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
-    "steps": (5, 10, 15, 25, 50),
-    "sampler": tuple(SAMPLERS),
-}
-
-
-def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair") -> Sweep:
-    """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`."""
-    if what not in SWEEPS:
-        raise ValueError(f"a sweep varies one of {', '.join(SWEEPS)}, not {what}")
-    found = {}
-    for value in SWEEPS[what]:
-        drawn = evaluator.draw(group, replace(setting, **{what: value}))
-        name = f"{value:g}" if isinstance(value, float) else str(value)
-        found[name] = evaluator.scores(group, drawn), evaluator.distances(f"drawings, {group}", drawn)
-    return found
 
 
 def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:
