@@ -15,7 +15,6 @@ the score (scores.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data import Scenes
@@ -91,27 +89,14 @@ def place(scene: Scene, item: int) -> str:
     return next(half for half, way in HALVES.items() if way == wanted)
 
 
-@dataclass(frozen=True)
-class Crops(Dataset):
-    """Crops of real scenes, with what `PatchJudge` needs of a data set."""
-
-    pictures: Float[Tensor, "n 3 h w"]
-    rows: list[dict]  # concept, style
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Tensor) -> Float[Tensor, "b 3 h w"]:
-        return self.pictures[indices]
-
-    @classmethod
-    def of(cls, scenes: Scenes) -> "Crops":
-        pictures, rows = [], []
-        for i, scene in enumerate(tqdm(scenes.scenes, "real scenes")):
-            picture, _ = scenes[i]
-            pictures += [crop(picture, place(scene, k)) for k in range(len(scene.items))]
-            rows += [{"concept": item.concept, "style": scene.style} for item in scene.items]
-        return cls(torch.stack(pictures), rows)
+def real_crops(scenes: Scenes) -> tuple[list[dict], Float[Tensor, "n 3 CROP CROP"]]:
+    """What `PatchJudge` learns from: the rows (concept, style) and crops of each thing in real scenes."""
+    rows, crops = [], []
+    for i, scene in enumerate(tqdm(scenes.scenes, "real scenes")):
+        picture, _ = scenes[i]
+        crops += [crop(picture, place(scene, k)) for k in range(len(scene.items))]
+        rows += [{"concept": item.concept, "style": scene.style} for item in scene.items]
+    return rows, torch.stack(crops)
 
 
 def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
@@ -123,8 +108,8 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
     colours = {half: np.array([main_colour(part) for part in crops]) for half, crops in views.items()}
     one, two = (np.array([len(scene.items) == k for scene in scenes]) for k in (1, 2))
     thing, colour = {}, {}
-    for k in (0, 1):  # a scene with one thing has it as its second, too, so that every scene has a row
-        items = [scene.items[min(k, len(scene.items) - 1)] for scene in scenes]
+    for k in (0, 1):  # a scene with one thing has it as items[-1], too, so that every scene has a row
+        items = [scene.items[-k] for scene in scenes]
         rows = [{"concept": item.concept, "style": scene.style} for item, scene in zip(items, scenes, strict=True)]
         asked = np.array([item.colour or "none" for item in items])
         for half, crops in views.items():
@@ -132,8 +117,7 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
             colour[half, k] = colours[half][:, None] == asked
 
     def where_it_should_be(found: dict, k: int) -> Bool[np.ndarray, "n n"]:
-        columns = [found[place(scene, min(k, len(scene.items) - 1)), k][:, j] for j, scene in enumerate(scenes)]
-        return np.stack(columns, axis=1)
+        return np.stack([found[place(scene, k), k][:, j] for j, scene in enumerate(scenes)], axis=1)
 
     ways = [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")]
     behind = nearest_colour(background(pictures).flatten(1), PALETTE | {"white": (255, 255, 255)})
@@ -168,7 +152,7 @@ def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setti
         count: how many captions of each. The judge learns from other scenes, of which there are many more.
     """
     size = sd.config.image_size
-    judge = PatchJudge(Crops.of(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
+    judge = PatchJudge(*real_crops(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
     found = Evaluation(scores=[], drawings={})
     for split, name in {"train": "seen", "test_scene": "held out"}.items():
         data = Scenes(folder, split, size, count, seed=1)

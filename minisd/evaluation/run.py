@@ -108,9 +108,10 @@ class Evaluator:
             if len(some) >= FEWEST:
                 rows = [whole.rows[i] for i in some]
                 self.groups["known_words"] = Group(rows, whole.real[some], whole.decoded[some])
-        self.training = data.batch(members["train"])
-        self.tower = ImageTowerJudge(*clip, data)
-        self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
+        pictures = data.batch(range(len(data)))
+        self.training = pictures[members["train"]]
+        self.tower = ImageTowerJudge(*clip, data.rows)
+        self.judges = [NearestPicture(data.rows, pictures), self.tower, PatchJudge(data.rows, pictures)]
         stretch = self.tower.texts.shape[1] ** 0.5  # scales CLIP's unit vectors to length √d, so that x·y/d is a cosine
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
