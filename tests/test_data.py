@@ -575,7 +575,7 @@ def test_an_interrupted_write_leaves_the_old_corpus(corpus, monkeypatch):
 
 def test_a_write_that_fails_late_leaves_no_corpus(corpus, monkeypatch):
     """While the pictures are being replaced there is no metadata.jsonl: that says that the corpus is not complete."""
-    monkeypatch.setattr(folder, "write_text", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
         folder.write_corpus(
             corpus, [{"file_name": "images/a.png", "text": "a"}], np.zeros((1, 8, 8, 3), np.uint8), {"a": 1}
@@ -1166,7 +1166,7 @@ def test_the_photograph_is_one_and_says_whose_it_is():
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    captioned_pictures.write_sheet(tmp_path / "sheet.webp", noise)
+    cut_sample.write_sheet(tmp_path / "sheet.webp", noise)
     assert np.array_equal(captioned_pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..pictures import open_picture, sheet
+from ..pictures import open_picture
 from .text import printable, read_table, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
@@ -213,12 +213,6 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
 
 
-def write_sheet(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """What `read_sheet` reads: a lossless contact sheet without gaps, the last row filled up with white."""
-    page = sheet([Image.fromarray(picture) for picture in pictures], SHEET_COLUMNS, gap=0)
-    page.save(path, lossless=True, quality=100, method=6)
-
-
 # The classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -331,12 +325,12 @@ class CaptionedPictures(Corpus):
             named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
         if not self.rows:
             why = f"; left out: {', '.join(named)}" if named else ""
-            captioned, text, beside = "captioned ", ", text", " with their captions beside them in .txt files"
-            if not captions:
-                captioned = text = beside = ""
+            kind, columns, beside = "picture", "file_name", ""
+            if captions:
+                kind, columns, beside = "captioned picture", "file_name, text", " with their captions in .txt files"
             raise ValueError(
-                f"{self.folder} holds no {captioned}picture that can be used: it takes a metadata.jsonl (file_name"
-                f"{text}), or pictures ({', '.join(SUFFIXES)}){beside}{why}."
+                f"{self.folder} holds no {kind} that can be used: it takes a metadata.jsonl ({columns}), or pictures "
+                f"({', '.join(SUFFIXES)}){beside}{why}."
             )
         if self.skipped:
             total = len(self.skipped) + len(self.rows)

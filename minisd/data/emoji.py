@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..pictures import open_picture
 from .concepts import Concept, bare, concepts, icon_names, join, slug
-from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
+from .folder import DOWNLOADS, corpus_folder, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, attribution, fetch, read_files, read_json
 from .split import held_out_families, held_out_styles, in_known_words
 
@@ -47,19 +47,19 @@ def svg(icons: dict, name: str) -> str:
     )
 
 
-def picture_file(source: str | bytes, side: int) -> bytes:
-    """The bytes of a picture: an SVG is rendered at side x side pixels, a picture stays as it is."""
+def picture_file(source: str | bytes, size: int, master: int) -> bytes:
+    """The bytes of a picture: an SVG is rendered at about master x master pixels, a picture stays as it is."""
     if isinstance(source, bytes):
         return source
     import resvg_py
 
+    side = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
     return bytes(resvg_py.svg_to_bytes(svg_string=source, width=side, height=side))
 
 
 def render(source: str | bytes, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
     """An SVG or a picture as pixels, on white: rendered at about master x master and averaged down to size x size."""
-    master = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
-    picture = open_picture(picture_file(source, master))
+    picture = open_picture(picture_file(source, size, master))
     return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
 
 
@@ -93,15 +93,11 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     styles: dict[str, list[str]] = {}
     for concept, style in cells:
         styles.setdefault(concept.name, []).append(style)
-    held_out = {name: held_out_styles(name, have) for name, have in styles.items()}
-
-    def split(concept: Concept, style: str) -> str:
-        if concept.family in unseen:
-            return "test_concept"
-        return "test_pair" if style in held_out[concept.name] else "train"
-
-    return [
-        {
+    held_out = {(name, style) for name, have in styles.items() for style in held_out_styles(name, have)}
+    rows = []
+    for concept, style in cells:
+        split = "test_pair" if (concept.name, style) in held_out else "train"
+        row = {
             "file_name": f"images/{slug(style)}/{slug(concept.name)}.png",
             "text": f"{concept.name}, {style} style",
             "concept": concept.name,
@@ -109,11 +105,11 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
             "group": concept.group,
             "subgroup": concept.subgroup,
             "keywords": list(concept.keywords),
-            "split": split(concept, style),
+            "split": "test_concept" if concept.family in unseen else split,
             "codepoint": concept.codepoint,
         }
-        for concept, style in cells
-    ]
+        rows.append(row)
+    return rows
 
 
 def grid(everything: Sequence[Concept], rendered: Mapping[Style, Rendered]) -> tuple[list[dict], np.ndarray]:
@@ -208,12 +204,11 @@ def build_emoji(
     with corpus_folder(folder, recipe, f"{len(chosen)} styles at {size}x{size}") as complete:
         if complete:
             return folder
-        with disk_errors(folder):
-            # Everything is downloaded first, then rendered.
-            for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
-                fetch(package, cache)
-            everything = read_concepts(cache, tones, flags)
-            rendered = {style: render_style(style, everything, cache, size) for style in chosen}
+        # Everything is downloaded first, then rendered.
+        for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
+            fetch(package, cache)
+        everything = read_concepts(cache, tones, flags)
+        rendered = {style: render_style(style, everything, cache, size) for style in chosen}
         rows, pictures = grid(everything, rendered)
         texts = {"ATTRIBUTION.md": attribution(chosen), "templates.txt": "\n".join(TEMPLATES) + "\n"}
         write_corpus(folder, rows, pictures, recipe, texts)

@@ -284,8 +284,7 @@ class Scenes(Corpus):
 
 def cut_out(source: str | bytes, side: int, master: int) -> UInt8[np.ndarray, "side side 4"]:
     """An SVG or a picture as pixels with an alpha channel, averaged down as `emoji.render` does."""
-    master = side * max(1, round(master / side))
-    with Image.open(BytesIO(picture_file(source, master))) as picture:
+    with Image.open(BytesIO(picture_file(source, side, master))) as picture:
         premultiplied = picture.convert("RGBA").convert("RGBa")
     return np.asarray(premultiplied.resize((side, side), Image.Resampling.BOX).convert("RGBA"))
 
