@@ -560,13 +560,6 @@ def test_walks_leaves_no_path_outside_of_a_panel(viz):
         assert low < -7 and high == -low and axes.get_ylim() == (low, high)
 
 
-def test_pursuit_shows_the_curve_in_each_panel_and_noise_falling_to_the_right(viz):
-    curve, steps = (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])), ([3.0, 1.0], [0.0, 0.5])
-    for axes in viz.pursuit(curve, {"a": steps, "b": steps}).axes:
-        assert list(axes.lines[0].get_ydata()) == [0, 1, 0] and list(axes.lines[1].get_ydata()) == [0, 0.5]
-        assert axes.xaxis_inverted()
-
-
 def test_convergence_has_guides_of_the_slopes_that_were_asked_for(viz):
     n = torch.tensor([5.0, 50.0])
     (axes,) = viz.convergence({"a": {"first": (n, 1 / n), "second": (n, 1 / n**2)}}).axes

@@ -56,12 +56,9 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
 def decode_file(source: str | Path | bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
     """The picture in a file, or in a file's bytes: its central square, resized (None: not resized).
 
-    Raises ValueError, with the reason in plain words, if there is no picture that can be read.
+    Raises OSError, with the reason in plain words, if there is no picture that can be read.
     """
-    try:
-        picture = open_picture(source)
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    picture = open_picture(source)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
@@ -127,11 +124,10 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
         beside = path.with_suffix(".txt")
         try:
             caption = " ".join(read_text(beside, guessed).split()) if beside.exists() else ""
+            if captions and not caption:
+                raise ValueError("no caption")
         except ValueError as error:
             skipped.append((name, str(error)))
-            continue
-        if captions and not caption:
-            skipped.append((name, "no caption"))
             continue
         rows.append({"file_name": name, "text": caption})
         if path.parent != folder:
@@ -313,7 +309,7 @@ class CaptionedPictures(Corpus):
             path = self.folder / row["file_name"]
             try:
                 picture = decode_file(path, size)
-            except ValueError as error:
+            except OSError as error:
                 self.skipped.append((row["file_name"], str(error).removeprefix(f"{path}: ")))
             else:
                 yield row, picture

@@ -20,7 +20,7 @@ from ..pictures import open_picture
 from .concepts import Concept, bare, concepts, icon_names, join, slug
 from .folder import DOWNLOADS, corpus_folder, write_corpus
 from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, attribution, fetch, read_files, read_json
-from .split import held_out_families, held_out_styles, in_known_words
+from .split import held_out_families, held_out_styles
 
 # The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
 TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}")
@@ -214,14 +214,6 @@ def build_emoji(
         write_corpus(folder, rows, pictures, recipe, texts)
         for partial in cache.glob("*.partial.npz"):
             partial.unlink()
-    print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
+    splits = ", ".join(f"{name} {count:,}" for name, count in Counter(row["split"] for row in rows).items())
+    print(f"{folder}: {len(rows):,} pictures at {size}x{size} ({splits}).")
     return folder
-
-
-def figures(rows: Sequence[dict]) -> str:
-    """The number of pictures in each style and each split, in one line."""
-    styles, splits = (
-        ", ".join(f"{name} {count:,}" for name, count in Counter(row[key] for row in rows).items())
-        for key in ("style", "split")
-    )
-    return f"{styles}; {splits} ({len(in_known_words(rows)):,} of test_concept in words that training knows)"

@@ -15,7 +15,6 @@ def maps(
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     pictures: Sequence[Float[Tensor, "c _ _"]] | Float[Tensor, "r c _ _"] | None = None,
-    size: float = 0.96,
 ) -> Figure:
     """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a colour bar.
 
@@ -24,7 +23,7 @@ def maps(
     """
     before = 0 if pictures is None else 1  # a row's picture takes its first place
     titles = titles and [*[""] * before, *titles]
-    figure, cells = page.grid([len(row) + before for row in rows], size, titles, labels, scales=True)
+    figure, cells = page.grid([len(row) + before for row in rows], 0.96, titles, labels, scales=True)
     for i, row in enumerate(rows):
         if pictures is not None:
             page.show_picture(cells[i][0], pictures[i])
