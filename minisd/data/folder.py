@@ -124,15 +124,13 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
                 f"{folder} holds a corpus that would be replaced, but {added[0]}{more} in it is not in its "
                 f"metadata.jsonl: move that elsewhere, or give a new or an empty folder."
             )
-        return
-    if unfinished_by(maker) in found:
-        return
-    for other, command in COMMANDS.items():
-        if unfinished_by(other) in found:
-            raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
-    if found and not (maker == "build_emoji" and only_downloads(folder)):
-        more = f" and {len(found) - 1} more" if found[1:] else ""
-        raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
+    elif unfinished_by(maker) not in found:
+        for other, command in COMMANDS.items():
+            if unfinished_by(other) in found:
+                raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
+        if found and not (maker == "build_emoji" and only_downloads(folder)):
+            more = f" and {len(found) - 1} more" if found[1:] else ""
+            raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
 
 
 def made_by(recipe: dict) -> str:
