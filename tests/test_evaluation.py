@@ -326,7 +326,7 @@ def test_each_drawing_lies_above_its_real_picture(evaluator, tmp_path):
     ("change", "message"),
     [
         (lambda row: row.pop("concept"), "must name a concept"),
-        (lambda row: row.update(split="train"), "no row has the split test_pair"),
+        (lambda row: row.update(split="train"), "captions of test_pair are needed: .* has 0 such rows"),
         (lambda row: row["style"] != "noto" and row.update(split="train"), "at least 10 captions of test_pair"),
     ],
 )

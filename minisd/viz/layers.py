@@ -41,8 +41,7 @@ def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8
     Each channel has its own colour scale, with white at zero. Its number and largest absolute value are below it.
     """
     shown = {name: min(channels, len(maps)) for name, maps in layers.items()}
-    below = [0.2] * (len(layers) - 1) + [0.18]
-    figure, cells = page.grid([channels] * len(layers), size, None, list(layers), below=below, gap=0.06, top=0.02)
+    figure, cells = page.grid([channels] * len(layers), size, None, list(layers), below=0.2)
     for row, (name, maps) in zip(cells, layers.items(), strict=True):
         maps = maps.detach().float().cpu()
         for axes in row[shown[name] :]:
