@@ -30,10 +30,3 @@ from .pictures import captioned, noising_strip, strip, trajectory
 from .plots import convergence, curves, histograms, ruler, schedule_curves, with_errors
 from .toys import clouds, density_over_time, vector_field, walks
 from .words import matrices, token_table
-
-__all__ = [
-    "COLOURS", "DASHES", "attention_maps", "captioned", "class_diagram", "clouds", "convergence", "curves",
-    "density_over_time", "feature_maps", "histograms", "maps", "matrices", "noising_strip", "plane", "ruler",
-    "sampling_diagram", "save_sheet", "schedule_curves", "sheet", "strip", "to_pil", "token_table", "training_diagram",
-    "trajectory", "unet_diagram", "vector_field", "walks", "with_errors",
-]  # fmt: skip
