@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..pictures import open_picture
-from .text import printable, read_table, read_text
+from .text import printable, read_rows, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -84,7 +84,7 @@ def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skip
     needed = "a file_name and a text" if captions else "a file_name"
     for path in metadata_files(folder):
         place = path.parent.relative_to(folder)
-        for number, row in read_table(path):
+        for number, row in read_rows(path):
             reason = f"no {'JSON object' if path.suffix == '.jsonl' else 'row'} with {needed}"
             try:
                 row = json.loads(row) if isinstance(row, str) else row

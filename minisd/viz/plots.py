@@ -43,16 +43,16 @@ def curves(
 
 def schedule_curves(schedules: Mapping[str, object]) -> Figure:
     """β_t, ᾱ_t and the log of the signal-to-noise ratio, for each {name: NoiseSchedule}."""
-    panels = {
-        r"noise added in a step:  $\beta_t$": lambda s, t: s.betas,
-        r"signal that is left:  $\bar\alpha_t$": lambda s, t: s.alphas_cumprod,
-        r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$": lambda s, t: s.log_snr(t),
-    }
-    lines = {
-        title: {name: (t := torch.arange(s.timesteps), value(s, t)) for name, s in schedules.items()}
-        for title, value in panels.items()
-    }
-    return curves(lines, log=[next(iter(panels))])  # β covers four orders of magnitude
+    betas, alphas_cumprod, log_snr = {}, {}, {}
+    for name, schedule in schedules.items():
+        t = torch.arange(schedule.timesteps)
+        betas[name] = t, schedule.betas
+        alphas_cumprod[name] = t, schedule.alphas_cumprod
+        log_snr[name] = t, schedule.log_snr(t)
+    noise = r"noise added in a step:  $\beta_t$"  # on a logarithmic axis, because β covers four orders of magnitude
+    signal = r"signal that is left:  $\bar\alpha_t$"
+    ratio = r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$"
+    return curves({noise: betas, signal: alphas_cumprod, ratio: log_snr}, log=[noise])
 
 
 def histograms(
