@@ -100,13 +100,9 @@ def real_crops(scenes: Scenes) -> tuple[list[dict], Float[Tensor, "n 3 CROP CROP
 
 
 def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
-    """For each question: whether picture i would be a hit for the caption of scene j.
-
-    A question that a scene does not ask is a hit in no picture.
-    """
+    """For each question: whether picture i would be a hit for the caption of scene j, if that scene asks it (ASKED)."""
     views = {half: torch.stack([crop(picture, half) for picture in pictures]) for half in HALVES}
     colours = {half: np.array([main_colour(part) for part in crops]) for half, crops in views.items()}
-    one, two = (np.array([len(scene.items) == k for scene in scenes]) for k in (1, 2))
     thing, colour = {}, {}
     for k in (0, 1):  # a scene with one thing has it as items[-1], too, so that every scene has a row
         items = [scene.items[-k] for scene in scenes]
@@ -122,23 +118,17 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
     ways = [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")]
     behind = nearest_colour(background(pictures).flatten(1), PALETTE | {"white": (255, 255, 255)})
     return {
-        "thing": one & thing["whole", 0],
+        "thing": thing["whole", 0],
         "background": behind[:, None] == np.array([scene.background or "white" for scene in scenes]),
-        "colour": one & colour["whole", 0],
-        "two things": two & np.any([thing[a, 0] & thing[b, 1] for a, b in ways], axis=0),
-        "position": two & where_it_should_be(thing, 0) & where_it_should_be(thing, 1),
-        "two colours": two & where_it_should_be(colour, 0) & where_it_should_be(colour, 1),
+        "colour": colour["whole", 0],
+        "two things": np.any([thing[a, 0] & thing[b, 1] for a, b in ways], axis=0),
+        "position": where_it_should_be(thing, 0) & where_it_should_be(thing, 1),
+        "two colours": where_it_should_be(colour, 0) & where_it_should_be(colour, 1),
     }
 
 
-ASKED = {
-    "thing": lambda scene: len(scene.items) == 1 and not scene.items[0].colour,
-    "background": lambda scene: scene.background is not None,
-    "colour": lambda scene: scene.kind == "colour",
-    "two things": lambda scene: scene.kind == "relation",
-    "position": lambda scene: scene.kind == "relation",
-    "two colours": lambda scene: scene.kind == "both",
-}
+# Which questions a scene of each kind asks. Beside these, a scene of any kind may have a coloured background.
+ASKED = {"background": ["thing"], "colour": ["colour"], "relation": ["two things", "position"], "both": ["two colours"]}
 
 
 # The evaluation -------------------------------------------------------------------------------------------------------
@@ -160,13 +150,14 @@ def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setti
         drawn = draw(sd, data.captions, setting, name)
         shown = {"model": drawn, "real": real, "decoded": autoencode(sd, real)}
         hits = {what: answers(pictures, data.scenes, judge) for what, pictures in shown.items()}
-        for question, asks in ASKED.items():
-            chosen = [i for i, scene in enumerate(data.scenes) if asks(scene)]
+        of_kind = {kind: [i for i, scene in enumerate(data.scenes) if scene.kind == kind] for kind in KINDS}
+        asking = {question: of_kind[kind] for kind, questions in ASKED.items() for question in questions}
+        asking["background"] = [i for i, scene in enumerate(data.scenes) if scene.background]
+        for question, chosen in asking.items():
             if len(chosen) >= FEWEST:
                 some = {what: table[question][np.ix_(chosen, chosen)] for what, table in hits.items()}
                 names = [data.scenes[i].items[0].concept for i in chosen]
                 found.scores.append(score(name, "crops", question, **some, concepts=names))
-        for kind in KINDS:
-            chosen = [i for i, scene in enumerate(data.scenes) if scene.kind == kind]
+        for kind, chosen in of_kind.items():
             found.drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
     return found
