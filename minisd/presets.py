@@ -18,9 +18,12 @@ PARTS = {"unet": UNetConfig, "first_stage": AutoencoderConfig, "cond_stage": CLI
 
 def configure(kind: type, table: dict):
     """A configuration from a table of TOML, which has neither tuples nor None: lists and "none" stand for them."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    parts = {name: configure(PARTS[name], value) for name, value in values.items() if name in PARTS}
-    return kind(**{name: None if value == "none" else value for name, value in (values | parts).items()})
+    values = {}
+    for name, value in table.items():
+        if name in PARTS:
+            value = configure(PARTS[name], value)
+        values[name] = tuple(value) if isinstance(value, list) else None if value == "none" else value
+    return kind(**values)
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
