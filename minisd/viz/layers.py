@@ -40,13 +40,11 @@ def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8
 
     Each channel has its own colour scale, with white at zero. Its number and largest absolute value are below it.
     """
-    shown = {name: min(channels, len(maps)) for name, maps in layers.items()}
-    figure, cells = page.grid([channels] * len(layers), size, None, list(layers), below=0.2)
-    for row, (name, maps) in zip(cells, layers.items(), strict=True):
+    counts = [min(channels, len(maps)) for maps in layers.values()]
+    figure, cells = page.grid(counts, size, None, list(layers), below=0.2)
+    for row, maps in zip(cells, layers.values(), strict=True):
         maps = maps.detach().float().cpu()
-        for axes in row[shown[name] :]:
-            axes.remove()
-        for axes, channel in zip(row, maps.std((1, 2)).topk(shown[name]).indices.tolist(), strict=False):
+        for axes, channel in zip(row, maps.std((1, 2)).topk(len(row)).indices.tolist(), strict=True):
             largest = maps[channel].abs().max().item()
             axes.imshow(maps[channel].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
             page.without_scale(axes)
