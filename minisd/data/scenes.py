@@ -284,8 +284,7 @@ class Scenes(Corpus):
 
 def cut_out(source: str | bytes, side: int, master: int) -> UInt8[np.ndarray, "side side 4"]:
     """An SVG or a picture as pixels with an alpha channel, averaged down as `emoji.render` does."""
-    master = side * max(1, round(master / side))
-    with Image.open(BytesIO(picture_file(source, master))) as picture:
+    with Image.open(BytesIO(picture_file(source, side, master))) as picture:
         premultiplied = picture.convert("RGBA").convert("RGBa")
     return np.asarray(premultiplied.resize((side, side), Image.Resampling.BOX).convert("RGBA"))
 
@@ -317,6 +316,6 @@ def build_scenes(folder: str | Path = "data/scenes", emoji: str | Path = "data/e
                     known = {key: row[key] for key in ("file_name", "concept", "style")}
                     hue = None if row["group"] == "people-body" else main_hue(pictures[-1])  # people keep their colour
                     rows.append(known | {"text": row["concept"], "hue": hue})
-        write_corpus(folder, rows, np.stack(pictures), recipe, {"ATTRIBUTION.md": attribution(chosen, "cldr")})
+        write_corpus(folder, rows, np.stack(pictures), recipe, {"ATTRIBUTION.md": attribution(chosen)})
     print(f"{folder}: {len(rows):,} things to compose scenes of {size}x{size} from.")
     return folder

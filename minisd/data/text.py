@@ -32,7 +32,7 @@ def read_text(path: Path, guessed: list[str] | None = None) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_table(path: Path) -> Iterator[tuple[int, str | dict]]:
+def read_rows(path: Path) -> Iterator[tuple[int, str | dict]]:
     """The number of each line of a .jsonl file and the JSON in it; or those of a .csv file, and the row as a dict."""
     text = read_text(path)
     if path.suffix == ".jsonl":

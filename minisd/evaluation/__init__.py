@@ -5,7 +5,7 @@
 - `composition`: the same for scenes: which things, where, in which colours
 - `distances`: the distance between the distributions of drawings and pictures: Fréchet and MMD, with their errors
 - `copies`: are the drawings new, or copies of training pictures?
-- `run`: `evaluate` computes all of it, `sweep` repeats it over values of guidance, steps or sampler
+- `run`: `evaluate` computes all of it; an `Evaluator` draws for one group of captions and measures its drawings
 - `tables`: the output: printed tables, scores.json, pictures
 """
 
@@ -13,6 +13,6 @@ from .composition import evaluate_composition
 from .copies import Nearness, nearness
 from .distances import Distance, frechet_distance, kernel_distance, measure_distance
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features, find_nearest
-from .run import Evaluation, Evaluator, Setting, evaluate, sweep
+from .run import Evaluation, Evaluator, Setting, evaluate
 from .scores import Score, score
-from .tables import report, report_sweep
+from .tables import report

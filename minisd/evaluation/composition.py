@@ -15,7 +15,6 @@ the score (scores.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data import Scenes
@@ -91,40 +89,23 @@ def place(scene: Scene, item: int) -> str:
     return next(half for half, way in HALVES.items() if way == wanted)
 
 
-@dataclass(frozen=True)
-class Crops(Dataset):
-    """Crops of real scenes, with what `PatchJudge` needs of a data set."""
-
-    pictures: Float[Tensor, "n 3 h w"]
-    rows: list[dict]  # concept, style
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Tensor) -> Float[Tensor, "b 3 h w"]:
-        return self.pictures[indices]
-
-    @classmethod
-    def of(cls, scenes: Scenes) -> "Crops":
-        pictures, rows = [], []
-        for i, scene in enumerate(tqdm(scenes.scenes, "real scenes")):
-            picture, _ = scenes[i]
-            pictures += [crop(picture, place(scene, k)) for k in range(len(scene.items))]
-            rows += [{"concept": item.concept, "style": scene.style} for item in scene.items]
-        return cls(torch.stack(pictures), rows)
+def real_crops(scenes: Scenes) -> tuple[list[dict], Float[Tensor, "n 3 CROP CROP"]]:
+    """What `PatchJudge` learns from: the rows (concept, style) and crops of each thing in real scenes."""
+    rows, crops = [], []
+    for i, scene in enumerate(tqdm(scenes.scenes, "real scenes")):
+        picture, _ = scenes[i]
+        crops += [crop(picture, place(scene, k)) for k in range(len(scene.items))]
+        rows += [{"concept": item.concept, "style": scene.style} for item in scene.items]
+    return rows, torch.stack(crops)
 
 
 def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
-    """For each question: whether picture i would be a hit for the caption of scene j.
-
-    A question that a scene does not ask is a hit in no picture.
-    """
+    """For each question: whether picture i would be a hit for the caption of scene j, if that scene asks it (ASKED)."""
     views = {half: torch.stack([crop(picture, half) for picture in pictures]) for half in HALVES}
     colours = {half: np.array([main_colour(part) for part in crops]) for half, crops in views.items()}
-    one, two = (np.array([len(scene.items) == k for scene in scenes]) for k in (1, 2))
     thing, colour = {}, {}
-    for k in (0, 1):  # a scene with one thing has it as its second, too, so that every scene has a row
-        items = [scene.items[min(k, len(scene.items) - 1)] for scene in scenes]
+    for k in (0, 1):  # a scene with one thing has it as items[-1], too, so that every scene has a row
+        items = [scene.items[-k] for scene in scenes]
         rows = [{"concept": item.concept, "style": scene.style} for item, scene in zip(items, scenes, strict=True)]
         asked = np.array([item.colour or "none" for item in items])
         for half, crops in views.items():
@@ -132,29 +113,22 @@ def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: 
             colour[half, k] = colours[half][:, None] == asked
 
     def where_it_should_be(found: dict, k: int) -> Bool[np.ndarray, "n n"]:
-        columns = [found[place(scene, min(k, len(scene.items) - 1)), k][:, j] for j, scene in enumerate(scenes)]
-        return np.stack(columns, axis=1)
+        return np.stack([found[place(scene, k), k][:, j] for j, scene in enumerate(scenes)], axis=1)
 
     ways = [("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")]
     behind = nearest_colour(background(pictures).flatten(1), PALETTE | {"white": (255, 255, 255)})
     return {
-        "thing": one & thing["whole", 0],
+        "thing": thing["whole", 0],
         "background": behind[:, None] == np.array([scene.background or "white" for scene in scenes]),
-        "colour": one & colour["whole", 0],
-        "two things": two & np.any([thing[a, 0] & thing[b, 1] for a, b in ways], axis=0),
-        "position": two & where_it_should_be(thing, 0) & where_it_should_be(thing, 1),
-        "two colours": two & where_it_should_be(colour, 0) & where_it_should_be(colour, 1),
+        "colour": colour["whole", 0],
+        "two things": np.any([thing[a, 0] & thing[b, 1] for a, b in ways], axis=0),
+        "position": where_it_should_be(thing, 0) & where_it_should_be(thing, 1),
+        "two colours": where_it_should_be(colour, 0) & where_it_should_be(colour, 1),
     }
 
 
-ASKED = {
-    "thing": lambda scene: len(scene.items) == 1 and not scene.items[0].colour,
-    "background": lambda scene: scene.background is not None,
-    "colour": lambda scene: scene.kind == "colour",
-    "two things": lambda scene: scene.kind == "relation",
-    "position": lambda scene: scene.kind == "relation",
-    "two colours": lambda scene: scene.kind == "both",
-}
+# Which questions a scene of each kind asks. Beside these, a scene of any kind may have a coloured background.
+ASKED = {"background": ["thing"], "colour": ["colour"], "relation": ["two things", "position"], "both": ["two colours"]}
 
 
 # The evaluation -------------------------------------------------------------------------------------------------------
@@ -168,7 +142,7 @@ def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setti
         count: how many captions of each. The judge learns from other scenes, of which there are many more.
     """
     size = sd.config.image_size
-    judge = PatchJudge(Crops.of(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
+    judge = PatchJudge(*real_crops(Scenes(folder, "train", size, min(15_000, 15 * count), seed=2)))
     found = Evaluation(scores=[], drawings={})
     for split, name in {"train": "seen", "test_scene": "held out"}.items():
         data = Scenes(folder, split, size, count, seed=1)
@@ -176,13 +150,14 @@ def evaluate_composition(sd: LatentDiffusion, folder: str | Path, setting: Setti
         drawn = draw(sd, data.captions, setting, name)
         shown = {"model": drawn, "real": real, "decoded": autoencode(sd, real)}
         hits = {what: answers(pictures, data.scenes, judge) for what, pictures in shown.items()}
-        for question, asks in ASKED.items():
-            chosen = [i for i, scene in enumerate(data.scenes) if asks(scene)]
+        of_kind = {kind: [i for i, scene in enumerate(data.scenes) if scene.kind == kind] for kind in KINDS}
+        asking = {question: of_kind[kind] for kind, questions in ASKED.items() for question in questions}
+        asking["background"] = [i for i, scene in enumerate(data.scenes) if scene.background]
+        for question, chosen in asking.items():
             if len(chosen) >= FEWEST:
                 some = {what: table[question][np.ix_(chosen, chosen)] for what, table in hits.items()}
                 names = [data.scenes[i].items[0].concept for i in chosen]
                 found.scores.append(score(name, "crops", question, **some, concepts=names))
-        for kind in KINDS:
-            chosen = [i for i, scene in enumerate(data.scenes) if scene.kind == kind]
+        for kind, chosen in of_kind.items():
             found.drawings[f"{name}_{kind}".replace(" ", "_")] = drawn[chosen], real[chosen]
     return found

@@ -8,9 +8,9 @@ also shows how often it is right on real held-out pictures.
                       together with this image tower
     PatchJudge        a classifier trained only on the pictures of the training split, by linear algebra in a minute
 
-A judge has a name. It is called with pictures and with the rows whose captions they were drawn for. For each question
-it returns whether picture i would be a hit for caption j, [n n]. It never sees the real pictures of those rows, except
-for those of the training split.
+A judge has a name, and learns from the rows and pictures of a data set. It is called with pictures and with the rows
+whose captions they were drawn for. For each question it returns whether picture i would be a hit for caption j, [n n].
+It never sees the real pictures of those rows, except for those of the training split.
 
 The training split has no picture of a held-out concept, so a judge could not recognise it. For such a concept, the
 held-out pictures by other artists are added to the library. (Two styles by the same artist are nearly the same picture,
@@ -24,10 +24,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..clip import BPETokenizer, CLIPModel
-from ..data import CaptionedPictures
 from ..data.split import TWINS
 
 Hits = dict[str, Bool[np.ndarray, "n n"]]
@@ -41,9 +39,9 @@ def column(rows: list[dict], key: str) -> np.ndarray:
     return np.array([row.get(key, "") for row in rows])
 
 
-def questions(data: Dataset) -> list[str]:
+def questions(rows: list[dict]) -> list[str]:
     """The columns that a judge can predict ("concept", "style"), as far as all rows of the data set have them."""
-    return [question for question in ("concept", "style") if all(question in row for row in data.rows)]
+    return [question for question in ("concept", "style") if all(question in row for row in rows)]
 
 
 def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
@@ -94,15 +92,14 @@ class NearestPicture:
 
     name = "nearest picture"
 
-    def __init__(self, data: CaptionedPictures):
-        self.questions, self.rows = questions(data), data.rows
-        self.library = features(data.batch(torch.arange(len(data))))
+    def __init__(self, rows: list[dict], pictures: Float[Tensor, "m 3 h w"]):
+        self.rows, self.library = rows, features(pictures)
 
     def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
         nearest, queries = np.zeros(len(rows), int), features(pictures)
         for asked, others in shown(rows, self.rows):
             nearest[asked] = others[find_nearest(queries[asked], self.library[others])[0]]
-        return hits({question: column(self.rows, question)[nearest] for question in self.questions}, rows)
+        return hits({question: column(self.rows, question)[nearest] for question in questions(self.rows)}, rows)
 
 
 # --- CLIP -----------------------------------------------------------------------------------------------------------
@@ -118,9 +115,8 @@ class ImageTowerJudge:
     name = "CLIP"
 
     @torch.no_grad()
-    def __init__(self, clip: CLIPModel, tokenizer: BPETokenizer, data: CaptionedPictures):
-        self.clip, self.questions = clip, questions(data)
-        unique = {row["text"]: row for row in data.rows}
+    def __init__(self, clip: CLIPModel, tokenizer: BPETokenizer, rows: list[dict]):
+        self.clip, unique = clip, {row["text"]: row for row in rows}
         self.captions, self.rows = np.array(list(unique)), list(unique.values())
         ids = tokenizer(list(unique), clip.text_config.max_length).ids
         self.texts = torch.cat([clip.get_text_features(part) for part in ids.split(512)])  # [captions p]
@@ -134,7 +130,7 @@ class ImageTowerJudge:
     def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
         best = (self.features(pictures) @ self.texts.T).topk(min(5, len(self.texts)), dim=1).indices.numpy()
         fits = self.captions[best][:, None] == column(rows, "text")[None, :, None]  # [n n 5]
-        found = {question: column(self.rows, question)[best[:, 0]] for question in self.questions}
+        found = {question: column(self.rows, question)[best[:, 0]] for question in questions(self.rows)}
         return hits(found, rows) | {"R@1": fits[..., 0], "R@5": fits.any(axis=-1)}
 
 
@@ -155,17 +151,14 @@ class PatchJudge:
     name = "patches"
     patch, atoms, fields = 5, 320, 3  # patch size in pixels, entries of the dictionary, fields along each side
 
-    def __init__(self, data: Dataset):
-        """data: `CaptionedPictures`, or another data set with rows, which name concepts and styles, and `batch`."""
-        train = [i for i, row in enumerate(data.rows) if row.get("split", "train") == "train"]
-        self.questions, self.rows = questions(data), data.rows
-        everything = data.batch(torch.arange(len(data)))
-        self._learn_dictionary(everything[train])
-        x = self._encode(everything)
+    def __init__(self, rows: list[dict], pictures: Float[Tensor, "m 3 h w"]):
+        self.rows, train = rows, [i for i, row in enumerate(rows) if row.get("split", "train") == "train"]
+        self._learn_dictionary(pictures[train])
+        x = self._encode(pictures)
         self.mean, self.std = x[train].mean(dim=0), x[train].std(dim=0) + 1e-3
         self.library = (x - self.mean) / self.std
-        self._learn_concepts(self.library[train], column(data.rows, "concept")[train])
-        self._learn_styles(self.library[train], column(data.rows, "style")[train])
+        self._learn_concepts(self.library[train], column(rows, "concept")[train])
+        self._learn_styles(self.library[train], column(rows, "style")[train])
 
     def __call__(self, pictures: Float[Tensor, "n 3 h w"], rows: list[dict]) -> Hits:
         x = (self._encode(pictures) - self.mean) / self.std
@@ -177,7 +170,7 @@ class PatchJudge:
             means = F.normalize(_means(self.whitened[others], torch.from_numpy(member)), dim=1)
             concept[asked] = candidates[(x[asked] @ self.whitening @ means.T).argmax(dim=1).numpy()]
         found = {"concept": concept, "style": style}
-        return hits({question: found[question] for question in self.questions}, rows)
+        return hits({question: found[question] for question in questions(self.rows)}, rows)
 
     def _patches(self, pictures: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n l d"]:
         """The patches, normalised in brightness and contrast: 28x28 for pictures of 32 pixels, 30x30 for 64."""

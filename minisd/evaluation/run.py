@@ -22,7 +22,6 @@ from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
-from ..sampling import SAMPLERS
 from ..vae import DiagonalGaussianDistribution
 from .copies import Nearness, nearness
 from .distances import MINIMUM, Distance, measure_distance
@@ -74,10 +73,10 @@ class Evaluator:
         folder: the data set. Its rows have the columns `concept` and `split` and, if there are styles, `style`.
         clip: both towers and their tokenizer (`minisd.load_clip`).
         count: the largest number of captions in a group. They are chosen by the hashes of their file names.
-        groups: the groups to draw for; `evaluate` needs train and test_pair, `sweep` only its own group.
+        groups: the groups to draw for; `evaluate` needs train and test_pair, the methods of this class only their own.
 
     Raises:
-        ValueError: the rows do not name concepts, or there are too few held-out pairs or none.
+        ValueError: the rows do not name concepts, or there are too few pictures of training or of held-out pairs.
     """
 
     def __init__(
@@ -89,13 +88,11 @@ class Evaluator:
             raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as `minisd data emoji` does")
         splits = [row.get("split", "train") for row in data.rows]
         members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
-        if not members["test_pair"]:
-            raise ValueError(f"{folder} has no held-out pictures: no row has the split test_pair")
         for split in ("train", "test_pair"):
             if min(count, len(members[split])) < FEWEST:
                 raise ValueError(
-                    f"at least {FEWEST} captions of {split} are needed: {folder} has {len(members[split])}, and "
-                    f"{count} were asked for"
+                    f"at least {FEWEST} captions of {split} are needed: {folder} has {len(members[split])} such rows, "
+                    f"and {count} were asked for"
                 )
         self.groups = {
             name: self._group([indices[i] for i in choose([data.rows[i] for i in indices], count)])
@@ -109,9 +106,10 @@ class Evaluator:
             if len(some) >= FEWEST:
                 rows = [whole.rows[i] for i in some]
                 self.groups["known_words"] = Group(rows, whole.real[some], whole.decoded[some])
-        self.training = data.batch(members["train"])
-        self.tower = ImageTowerJudge(*clip, data)
-        self.judges = [NearestPicture(data), self.tower, PatchJudge(data)]
+        pictures = data.batch(range(len(data)))
+        self.training = pictures[members["train"]]
+        self.tower = ImageTowerJudge(*clip, data.rows)
+        self.judges = [NearestPicture(data.rows, pictures), self.tower, PatchJudge(data.rows, pictures)]
         stretch = self.tower.texts.shape[1] ** 0.5  # scales CLIP's unit vectors to length √d, so that x·y/d is a cosine
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
@@ -172,28 +170,6 @@ def evaluate(evaluator: Evaluator, setting: Setting = Setting(), sheet: int = 16
         to_training={what: distance for what, (_, distance, _) in measured.items()},
         nearest=nearest,
     )
-
-
-Sweep = dict[str, tuple[list[Score], list[Distance]]]  # for each value of the option that is varied
-
-# The options that a sweep can vary, and their values.
-SWEEPS = {
-    "guidance_scale": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
-    "steps": (5, 10, 15, 25, 50),
-    "sampler": tuple(SAMPLERS),
-}
-
-
-def sweep(evaluator: Evaluator, what: str, setting: Setting = Setting(), group: str = "test_pair") -> Sweep:
-    """Scores and distances of one group at each value of `guidance_scale`, `steps` or `sampler`."""
-    if what not in SWEEPS:
-        raise ValueError(f"a sweep varies one of {', '.join(SWEEPS)}, not {what}")
-    found = {}
-    for value in SWEEPS[what]:
-        drawn = evaluator.draw(group, replace(setting, **{what: value}))
-        name = f"{value:g}" if isinstance(value, float) else str(value)
-        found[name] = evaluator.scores(group, drawn), evaluator.distances(f"drawings, {group}", drawn)
-    return found
 
 
 def choose(rows: list[dict], count: int) -> Int[Tensor, "n"]:

@@ -12,7 +12,7 @@ from ..checkpoint import write_json
 from ..viz import histograms, save_sheet, with_errors
 from .copies import COPY
 from .distances import Distance
-from .run import Evaluation, Setting, Sweep
+from .run import Evaluation, Setting
 from .scores import Score
 
 COLUMNS = 16  # pictures in a row of a sample sheet
@@ -26,15 +26,26 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
         print(f"\n{'nearest training picture':<26}{'count':>7}{f'< {COPY}':>9}{'5%':>8}{'median':>8}{'95%':>8}")
     for n in result.nearness:
         print(f"{n.what:<26}{n.count:>7}{n.near:>9.1%}{n.low:>8.3f}{n.median:>8.3f}{n.high:>8.3f}")
-    if folder is None:
-        return
-    folder = Path(folder)
-    record = {"setting": asdict(setting)} | _record(result.scores, result.distances)
+    if folder is not None:
+        _write(result, setting, Path(folder))
+        print(f"wrote {folder}")
+
+
+def _write(result: Evaluation, setting: Setting, folder: Path) -> None:
+    none = {"error": None, "score": None}  # null in JSON, which does not have NaN
+    scores = [asdict(s) | (none if math.isnan(s.score) else {"score": s.score}) for s in result.scores]
+    distances = [asdict(d) for d in result.distances]
+    record = {"setting": asdict(setting), "scores": scores, "distances": distances}
     if result.nearness:
         write_json(record | {"nearness": [asdict(n) for n in result.nearness]}, folder / "scores.json")
-        groups = list(result.drawings)
-        panels = _panels([s for s in result.scores if s.split == group] for group in groups)
-        with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1)).savefig(folder / "scores.png")
+        panels: dict = {"concept": {}, "style": {}}  # for each judge, its score and error in each group
+        for s in result.scores:
+            if s.question in panels:
+                panels[s.question].setdefault(s.judge, []).append((s.score, s.error))
+        panels = {question: judges for question, judges in panels.items() if judges}
+        groups = list(dict.fromkeys(s.split for s in result.scores))
+        figure = with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1))
+        figure.savefig(folder / "scores.png")
         panel = {"distance to the nearest training picture": result.to_training}
         histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
     else:
@@ -46,32 +57,6 @@ def report(result: Evaluation, setting: Setting, folder: str | Path | None = Non
         save_sheet(torch.cat(rows), folder / f"{name}.png", columns=COLUMNS)
     for what, pairs in result.nearest.items():
         save_sheet(pairs, folder / f"nearest_{what.replace(', ', '_')}.png", columns=len(pairs) // 2)
-    print(f"wrote {folder}")
-
-
-def report_sweep(what: str, found: Sweep, setting: Setting, folder: str | Path | None = None) -> None:
-    """Print the table of a sweep. With a folder, also write sweep_WHAT.json and its curves, sweep_WHAT.png."""
-    table: dict[str, list[str]] = {}
-    for scores, distances in found.values():
-        for s in scores:
-            table.setdefault(f"{s.judge}, {s.question}", []).append(_pm(s.score, s.error))
-        for d in distances:
-            table.setdefault(f"MMD², {d.features}", []).append(f"{d.mmd:.3f} ± {d.mmd_error:.3f}")
-    print(f"{what:<26}" + "".join(f"{value:>16}" for value in found))
-    for measure, cells in table.items():
-        print(f"{measure:<26}" + "".join(f"{cell:>16}" for cell in cells))
-    if folder is None:
-        return
-    folder = Path(folder)
-    record = {value: _record(*measured) for value, measured in found.items()}
-    write_json({"sweep": what, "setting": asdict(setting), "found": record}, folder / f"sweep_{what}.json")
-    panels = _panels(scores for scores, _ in found.values())
-    for _, distances in found.values():
-        for d in distances:  # a panel for each feature space, because their scales differ
-            panels.setdefault(f"MMD², {d.features}", {}).setdefault("", []).append((d.mmd, d.mmd_error))
-    figure = with_errors(panels, list(found), what, lines=what != "sampler")  # samplers have no order
-    figure.savefig(folder / f"sweep_{what}.png")
-    print(f"wrote {folder / f'sweep_{what}.png'}")
 
 
 def _print_scores(scores: Iterable[Score]) -> None:
@@ -96,20 +81,3 @@ def _print_distances(distances: Sequence[Distance]) -> None:
 
 def _pm(value: float, error: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f} ± {error:.2f}"
-
-
-def _record(scores: Sequence[Score], distances: Sequence[Distance]) -> dict[str, list[dict]]:
-    """Scores and distances for JSON. NaN becomes null, because JSON does not have NaN."""
-    none = {"error": None, "score": None}
-    records = [asdict(s) | (none if math.isnan(s.score) else {"score": s.score}) for s in scores]
-    return {"scores": records, "distances": [asdict(d) for d in distances]}
-
-
-def _panels(of_each: Iterable[list[Score]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For the panels "concept" and "style": for each judge, the scores and their errors by value (or group)."""
-    panels: dict = {}
-    for scores in of_each:
-        for s in scores:
-            if s.question in ("concept", "style"):
-                panels.setdefault(s.question, {}).setdefault(s.judge, []).append((s.score, s.error))
-    return panels

@@ -4,14 +4,13 @@
     pictures    strip, captioned                                pictures side by side, with titles, labels, captions
                 noising_strip                                   pictures with more and more noise, for some schedules
                 trajectory                                      the steps of a sampler: x_t and its estimate of x_0
-    plots       curves, schedule_curves                         numbers against t
-                loss_by_timestep                                the loss at each t, and the smallest possible loss
+    plots       curves, schedule_curves                         numbers against t, and what is exact in black
                 histograms                                      samples, and the Gaussian that they should follow
                 with_errors                                     numbers with error bars, for settings or groups
                 convergence, ruler                              samplers: error against cost; the timesteps they visit
     toys        density_over_time                               one-dimensional data: q(x_t), and paths through it
                 clouds, vector_field                            two-dimensional data: points, and arrows
-                walks, pursuit                                  paths to the data; a sampler's steps along a curve
+                walks                                           paths to the data
     words       token_table, matrices                           tokens of sentences; matrices as shades of colour
     layers      maps, plane                                     channels of a latent; a two-dimensional latent as a map
                 feature_maps, attention_maps                    channels of a layer; which pixels attend to a token
@@ -28,14 +27,6 @@ from .diagrams import class_diagram, sampling_diagram, training_diagram, unet_di
 from .layers import attention_maps, feature_maps, maps, plane
 from .page import COLOURS, DASHES
 from .pictures import captioned, noising_strip, strip, trajectory
-from .plots import convergence, curves, histograms, loss_by_timestep, ruler, schedule_curves, with_errors
-from .toys import clouds, density_over_time, pursuit, vector_field, walks
+from .plots import convergence, curves, histograms, ruler, schedule_curves, with_errors
+from .toys import clouds, density_over_time, vector_field, walks
 from .words import matrices, token_table
-
-__all__ = [
-    "COLOURS", "DASHES", "attention_maps", "captioned", "class_diagram", "clouds", "convergence", "curves",
-    "density_over_time", "feature_maps", "histograms", "loss_by_timestep", "maps", "matrices", "noising_strip", "plane",
-    "pursuit", "ruler", "sampling_diagram", "save_sheet", "schedule_curves", "sheet", "strip", "to_pil", "token_table",
-    "training_diagram", "trajectory", "unet_diagram", "vector_field", "walks",
-    "with_errors",
-]  # fmt: skip

@@ -15,7 +15,6 @@ def maps(
     titles: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     pictures: Sequence[Float[Tensor, "c _ _"]] | Float[Tensor, "r c _ _"] | None = None,
-    size: float = 0.96,
 ) -> Figure:
     """Numbers as colours: rows of maps [n h w], such as the channels of a latent. Each row has a colour bar.
 
@@ -24,7 +23,7 @@ def maps(
     """
     before = 0 if pictures is None else 1  # a row's picture takes its first place
     titles = titles and [*[""] * before, *titles]
-    figure, cells = page.grid([len(row) + before for row in rows], size, titles, labels, scales=True)
+    figure, cells = page.grid([len(row) + before for row in rows], 0.96, titles, labels, scales=True)
     for i, row in enumerate(rows):
         if pictures is not None:
             page.show_picture(cells[i][0], pictures[i])
@@ -41,14 +40,11 @@ def feature_maps(layers: Mapping[str, Float[Tensor, "c h w"]], channels: int = 8
 
     Each channel has its own colour scale, with white at zero. Its number and largest absolute value are below it.
     """
-    shown = {name: min(channels, len(maps)) for name, maps in layers.items()}
-    below = [0.2] * (len(layers) - 1) + [0.18]
-    figure, cells = page.grid([channels] * len(layers), size, None, list(layers), below=below, gap=0.06, top=0.02)
-    for row, (name, maps) in zip(cells, layers.items(), strict=True):
+    counts = [min(channels, len(maps)) for maps in layers.values()]
+    figure, cells = page.grid(counts, size, None, list(layers), below=0.2)
+    for row, maps in zip(cells, layers.values(), strict=True):
         maps = maps.detach().float().cpu()
-        for axes in row[shown[name] :]:
-            axes.remove()
-        for axes, channel in zip(row, maps.std((1, 2)).topk(shown[name]).indices.tolist(), strict=False):
+        for axes, channel in zip(row, maps.std((1, 2)).topk(len(row)).indices.tolist(), strict=True):
             largest = maps[channel].abs().max().item()
             axes.imshow(maps[channel].numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, interpolation="nearest")
             page.without_scale(axes)

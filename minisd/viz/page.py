@@ -67,20 +67,18 @@ def grid(
     labels: Sequence[str] | None = None,
     heights: Sequence[float] | None = None,
     below: Sequence[float] | float = 0.05,
-    gap: float = 0.05,
-    top: float = 0.05,
     scales: bool = False,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with rows of axes. `counts` gives the number of axes in each row; each is `size` inches wide.
 
     titles: one above each column; labels: one left of each row; heights: of the rows, if the axes are not square;
-    below: the space below each row; gap: between columns; top: above the first row, if there are no titles.
+    below: the space below each row.
     scales: add narrow axes at the end of each row, for a colour bar.
     """
     heights = heights or [size] * len(counts)
     below = [below] * len(counts) if isinstance(below, float) else below
-    if titles:
-        top = 0.22 + 0.13 * max(title.count("\n") for title in titles)
+    gap = 0.05  # between columns
+    top = 0.22 + 0.13 * max(title.count("\n") for title in titles) if titles else 0.05
     left = 0.075 * max((len(line) for label in labels or () for line in label.split("\n")), default=0) + 0.05
     figure = empty_figure(left + max(counts) * (size + gap) + 0.55 * scales, top + sum(heights) + sum(below))
     rows, y = [], figure.get_size_inches()[1] - top

@@ -1,6 +1,7 @@
 """Pictures side by side: in rows with titles, with more and more noise, along a sampler's steps, with captions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,8 @@ def strip(
     size: of a picture, in inches; at 0.96, a pixel of a 32-pixel picture is 3 screen pixels wide.
     """
     heights = [size * row.shape[-2] / row.shape[-1] for row in rows]
-    below = [0.2 if notes and notes[i] else 0.05 for i in range(len(rows))]
+    lines = [max((1 + note.count("\n") for note in row), default=0) for row in notes or [[]] * len(rows)]
+    below = [0.08 + 0.12 * n if n else 0.05 for n in lines]
     figure, cells = page.grid([len(row) for row in rows], size, titles, labels, heights, below)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
@@ -51,8 +53,8 @@ def noising_strip(
     """
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
     if timesteps is None:
-        T = min(s.timesteps for s in schedules.values())
-        timesteps = [(i + 1) * T // 8 - 1 for i in range(8)] if T >= 8 else list(range(T))
+        last = min(s.timesteps for s in schedules.values()) - 1
+        timesteps = torch.linspace(0, last, 9).long()[1:].unique().tolist()
     noise = torch.randn(pictures.shape[1:], generator=torch.Generator().manual_seed(seed)).to(pictures)  # [c h w]
     noise = noise.expand(len(timesteps), *noise.shape)  # [steps c h w]
     t = torch.tensor(timesteps)
@@ -107,21 +109,8 @@ def captioned(
     pictures: Float[Tensor, "n c h w"], captions: Sequence[str], columns: int = 8, size: float = 0.96
 ) -> Figure:
     """Pictures in [-1, 1], row by row, each with its caption below it. Long captions are broken into lines."""
-    from textwrap import fill
-
     if len(pictures) != len(captions):
         raise ValueError(f"there are {len(pictures)} pictures and {len(captions)} captions: give one for each")
-    columns = min(columns, len(pictures))
     broken = [fill(caption, int(16 * size)) for caption in captions]  # about 16 letters of this size fit in an inch
-    rows = -(-len(pictures) // columns)
-    height = size * pictures.shape[-2] / pictures.shape[-1]
-    below = 0.1 + 0.12 * max(1 + text.count("\n") for text in broken)  # the captions, in inches
-    whole_height = rows * (height + below) + 0.05
-    figure = page.empty_figure(columns * (size + 0.1), whole_height)
-    for i, (picture, text) in enumerate(zip(pictures, broken, strict=True)):
-        row, column = divmod(i, columns)
-        y = whole_height - 0.05 - row * (height + below) - height
-        axes = page.place(figure, column * (size + 0.1) + 0.05, y, size, height)
-        page.show_picture(axes, picture)
-        page.label_below(axes, text)
-    return figure
+    notes = [broken[i : i + columns] for i in range(0, len(broken), columns)]
+    return strip(pictures.split(columns), notes=notes, size=size)

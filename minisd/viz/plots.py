@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,21 +15,27 @@ def curves(
     xlabel: str = "t",
     ylabel: str = "",
     log: Sequence[str] = (),
+    exact: Mapping[str, tuple] | None = None,
+    exact_label: str = "the best possible",
     width: float = 3.1,
     height: float = 2.5,
 ) -> Figure:
     """Panels side by side: {title of the panel: {name of the line: (x, y)}}.
 
     log: the titles of the panels whose y axis is logarithmic.
+    exact: {title: (x, y)}, in black, such as the loss of the best possible model (`minisd.ExactDenoiser`).
     """
     figure, row = side_by_side(panels, width, height, xlabel, ylabel)
     named = []  # the lines in the last legend; a panel with the same lines needs no legend
     for axes, title, lines in row:
         for i, (name, (x, y)) in enumerate(lines.items()):
             axes.plot(as_array(x), as_array(y), label=name, linewidth=1.6, **line_style(i))
-        if any(lines) and list(lines) != named:
+        if exact and title in exact:
+            axes.plot(*map(as_array, exact[title]), color="black", linewidth=1.1, label=exact_label)
+        _, names = axes.get_legend_handles_labels()
+        if names and names != named:
             axes.legend(frameon=False, fontsize=8, handlelength=2.6)
-            named = list(lines)
+            named = names
         if title in log:
             axes.set_yscale("log")
     return figure
@@ -36,39 +43,16 @@ def curves(
 
 def schedule_curves(schedules: Mapping[str, object]) -> Figure:
     """β_t, ᾱ_t and the log of the signal-to-noise ratio, for each {name: NoiseSchedule}."""
-    panels = {
-        r"noise added in a step:  $\beta_t$": lambda s, t: s.betas,
-        r"signal that is left:  $\bar\alpha_t$": lambda s, t: s.alphas_cumprod,
-        r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$": lambda s, t: s.log_snr(t),
-    }
-    lines = {
-        title: {name: (t := torch.arange(s.timesteps), value(s, t)) for name, s in schedules.items()}
-        for title, value in panels.items()
-    }
-    return curves(lines, log=[next(iter(panels))])  # β covers four orders of magnitude
-
-
-def loss_by_timestep(
-    panels: Mapping[str, Mapping[str, tuple]],
-    floors: Mapping[str, tuple] | None = None,
-    floor_label: str = "the best possible",
-    log: Sequence[str] = (),
-    xlabel: str = "t",
-    width: float = 3.4,
-    height: float = 2.4,
-) -> Figure:
-    """Panels of losses against t: {title of the panel: {name of the model: (t, loss)}}.
-
-    floors: {title: (t, loss)}, in black: the loss of the best possible model (`minisd.ExactDenoiser`).
-    log: the titles of the panels whose y axis is logarithmic. xlabel: "step", to plot losses during training.
-    """
-    figure = curves(panels, xlabel, "loss", log, width, height)
-    for axes, title in zip(figure.axes, panels, strict=True):
-        if floors and title in floors:
-            t, loss = floors[title]
-            axes.plot(as_array(t), as_array(loss), color="black", lw=1.1, label=floor_label)
-        axes.legend(frameon=False, fontsize=7.5, handlelength=2.6)
-    return figure
+    betas, alphas_cumprod, log_snr = {}, {}, {}
+    for name, schedule in schedules.items():
+        t = torch.arange(schedule.timesteps)
+        betas[name] = t, schedule.betas
+        alphas_cumprod[name] = t, schedule.alphas_cumprod
+        log_snr[name] = t, schedule.log_snr(t)
+    noise = r"noise added in a step:  $\beta_t$"  # on a logarithmic axis, because β covers four orders of magnitude
+    signal = r"signal that is left:  $\bar\alpha_t$"
+    ratio = r"log SNR:  $\log\,\bar\alpha_t / (1-\bar\alpha_t)$"
+    return curves({noise: betas, signal: alphas_cumprod, ratio: log_snr}, log=[noise])
 
 
 def histograms(
@@ -115,28 +99,22 @@ def convergence(
     """
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure, row = side_by_side(panels, 3.8, 3.1, "calls of the model", ylabel)
-    for axes, _, lines in row:
-        xs = [as_array(x) for x, _ in lines.values()]
-        ys = [as_array(y) for _, y in lines.values()]
-        x = torch.tensor([min(map(min, xs)), max(map(max, xs))]).double()
+    figure = curves(panels, "calls of the model", ylabel, log=list(panels), width=3.8, height=3.1)
+    for axes in figure.axes:
+        for line, marker in zip(axes.lines, "os^Dv*", strict=False):
+            line.set(marker=marker, markersize=4, linewidth=1.2)
+        points = np.concatenate([line.get_xydata() for line in axes.lines]).astype(float)
+        (fewest, bottom), (most, top) = points.min(axis=0), points.max(axis=0)
         for p in slopes:
             # Start each line at the upper left corner of the data, and do not let it go below the data.
-            top, bottom = float(max(map(max, ys))), float(min(map(min, ys)))
-            guide = top * (x / x[0]) ** -p
-            end = x[1] if guide[1] >= bottom else x[0] * (guide[0] / bottom) ** (1 / p)
-            guide[1] = max(guide[1].item(), bottom)
-            axes.plot([x[0], end], guide, color="0.75", lw=1)
-            axes.text(end, guide[1], f" slope {p}", color="0.45", fontsize=7, va="center")
-        for i, (name, calls, errors) in enumerate(zip(lines, xs, ys, strict=True)):
-            style = line_style(i) | {"marker": "os^Dv*"[i % 6], "linewidth": 1.2, "markersize": 4}
-            axes.plot(calls, errors, label=name, **style)
-        axes.set(xscale="log", yscale="log")
-        ticks = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if x[0] <= n <= x[1]]
-        axes.set_xticks(ticks)
+            end = min(most, fewest * (top / bottom) ** (1 / p))
+            low = top * (end / fewest) ** -p
+            axes.plot([fewest, end], [top, low], color="0.75", lw=1, zorder=1)
+            axes.text(end, low, f" slope {p}", color="0.45", fontsize=7, va="center")
+        axes.set_xscale("log")
+        axes.set_xticks([n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if fewest <= n <= most])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 

@@ -147,18 +147,3 @@ def walks(x_0: Float[Tensor, "n 2"], panels: Mapping[str, Float[Tensor, "s k 2"]
         axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     return figure
-
-
-def pursuit(exact: tuple, panels: Mapping[str, tuple]) -> Figure:
-    """An exact curve (x, y) in grey, and in each panel {title: (x, y)} the straight steps of a sampler that follows it.
-
-    x is the noise level. It decreases to the right, because sampling goes from left to right.
-    """
-    figure, row = side_by_side(panels, 2.5, 2.3, r"$\sigma$", r"$\bar x$", sharey=True)
-    for i, (axes, _, (x, y)) in enumerate(row):
-        axes.plot(*map(as_array, exact), color="0.65", lw=3.5, solid_capstyle="round", label="exact")
-        axes.plot(as_array(x), as_array(y), color=COLOURS[i % len(COLOURS)], lw=1.3, marker="o", markersize=4)
-        axes.invert_xaxis()
-    figure.axes[0].yaxis.label.set_rotation(0)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    return figure

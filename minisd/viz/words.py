@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from .page import Figure, as_array, empty_figure, place, shades, show_picture
+from .page import Figure, as_array, empty_figure, name_axes, place, shades, show_picture
 
 
 def token_table(
@@ -26,11 +26,12 @@ def token_table(
     letter, high, gap = 0.0655, 0.24, 0.05  # inches: of a letter, of a box, between boxes
     step = high + (0.24 if ids else 0.08)  # from line to line
     left = 0.075 * max(len(line) for label in sentences for line in label.split("\n")) + 0.15
-    boxes, y = [], 0.06  # (x, y, width, text, id, colour), y downwards
-    starts = []
+    figure, y, reach = empty_figure(1, 1), 0.06, 0.0  # y grows downwards
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
     for label, pieces in sentences.items():
         x = left
-        starts.append((label, y))
+        axes.text(left - 0.1, y + high / 2, label, ha="right", va="center", fontsize=8)
         for first, count in _runs(pieces):
             piece = pieces[first]
             text = f"{piece} x {count}" if count > 1 else piece
@@ -40,22 +41,16 @@ def token_table(
                 x, y = left, y + step
             special = piece.startswith("<|") and piece.endswith("|>")
             colour = "#DDDDDD" if special else "#BFDDF0" if piece.endswith("</w>") else "#F9D3A8"
-            boxes.append((x, y, wide, text, number, colour))
+            axes.add_patch(Rectangle((x, y), wide, high, facecolor=colour, edgecolor="0.6", linewidth=0.5))
+            # Monospaced, so that the width of a box follows from the number of letters.
+            style = {"ha": "center", "va": "center", "family": "monospace"}
+            axes.text(x + wide / 2, y + high / 2, text, fontsize=7.5, parse_math=False, **style)
+            axes.text(x + wide / 2, y + high + 0.085, number, fontsize=6.5, color="0.35", **style)
+            reach = max(reach, x + wide)
             x += wide + gap
         y += step + 0.04
-
-    reach = max(x + wide for x, _, wide, *_ in boxes) + 0.05
-    figure = empty_figure(reach, y)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, reach), ylim=(y, 0))
-    axes.axis("off")
-    for label, y in starts:
-        axes.text(left - 0.1, y + high / 2, label, ha="right", va="center", fontsize=8)
-    for x, y, wide, text, number, colour in boxes:
-        # Monospaced, so that the width of a box follows from the number of letters.
-        style = {"ha": "center", "va": "center", "family": "monospace"}
-        axes.add_patch(Rectangle((x, y), wide, high, facecolor=colour, edgecolor="0.6", linewidth=0.5))
-        axes.text(x + wide / 2, y + high / 2, text, fontsize=7.5, parse_math=False, **style)
-        axes.text(x + wide / 2, y + high + 0.085, number, fontsize=6.5, color="0.35", **style)
+    figure.set_size_inches(reach + 0.05, y)
+    axes.set(xlim=(0, reach + 0.05), ylim=(y, 0))
     return figure
 
 
@@ -96,7 +91,7 @@ def matrices(
     upright = long > wide + 0.05  # horizontal names would overlap
     bottom = 0.08 + (long if upright else 0.17 if columns or xlabel else 0) + (0.22 if xlabel else 0)
     right = 0.12 if numbers else 0.62  # room for a colour bar with its numbers
-    top = 0.05 + 0.17 * max(title.count("\n") + bool(title) for title in panels)
+    top = 0.08 + 0.17 * max(title.count("\n") + bool(title) for title in panels)
     height = top + bottom + high * max(len(m) for m in panels.values())
     width = left + sum(wide * m.shape[1] + right for m in panels.values())
 
@@ -109,15 +104,13 @@ def matrices(
         scale = shades(matrix)
         scale["cmap"] = colormaps[scale["cmap"]].with_extremes(bad="0.8")
         image = axes.imshow(as_array(matrix), **scale, aspect="auto", interpolation="nearest")
-        axes.set_title(title, fontsize=9, pad=4)
+        name_axes(axes, title, xlabel, "" if i else ylabel)
         if columns or not xlabel:
             axes.set_xticks(range(len(columns or [])), columns or [], rotation=90 if upright else 0, fontsize=8)
         if rows or not ylabel or i:
             named = rows if rows and i == 0 else []
             axes.set_yticks(range(len(named)), named, fontsize=8)
         axes.tick_params(length=0, pad=3, labelsize=8)
-        axes.set_xlabel(xlabel, fontsize=8)
-        axes.set_ylabel("" if i else ylabel, fontsize=8)
         if numbers:
             for (row, column), value in np.ndenumerate(as_array(matrix)):
                 if np.isnan(value):
