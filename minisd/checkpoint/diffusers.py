@@ -7,17 +7,15 @@
     scheduler/                          scheduler_config.json: the noise schedule
 
 minisd reads and writes it without diffusers. One table, which is made by walking over the network, translates the names
-of the layers in both directions. The weights may be in one file or in several (an index says which tensor is in which),
-as `.safetensors` or `.bin`, and in a variant such as "fp16".
+of the layers in both directions. The weights of a part are in one file, a `.safetensors` or a `.bin`, and a variant
+such as "fp16" may be there, too.
 
 diffusers: `pipelines/stable_diffusion/pipeline_stable_diffusion.py`, `models/unets/unet_2d_condition.py`,
 `models/autoencoders/autoencoder_kl.py`.
 """
 
 import json
-import warnings
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +62,10 @@ def read_folder(
     """
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: diffusers' layout has {', '.join(PARTS)}")
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}: Stable Diffusion v1 of diffusers has {', '.join(PARTS)}"
+        )
     config, tokenizer = read_config(folder), files.read_tokenizer(folder / "tokenizer")
-    if variant is not None:
-        _check_variant(folder, variant)
     given = {part: read_part(folder / part, variant) for part in STEMS}
     sd = files.build(config, tokenizer, folder, sum(map(len, given.values())))
     for part, (network, names) in parts_of(sd).items():
@@ -183,49 +181,27 @@ def _block_types(part: str, attends: list[bool]) -> dict[str, list[str]]:
 
 
 def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The weights of one part, from one file or several.
+    """The weights of one part.
 
     Raises:
-        FileNotFoundError: there are no weights, or one of several files is missing.
+        FileNotFoundError: there is no file with all of them.
     """
     file = find_weights(folder, variant)
     if file is None:
-        raise FileNotFoundError(f"there are no weights{f' of the variant {variant}' if variant else ''} in {folder}")
-    if file.suffix != ".json":
-        return files.read_weights(file)
-    state: dict[str, Tensor] = {}
-    shards = files.read_json(file).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{file} does not say in which file each tensor is (weight_map)")
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard:  # an index may only name files in its own folder
-            raise CheckpointError(f"{file} points out of its folder, to {shard}")
-        state |= files.read_weights(folder / shard)
-    return state
+        which = f" of the variant {variant!r}" if variant else ""
+        raise FileNotFoundError(f"there are no weights{which} in {folder}, or not in one file")
+    return files.read_weights(file)
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path | None:
-    """The file of a part's weights, or the index of its files: the variant before others, .safetensors before .bin."""
-    for mark, suffix, stem in product(_marks(variant), (".safetensors", ".bin"), STEMS[folder.name]):
-        for name in (f"{stem}{mark}{suffix}", f"{stem}{suffix}.index{mark}.json"):
-            if (folder / name).is_file():
-                return folder / name
-    return None
+    """The file of a part's weights, a .safetensors before a .bin."""
+    names = (name for suffix in (".safetensors", ".bin") for name in _names(folder.name, variant, suffix))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _marks(variant: str | None) -> list[str]:
-    """What may stand before the suffix in a file's name, the preferred one first."""
-    return [f".{variant}", ""] if variant else [""]
-
-
-def _check_variant(folder: Path, variant: str) -> None:
-    """At least one part has to have the variant. A part without it takes its ordinary weights, with a warning."""
-    mark = f".{variant}"
-    without = [part for part in STEMS if (file := find_weights(folder / part, variant)) and mark not in file.name]
-    if len(without) == len(STEMS):
-        raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r}: leave variant out")
-    if without:
-        warnings.warn(f"{folder} has no {variant} weights for {' and '.join(without)}; took the others", stacklevel=4)
+def _names(part: str, variant: str | None, suffix: str) -> list[str]:
+    """What the file of a part's weights may be called."""
+    return [f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}" for stem in STEMS[part]]
 
 
 def fetch(name: str, variant: str | None = None) -> Path:
@@ -240,8 +216,7 @@ def fetch(name: str, variant: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def patterns(suffix: str) -> list[str]:
-        ends = [mark + shard for mark in _marks(variant) for shard in ("", "-0*-of-0*")]
-        return [f"{part}/{stem}{end}{suffix}" for part, stems in STEMS.items() for stem in stems for end in ends]
+        return [f"{part}/{name}" for part in STEMS for name in _names(part, variant, suffix)]
 
     about = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/*.txt"]
     try:
