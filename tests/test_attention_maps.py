@@ -59,7 +59,7 @@ def test_the_weights_of_a_pixel_sum_to_one(drawn):
     maps, _ = drawn
     assert len(maps.timesteps) == 3 and maps.guided
     each = [{"step": step, "layer": layer} for step in range(3) for layer in maps.layers]
-    for options in [*each, {}, {"step": 0}, {"layer": "middle_block"}, {"size": (8, 8)}, {"unconditional": True}]:
+    for options in [*each, {}, {"step": 0}, {"layer": "middle_block"}, {"size": (8, 8)}]:
         m = maps.at(**options)
         torch.testing.assert_close(m.sum(0), torch.ones(m.shape[1:]))
     steps = torch.stack([maps.at(step=step) for step in range(3)])
@@ -154,8 +154,6 @@ def test_without_guidance_and_of_another_shape(sd):
     with record_attention(sd) as maps:
         sd.txt2img([PROMPT, "a smiling cat"], steps=2, guidance_scale=1.0, sampler="dpmpp_2m", height=32, width=48)
     assert not maps.guided and maps.at().shape == (16, 4, 6) and maps.at(token="cat", picture=1).shape == (4, 6)
-    with pytest.raises(ValueError, match="without guidance"):
-        maps.at(unconditional=True)
 
 
 def test_a_context_from_elsewhere_has_no_words(sd):
@@ -172,7 +170,6 @@ def test_what_is_not_there_is_named(drawn, make_sd, sd):
     for options, message in [
         ({"token": "cat"}, "'cat' is not in the prompt, whose tokens are <start> a red"),
         ({"token": 16}, "there is no token 16"),
-        ({"token": "fox", "unconditional": True}, "the empty prompt has no words"),
         ({"step": 3}, "there is no step 3: 3 calls"),
         ({"layer": "encoder"}, "no cross-attention was recorded in a layer 'encoder'"),
         ({"picture": 2}, "there is no picture 2: 2 were drawn"),

@@ -58,7 +58,6 @@ class AttentionMaps:
         token: int | str | None = None,
         picture: int = 0,
         size: tuple[int, int] | None = None,
-        unconditional: bool = False,
     ) -> Float[Tensor, "h w"] | Float[Tensor, "m h w"]:
         """How much each pixel attends to a token, in [0, 1].
 
@@ -70,46 +69,35 @@ class AttentionMaps:
                 their weights are added. None: all tokens, [m h w].
             picture: which picture of the batch.
             size: (height, width) to which the maps are enlarged (nearest neighbour). None: that of the finest layer.
-            unconditional: take the half of the batch with the empty prompt, which only exists with guidance.
 
         Raises:
-            ValueError: there is no such step, layer, token, picture or half of the batch.
+            ValueError: there is no such step, layer, token or picture.
         """
         names = [name for name in self.layers if name.startswith(layer or "")]
         if not names:
             known = ", ".join(self.layers) or "none"
             raise ValueError(f"no cross-attention was recorded in a layer {layer!r}; there are: {known}")
-        if unconditional and not self.guided:
-            raise ValueError("without guidance, the UNet is not asked about the empty prompt")
+        if step is not None and not -len(self._calls) <= step < len(self._calls):
+            raise ValueError(f"there is no step {step}: {len(self._calls)} calls of the UNet were recorded")
         size = size or max(self._calls[0][name][1] for name in names)
 
         maps = []
-        for call in self._calls if step is None else [self._call(step)]:
+        for call in self._calls if step is None else [self._calls[step]]:
             for name in names:
                 weights, grid = call[name]
-                pictures = len(weights) // 2 if self.guided else len(weights)
-                if not 0 <= picture < pictures:
-                    raise ValueError(f"there is no picture {picture}: {pictures} were drawn, counted from 0")
-                # With guidance, the batch holds each picture twice, and the unconditional half comes first.
-                one = weights[picture + (pictures if self.guided and not unconditional else 0)]
-                one = one.T.unflatten(1, grid)  # [n m] -> [m h w]
+                if not 0 <= picture < len(weights):
+                    raise ValueError(f"there is no picture {picture}: {len(weights)} were drawn, counted from 0")
+                one = weights[picture].T.unflatten(1, grid)  # [n m] -> [m h w]
                 maps.append(F.interpolate(one[None], size, mode="nearest")[0])
         mean = torch.stack(maps).mean(0)
-        return mean if token is None else mean[self._places(token, picture, len(mean), unconditional)].sum(0)
+        return mean if token is None else mean[self._places(token, picture, len(mean))].sum(0)
 
-    def _call(self, step: int) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-        if not -len(self._calls) <= step < len(self._calls):
-            raise ValueError(f"there is no step {step}: {len(self._calls)} calls of the UNet were recorded")
-        return self._calls[step]
-
-    def _places(self, token: int | str, picture: int, count: int, unconditional: bool) -> list[int]:
+    def _places(self, token: int | str, picture: int, count: int) -> list[int]:
         """The positions of a word or token in the prompt; for a word of several tokens, those of all its tokens."""
         if isinstance(token, int):
             if not -count <= token < count:
                 raise ValueError(f"there is no token {token}: the context has {count}")
             return [token]
-        if unconditional:
-            raise ValueError("the empty prompt has no words: name a token of it by its place, 0 for the start")
         tokens = self.prompts[picture] if self.tokens else []
         spans = [(i, j) for i in range(count) for j in range(i + 1, count + 1) if "".join(tokens[i:j]) == token.lower()]
         if not spans:
@@ -122,7 +110,7 @@ def record_attention(sd: LatentDiffusion) -> Iterator[AttentionMaps]:
     """Record the weights of the UNet's cross-attention, averaged over its heads, while pictures are drawn.
 
     Drawing is a little slower. The fused attention kernel does not store the weights, so a plain softmax is used in its
-    place; the picture differs only by rounding. The weights are stored on the CPU: in Stable Diffusion v1, 17 MB for
+    place; the picture differs only by rounding. The weights are stored on the CPU: in Stable Diffusion v1, 8 MB for
     each step of a guided picture. What other threads draw is not recorded.
 
     Raises:
@@ -162,6 +150,8 @@ def record_attention(sd: LatentDiffusion) -> Iterator[AttentionMaps]:
         maps._calls.append({})
 
     def keep(name: str, weights: Tensor) -> None:
+        # With guidance, the batch holds each picture twice, and the half with the empty prompt comes first.
+        weights = weights[len(weights) // 2 :] if maps.guided else weights
         maps._calls[-1][name] = weights.detach().float().mean(1).cpu(), grid[0]
 
     with ExitStack() as restore:
