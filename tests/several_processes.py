@@ -82,7 +82,8 @@ def encoded():
     data, seen = CaptionedPictures(shapes, 32), []
     batch, data.batch = data.batch, lambda indices: seen.append(indices) or batch(indices)
     moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)
-    contexts = encode_prompts(sd, sd.cond_stage_model.prompts(data), engine, batch_size=24)
+    prompts = [form for forms in sd.cond_stage_model.prompts(data) for form in forms]
+    contexts = encode_prompts(sd, prompts, engine, batch_size=24)
     found = {"moments": moments, "contexts": contexts, "seen": torch.cat(seen)}
     torch.save(found, folder / f"encoded_{engine.process_index}.pt")
 

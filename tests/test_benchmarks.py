@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import minisd
 from benchmarks import __main__ as command
 from benchmarks import measure
 
@@ -196,3 +197,25 @@ def test_the_operations_of_stable_diffusion_are_those_of_the_literature():
     z, context = torch.empty(1, 4, 64, 64, device="meta"), torch.empty(1, 77, 768, device="meta")
     # 0.8 TFLOP a forward pass at 64x64, multiplications and additions each counted as one
     assert scale.flops_per_image(scale.UNetConfig(), z, context) / 3e12 == pytest.approx(0.8, rel=0.05)
+
+
+# -- everything for a GPU ------------------------------------------------------------------------------------------
+
+
+def test_the_command_for_a_gpu_trains_what_is_missing_and_writes_its_tables(diffusers, tmp_path):
+    from benchmarks import gpu
+
+    small = ["--small", "--device", "cpu", "--minutes", "0.05", "--out", str(tmp_path)]
+    gpu.main([*small, "--no-tables"])
+    weights = (tmp_path / "vae" / "vae.safetensors").read_bytes()
+    (tmp_path / "unet").rename(tmp_path / "the first unet")
+
+    text = gpu.main(small)  # CLIP and the autoencoder are there already
+    assert text == (tmp_path / "gpu.md").read_text()
+    measured = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["stage"] for part in measured["trained"]] == ["unet"]
+    assert (tmp_path / "vae" / "vae.safetensors").read_bytes() == weights
+    assert [row["peer"] for row in measured["rows"]] == ["minisd", "diffusers"]
+    assert all(row["steps_per_s"] > 0 and row["run"]["mfu"] > 0 for row in measured["rows"])
+    drawn = minisd.load(tmp_path / "model").txt2img("a red circle", steps=2, num_images=1)
+    assert drawn.images[0].size == (32, 32)

@@ -766,7 +766,7 @@ def test_each_process_encodes_its_share_and_has_what_one_would_have_encoded(seve
     data = CaptionedPictures(several / "shapes", 32)
     sd = assemble(PRESETS["tiny"], several / "one/clip", several / "one/vae")
     moments = encode_all(sd.first_stage_model, data, engine, batch_size=7)  # 40 pictures: five batches and five
-    prompts = sd.cond_stage_model.prompts(data)
+    prompts = [form for forms in sd.cond_stage_model.prompts(data) for form in forms]
     contexts = encode_prompts(sd, prompts, engine, batch_size=24)  # 160 forms of captions: six and sixteen
     shares = [torch.load(several / f"encoded_{rank}.pt") for rank in range(2)]
     for share in shares:
@@ -953,6 +953,18 @@ def test_latents_and_contexts_that_are_not_kept_are_computed_in_each_step(
         monkeypatch.setattr(unet_training, "KEPT", 0)
         monkeypatch.setattr(unet_training, "encode_prompts", None)  # nothing is encoded before the first step
     assert losses(tmp_path / "anew") == pytest.approx(losses(tmp_path / "kept"), rel=2e-3)
+
+
+def test_a_prompt_that_occurs_often_is_encoded_once(shapes, engine, parts, tmp_path, monkeypatch):
+    encoded = []
+
+    def encode(sd, prompts, engine):
+        encoded.extend(prompts)
+        return encode_prompts(sd, prompts, engine)
+
+    monkeypatch.setattr(unet_training, "encode_prompts", encode)
+    train_unet(PRESETS["tiny"], UNetRecipe(steps=1, **SHORT), Mixture([shapes, shapes]), tmp_path, engine, *parts)
+    assert sorted(encoded) == sorted({form for forms in shapes.wordings for form in forms})
 
 
 def test_the_three_networks_are_trained_on_a_mixture_of_data_sets(shapes, engine, tmp_path):

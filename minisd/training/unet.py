@@ -105,11 +105,14 @@ def train_unet(
     # After that, a step costs one forward and one backward pass through the UNet. If there are too many pictures to
     # keep all this, each step encodes its own, which takes longer.
     nothing = sd.get_learned_conditioning([condition.unconditional])
-    kept = fits_in_memory(sd, len(data), len(prompts[0]), nothing)
+    # Each text is encoded once, because a mixture of data repeats them. rows [n forms] has the row of each prompt.
+    row_of = {form: row for row, form in enumerate(dict.fromkeys(form for forms in prompts for form in forms))}
+    rows = torch.tensor([[row_of[form] for form in forms] for forms in prompts])
+    kept = fits_in_memory(sd, len(data), len(row_of), nothing)
     moments = encode_all(sd.first_stage_model, data, engine) if kept else None
     # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
     # now, and not in the step in which it first turns up.
-    contexts = encode_prompts(sd, prompts, engine) if kept or not condition.frozen else None
+    contexts = encode_prompts(sd, list(row_of), engine) if kept or not condition.frozen else None
 
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
@@ -142,7 +145,7 @@ def train_unet(
                     # for classes, the extra class "no class").
                     if condition.frozen and contexts is not None:
                         # looked up: computed before step 0
-                        context = contexts[batch.indices, form].to(engine.device, non_blocking=True)
+                        context = contexts[rows[batch.indices, form]].to(engine.device, non_blocking=True)
                         context = text_dropout(context, nothing, forget.to(engine.device, non_blocking=True))
                     else:  # computed in each step: the encoder is being trained, or there are too many prompts
                         choices = zip(batch.indices.tolist(), form.tolist(), forget.tolist(), strict=True)
@@ -287,28 +290,27 @@ def assemble(
 KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
 
 
-def fits_in_memory(sd: LatentDiffusion, pictures: int, forms: int, context: Tensor | None) -> bool:
-    """Whether the latent distributions and contexts of that many pictures, with that many forms of a prompt, fit."""
+def fits_in_memory(sd: LatentDiffusion, pictures: int, prompts: int, context: Tensor | None) -> bool:
+    """Whether the latent distributions of that many pictures, and the contexts of that many prompts, fit."""
     latent = 2 * 4 * math.prod(sd.latent_shape())  # mean and log variance, float32
-    return pictures * (latent + forms * 2 * (0 if context is None else context.numel())) <= KEPT
+    return pictures * latent + prompts * 2 * (0 if context is None else context.numel()) <= KEPT
 
 
 @torch.no_grad()
-def encode_prompts(sd: LatentDiffusion, prompts: list[list], engine: Engine, batch_size: int = 512) -> Tensor | None:
-    """The contexts of all pictures' prompts in all wordings, [n forms l d]; None for an unconditional model.
+def encode_prompts(sd: LatentDiffusion, prompts: list, engine: Engine, batch_size: int = 512) -> Tensor | None:
+    """The contexts of all prompts, [n l d]; None for an unconditional model.
 
     They are float16 on the CPU to save memory, and all processes share the work.
     """
-    flat = [form for forms in prompts for form in forms]
 
     def contexts(indices: Int[Tensor, "b"]) -> Float[Tensor, "b l d"]:
-        return sd.get_learned_conditioning([flat[i] for i in indices.tolist()]).half()
+        return sd.get_learned_conditioning([prompts[i] for i in indices.tolist()]).half()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tokenizer would warn about every caption that is too long
-        if sd.get_learned_conditioning(flat[:1]) is None:
+        if sd.get_learned_conditioning(prompts[:1]) is None:
             return None
-        return encode_shared(contexts, len(flat), batch_size, engine).unflatten(0, (len(prompts), -1))
+        return encode_shared(contexts, len(prompts), batch_size, engine)
 
 
 def _drawings(
