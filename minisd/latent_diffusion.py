@@ -134,11 +134,13 @@ MOST = 100_000  # pictures at a time, and pixels along a side: there is no memor
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
-def _sampler_options() -> dict[str, inspect.Parameter]:
-    """What samplers can be asked for: eta, spacing, timesteps, … None stands for the sampler's own default."""
-    parameters = [p for sampler in sampling.SAMPLERS.values() for p in inspect.signature(sampler).parameters.values()]
-    no_options = ("eps_model", "x_T", "schedule", "steps", "generator")
-    return {p.name: p.replace(kind=p.KEYWORD_ONLY, default=None) for p in parameters if p.name not in no_options}
+# The options that samplers have: eta, spacing, timesteps, … If one is left out, the sampler uses its own default.
+SAMPLER_OPTIONS = {
+    name: parameter.replace(kind=parameter.KEYWORD_ONLY, default=None)
+    for sampler in sampling.SAMPLERS.values()
+    for name, parameter in inspect.signature(sampler).parameters.items()
+    if name not in ("eps_model", "x_T", "schedule", "steps", "generator")
+}
 
 
 def _takes_sampler_options(without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -151,14 +153,12 @@ def _takes_sampler_options(without: tuple[str, ...] = ()) -> Callable[[Callable]
 
     def decorate(method: Callable) -> Callable:
         own = {name: p for name, p in inspect.signature(method).parameters.items() if p.kind is not p.VAR_KEYWORD}
-
-        def parameters() -> list[inspect.Parameter]:
-            options = _sampler_options().items()
-            return [*own.values(), *(p for name, p in options if name not in {*own, *without})]
+        options = [p for name, p in SAMPLER_OPTIONS.items() if name not in {*own, *without}]
+        signature = inspect.Signature([*own.values(), *options])
+        names = [name for name in signature.parameters if name != "self"]
 
         @functools.wraps(method)
         def checked(self, *args, **given):
-            names = [p.name for p in parameters()][1:]  # without self; with the options of samplers added since
             for name in given:
                 if name not in names:
                     meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, 1)), None)
@@ -166,7 +166,7 @@ def _takes_sampler_options(without: tuple[str, ...] = ()) -> Callable[[Callable]
                     raise TypeError(f"{method.__name__} has no argument {name!r}: {hint}")
             return method(self, *args, **given)
 
-        checked.__signature__ = inspect.Signature(parameters())
+        checked.__signature__ = signature
         return checked
 
     return decorate

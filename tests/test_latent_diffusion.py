@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, load, sampling
+from minisd import PRESETS, Drawing, LatentDiffusion, LatentDiffusionConfig, load
 from minisd.clip import CLIPTextConfig
 from minisd.loss import LOSSES
 from minisd.noising import ExactDenoiser
@@ -468,19 +468,6 @@ def test_every_argument_of_a_drawing_stands_in_its_signature(method):
 def test_an_option_that_the_sampler_does_not_have_is_refused(sd):
     with pytest.raises(ValueError, match="sampler 'euler' has no lower_order_final"):
         sd.txt2img(FOX, steps=2, sampler="euler", lower_order_final=True)
-
-
-def test_an_option_of_a_new_sampler_is_an_argument_of_a_drawing(sd, monkeypatch):
-    monkeypatch.setattr("minisd.sampling.SAMPLERS", SAMPLERS.copy())
-
-    @sampling.sampler(steps=4, spacing="leading")
-    def less(x_t, eps, a_t, a_prev, *, share=1.0):
-        return a_prev**0.5 * sampling.predict_x0(x_t, eps, a_t) + share * (1 - a_prev) ** 0.5 * eps
-
-    plain, half = (sd.txt2img(FOX, steps=3, sampler="less", share=share).pictures for share in (None, 0.5))
-    assert not torch.equal(plain, half)
-    with pytest.raises(TypeError, match="has no argument 'shar': did you mean share"):
-        sd.txt2img(FOX, steps=3, sampler="less", shar=0.5)
 
 
 def test_a_sampler_may_be_given_itself_with_options_of_its_own(sd):
