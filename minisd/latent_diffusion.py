@@ -134,42 +134,20 @@ MOST = 100_000  # pictures at a time, and pixels along a side: there is no memor
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
-# The options that samplers have: eta, spacing, timesteps, … If one is left out, the sampler uses its own default.
-SAMPLER_OPTIONS = {
-    name: parameter.replace(kind=parameter.KEYWORD_ONLY, default=None)
-    for sampler in sampling.SAMPLERS.values()
-    for name, parameter in inspect.signature(sampler).parameters.items()
-    if name not in ("eps_model", "x_T", "schedule", "steps", "generator")
-}
+def _suggests_names(method: Callable) -> Callable:
+    """If a method is called with an argument that does not exist, suggest in the error which one was probably meant."""
+    names = [name for name in inspect.signature(method).parameters if name != "self"]
 
+    @functools.wraps(method)
+    def checked(self, *args, **options):
+        for name in options:
+            if name not in names:
+                meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, 1)), None)
+                hint = f"did you mean {meant}?" if meant in names else f"it takes {', '.join(names)}"
+                raise TypeError(f"{method.__name__} has no argument {name!r}: {hint}")
+        return method(self, *args, **options)
 
-def _takes_sampler_options(without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Decorator for a method that draws. In the place of `**options`, its signature has the options of the samplers.
-
-    If it is called with an argument that does not exist, the error suggests which one was probably meant.
-
-    without: options that it does not take.
-    """
-
-    def decorate(method: Callable) -> Callable:
-        own = {name: p for name, p in inspect.signature(method).parameters.items() if p.kind is not p.VAR_KEYWORD}
-        options = [p for name, p in SAMPLER_OPTIONS.items() if name not in {*own, *without}]
-        signature = inspect.Signature([*own.values(), *options])
-        names = [name for name in signature.parameters if name != "self"]
-
-        @functools.wraps(method)
-        def checked(self, *args, **given):
-            for name in given:
-                if name not in names:
-                    meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, names, 1)), None)
-                    hint = f"did you mean {meant}?" if meant in names else f"it takes {', '.join(names)}"
-                    raise TypeError(f"{method.__name__} has no argument {name!r}: {hint}")
-            return method(self, *args, **given)
-
-        checked.__signature__ = signature
-        return checked
-
-    return decorate
+    return checked
 
 
 # Names of arguments in diffusers and CompVis's scripts that are too different from ours to be found by similarity.
@@ -294,7 +272,7 @@ class LatentDiffusion(nn.Module):
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
-    @_takes_sampler_options()
+    @_suggests_names
     def sample(
         self,
         prompt: Prompt,
@@ -307,10 +285,16 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        timesteps: sampling.Timesteps | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: list[torch.Generator] | None = None,
-        **options,
     ) -> Iterator[sampling.Step]:
         """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
 
@@ -329,13 +313,17 @@ class LatentDiffusion(nn.Module):
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
+        options = {
+            "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
+            "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
+        }  # fmt: skip
         # For an option that is left out, the sampler uses its own default.
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := options.keys() - inspect.signature(draw).parameters.keys():
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
-    @_takes_sampler_options()
+    @_suggests_names
     @DRAW_LESS
     def txt2img(
         self,
@@ -349,10 +337,16 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        timesteps: sampling.Timesteps | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         progress: bool = False,
-        **options,
     ) -> Drawing:
         """Draw pictures from prompts.
 
@@ -385,14 +379,16 @@ class LatentDiffusion(nn.Module):
             ValueError: an argument has a value that does not fit. TypeError: an argument does not exist.
         """
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt,
-            c_concat=c_concat, start_code=start_code, **options,
+            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt, eta=eta,
+            spacing=spacing, timesteps=timesteps, set_alpha_to_one=set_alpha_to_one,
+            lower_order_final=lower_order_final, clip_denoised=clip_denoised, before_step=before_step,
+            c_concat=c_concat, start_code=start_code,
         )  # fmt: skip
         # Nothing has been computed yet, because a sampler is a generator. `list` runs its steps.
-        count = steps if options.get("timesteps") is None else len(options["timesteps"])
+        count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
-    @_takes_sampler_options(without=("timesteps",))
+    @_suggests_names
     @DRAW_LESS
     def img2img(
         self,
@@ -409,10 +405,14 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
         spacing: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         progress: bool = False,
-        **options,
     ) -> Drawing:
         """Draw over a picture: add noise to its latent up to some timestep, and denoise it with a prompt.
 
@@ -439,12 +439,13 @@ class LatentDiffusion(nn.Module):
         noise = randn(z.shape, generators).to(z)
         x = self.q_sample(z, torch.full((count,), start, device=z.device), noise)
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
-            timesteps=left, c_concat=c_concat, start_code=x, generator=generators, **options,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
+            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
+            clip_denoised=clip_denoised, before_step=before_step, c_concat=c_concat, start_code=x, generator=generators,
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
-    @_takes_sampler_options(without=("timesteps", "before_step"))
+    @_suggests_names
     @DRAW_LESS
     def inpaint(
         self,
@@ -462,9 +463,12 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
         spacing: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
         progress: bool = False,
-        **options,
     ) -> Drawing:
         """Draw a part of a picture anew.
 
@@ -512,9 +516,10 @@ class LatentDiffusion(nn.Module):
             return self._put_back(x, z, fresh, latent_mask, at(t))
 
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
-            timesteps=left, before_step=None if nine else put_back, c_concat=concat, start_code=x,
-            generator=generators, **options,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
+            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
+            clip_denoised=clip_denoised, before_step=None if nine else put_back, c_concat=concat, start_code=x,
+            generator=generators,
         )  # fmt: skip
         drawn = list(_shown(run, len(left), progress))
         # After the last step the unmasked part is put back once more, this time without noise.
