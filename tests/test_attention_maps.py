@@ -25,7 +25,7 @@ def untouched(sd) -> bool:
 
 @pytest.fixture(scope="module")
 def drawn(sd):
-    with record_attention(sd) as maps:
+    with record_attention(sd, self_attention=True, by_head=True) as maps:
         drawing = sd.txt2img(PROMPT, num_images=2, **OPTIONS)
     return maps, drawing
 
@@ -50,16 +50,21 @@ def test_the_maps_are_those_of_the_layer(sd, drawn):
     x, context = given[0]
     q, k = (p(a).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for p, a in ((layer.to_q, x), (layer.to_k, context)))
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # [2 heads n m]
-    for k in range(2):
-        expected = weights[k].mean(0).T.unflatten(1, (4, 4))
-        torch.testing.assert_close(maps.at(step=1, layer=name, picture=k), expected)
+    torch.testing.assert_close(maps.raw(1, name), weights)  # of the prompt, not of the empty one beside it
+    expected = weights[1].mean(0).T.unflatten(1, (4, 4))
+    torch.testing.assert_close(maps.at(step=1, layer=name, picture=1), expected)
+    torch.testing.assert_close(maps.at(step=1, layer=name, picture=1, head=0), weights[1, 0].T.unflatten(1, (4, 4)))
 
 
 def test_the_weights_of_a_pixel_sum_to_one(drawn):
     maps, _ = drawn
     assert len(maps.timesteps) == 3 and maps.guided
-    each = [{"step": step, "layer": layer} for step in range(3) for layer in maps.layers]
-    for options in [*each, {}, {"step": 0}, {"layer": "middle_block"}, {"size": (8, 8)}]:
+    assert sum(name.endswith("attn1") for name in maps.layers) == sum(name.endswith("attn2") for name in maps.layers)
+    for step in range(3):
+        for layer in maps.layers:
+            weights = maps.raw(step, layer)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    for options in ({}, {"step": 0}, {"layer": "middle_block"}, {"size": (8, 8)}, {"head": 1}):
         m = maps.at(**options)
         torch.testing.assert_close(m.sum(0), torch.ones(m.shape[1:]))
     steps = torch.stack([maps.at(step=step) for step in range(3)])
@@ -176,6 +181,10 @@ def test_what_is_not_there_is_named(drawn, make_sd, sd):
     ]:
         with pytest.raises(ValueError, match=message):
             maps.at(**options)
+    with record_attention(sd) as averaged:
+        sd.txt2img(PROMPT, **OPTIONS)
+    with pytest.raises(ValueError, match="by_head=True"):
+        averaged.at(head=0)
 
     from minisd.conditions import ClassConfig
 

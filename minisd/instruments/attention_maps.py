@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..attention import RECORDING, SpatialTransformer
+from ..attention import RECORDING, CrossAttention, SpatialTransformer
 from ..clip import END, START, FrozenCLIPEmbedder
 from ..latent_diffusion import LatentDiffusion
 
@@ -36,7 +36,7 @@ class AttentionMaps:
         self.timesteps: list[int] = []  # t of each call of the UNet
         self.prompts: list[list[str]] = []  # for each picture, the tokens of its prompt
         self.guided = False  # whether the batch was [unconditional, conditional], as in classifier-free guidance
-        # For each call {layer: (weights [b n m], (height, width) of the map with these n pixels)}.
+        # For each call {layer: (weights [b n m] or [b heads n m], (height, width) of the map with these n pixels)}.
         self._calls: list[dict[str, tuple[Tensor, tuple[int, int]]]] = []
 
     @property
@@ -51,12 +51,17 @@ class AttentionMaps:
         """The names of the layers, as in the checkpoint, in the order of the UNet's forward pass."""
         return list(self._calls[0]) if self._calls else []
 
+    def raw(self, step: int, layer: str) -> Float[Tensor, "b n m"] | Float[Tensor, "b heads n m"]:
+        """All weights of a layer in one call: of n pixels for m tokens (in attn1, self-attention, for m = n pixels)."""
+        return self._calls[step][layer][0]
+
     def at(
         self,
         step: int | None = None,
         layer: str | None = None,
         token: int | str | None = None,
         picture: int = 0,
+        head: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "h w"] | Float[Tensor, "m h w"]:
         """How much each pixel attends to a token, in [0, 1].
@@ -68,12 +73,13 @@ class AttentionMaps:
             token: its position, from 0, or its name in `tokens`. If a word has several tokens or occurs several times,
                 their weights are added. None: all tokens, [m h w].
             picture: which picture of the batch.
+            head: which head, if the heads were recorded separately. None: the mean over heads.
             size: (height, width) to which the maps are enlarged (nearest neighbour). None: that of the finest layer.
 
         Raises:
             ValueError: there is no such step, layer, token or picture.
         """
-        names = [name for name in self.layers if name.startswith(layer or "")]
+        names = [name for name in self.layers if name.startswith(layer or "") and name.endswith("attn2")]
         if not names:
             known = ", ".join(self.layers) or "none"
             raise ValueError(f"no cross-attention was recorded in a layer {layer!r}; there are: {known}")
@@ -87,7 +93,12 @@ class AttentionMaps:
                 weights, grid = call[name]
                 if not 0 <= picture < len(weights):
                     raise ValueError(f"there is no picture {picture}: {len(weights)} were drawn, counted from 0")
-                one = weights[picture].T.unflatten(1, grid)  # [n m] -> [m h w]
+                one = weights[picture]
+                if one.ndim == 3:  # [heads n m]
+                    one = one.mean(0) if head is None else one[head]
+                elif head is not None:
+                    raise ValueError("the heads were averaged: record_attention(sd, by_head=True) keeps them apart")
+                one = one.T.unflatten(1, grid)  # [n m] -> [m h w]
                 maps.append(F.interpolate(one[None], size, mode="nearest")[0])
         mean = torch.stack(maps).mean(0)
         return mean if token is None else mean[self._places(token, picture, len(mean))].sum(0)
@@ -106,18 +117,27 @@ class AttentionMaps:
 
 
 @contextmanager
-def record_attention(sd: LatentDiffusion) -> Iterator[AttentionMaps]:
-    """Record the weights of the UNet's cross-attention, averaged over its heads, while pictures are drawn.
+def record_attention(
+    sd: LatentDiffusion, self_attention: bool = False, by_head: bool = False
+) -> Iterator[AttentionMaps]:
+    """Record the attention weights of the UNet's transformers while pictures are drawn inside the `with`.
 
     Drawing is a little slower. The fused attention kernel does not store the weights, so a plain softmax is used in its
     place; the picture differs only by rounding. The weights are stored on the CPU: in Stable Diffusion v1, 8 MB for
     each step of a guided picture. What other threads draw is not recorded.
 
+    self_attention: also record attn1, where pixels attend to pixels: `maps.raw(step, layer)`, [b n n].
+    by_head: record each head, instead of their mean.
+
     Raises:
         ValueError: the model has no text encoder.
     """
     embedder, unet = sd.cond_stage_model, sd.model.diffusion_model
-    watched = {name: layer for name, layer in unet.named_modules() if name.endswith("attn2")}
+    watched = {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, CrossAttention) and name.endswith(("attn1", "attn2") if self_attention else "attn2")
+    }
     if not isinstance(embedder, FrozenCLIPEmbedder) or not watched:
         raise ValueError("this model reads no words, so there is no attention to them that could be recorded")
 
@@ -152,7 +172,8 @@ def record_attention(sd: LatentDiffusion) -> Iterator[AttentionMaps]:
     def keep(name: str, weights: Tensor) -> None:
         # With guidance, the batch holds each picture twice, and the half with the empty prompt comes first.
         weights = weights[len(weights) // 2 :] if maps.guided else weights
-        maps._calls[-1][name] = weights.detach().float().mean(1).cpu(), grid[0]
+        weights = weights.detach().float()
+        maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
 
     with ExitStack() as restore:
         # The hooks are not in the modules of this model, because a copy of the model would have them, too.

@@ -42,6 +42,10 @@ class Intermediate:
     file: str  # the file of CompVis's source
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape) if isinstance(self.value, Tensor) else ()
+
+    @property
     def std(self) -> float:
         return self.value.float().std(correction=0).item()
 
