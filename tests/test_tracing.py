@@ -68,11 +68,11 @@ def test_printed_it_fits_110_columns_and_says_everything(request, which):
     assert max(map(len, text.split("\n"))) <= 110
     for entry in told:
         assert entry.symbol in text and f"{entry.name} " in text and entry.equation in text and entry.compvis in text
-        assert isinstance(entry.value, str) or str(list(entry.value.shape)) in text
+        assert str(list(entry.shape)) in text or isinstance(entry.value, str)
         assert entry.stage in STAGES and entry.file.endswith(".py")
     assert told[0].value == "a red fox" and len(list(told)) == len(told)
-    assert "[1, 16]         int64" in str(told["tokens"])
-    assert f"{told['t'].value.item():8} " * 2 in str(told["t"]) + " "
+    assert told["tokens"].dtype == torch.int64 and told["tokens"].shape == (1, 16)
+    assert told["t"].range == (told["t"].value.item(),) * 2
     with pytest.raises(KeyError, match="there is no 'x_7'"):
         told["x_7"]
 

@@ -46,6 +46,15 @@ class Intermediate:
         return tuple(self.value.shape) if isinstance(self.value, Tensor) else ()
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        return self.value.dtype if isinstance(self.value, Tensor) else None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest number of the value."""
+        return self.value.min().item(), self.value.max().item()
+
+    @property
     def std(self) -> float:
         return self.value.float().std(correction=0).item()
 
@@ -54,11 +63,9 @@ class Intermediate:
         if isinstance(self.value, str):
             numbers = repr(self.value)
         else:
-            ends = self.value.min().item(), self.value.max().item()
-            low, high = (f"{x:d}" if isinstance(x, int) else f"{x:.3f}" for x in ends)
+            low, high = (f"{x:d}" if isinstance(x, int) else f"{x:.3f}" for x in self.range)
             std = f"{self.std:.3f}" if self.value.is_floating_point() and self.value.numel() > 1 else ""
-            shape, dtype = str(list(self.value.shape)), str(self.value.dtype).removeprefix("torch.")
-            numbers = f"{shape:15} {dtype:7} {low:>8} {high:>8} {std:>8}"
+            numbers = f"{list(self.shape)!s:15} {str(self.dtype).removeprefix('torch.'):7} {low:>8} {high:>8} {std:>8}"
         where = f"{self.compvis}, {'/'.join(self.file.split('/')[-2:])}"
         width = 46 + self.equation.count("\N{COMBINING CIRCUMFLEX ACCENT}")  # the combining hat of x̂ takes no column
         first, second = f"{self.stage:2}  {self.symbol:10} {self.name:32} {numbers}", f"{self.equation:{width}} {where}"
