@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar, Union, get_origin
 
@@ -24,7 +23,7 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import as_written, describe, folder_written_whole, has_clip
+from .checkpoint import describe, files, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
@@ -83,7 +82,7 @@ class Txt2Img:
         scale = self.scale or max(1, 128 // out.images[0].width)
         _write(self.out, sheet(out.images, scale=scale).save)
         if self.trajectory:
-            _write(self.trajectory, partial(out.trajectory.save, scale=scale))
+            _write(self.trajectory, lambda path: out.trajectory.save(path, scale=scale))
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
         return sd.txt2img(self.prompt, **options)
@@ -275,7 +274,7 @@ class TrainUNet(Training):
             captions = CONDITIONS[condition].needs_captions
             parts = {part: self.out / part for part in (["clip", "vae"] if captions else ["vae"])}
             for part, path in parts.items():
-                if not as_written(path / f"{part}.json").exists():
+                if not files.as_written(path / f"{part}.json").exists():
                     raise FileNotFoundError(
                         f"the UNet needs a finished {part}: run `minisd train {part} --out {self.out}` first"
                     )
@@ -444,7 +443,7 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    with folder_written_whole(path, into=path.parent) as unfinished:
+    with files.folder_written_whole(path, into=path.parent) as unfinished:
         save(unfinished / path.name)  # a name with the same ending, which says the format
     print(f"wrote {path}")
 

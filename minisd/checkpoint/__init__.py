@@ -24,15 +24,11 @@ from ..presets import PRESETS
 from . import compvis, diffusers, files, minisd_folder
 from .files import (
     CheckpointError,
-    as_written,
     cast,
-    check_blocks,
-    folder_written_whole,
     load_weights,
     on_disk,
     read_json,
     read_weights,
-    refused_as,
     remove_unfinished,
     write_json,
     write_weights,
@@ -207,7 +203,7 @@ def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
 
 def has_clip(path: str | Path) -> bool:
     """Whether `load_clip` can read this. It can't if the rest of CLIP is missing, as in diffusers' layout."""
-    return as_written(_find(path) / "clip.json").is_file()
+    return files.as_written(_find(path) / "clip.json").is_file()
 
 
 def describe(path: str | Path, variant: str | None = None) -> str:
@@ -245,7 +241,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
 
 def _find(path: str | Path, variant: str | None = None) -> Path:
     """The file or folder that a name stands for: one that ships, one on the disk, or one on the hub."""
-    written = as_written(Path(path))
+    written = files.as_written(Path(path))
     if written.exists():
         return written
     if (SHIPPED / str(path) / "config.json").is_file():

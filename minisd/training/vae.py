@@ -38,6 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checkpoint import files
 from ..data import Corpus
 from ..latent_diffusion import FIRST_STAGES, LatentDiffusion, Posterior
 from ..vae import AutoencoderConfig, DiagonalGaussianDistribution, FirstStage
@@ -168,7 +169,7 @@ def train_vae(
             measured |= measure_codebook(vae, data, engine)
         if engine.is_main_process:
             record = {"first_stage": checkpoint.part_to_json(config), **measured, "recipe": asdict(recipe)}
-            with checkpoint.folder_written_whole(folder / "vae.json", into=folder) as unfinished:
+            with files.folder_written_whole(folder / "vae.json", into=folder) as unfinished:
                 checkpoint.write_weights(vae.state_dict(), unfinished / "vae.safetensors")
                 checkpoint.write_json(record, unfinished / "vae.json")
         if sd is not None:
@@ -269,17 +270,17 @@ class AutoencoderLoss:
 
 def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
     """The autoencoder of a finished run or of a model that `load` can read, and the scale factor of its latents."""
-    file = checkpoint.as_written(Path(path) / "vae.json")
+    file = files.as_written(Path(path) / "vae.json")
     weights = file.with_name("vae.safetensors")
     if not file.exists():
         sd = checkpoint.load(path, "cpu")
         return sd.first_stage_model, sd.scale_factor
     record, state = checkpoint.read_json(file), checkpoint.read_weights(weights)
     # On "meta", it gets no random weights, which would be overwritten.
-    with checkpoint.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
+    with files.refused_as(f"{file} does not describe an autoencoder of minisd"), torch.device("meta"):
         config = checkpoint.part_from_json("first_stage", record["first_stage"])
         scale_factor = float(record["scale_factor"])
-        checkpoint.check_blocks(len(state), config)
+        files.check_blocks(len(state), config)
         vae = FIRST_STAGES[type(config)](config)
     checkpoint.load_weights(vae, state, weights)
     return vae.eval().requires_grad_(False), scale_factor
