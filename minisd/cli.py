@@ -25,8 +25,7 @@ import tyro
 from tyro.conf import Positional
 
 from . import PRESETS, BPETokenizer, CLIPModel, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import Layout, as_written, describe, has_clip
-from .checkpoint.files import folder_written_whole
+from .checkpoint import Layout, describe, files, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
@@ -86,7 +85,7 @@ class Options:
         scale = self.scale or max(1, 128 // out.images[0].width)
         _write(self.out, sheet(out.images, scale=scale).save)
         if self.trajectory:
-            _write(self.trajectory, partial(out.trajectory.save, scale=scale))
+            _write(self.trajectory, lambda path: out.trajectory.save(path, scale=scale))
 
 
 def txt2img(prompt: Positional[str], drawing: Options) -> None:
@@ -293,7 +292,7 @@ def train_unet(
         captions = CONDITIONS[condition].needs_captions
         parts = {part: run.out / part for part in (["clip", "vae"] if captions else ["vae"])}
         for part, path in parts.items():
-            if not as_written(path / f"{part}.json").exists():
+            if not files.as_written(path / f"{part}.json").exists():
                 raise FileNotFoundError(f"the UNet needs a finished {part}: run `minisd train {part} --out {run.out}`")
         model = config = replace(PRESETS[preset], parameterization=parameterization or "eps")
         given = parts | {"condition": condition, "column": class_column}
@@ -458,7 +457,7 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    with folder_written_whole(path, into=path.parent) as unfinished:
+    with files.folder_written_whole(path, into=path.parent) as unfinished:
         save(unfinished / path.name)  # a name with the same ending, which says the format
     print(f"wrote {path}")
 
