@@ -3,7 +3,7 @@
 The engine's files are read beside the modules of the same names: noising.js, tokenizer.js, clip.js, attention.js,
 unet.js, vae.js, sampling.js, latent_diffusion.js. Below them are layers.js (convolution, norms), gemm.js with gemm.wat
 (the matrix product, in WebAssembly) and safetensors.js; above them worker.js (the messages, explained at its top) and
-live.js, which is what a page uses. index.html is a small page to try them with.
+live.js, which is what a page uses. The page itself is index.html with page.js, page.css and figures.js.
 """
 
 import base64
@@ -20,6 +20,7 @@ SCRIPTS = [
         "latent_diffusion", "worker", "live",
     )
 ]  # fmt: skip
+PAGE = ["figures.js", "page.js", "page.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
 
 
@@ -46,6 +47,6 @@ def write_model_scripts(model: Path, folder: Path) -> None:
 def write_page(model: Path, folder: Path) -> None:
     """Write a folder that draws with this model, opened as a file or served."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    for name in [*SCRIPTS, "index.html"]:
+    for name in [*SCRIPTS, *PAGE]:
         shutil.copyfile(HERE / name, folder / name)
     write_model_scripts(model, folder / "model")
