@@ -6,6 +6,7 @@ minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
+minisd page --model runs/emoji/unet/model --out FOLDER
 minisd info FILE | verify FILE
 minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
@@ -25,8 +26,8 @@ import tyro
 from tyro.conf import Positional
 
 from . import PRESETS, BPETokenizer, CLIPModel, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import Layout, as_written, describe, has_clip
-from .checkpoint.files import folder_written_whole
+from . import live as pages
+from .checkpoint import SHIPPED, Layout, describe, files, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
@@ -86,7 +87,7 @@ class Options:
         scale = self.scale or max(1, 128 // out.images[0].width)
         _write(self.out, sheet(out.images, scale=scale).save)
         if self.trajectory:
-            _write(self.trajectory, partial(out.trajectory.save, scale=scale))
+            _write(self.trajectory, lambda path: out.trajectory.save(path, scale=scale))
 
 
 def txt2img(prompt: Positional[str], drawing: Options) -> None:
@@ -121,6 +122,25 @@ def inpaint(
         strength: how far the redrawn part may depart from what was there: 0 not at all, 1 freely
     """
     drawing.draw(LatentDiffusion.inpaint, prompt, image, mask, strength=strength)
+
+
+def page(out: Path, model: str = "emoji", prompts: tuple[str, ...] = ("a fox, noto style",)) -> None:
+    """Write a page in which a model draws, in a browser and without a server. It opens by a double click.
+
+    Args:
+        out: the folder to make
+        model: "emoji", "tiny", or a folder that `minisd train unet` or `minisd convert` made
+        prompts: drawn now, as recordings that the page shows at first
+    """
+    folder = SHIPPED / model if model in ("emoji", "tiny") else Path(model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model in minisd's layout: `minisd convert MODEL FOLDER` makes one")
+    if out.is_dir() and any(out.iterdir()) and not (out / "page.js").exists():
+        raise FileExistsError(f"{out} holds something else than a page: give --out another folder")
+    sd = load(folder, "cpu")
+    pages.check(sd, folder)
+    pages.write_page(folder, out, model, [pages.record(sd, prompt) for prompt in prompts])
+    print(f"wrote {out}: open {out / 'index.html'} in a browser")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -293,7 +313,7 @@ def train_unet(
         captions = CONDITIONS[condition].needs_captions
         parts = {part: run.out / part for part in (["clip", "vae"] if captions else ["vae"])}
         for part, path in parts.items():
-            if not as_written(path / f"{part}.json").exists():
+            if not files.as_written(path / f"{part}.json").exists():
                 raise FileNotFoundError(f"the UNet needs a finished {part}: run `minisd train {part} --out {run.out}`")
         model = config = replace(PRESETS[preset], parameterization=parameterization or "eps")
         given = parts | {"condition": condition, "column": class_column}
@@ -438,8 +458,8 @@ def commands(preset: Preset | None = None, init: str | None = None, decoder_only
         """Train a model from scratch, first clip and vae, then unet; or continue from a finished one (--init)."""
 
     return one_of(
-        txt2img=txt2img, img2img=img2img, inpaint=inpaint, data=data, train=train, evaluate=evaluate, info=info,
-        verify=verify, convert=convert,
+        txt2img=txt2img, img2img=img2img, inpaint=inpaint, page=page, data=data, train=train, evaluate=evaluate,
+        info=info, verify=verify, convert=convert,
     )  # fmt: skip
 
 
@@ -458,7 +478,7 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    with folder_written_whole(path, into=path.parent) as unfinished:
+    with files.folder_written_whole(path, into=path.parent) as unfinished:
         save(unfinished / path.name)  # a name with the same ending, which says the format
     print(f"wrote {path}")
 

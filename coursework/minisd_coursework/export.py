@@ -85,9 +85,9 @@ def nbgrader(stage: str) -> list[dict]:
     for exercise in of_stage(stage):
         fenced = exercise.source.replace(BEGIN, "### BEGIN SOLUTION").replace(END, "### END SOLUTION")
         own = {"grade": False, "solution": True, "locked": False}
-        graded = {"grade": True, "solution": False, "locked": True, "points": exercise.difficulty}
+        test = {"grade": True, "solution": False, "locked": True, "points": exercise.difficulty}
         cells += [heading(exercise), code(fenced, _graded(exercise.name, own)), hints(exercise)]
-        cells.append(code(f"check.{exercise.name}({exercise.name}).expect()", _graded(f"check_{exercise.name}", graded)))
+        cells.append(code(f"check.{exercise.name}({exercise.name}).expect()", _graded(f"check_{exercise.name}", test)))
     return cells
 
 

@@ -22,7 +22,7 @@ from ..clip import BPETokenizer, CLIPModel, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig, enough_memory
 from ..presets import PRESETS
 from . import compvis, diffusers, files, minisd_folder
-from .files import CheckpointError, as_written, load_weights, read_json, read_weights, write_json, write_weights
+from .files import CheckpointError, load_weights, read_json, read_weights, write_json, write_weights
 from .minisd_folder import part_from_json, part_to_json, save_clip
 
 SHIPPED = Path(__file__).parents[1] / "weights"  # the models that come with the package: "emoji" and "tiny"
@@ -191,7 +191,7 @@ def load_clip(path: str | Path = "emoji") -> tuple[CLIPModel, BPETokenizer]:
 
 def has_clip(path: str | Path) -> bool:
     """Whether `load_clip` can read this. It can't if the rest of CLIP is missing, as in diffusers' layout."""
-    return as_written(_find(path) / "clip.json").is_file()
+    return files.as_written(_find(path) / "clip.json").is_file()
 
 
 def describe(path: str | Path, variant: str | None = None) -> str:
@@ -229,7 +229,7 @@ def describe(path: str | Path, variant: str | None = None) -> str:
 
 def _find(path: str | Path, variant: str | None = None) -> Path:
     """The file or folder that a name stands for: one that ships, one on the disk, or one on the hub."""
-    written = as_written(Path(path))
+    written = files.as_written(Path(path))
     if written.exists():
         return written
     if (SHIPPED / str(path) / "config.json").is_file():

@@ -270,7 +270,7 @@ class AutoencoderLoss:
 
 def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
     """The autoencoder of a finished run or of a model that `load` can read, and the scale factor of its latents."""
-    file = checkpoint.as_written(Path(path) / "vae.json")
+    file = files.as_written(Path(path) / "vae.json")
     weights = file.with_name("vae.safetensors")
     if not file.exists():
         sd = checkpoint.load(path, "cpu")
