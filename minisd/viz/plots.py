@@ -115,6 +115,7 @@ def convergence(
         axes.set_xticks([n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if fewest <= n <= most])
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")  # again, now that the lines have markers
     return figure
 
 
