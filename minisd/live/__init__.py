@@ -20,7 +20,7 @@ SCRIPTS = [
         "latent_diffusion", "worker", "live",
     )
 ]  # fmt: skip
-PAGE = ["figures.js", "page.js", "page.css", "index.html"]
+PAGE = ["figures.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
 
 
@@ -49,4 +49,7 @@ def write_page(model: Path, folder: Path) -> None:
     (folder / "model").mkdir(parents=True, exist_ok=True)
     for name in [*SCRIPTS, *PAGE]:
         shutil.copyfile(HERE / name, folder / name)
+    # A script, because a page that was opened as a file may not fetch.
+    texts = (HERE / "tour.json").read_text("utf-8")
+    (folder / "tour_texts.js").write_text(f"globalThis.minisdTour = {texts.strip()};\n", "utf-8")
     write_model_scripts(model, folder / "model")

@@ -1,0 +1,617 @@
+// The guided tour: a dozen stops from the prompt to the picture, each with the tensors of the drawing that is shown.
+//
+//     const tour = new MinisdTour(live, element, texts);    live: a MinisdPage. texts: the object of tour.json
+//     tour.open("attention");                               so does an address that ends in #tour=attention
+//
+// All words are in tour.json, and a second language is a second such file. `docs` in it is the way to the docs, if there
+// are any. In its texts, **strong**, `code`, x_t or x_{t+1} (lowered), W^T (raised), and {t}, a number of the drawing: see
+// `numbers`. A stop has
+//
+//     id, title, text, caption      what is read; labels, for the canvases of its figure
+//     figure                        one of FIGURES, below; by_step: whether it needs the slider
+//     shape, sd_v1                  which of `shapes` is shown, and that of Stable Diffusion v1
+//     equation, numbers, symbols    the second is the same with {numbers}; by_sampler: other ones for a sampler
+//     code, compvis, notebook, exercises
+//     try                           buttons: what they draw, which step they select, or what they do in the figure
+//     check                         a question and its answer
+(() => {
+  const { latent, map, curve, picture } = minisdFigures;
+  const { sqrt, expm1, log, floor, abs, round } = Math;
+
+  function h(tag, properties = {}, ...children) {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children);
+    return element;
+  }
+
+  const svg = (box) => box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
+
+  // A text of tour.json as nodes. `split` puts what the groups have caught between the plain parts.
+  const LETTERS = "([\\p{L}\\p{N}∅]+)";
+  const MARKS = `\\*\\*(.+?)\\*\\*|\`(.+?)\`|_\\{(.*?)\\}|_${LETTERS}|\\^\\{(.*?)\\}|\\^${LETTERS}|\\{(\\w+)\\}`;
+  function rich(text) {
+    return text.split(new RegExp(MARKS, "u")).flatMap((part, i) => {
+      const tag = [null, "strong", "code", "sub", "sub", "sup", "sup", "span"][i % 8];
+      if (!part) return [];
+      if (!tag) return [part];
+      if (tag !== "span") return [h(tag, {}, ...(tag === "code" ? [part] : rich(part)))];
+      const span = h("span", { className: "value" });
+      span.dataset.value = part;
+      return [span];
+    });
+  }
+
+  const plain = (text) => text.replace(/[_^{}*`]/g, "");
+
+  // A number or a shape as text.
+  function said(value) {
+    if (value?.length && typeof value !== "string") return `[${Array.from(value).join(" ")}]`;
+    return typeof value === "number" ? String(+value.toFixed(3)).replace("-", "−") : (value ?? "…");
+  }
+
+  const sum = (x) => x.reduce((total, v) => total + v, 0);
+  const rms = (x) => sqrt(sum(x.map((v) => v * v)) / x.length);
+  const spread = (x) => sqrt(rms(x) ** 2 - (sum(x) / x.length) ** 2); // standard deviation
+
+  // A row of canvases, each under its label.
+  function cells(box, labels, className = "") {
+    const canvases = labels.map((label) => h("canvas", { role: "img", ariaLabel: plain(label) }));
+    const figure = (canvas, i) =>
+      h("figure", {}, h("div", { className: "tensor" }, canvas), h("figcaption", {}, ...rich(labels[i])));
+    box.append(h("div", { className: `cells ${className}` }, ...canvases.map(figure)));
+    return canvases;
+  }
+
+  // Put a frame around a part of a canvas: left, top, width and height in parts of it.
+  function frame(canvas, left, top, width, height) {
+    const box = canvas.parentElement;
+    const mark = box.querySelector(".mark") ?? box.appendChild(h("span", { className: "mark" }));
+    for (const [side, part] of Object.entries({ left, top, width, height })) mark.style[side] = `${100 * part}%`;
+  }
+
+  // The number `index` of a latent [c h w] whose channels stand side by side, with a column between them.
+  function frameNumber(canvas, [c, height, w], index) {
+    const column = floor(index / (height * w)) * (w + 1) + (index % w);
+    const wide = c * (w + 1) - 1;
+    frame(canvas, column / wide, (floor(index / w) % height) / height, 1 / wide, 1 / height);
+  }
+
+  // choose(index) for the number that is clicked.
+  function onNumber(canvas, tour, choose) {
+    canvas.classList.add("clickable");
+    canvas.onclick = ({ offsetX, offsetY }) => {
+      const [c, height, w] = tour.run.start.shape;
+      const column = floor((offsetX / canvas.clientWidth) * (c * (w + 1) - 1));
+      const y = floor((offsetY / canvas.clientHeight) * height);
+      choose((floor(column / (w + 1)) * height + y) * w + Math.min(column % (w + 1), w - 1));
+    };
+  }
+
+  // --- the figures: (box, tour, stop) builds one, and returns what shows a step of a run in it -------------------------
+  // That answers false, if the run lacks what the figure needs.
+
+  const FIGURES = {
+    overview(box, tour, { labels }) {
+      const [context, noise, early, middle, last] = cells(box, labels);
+      return ({ start, steps, done }) => {
+        latent(context, tour.rows(), [1, ...tour.shapes().context]);
+        latent(noise, start.x_T, start.shape);
+        const some = steps.filter(({ pictures }) => pictures);
+        if (!some.length) return;
+        picture(early, some[floor(some.length / 5)].pictures.x0);
+        picture(middle, some[floor(some.length / 2)].pictures.x0);
+        picture(last, done?.picture ?? some.at(-1).pictures.x0);
+      };
+    },
+
+    tokens(box) {
+      const list = box.appendChild(h("ol", { className: "tokens" }));
+      return ({ start: { tokens } }) => {
+        const token = (piece, i) => h("li", {}, piece, h("small", { textContent: tokens.ids[i] }));
+        list.replaceChildren(...tokens.pieces.map(token));
+      };
+    },
+
+    context(box, tour, { labels }) {
+      const names = h("ol");
+      const rows = box.appendChild(h("div", { className: "rows" }, names));
+      const [canvas] = cells(rows, labels);
+      return ({ start }) => {
+        const hidden = (i) => tour.live.request?.hide?.includes(i);
+        const name = (piece, i) => h("li", { className: hidden(i) ? "hidden" : "" }, piece);
+        rows.style.setProperty("--n", start.tokens.pieces.length);
+        names.replaceChildren(...start.tokens.pieces.map(name));
+        latent(canvas, tour.rows(), [1, ...tour.shapes().context]);
+      };
+    },
+
+    noise(box, tour, { labels }) {
+      const [canvas] = cells(box, labels, "wide");
+      const histogram = svg(box);
+      return ({ start: { x_T, shape } }) => {
+        latent(canvas, x_T, shape);
+        const [count, width] = [17, 8 / 17]; // bins from -4 to 4
+        const measured = Array(count).fill(0);
+        for (const x of x_T) measured[Math.max(0, Math.min(count - 1, floor((x + 4) / width)))] += 2 / x_T.length / width;
+        const normal = measured.map((_, i) => 2 * Math.exp(-(((i + 0.5) * width - 4) ** 2) / 2) / sqrt(2 * Math.PI));
+        curve(histogram, { normal, measured });
+      };
+    },
+
+    unet(box, tour, { labels }) {
+      const [input, output] = cells(box, labels.slice(0, 2));
+      const u = box.appendChild(h("div", { className: "u" }));
+      const [channels] = cells(box, labels.slice(2, 3), "wide");
+      let [chosen, shown] = ["middle_block", null];
+      // The `count` channels of a block that vary most from pixel to pixel.
+      const most = ({ c, h: height, w, values }, count) => {
+        const size = height * w;
+        const all = Array.from({ length: c }, (_, i) => values.subarray(i * size, (i + 1) * size));
+        const best = all.map((x) => [spread(x), x]).sort((a, b) => b[0] - a[0]).slice(0, count);
+        return [best.flatMap(([, x]) => Array.from(x)), [best.length, height, w]];
+      };
+      const button = ([name, block]) => {
+        const canvas = h("canvas");
+        latent(canvas, ...most(block, 1));
+        const onclick = () => ((chosen = name), tour.refresh());
+        const shape = h("small", {}, said([block.c, block.h, block.w]));
+        return h("button", { type: "button", onclick, value: name }, canvas, name, shape);
+      };
+      // Level by level: the way down on the left, the way up on the right, and the middle block below them.
+      const unfold = (blocks) => {
+        const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
+        const side = (...which) => h("div", {}, ...those(...which).map(button));
+        const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
+        const level = (height) => [side("input", height), h("span", {}, labels[3]), side("output", height)];
+        u.replaceChildren(...heights.flatMap(level), side("middle", heights.at(-1)));
+      };
+      return ({ start }, step) => {
+        const { time_embed, ...blocks } = step.activations ?? {};
+        if (!time_embed) return false;
+        latent(input, step.x_t, start.shape);
+        latent(output, step.eps, start.shape);
+        if (shown !== step) unfold(Object.entries((shown = step) && blocks));
+        for (const each of u.querySelectorAll("button")) each.ariaPressed = each.value === chosen;
+        latent(channels, ...most(blocks[chosen] ?? blocks.middle_block, 6));
+      };
+    },
+
+    time(box, tour, { labels }) {
+      const canvases = cells(box, labels, "wide");
+      return ({ steps }, step) => {
+        if (!step.activations?.time_embed) return false;
+        const { half } = tour.numbers();
+        const angle = (t, i) => t * 10000 ** (-(i % half) / half);
+        const waves = ({ t }) => Array.from({ length: 2 * half }, (_, i) => Math[i < half ? "cos" : "sin"](angle(t, i)));
+        const embedded = ({ activations }) => Array.from(activations.time_embed.values);
+        canvases.forEach((canvas, k) => {
+          const rows = steps.map([waves, embedded][k]);
+          latent(canvas, rows.flat(), [1, rows.length, rows[0].length]);
+          frame(canvas, 0, step.i / rows.length, 1, 1 / rows.length);
+        });
+      };
+    },
+
+    attention(box, tour, { labels }) {
+      const select = h("select", { onchange: () => tour.refresh() });
+      const words = h("div", { className: "words" });
+      box.append(h("label", { className: "slide" }, labels[0], select), words);
+      return ({ start: { tokens } }, step) => {
+        const layers = Object.keys(step.attention ?? {});
+        if (!layers.length) return false;
+        const option = (name) => new Option(name.split(".transformer")[0], name, false, name.startsWith("middle"));
+        if (!select.length) select.append(...layers.map(option));
+        const { h: height, w, weights } = step.attention[(tour.layer = select.value)];
+        const [size, pad] = [height * w, tokens.pieces.indexOf("<pad>")];
+        const over = tour.nearest(step);
+        const word = (piece, i) => {
+          // All the padding is shown as one.
+          const places = i === pad ? tokens.pieces.length - pad : 1;
+          const values = new Float32Array(size);
+          for (let k = 0; k < places * size; k++) values[k % size] += weights[i * size + k];
+          const share = `${said(round((1000 * sum(values)) / size) / 10)} %`;
+          const canvas = h("canvas", { role: "img", ariaLabel: `${piece} ${share}` });
+          map(canvas, values, w, height, { over });
+          return h("figure", {}, canvas, places > 1 ? `${piece} × ${places}` : piece, h("small", {}, share));
+        };
+        words.replaceChildren(...tokens.pieces.slice(0, pad + 1 || undefined).map(word));
+      };
+    },
+
+    guidance(box, tour, { labels }) {
+      const canvases = cells(box, labels.slice(0, 4), "two");
+      const arrow = svg(box);
+      arrow.setAttribute("viewBox", "0 0 100 18");
+      const value = tour.live.request?.guidance ?? 4;
+      const slider = h("input", { type: "range", min: 0, max: 20, step: 0.5, value, oninput: () => tour.refresh() });
+      const says = h("output");
+      box.append(h("label", { className: "slide" }, ...rich(labels[4]), slider, says));
+      return async ({ start }, step) => {
+        if (!step.eps_cond) return false;
+        const s = Number((says.value = slider.value));
+        const eps = step.eps_uncond.map((e, k) => e + s * (step.eps_cond[k] - e));
+        [step.eps_uncond, step.eps_cond, eps].forEach((values, k) => latent(canvases[k], values, start.shape));
+        // The arrow, from s = 0 on; nothing but numbers and these names go into it.
+        const at = (s) => 6 + 4.4 * s;
+        const name = (s, y, text, low = "") =>
+          `<circle cx="${at(s)}" cy="8" r="1"/><text x="${at(s)}" y="${y}">${text}<tspan class="low">${low}</tspan></text>`;
+        arrow.innerHTML = `<path class="rest" d="M${at(0)} 8H${at(20)}"/><path class="now" d="M${at(0)} 8H${at(s)}"/>
+          ${name(0, 5, "ε", "uncond")}${name(1, 15, "ε", "cond")}${name(s, s < 3 ? 5 : 15, "ε̂")}`;
+        const x0 = step.x_t.map((x, k) => (x - sqrt(1 - step.a_t) * eps[k]) / sqrt(step.a_t));
+        const [decoded] = await tour.decode([x0]);
+        if (!decoded) latent(canvases[3], x0, start.shape);
+        else if (says.value === slider.value) picture(canvases[3], decoded);
+      };
+    },
+
+    step(box, tour, { labels }) {
+      const canvases = cells(box, labels.slice(0, 4), "two");
+      const pictures = cells(box, labels.slice(4));
+      for (const canvas of canvases) onNumber(canvas, tour, (index) => ((tour.index = index), tour.refresh()));
+      return async ({ start }, step) => {
+        [step.x_t, step.eps, step.x0, step.x].forEach((values, k) => {
+          latent(canvases[k], values, start.shape);
+          frameNumber(canvases[k], start.shape, tour.index);
+        });
+        const decoded = await tour.decode([step.x_t, step.x0, step.x]);
+        if (!decoded.length && step.pictures) decoded.push(step.pictures.x_t, step.pictures.x0);
+        if (step === tour.step) decoded.forEach((made, k) => picture(pictures[k], made));
+      };
+    },
+
+    loop(box, tour) {
+      const strip = box.appendChild(h("div", { className: "strip" }));
+      const schedule = svg(box);
+      return ({ steps }, now) => {
+        const some = steps.filter(({ pictures }) => pictures);
+        const turn = (step) => {
+          const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => {
+            const canvas = h("canvas");
+            picture(canvas, made);
+            return canvas;
+          });
+          const onclick = () => tour.live.select(step.i);
+          return h("button", { type: "button", ariaPressed: step === now, onclick }, ...canvases, `t = ${step.t}`);
+        };
+        const every = Math.ceil(some.length / 7);
+        strip.replaceChildren(...some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn));
+        const T = tour.numbers().T;
+        const marks = steps.map(({ t, a_t, i }) => ({ x: t / (T - 1), y: a_t, class: i === now.i ? "now" : "" }));
+        curve(schedule, { alpha: tour.live.about?.alphas_cumprod ?? steps.map(({ a_t }) => a_t).reverse() }, marks);
+      };
+    },
+
+    decoding(box, tour, { labels }) {
+      const [z, decoded] = cells(box, labels, "two");
+      let [run, index] = [null, null]; // the place that is changed
+      const poke = (at) => ((index = at), tour.refresh());
+      const middle = ([, height, w]) => w * floor(height / 2) + floor(w / 2);
+      tour.deeds = { poke: () => poke(middle(tour.run.start.shape)), heal: () => poke(null) };
+      onNumber(z, tour, poke);
+      return async ({ start, steps, done }) => {
+        if (!done) return false;
+        if (run !== tour.run) [run, index] = [tour.run, null];
+        const size = start.shape[1] * start.shape[2];
+        // 3 is about three standard deviations, in all channels.
+        const changed = steps.at(-1).x.map((v, k) => (index !== null && k % size === index % size ? v + 3 : v));
+        latent(z, changed, start.shape);
+        if (index === null) z.parentElement.querySelector(".mark")?.remove();
+        else frameNumber(z, start.shape, index);
+        const [made] = index === null ? [] : await tour.decode([changed]);
+        picture(decoded, made ?? done.picture);
+      };
+    },
+
+    training(box, tour, { labels }) {
+      const canvases = cells(box, labels.slice(0, 4), "two");
+      const slider = h("input", { type: "range", min: 1, max: 10, value: 5 });
+      const [says, loss] = [h("output"), h("p", { role: "status" })];
+      box.append(h("label", { className: "slide" }, "t", slider, says), loss);
+      let [run, example] = [null, null]; // what the UNet has been asked about
+      slider.oninput = () => ((example = null), tour.refresh());
+      tour.deeds.guess = async () => {
+        const { engine, request } = tour.live;
+        if (!tour.live.about || !tour.run?.done) await tour.draw();
+        const { rgba, width, height } = tour.run.done.picture;
+        const { z } = await engine.ask("autoencode", { rgba, width, height });
+        // Drawing over the picture begins with what we want: its latent with noise of this t, and the UNet's answer.
+        const init = { rgba, width, height, strength: slider.value / 10 };
+        const options = { prompt: request.prompt, steps: 10, guidance: 1, sampler: "dpmpp_2m", seed: 1, init };
+        let first;
+        await engine.draw(options, { step: (step) => (first ??= step) });
+        const noise = first.x_t.map((x, k) => (x - sqrt(first.a_t) * z[k]) / sqrt(1 - first.a_t));
+        example = [z, noise, first.x_t, first.eps];
+        tour.refresh();
+      };
+      return ({ start, steps, done }) => {
+        if (!done) return false;
+        if (run !== tour.run) [run, example] = [tour.run, null];
+        const t = round((slider.value / 10) * tour.numbers().T) - 1;
+        const near = steps.reduce((best, step) => (abs(step.t - t) < abs(best.t - t) ? step : best));
+        const a = tour.live.about?.alphas_cumprod[t] ?? near.a_t;
+        says.value = t;
+        const x_0 = steps.at(-1).x;
+        const shown = example ?? [x_0, start.x_T, x_0.map((x, k) => sqrt(a) * x + sqrt(1 - a) * start.x_T[k])];
+        shown.forEach((values, k) => latent(canvases[k], values, start.shape));
+        canvases[3].closest("figure").hidden = !example;
+        const wrong = example && rms(example[1].map((e, k) => e - example[3][k])) ** 2;
+        loss.replaceChildren(...(example ? [...rich(labels[4]), said(wrong)] : []));
+      };
+    },
+
+    next(box, tour, { stages }) {
+      const name = (stage) => tour.link(`notebooks/${stage}.html`, stage.replaceAll("_", " "));
+      box.append(h("ul", {}, ...stages.map(([stage, says]) => h("li", {}, name(stage), ": ", ...rich(says)))));
+      box.append(h("h4", {}, tour.texts.ui.check), ...tour.texts.stops.map(tour.question));
+      return () => {};
+    },
+  };
+
+  // --- the tour -------------------------------------------------------------------------------------------------------
+
+  globalThis.MinisdTour = class {
+    constructor(live, element, texts) {
+      // index: the number of the latent for which equations are worked out. layer: the one whose attention is shown.
+      Object.assign(this, { live, element, texts, index: 0, layer: null, stop: null });
+      element.lang = texts.language;
+      element.classList.add("minisd", "minisd-tour");
+      for (const name of ["ready", "start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
+      element.onkeydown = ({ key, target, ctrlKey, altKey, metaKey }) => {
+        const to = { ArrowLeft: -1, ArrowRight: 1 }[key];
+        if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
+      };
+      globalThis.addEventListener("hashchange", () => this.readAddress());
+      if (this.address() === null) this.close();
+      this.readAddress();
+    }
+
+    get run() {
+      return this.live.run;
+    }
+
+    get step() {
+      return this.run?.steps[this.live.selected] ?? this.run?.steps.at(-1);
+    }
+
+    address = () => new URLSearchParams(location.hash.slice(1)).get("tour");
+
+    readAddress() {
+      const id = this.address();
+      if (id !== null && id !== this.stop?.id) this.open(id);
+    }
+
+    // The rest of the address is the page's.
+    writeAddress() {
+      const parameters = new URLSearchParams(location.hash.slice(1));
+      if (this.stop) parameters.set("tour", this.stop.id);
+      else parameters.delete("tour");
+      history.replaceState(null, "", `#${parameters}`);
+    }
+
+    // What is left is the button that opens it.
+    close() {
+      this.stop = null;
+      this.element.replaceChildren(h("button", { type: "button", onclick: () => this.open() }, this.texts.ui.start));
+      if (this.address() !== null) this.writeAddress();
+    }
+
+    go(by) {
+      const stop = this.texts.stops[this.texts.stops.indexOf(this.stop) + by];
+      if (stop) this.open(stop.id);
+    }
+
+    // Show a stop, or the first if there is none of that name.
+    open(id) {
+      const { stops, ui } = this.texts;
+      const stop = (this.stop = stops.find((each) => each.id === id) ?? stops[0]);
+      const button = (label, onclick, more) => h("button", { type: "button", onclick, ...more }, ...rich(label));
+      const dots = stops.map(({ id, title }, i) =>
+        h("li", {}, button(`${i + 1}`, () => this.open(id), { title: plain(title), ariaCurrent: stop.id === id ? "step" : null })),
+      );
+      const title = h("h3", { tabIndex: -1 }, ...rich(stop.title));
+      const [back, next] = [button(ui.back, () => this.go(-1)), button(ui.next, () => this.go(1), { className: "main" })];
+      [back.disabled, next.disabled] = [stop === stops[0], stop === stops.at(-1)];
+      this.deeds = {};
+      const { text, draw } = stop.missing ?? { text: ui.missing };
+      this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
+      const box = h("div");
+      this.show = FIGURES[stop.figure](box, this, stop);
+      const shape = [`${ui.shape} {shape_${stop.shape}}`, ...(stop.sd_v1 ? [` (${ui.shape_sd_v1} ${stop.sd_v1})`] : [])];
+      this.says = h("div", { ariaLive: "polite" });
+      this.equation = h("section");
+      this.element.replaceChildren(
+        h("header", {}, h("strong", {}, ui.title), button(ui.close, () => this.close())),
+        h("nav", { ariaLabel: ui.stops }, h("ol", {}, ...dots)),
+        title,
+        h("div", { className: "stop" },
+          h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each))),
+            h("div", { className: "try" }, h("h4", {}, ui.try),
+              h("div", {}, ...stop.try.map((each) => button(each.label, () => this.act(each)))), this.says)),
+          h("section", {}, this.slider(), this.missing, box, h("p", { className: "caption" }, ...rich(stop.caption)),
+            ...(stop.shape ? [h("p", { className: "caption" }, ...rich(shape.join("")))] : [])),
+          this.equation,
+          h("section", { hidden: !stop.code }, ...this.places(stop), h("h4", {}, ui.check), this.question(stop))),
+        h("footer", {}, back, next)); // prettier-ignore
+      this.writeAddress();
+      this.written = null;
+      this.refresh();
+      title.focus({ preventScroll: true });
+      this.element.scrollIntoView();
+    }
+
+    question({ check: [question, answer] }) {
+      return h("details", {}, h("summary", {}, ...rich(question)), ...rich(answer));
+    }
+
+    // The page's slider over the steps, once more.
+    slider() {
+      const { ui } = this.texts;
+      this.mirror = h("input", { type: "range", min: 1, oninput: () => this.live.select(this.mirror.value - 1) });
+      return h("label", { className: "slide", hidden: !this.stop.by_step }, ui.slider, this.mirror, h("output", {}, ...rich(ui.step_of)));
+    }
+
+    // Where to go on from here.
+    places({ code, compvis, notebook, exercises }) {
+      if (!code) return []; // the last stop
+      const { ui } = this.texts;
+      const [, module, ...name] = code.name.split(".");
+      const row = (name, ...content) => [h("dt", {}, name), h("dd", {}, ...content)];
+      const exercise = ([name, stage]) => [this.link(`notebooks/exercises/${stage}.html`, name), " "];
+      return [h("h4", {}, ui.code), h("pre", {}, h("code", {}, code.line)), h("dl", {},
+        ...row(ui.minisd, this.link(code.page, `${module}.py: ${name.join(".")}`)),
+        ...row(ui.compvis, h("code", {}, compvis.name), ` (${compvis.file})`),
+        ...row(ui.notebook, this.link(`notebooks/${notebook}.html`, notebook.replaceAll("_", " "))),
+        ...row(ui.exercise, ...Object.entries(exercises).flatMap(exercise)))]; // prettier-ignore
+    }
+
+    // To a page of the docs, if there are any.
+    link(page, name) {
+      const { docs } = this.texts; // the build of the docs sets it, and the pages of the code with their lines
+      return docs === undefined ? h("code", {}, name) : h("a", { href: docs + page }, name);
+    }
+
+    // --- doing something ----------------------------------------------------------------------------------------------
+
+    draw = (changes) => this.live.draw({ attention: true, activations: true, ...changes });
+
+    async act({ label, draw, select, figure, see }) {
+      const { live, says, texts: { ui } } = this; // prettier-ignore
+      const look = h("p", {}, h("strong", {}, ui.look), " ", ...rich(see));
+      says.replaceChildren(look);
+      if (figure) return this.deeds[figure]();
+      if (select) return live.select(select === "first" ? 0 : this.run.steps.length - 1);
+      const { request, run } = live;
+      const changes = this.changes(draw);
+      await this.draw(changes);
+      if (live.run === run || !live.run?.done || !run?.done) return;
+      const pair = h("div");
+      const [before, after] = cells(pair, [ui.before, `${ui.after}: ${label}`]);
+      picture(before, run.done.picture);
+      picture(after, live.run.done.picture);
+      const former = Object.keys(changes).map((name) => [name, request[name] ?? (name === "hide" ? [] : "")]);
+      const undo = () => (says.replaceChildren(), this.draw(Object.fromEntries(former)));
+      says.replaceChildren(look, pair, h("button", { type: "button", onclick: undo }, ui.undo));
+      this.refresh();
+    }
+
+    // The options that a button draws with.
+    changes({ seed, hide, ...others }) {
+      if (seed !== undefined) others.seed = seed === "next" ? Number(this.live.request?.seed ?? 0) + 1 : seed;
+      if (hide !== undefined) others.hide = this.run ? this.hidden(hide) : [];
+      return others;
+    }
+
+    // Places of tokens: of the "thing" that is drawn, or "all but end".
+    hidden(which) {
+      const { pieces } = this.run.start.tokens;
+      const end = pieces.indexOf("<end>");
+      return { thing: [this.thing()], "all but end": [...pieces.keys()].filter((i) => i !== end) }[which] ?? [];
+    }
+
+    // The place of the word for what is drawn: in "a red fox, noto style", that before the comma.
+    thing() {
+      const { pieces } = this.run.start.tokens;
+      return Math.max(pieces.indexOf(","), 0) - 1 || pieces.indexOf("<end>") - 1;
+    }
+
+    // --- what is shown --------------------------------------------------------------------------------------------------
+
+    // Once for all messages that arrive together.
+    refresh() {
+      this.waiting ??= requestAnimationFrame(async () => {
+        this.waiting = null;
+        const { stop, run, step, mirror, live } = this;
+        if (!stop) return;
+        const lacks = !step || (await this.show(run, step)) === false;
+        if (stop !== this.stop) return;
+        this.missing.hidden = !lacks || stop.figure === "next";
+        if (!step) return;
+        Object.assign(mirror, { max: run.steps.length, value: step.i + 1 });
+        this.writeEquation(live.request?.sampler);
+        const shapes = Object.entries(this.shapes()).map(([name, shape]) => [`shape_${name}`, shape]);
+        const numbers = { ...this.numbers(), ...Object.fromEntries(shapes) };
+        for (const place of this.element.querySelectorAll(".value")) {
+          const text = said(numbers[place.dataset.value]);
+          const inside = place.previousSibling && place.closest(".formula"); // 2 · (−3)
+          place.textContent = inside && text.startsWith("−") ? `(${text})` : text;
+        }
+      });
+    }
+
+    // It changes with the sampler.
+    writeEquation(sampler) {
+      const { ui } = this.texts;
+      const mine = this.stop.by_sampler?.[sampler] ?? this.stop;
+      if (!mine.equation || this.written === mine) return;
+      this.written = mine;
+      const formula = (each) => h("p", { className: "formula" }, ...rich(each));
+      const lines = (title, all) => (all ? [h("h4", {}, title), ...all.map(formula)] : []);
+      const symbols = new Set([...(this.stop.symbols ?? []), ...mine.symbols]);
+      const meaning = ([symbol, says]) => [h("dt", {}, ...rich(symbol)), h("dd", {}, ...rich(says))];
+      const said = [...lines(ui.equation, mine.equation), ...lines(ui.numbers, mine.numbers)];
+      this.equation.replaceChildren(...said, h("dl", {}, ...[...symbols].flatMap(meaning)));
+    }
+
+    // The shapes of the tensors that are shown.
+    shapes() {
+      const [{ start }, step] = [this.run, this.step];
+      const n = start.tokens.ids.length;
+      const layers = step?.attention ?? {};
+      const map = layers[this.layer] ?? Object.values(layers)[0];
+      const emb = step?.activations?.time_embed;
+      const context = [n, start.context.length / n];
+      return { tokens: [n], context, latent: start.shape, emb: emb && [emb.c], attention: map && [n, map.h, map.w] };
+    }
+
+    // What the texts may name as {numbers}: of the drawing, of the step, and of the one number `index` of its latent.
+    numbers() {
+      const { live, run, step, index } = this;
+      const [{ start, steps }, { a_t, a_prev, i, t, activations }] = [run, step];
+      const { request, about } = live;
+      const [n, d] = this.shapes().context;
+      const used = start.tokens.pieces.filter((piece) => piece !== "<pad>").length;
+      const [c, height, w] = start.shape;
+      const made = run.done?.picture ?? this.nearest(step) ?? {};
+      const [numbers, pixels, T] = [c * height * w, 3 * made.width * made.height, about?.timesteps ?? 1000];
+      const per_step = step.eps_cond ? 2 : 1;
+      const emb_size = activations?.time_embed?.c;
+      const [timesteps, count] = [start.timesteps, start.timesteps.length];
+      // As in dpmpp_2m of sampling.js.
+      const [lambda, sigma] = [(a) => (a < 1 ? log(a / (1 - a)) / 2 : Infinity), (a) => sqrt((1 - a) / a)];
+      const [h, old] = [lambda(a_prev) - lambda(a_t), steps[i - 1] ?? step];
+      const straight = i === 0 || a_prev === 1 || (i === count - 1 && count < 15);
+      const r = straight ? 0 : h / (2 * (lambda(a_t) - lambda(old.a_t)));
+      const [k, m] = [sqrt((1 - a_prev) / (1 - a_t)), -sqrt(a_prev) * expm1(-h)];
+      const [x0, x0_old] = [step.x0[index], old.x0[index]];
+      return {
+        ...request, sampler: this.texts.samplers[request?.sampler], thing: start.tokens.pieces[this.thing()], n, d, used, pads: n - used,
+        c, numbers, pixels, ratio: pixels / numbers, f: made.height / height, T, last_T: T - 1,
+        mean: sum(start.x_T) / numbers, std: spread(start.x_T), emb_size, sines: emb_size / 4, half: emb_size / 8,
+        i: i + 1, t, steps: count, first_t: timesteps[0], final_t: timesteps.at(-1), per_step, calls: per_step * count,
+        a_t, a_prev, signal_t: sqrt(a_t), noise_t: sqrt(1 - a_t), signal_prev: sqrt(a_prev),
+        noise_prev: sqrt(1 - a_prev), sigma_t: sigma(a_t), sigma_prev: sigma(a_prev), r, k, m,
+        x_t: step.x_t[index], eps: step.eps[index], eps_cond: step.eps_cond?.[index],
+        eps_uncond: step.eps_uncond?.[index], x0, x0_old, D: x0 + r * (x0 - x0_old), x_prev: step.x[index],
+      }; // prettier-ignore
+    }
+
+    // The context as rows, [n d].
+    rows() {
+      const { context } = this.run.start;
+      const [n, d] = this.shapes().context;
+      return context.map((_, k) => context[(k % d) * n + floor(k / d)]);
+    }
+
+    // The decoder's pictures of latents; none before the model has loaded.
+    async decode(latents) {
+      if (!this.live.about) return [];
+      return (await this.live.engine.ask("decode", { latents, shape: this.run.start.shape })).pictures;
+    }
+
+    // The estimate of the picture at this step, or at a step near to it.
+    nearest({ i }) {
+      const some = this.run.steps.filter(({ pictures }) => pictures);
+      return some.reduce((best, step) => (abs(step.i - i) < abs(best.i - i) ? step : best), some[0])?.pictures.x0;
+    }
+  };
+})();
