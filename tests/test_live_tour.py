@@ -1,8 +1,8 @@
 """The guided tour of the live page: what its texts name exists, and every stop shows the tensors of a real drawing."""
 
 import ast
+import importlib
 import json
-import pkgutil
 import re
 from pathlib import Path
 
@@ -70,6 +70,36 @@ def test_notebook_and_exercises_exist(name):
 def test_the_last_stop_names_every_notebook():
     named = [notebook for notebook, _ in STOPS["next"]["stages"]]
     assert named == sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
+
+
+def stops_linked(file: Path) -> set[str]:
+    return set(re.findall(r"play\.md#tour=(\w+)", file.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("notebook", [notebook for notebook, _ in STOPS["next"]["stages"]])
+def test_every_notebook_leads_to_the_stop_of_its_stage(notebook):
+    linked = stops_linked(ROOT / "notebooks" / f"{notebook}.py")
+    assert linked and linked <= set(STOPS)
+    assert linked >= {name for name in IN_CODE if STOPS[name]["notebook"] == notebook}
+
+
+def test_the_home_page_leads_into_the_tour():
+    assert {"overview", "unet", "step"} <= stops_linked(ROOT / "docs" / "index.md") <= set(STOPS)
+
+
+def test_links_to_stops_and_from_them_to_lines_of_code_are_made_by_the_build(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    links = importlib.import_module("tour_links")
+    made = links.to_tour_links("see [the stop](../docs/play.md#tour=unet).", "notebooks/03_unet.ipynb")
+    assert made == "see <a href='../play.html#tour=unet'>the stop</a>."
+    assert links.to_tour_links("[it](play.md#tour=unet) [page](play.md)", "index") == (
+        "<a href='play.html#tour=unet'>it</a> [page](play.md)"
+    )
+    for stop in links.tour_texts()["stops"]:
+        if "code" in stop:
+            page, line = re.fullmatch(r"code/(minisd/\w+)\.html#L-(\d+)", stop["code"]["page"]).groups()
+            text = (ROOT / f"{page}.py").read_text("utf-8").splitlines()[int(line) - 1]
+            assert text.split("  #")[0].strip() == stop["code"]["line"]
 
 
 def shapes(config) -> dict[str, list[int]]:
