@@ -3,13 +3,24 @@
 The engine's files are read beside the modules of the same names: noising.js, tokenizer.js, clip.js, attention.js,
 unet.js, vae.js, sampling.js, latent_diffusion.js. Below them are layers.js (convolution, norms), gemm.js with gemm.wat
 (the matrix product, in WebAssembly) and safetensors.js; above them worker.js (the messages, explained at its top) and
-live.js, which is what a page uses. The page itself is index.html with page.js, page.css and figures.js.
+live.js, which is what a page uses. The page itself is index.html
+with page.js, panels.js, figures.js and page.css.
 """
 
 import base64
+import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+
+from ..clip import CLIPTextConfig
+from ..instruments.attention_maps import record_attention
+from ..latent_diffusion import LatentDiffusion
+from ..pictures import sheet
+from ..vae import AutoencoderConfig
 
 HERE = Path(__file__).parent
 # In the order in which a page has to load them: each uses those before it.
@@ -20,14 +31,60 @@ SCRIPTS = [
         "latent_diffusion", "worker", "live",
     )
 ]  # fmt: skip
-PAGE = ["figures.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
+PAGE = ["figures.js", "panels.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
+MOST_BYTES = 200 << 20  # of weights. In float32, as they are computed with, they may take twice as much of a tab
 
 
-def write_model_scripts(model: Path, folder: Path) -> None:
+def check(sd: LatentDiffusion, model: Path) -> None:
+    """Raise a ValueError if the engine can't draw with the model that this minisd folder holds."""
+    config, size = sd.config, (model / "model.safetensors").stat().st_size
+    if not isinstance(config.cond_stage, CLIPTextConfig) or sd.cond_stage_model.tokenizer.added:
+        raise ValueError(f"{model} is not drawn from prompts in its own vocabulary alone, which is all that a page can do")
+    if not isinstance(config.first_stage, AutoencoderConfig) or config.concat_channels:
+        raise ValueError(f"{model} has a VQ autoencoder, none, or is for inpainting: a page needs a KL autoencoder")
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the weights of {model} have {size >> 20:,} MB, and a page can hold {MOST_BYTES >> 20}: give a smaller "
+            "model, or halve its weights by `minisd convert --dtype fp16`"
+        )
+
+
+def record(sd: LatentDiffusion, prompt: str) -> dict:
+    """A drawing as numbers and pictures, which the page shows before it has loaded the model."""
+    request = {"prompt": prompt, "steps": 25, "guidance": 4, "sampler": "dpmpp_2m", "seed": 0}
+    with record_attention(sd) as maps:
+        trajectory = sd.txt2img(prompt, steps=25, guidance_scale=4.0, sampler="dpmpp_2m", seed=0).trajectory
+    # All x_t in a row, decoded, and below them all x̂_0.
+    film, frames = io.BytesIO(), [*trajectory.x_t_images(), *trajectory.x0_images()]
+    sheet([images[0] for images in frames], columns=len(trajectory), gap=0).save(film, "webp", lossless=True)
+    weights = [[maps.at(i, layer) for layer in maps.layers] for i in range(len(trajectory))]
+    tokens, latents = sd.cond_stage_model.tokenizer([prompt], sd.cond_stage_model.max_length), trajectory.steps
+    return {
+        "request": request,
+        "shape": list(latents[0].x_t.shape[1:]),
+        "timesteps": maps.timesteps,
+        "tokens": {"ids": tokens.ids[0].tolist(), "pieces": maps.tokens, "lost": tokens.lost[0]},
+        "context": _packed(sd.get_learned_conditioning([prompt])[0].T),  # [d n]
+        "latents": _packed(torch.stack([torch.cat([s.x_t, s.eps_cond, s.eps_uncond]) for s in latents])),
+        "layers": maps.layers,
+        "attention": _packed(torch.stack([torch.stack(layers) for layers in weights])),  # [steps layers n h w]
+        "film": f"data:image/webp;base64,{base64.b64encode(film.getvalue()).decode()}",
+    }
+
+
+def _packed(x: torch.Tensor) -> dict:
+    """A tensor as integers of 16 bits, in base64, and what 1 stands for."""
+    one = float(x.abs().max()) / 32767
+    numbers = (x / one).round().to(torch.int16).contiguous().numpy()
+    return {"shape": list(x.shape), "one": one, "numbers": base64.b64encode(numbers.tobytes()).decode()}
+
+
+def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:
     """Write a minisd folder as scripts, which a page can load where it may not fetch: from a file.
 
-    model.js holds the configuration and the tokenizer, and weights_0.js, weights_1.js … the weights in base64.
+    recording.js says what the model is, and recording_0.js, recording_1.js … are drawings of it. Only a drawing of the
+    page's own needs the rest: model.js, the configuration and the tokenizer, and weights_0.js, weights_1.js … in base64.
     """
     config = json.loads((model / "config.json").read_text("utf-8"))
     tokenizer, special = model / "tokenizer", model / "tokenizer" / "tokenizer_config.json"
@@ -38,18 +95,24 @@ def write_model_scripts(model: Path, folder: Path) -> None:
         "merges": (tokenizer / "merges.txt").read_text("utf-8"),
         "config": json.loads(special.read_text("utf-8")) if special.exists() else None,
     }
+    about = {"name": name or model.name, "bytes": len(weights), "config": config}
+    prompts = [recording["request"]["prompt"] for recording in recordings]
     scripts = {"model.js": {"config": config, "tokenizer": tokens, "pieces": len(pieces)}}
     scripts |= {f"weights_{i}.js": base64.b64encode(piece).decode() for i, piece in enumerate(pieces)}
+    scripts |= {"recording.js": about | {"prompts": prompts}}
+    scripts |= {f"recording_{i}.js": recording for i, recording in enumerate(recordings)}
     for name, content in scripts.items():
         (folder / name).write_text(f"globalThis.minisdModel = {json.dumps(content)};\n", "utf-8")
 
 
-def write_page(model: Path, folder: Path) -> None:
-    """Write a folder that draws with this model, opened as a file or served."""
+def write_page(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:
+    """Write a folder that draws with the model in a minisd folder, opened as a file or served.
+
+    name: what --model of the command line has to be to load the same model.
+    """
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    for name in [*SCRIPTS, *PAGE]:
-        shutil.copyfile(HERE / name, folder / name)
-    # A script, because a page that was opened as a file may not fetch.
+    for file in [*SCRIPTS, *PAGE]:
+        shutil.copyfile(HERE / file, folder / file)
     texts = (HERE / "tour.json").read_text("utf-8")
     (folder / "tour_texts.js").write_text(f"globalThis.minisdTour = {texts.strip()};\n", "utf-8")
-    write_model_scripts(model, folder / "model")
+    write_model_scripts(model, folder / "model", name, recordings)

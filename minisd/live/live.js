@@ -16,7 +16,7 @@ globalThis.MinisdEngine = class {
 
   // Fetch the model and hand it to the worker. A second call gives the same promise, unless the first has failed.
   load(progress = () => {}) {
-    const begin = async () => this.ask("load", await this.readModel(progress));
+    const begin = async () => this.ask("load", (this.model = await this.readModel(progress)));
     const failed = (error) => {
       this.loaded = null; // it can be tried again
       throw error;
@@ -82,19 +82,21 @@ globalThis.MinisdEngine = class {
     return { config, tokenizer: { vocab, merges, config: special }, weights: [await new Blob(chunks).arrayBuffer()] };
   }
 
+  // Load a script of the model's folder, which leaves its content in globalThis.minisdModel.
+  script = (name) =>
+    new Promise((resolve, reject) => {
+      const tag = Object.assign(document.createElement("script"), { src: `${this.folder}/${name}` });
+      tag.onload = () => resolve(tag.remove());
+      tag.onerror = () => reject(new Error(`There is no ${this.folder}/${name}.`));
+      document.head.append(tag);
+    });
+
   // Piece by piece, because each exists several times in memory while it is read: as a file, a script and a string.
   async readScripts(progress) {
-    const load = (name) =>
-      new Promise((resolve, reject) => {
-        const tag = Object.assign(document.createElement("script"), { src: `${this.folder}/${name}` });
-        tag.onload = () => resolve(tag.remove());
-        tag.onerror = () => reject(new Error(`There is no ${this.folder}/${name}.`));
-        document.head.append(tag);
-      });
-    await load("model.js");
+    await this.script("model.js");
     const [{ pieces, ...model }, chunks] = [globalThis.minisdModel, []];
     for (let i = 0; i < pieces; progress(++i, pieces)) {
-      await load(`weights_${i}.js`);
+      await this.script(`weights_${i}.js`);
       // The browser decodes base64 fastest as an address that holds its own content.
       chunks.push(await (await fetch(`data:;base64,${globalThis.minisdModel}`)).arrayBuffer());
     }

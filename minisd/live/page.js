@@ -1,113 +1,400 @@
-// The page: a prompt, the two pictures of each step, and what is behind them. It draws with the engine of live.js.
+// The page: a prompt, the two pictures of each step, and below them what panels.js adds. The engine of live.js draws.
 //
-//     const live = new MinisdPage(element, { folder: "model", compact: false });
-//     live.addEventListener("step", () => live.run.steps.at(-1));      also "ready", "start", "done", "select", "error"
-//     await live.draw({ prompt: "a red fox", seed: 3 });               what is not given stays as it is in the form
+//     const live = new MinisdPage(element, { folder: "model", compact: false });     compact: without the panels
+//     live.addEventListener("step", () => live.run.steps.at(-1));
+//     await live.draw({ prompt: "a red fox", seed: 3 });         what is not given stays as it is in the form
+//     live.select(4);                                            the slider moves to the fifth step
 //
-// live.engine: the MinisdEngine. live.about: what the engine has said about the model, with its config; null before it
-// has loaded. live.request: the options of the drawing that is shown. live.run: {start, steps, done} of that drawing,
-// the messages of worker.js; a recording has `recorded: true`. live.selected: the step that the slider is on.
+// live.engine: the MinisdEngine. live.about: what the engine said about the model, with its config; null before it has
+// loaded. live.request: the options of the drawing that is shown. live.run: {start, steps, done} of that drawing, the
+// messages of worker.js; `recorded` is true for a recording. live.other: the same for the second prompt, or null.
+// live.selected: the step that the slider is on.
+//
+// Events: "ready", "start", "step", "done", "error"; "select", when the pictures of a step are shown; "other", at each
+// step of the second prompt.
 (() => {
   const { picture } = minisdFigures;
 
-  const INTERFACE = `
+  // Everything is one form, so that its fields are the whole state of the page, and a link can hold them.
+  const FORM = `
     <form>
       <div class="ask">
-        <input name="prompt" aria-label="Prompt" autocomplete="off" spellcheck="false" placeholder="a prompt" />
+        <input name="prompt" type="text" aria-label="Prompt" autocomplete="off" spellcheck="false" />
         <button class="main" name="go">Draw</button>
+        <button type="button" name="again" title="Draw the same from other noise">New noise</button>
         <button type="button" name="stop" hidden>Stop</button>
       </div>
-    </form>
-    <p role="status"></p>
-    <div class="pictures">
-      <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
-      <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
-    </div>
-    <label class="slider">Step <input type="range" name="step" min="1" value="1" max="1" /> <output></output></label>
-  `;
+      <div class="examples" role="group" aria-label="Recorded examples"></div>
+      <details class="settings">
+        <summary>Settings</summary>
+        <div class="fields">
+          <label class="wide">Negative prompt <input name="negative" type="text" autocomplete="off" /></label>
+          <label>Steps <input name="steps" type="number" value="25" min="1" max="1000" required /></label>
+          <label>Guidance <input name="guidance" type="number" value="4" step="any" required /></label>
+          <label>Sampler <select name="sampler"></select></label>
+          <label>Seed <input name="seed" type="number" value="0" min="0" max="${2 ** 53 - 1}" required /></label>
+          <label>Show every <input name="preview" type="number" value="1" min="0" required />-th step</label>
+        </div>
+      </details>
+      <p class="status" role="status"></p>
+      <progress hidden max="1" aria-label="Progress"></progress>
+      <div class="pictures">
+        <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
+        <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
+      </div>
+      <div class="steps">
+        <button type="button" name="play" aria-label="Play the steps">▶</button>
+        <input name="step" type="range" min="1" max="1" value="1" aria-label="Step" />
+        <output name="where"></output>
+      </div>
+      <input type="hidden" name="hide" /><input type="hidden" name="init" /><input type="hidden" name="tour" />
+      <div class="panels"></div>
+    </form>`;
+
+  const CAPTIONS = {
+    x_t: "<b>x<sub>t</sub></b> what goes into the step",
+    x0: "<b>x̂<sub>0</sub></b> the model’s guess of the picture",
+    done: "<b>x<sub>0</sub></b> the picture",
+  };
 
   globalThis.MinisdPage = class extends EventTarget {
     constructor(root, { folder = "model", compact = false } = {}) {
       super();
-      const engine = new MinisdEngine(folder);
-      Object.assign(this, { root, folder, compact, engine, about: null, request: null, run: null, selected: 0 });
       root.classList.add("minisd");
-      root.innerHTML = INTERFACE;
-      this.form = root.querySelector("form");
-      this.slider = root.querySelector("[name=step]");
-      this.form.onsubmit = (event) => {
+      root.innerHTML = FORM; // no text of a reader is ever set like this
+      const form = root.querySelector("form");
+      Object.assign(this, { root, form, fields: form.elements, engine: new MinisdEngine(folder), turn: 0 });
+      Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, name: folder });
+      const samplers = this.part("sampling")?.SAMPLERS ?? {};
+      this.fields.sampler.replaceChildren(...Object.keys(samplers).map((name) => new Option(name, name, name === "dpmpp_2m")));
+      if (!compact) minisdPanels.forEach((panel) => this.addPanel(panel));
+      this.listen();
+      this.prepared = this.prepare();
+    }
+
+    // A part of the engine, for what the page itself computes.
+    part = (name) => globalThis.minisdLive?.find((part) => part.name === name)({});
+    find = (selector) => this.root.querySelector(selector);
+    tell = (name) => this.dispatchEvent(new Event(name));
+
+    addPanel({ name, title, html, mount }) {
+      const details = document.createElement("details");
+      details.className = `panel ${name}`;
+      details.innerHTML = `<summary>${title}</summary><div class="body">${html}</div>`;
+      details.open = name === "attention";
+      this.find(".panels").append(details);
+      mount(this, details);
+    }
+
+    listen() {
+      const { form, fields } = this;
+      form.onsubmit = (event) => {
         event.preventDefault();
         this.draw();
       };
-      this.form.stop.onclick = () => engine.cancel();
-      this.slider.oninput = () => this.select(this.slider.value - 1);
+      fields.again.onclick = () => this.draw({ seed: Math.floor(Math.random() * 2 ** 31) });
+      fields.stop.onclick = () => this.stop();
+      fields.play.onclick = () => this.play();
+      fields.step.oninput = () => {
+        this.browsing = true; // until the next drawing, its steps don't move the slider
+        this.select(fields.step.value - 1);
+      };
+      form.addEventListener("input", () => this.summarise());
+      form.addEventListener("change", () => this.remember());
+      addEventListener("hashchange", () => this.restore());
+      this.summarise();
     }
 
-    say(text) {
-      this.root.querySelector("[role=status]").textContent = text;
+    // --- what is known before the model has loaded ----------------------------------------------------------------------
+
+    async prepare() {
+      await this.engine.script("recording.js").catch(() => (globalThis.minisdModel = null));
+      const { name, bytes, config, prompts = [] } = globalThis.minisdModel ?? {};
+      if (config) this.configure(config, name);
+      const example = (prompt, k) => {
+        const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
+        button.onclick = () => (this.about ? this.draw({ prompt }) : this.replay(k));
+        return button;
+      };
+      this.find(".examples").replaceChildren(...prompts.map(example));
+      const first = this.restore() ? prompts.indexOf(this.fields.prompt.value) : 0;
+      if (first in prompts && !location.hash.includes("hide=")) await this.replay(first);
+      const size = bytes ? ` (${Math.max(1, Math.round((bytes * 4) / 3 / 1e6))} MB)` : "";
+      this.say(`${this.run ? "This was recorded. " : ""}The first Draw fetches the model${size}; then it runs on this device.`);
     }
 
-    tell = (name) => this.dispatchEvent(new Event(name));
+    configure(config, name = this.name) {
+      const T = config.timesteps ?? 1000;
+      Object.assign(this, { config, name, schedule: this.part("noising").NoiseSchedule.from(config) });
+      this.fields.steps.max = T;
+      this.tell("configured");
+    }
+
+    // Show a recorded drawing as if it had just been made.
+    async replay(k) {
+      try {
+        await this.engine.script(`recording_${k}.js`);
+        const recording = globalThis.minisdModel;
+        this.write(recording.request);
+        this.stop();
+        Object.assign(this, { request: recording.request, run: await unpack(recording, this.schedule), other: null });
+        this.tell("start");
+        await this.select(this.wanted ?? this.run.steps.length - 1);
+        this.tell("done");
+      } catch (error) {
+        this.fail(error);
+      }
+    }
+
+    // --- drawing ----------------------------------------------------------------------------------------------------------
 
     async load() {
       if (this.about) return;
-      const progress = (received, total) => this.say(`Fetching the model: ${Math.round((100 * received) / total)} %`);
-      this.about = await this.engine.load(progress);
+      const progress = (received, total) => {
+        this.say("Fetching the model …");
+        if (total) this.find("progress").value = received / total;
+      };
+      const ready = await this.engine.load(progress);
+      const { config } = this.engine.model;
+      this.configure(config);
+      this.about = { ...ready, config };
       this.tell("ready");
     }
 
-    async draw(changes = {}) {
-      for (const [name, value] of Object.entries(changes)) if (this.form[name]) this.form[name].value = value;
-      this.engine.worker && this.engine.cancel();
-      this.form.stop.hidden = false;
+    // Stop what is being done, and begin something else: an answer that belongs to an earlier turn is out of date.
+    stop() {
+      if (this.engine.worker) this.engine.cancel();
+      clearInterval(this.film);
+      this.busy(false);
+      return ++this.turn;
+    }
+
+    busy(busy) {
+      this.form.classList.toggle("busy", busy);
+      this.fields.stop.hidden = this.find("progress").hidden = !busy;
+    }
+
+    // Do something with the model, loaded if it is not yet. What was being done is stopped. `task` is told how to ask
+    // whether it is still wanted.
+    async work(task) {
+      const turn = this.stop();
+      const wanted = () => turn === this.turn;
+      this.find("progress").removeAttribute("value");
+      this.busy(true);
       try {
         await this.load();
-        const options = { steps: 25, guidance: 4, sampler: "dpmpp_2m", seed: 0, preview: 2, attention: true };
-        const request = { ...options, prompt: this.form.prompt.value, ...changes };
-        const run = { start: null, steps: [], done: null };
-        const start = (message) => {
-          Object.assign(this, { request, run: Object.assign(run, { start: message }), selected: 0 });
-          this.slider.max = message.timesteps.length;
-          this.tell("start");
-        };
-        const step = (message) => {
-          run.steps.push(message);
-          this.say(`Step ${message.i + 1} of ${run.start.timesteps.length}`);
-          this.tell("step");
-          if (message.pictures) this.select(message.i);
-        };
-        const done = await this.engine.draw(request, { start, step });
-        this.say(done ? `Drawn in ${done.seconds.toFixed(1)} s.` : "Stopped.");
-        if (!done) return;
-        run.done = done;
-        this.select(run.steps.length - 1);
-        this.tell("done");
+        if (wanted()) await task(wanted);
       } catch (error) {
-        this.say(error.message);
-        this.error = error.message;
-        this.tell("error");
-      } finally {
-        this.form.stop.hidden = true;
+        this.fail(error);
       }
+      if (wanted()) this.busy(false);
+    }
+
+    // Ask the engine for a drawing, and collect its messages. `told` is called after each.
+    async collect(request, told) {
+      const run = { start: null, steps: [], done: null };
+      const start = (message) => told(Object.assign(run, { start: message }));
+      const step = (message) => told(run, run.steps.push(message));
+      run.done = await this.engine.draw(request, { start, step });
+      return run;
+    }
+
+    async draw(changes = {}) {
+      this.write(changes);
+      if (!this.form.reportValidity()) return;
+      await this.work(async (wanted) => {
+        const request = { ...(await this.read()), ...changes, hide: this.hidden() };
+        this.browsing = false;
+        this.other = null;
+        const run = await this.collect(request, (run) => wanted() && this.follow(run, request));
+        if (!wanted()) return;
+        if (!run.done) return this.say("Stopped.");
+        this.finish(run);
+        if (!this.fields.second?.value) return;
+        const second = { ...request, prompt: this.fields.second.value };
+        const told = (other) => {
+          if (wanted()) Object.assign(this, { other }).tell("other");
+        };
+        told(await this.collect(second, told));
+      });
+      if (this.run && !this.run.done) this.say("Stopped.");
+    }
+
+    // After each message of a drawing.
+    follow(run, request) {
+      const [count, at] = [run.start.timesteps.length, run.steps.length];
+      if (!at) {
+        Object.assign(this, { run, request, selected: 0 });
+        this.fields.step.max = count;
+        return this.tell("start");
+      }
+      this.find("progress").value = at / count;
+      this.say(`Step ${at} of ${count}`);
+      this.tell("step");
+      if (run.steps.at(-1).pictures && !this.browsing) this.select(at - 1);
+    }
+
+    finish(run) {
+      const { lost } = run.start.tokens;
+      const notes = [`Drawn on this device in ${run.done.seconds.toFixed(1)} s.`];
+      if (lost) notes.push(`The model reads ${this.about.max_length} tokens, so “${lost}” did not fit.`);
+      if (!this.about.simd) notes.push("This browser lacks WebAssembly’s SIMD, so drawing takes much longer.");
+      this.say(notes.join(" "));
+      this.select(this.browsing ? this.selected : (this.wanted ?? run.steps.length - 1));
+      this.wanted = null;
+      this.tell("done");
+      this.remember();
+    }
+
+    say(text) {
+      Object.assign(this.find(".status"), { textContent: text, className: "status" });
+    }
+
+    fail(error) {
+      this.say(error.message);
+      this.find(".status").classList.add("error");
+      this.tell("error");
+    }
+
+    // --- the steps --------------------------------------------------------------------------------------------------------
+
+    // Both pictures of a step, decoded now if they were not while it was drawn.
+    async pictures(run, i) {
+      const step = run.steps[i];
+      const latents = { latents: [step.x_t, step.x0], shape: run.start.shape };
+      if (!step.pictures) step.decoding ??= this.engine.ask("decode", latents);
+      if (!step.pictures) step.pictures = Object.fromEntries((await step.decoding).pictures.map((p, k) => [["x_t", "x0"][k], p]));
+      const last = run.done && i === run.steps.length - 1;
+      return { x_t: step.pictures.x_t, x0: last ? run.done.picture : step.pictures.x0, last };
     }
 
     async select(i) {
-      this.selected = i;
-      this.slider.value = i + 1;
-      const [run, step] = [this.run, this.run?.steps[i]];
-      if (!step) return;
-      this.tell("select");
-      if (!step.pictures) {
-        const latents = { latents: [step.x_t, step.x0], shape: run.start.shape };
-        const [x_t, x0] = (await this.engine.ask("decode", latents)).pictures;
-        step.pictures = { x_t, x0 };
+      const { run, fields } = this;
+      if (!run?.steps.length) return;
+      const [count, at] = [run.start.timesteps.length, Math.max(0, Math.min(i, run.steps.length - 1))];
+      const { t } = run.steps[at];
+      this.selected = at;
+      Object.assign(fields.step, { max: count, value: at + 1 });
+      fields.step.setAttribute("aria-valuetext", `${at + 1} of ${count}, t = ${t}`);
+      fields.where.value = `${at + 1} of ${count} · t = ${t}`;
+      try {
+        this.shown = await this.pictures(run, at);
+      } catch (error) {
+        return this.fail(error);
       }
-      if (run !== this.run || i !== this.selected) return;
-      const last = run.done && i === run.steps.length - 1;
-      const canvases = this.root.querySelectorAll("canvas");
-      picture(canvases[0], step.pictures.x_t);
-      picture(canvases[1], last ? run.done.picture : step.pictures.x0);
-      this.root.querySelector("output").textContent = `${i + 1} of ${run.start.timesteps.length}, t = ${step.t}`;
+      if (run !== this.run || at !== this.selected) return;
+      this.showPicture(0, this.shown.x_t, "x_t");
+      this.showPicture(1, this.shown.x0, this.shown.last ? "done" : "x0");
+      this.tell("select");
+    }
+
+    showPicture(k, shown, caption) {
+      const figure = this.root.querySelectorAll(".pictures figure")[k];
+      figure.lastChild.innerHTML = CAPTIONS[caption];
+      picture(figure.firstChild, shown);
+      figure.firstChild.setAttribute("aria-label", `${figure.lastChild.textContent}, step ${this.selected + 1}`);
+    }
+
+    // The steps as a film.
+    play() {
+      clearInterval(this.film);
+      const last = this.run?.steps.length - 1;
+      if (!(last > 0)) return;
+      this.browsing = true;
+      this.select(this.selected === last ? 0 : this.selected);
+      this.film = setInterval(() => {
+        this.select(this.selected + 1);
+        if (this.selected >= last) clearInterval(this.film);
+      }, 120);
+    }
+
+    // --- the form and the link --------------------------------------------------------------------------------------------
+
+    write(changes) {
+      for (const [name, value] of Object.entries(changes)) {
+        if (!(this.fields[name] instanceof HTMLElement)) continue;
+        if (this.fields[name].type === "checkbox") this.fields[name].checked = value;
+        else this.fields[name].value = value;
+      }
+      this.summarise();
+      this.tell("written");
+    }
+
+    // The request that the form describes.
+    async read() {
+      const { prompt, negative, sampler, steps, guidance, seed, preview } = this.fields;
+      const numbers = { steps: +steps.value, guidance: +guidance.value, seed: +seed.value, preview: +preview.value };
+      const texts = { prompt: prompt.value, negative: negative.value, sampler: sampler.value };
+      return { ...texts, ...numbers, init: (await this.init?.()) ?? null, attention: true };
+    }
+
+    hidden = () => this.fields.hide.value.split(",").filter(Boolean).map(Number);
+
+    summarise() {
+      const { steps, guidance, sampler, seed } = this.fields;
+      const text = [`${steps.value} steps`, `guidance ${guidance.value}`, sampler.value, `seed ${seed.value}`];
+      this.find(".settings summary").textContent = text.join(" · ");
+    }
+
+    // The address of this page in this state.
+    link() {
+      const state = new URLSearchParams(new FormData(this.form));
+      for (const [name, value] of [...state]) if (!value) state.delete(name);
+      return `${location.href.split("#")[0]}#${state}`;
+    }
+
+    remember() {
+      history.replaceState(null, "", this.link());
+    }
+
+    // Take the state from the address, if it holds one.
+    restore() {
+      const state = new URLSearchParams(location.hash.slice(1));
+      if (!state.has("prompt")) return false;
+      this.form.reset();
+      this.write({ hide: "", init: "", ...Object.fromEntries(state) });
+      this.wanted = state.has("step") ? state.get("step") - 1 : null;
+      return true;
     }
   };
+
+  // --- recordings: see record() in minisd/live/__init__.py -----------------------------------------------------------------
+
+  const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+
+  function unpackTensor({ one, numbers }) {
+    return Float32Array.from(new Int16Array(bytes(numbers).buffer), (number) => number * one);
+  }
+
+  async function unpack({ request, shape, timesteps, tokens, layers, film, ...packed }, schedule) {
+    const [latents, attention, context] = ["latents", "attention", "context"].map((name) => unpackTensor(packed[name]));
+    const [size, steps, [n, h, w]] = [shape[0] * shape[1] * shape[2], timesteps.length, packed.attention.shape.slice(2)];
+    const frame = await frames(film, steps);
+    const at = (k) => latents.subarray(size * k, size * (k + 1));
+    const run = { recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };
+    for (const [i, t] of timesteps.entries()) {
+      const a_t = schedule.alpha_bar(t);
+      const a_prev = i + 1 < steps ? schedule.alpha_bar(timesteps[i + 1]) : 1;
+      const [x_t, eps_cond, eps_uncond] = [at(3 * i), at(3 * i + 1), at(3 * i + 2)];
+      const eps = eps_uncond.map((e, k) => e + request.guidance * (eps_cond[k] - e));
+      const x0 = x_t.map((x, k) => (x - Math.sqrt(1 - a_t) * eps[k]) / Math.sqrt(a_t));
+      const x = i + 1 < steps ? at(3 * i + 3) : x0;
+      const weights = (l) => attention.subarray((i * layers.length + l) * n * h * w, (i * layers.length + l + 1) * n * h * w);
+      const maps = Object.fromEntries(layers.map((name, l) => [name, { h, w, weights: weights(l) }]));
+      const pictures = { x_t: frame(i, 0), x0: frame(i, 1) };
+      run.steps.push({ i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, attention: maps, activations: {}, pictures });
+    }
+    return { ...run, done: { picture: frame(steps - 1, 1) } };
+  }
+
+  // A film of two rows -> (column, row) -> picture.
+  async function frames(address, columns) {
+    const film = Object.assign(new Image(), { src: address });
+    await film.decode();
+    const [width, height] = [film.width / columns, film.height / 2];
+    const canvas = Object.assign(document.createElement("canvas"), { width: film.width, height: film.height });
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(film, 0, 0);
+    return (i, row) => ({ rgba: context.getImageData(i * width, row * height, width, height).data, width, height });
+  }
 })();

@@ -139,40 +139,30 @@
     },
 
     unet(box, tour, { labels }) {
-      const [input, output] = cells(box, labels.slice(0, 2));
+      const [input, output] = cells(box, labels);
       const u = box.appendChild(h("div", { className: "u" }));
-      const [channels] = cells(box, labels.slice(2, 3), "wide");
-      let [chosen, shown] = ["middle_block", null];
-      // The `count` channels of a block that vary most from pixel to pixel.
-      const most = ({ c, h: height, w, values }, count) => {
-        const size = height * w;
-        const all = Array.from({ length: c }, (_, i) => values.subarray(i * size, (i + 1) * size));
-        const best = all.map((x) => [spread(x), x]).sort((a, b) => b[0] - a[0]).slice(0, count);
-        return [best.flatMap(([, x]) => Array.from(x)), [best.length, height, w]];
+      // Of a block's channels, the one that varies most from pixel to pixel.
+      const most = ({ c, h: height, w, values }) => {
+        const channels = Array.from({ length: c }, (_, i) => values.subarray(i * height * w, (i + 1) * height * w));
+        return channels.reduce((best, channel) => (spread(channel) > spread(best) ? channel : best));
       };
-      const button = ([name, block]) => {
-        const canvas = h("canvas");
-        latent(canvas, ...most(block, 1));
-        const onclick = () => ((chosen = name), tour.refresh());
-        const shape = h("small", {}, said([block.c, block.h, block.w]));
-        return h("button", { type: "button", onclick, value: name }, canvas, name, shape);
+      const block = ([name, map]) => {
+        const canvas = h("canvas", { role: "img", ariaLabel: name });
+        latent(canvas, most(map), [1, map.h, map.w]);
+        return h("figure", {}, canvas, name, h("small", {}, said([map.c, map.h, map.w])));
       };
-      // Level by level: the way down on the left, the way up on the right, and the middle block below them.
-      const unfold = (blocks) => {
-        const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
-        const side = (...which) => h("div", {}, ...those(...which).map(button));
-        const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
-        const level = (height) => [side("input", height), h("span", {}, labels[3]), side("output", height)];
-        u.replaceChildren(...heights.flatMap(level), side("middle", heights.at(-1)));
-      };
-      return ({ start }, step) => {
-        const { time_embed, ...blocks } = step.activations ?? {};
+      return ({ start }, { x_t, eps, activations }) => {
+        const { time_embed, ...maps } = activations ?? {};
         if (!time_embed) return false;
-        latent(input, step.x_t, start.shape);
-        latent(output, step.eps, start.shape);
-        if (shown !== step) unfold(Object.entries((shown = step) && blocks));
-        for (const each of u.querySelectorAll("button")) each.ariaPressed = each.value === chosen;
-        latent(channels, ...most(blocks[chosen] ?? blocks.middle_block, 6));
+        latent(input, x_t, start.shape);
+        latent(output, eps, start.shape);
+        // Level by level: the way down on the left, the way up on the right, and the middle block below them.
+        const blocks = Object.entries(maps);
+        const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
+        const side = (...which) => h("div", {}, ...those(...which).map(block));
+        const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
+        const level = (height) => [side("input", height), h("span", {}, "→"), side("output", height)];
+        u.replaceChildren(...heights.flatMap(level), side("middle", heights.at(-1)));
       };
     },
 
@@ -203,7 +193,7 @@
         if (!select.length) select.append(...layers.map(option));
         const { h: height, w, weights } = step.attention[(tour.layer = select.value)];
         const [size, pad] = [height * w, tokens.pieces.indexOf("<pad>")];
-        const over = tour.nearest(step);
+        const over = tour.live.shown?.x0;
         const word = (piece, i) => {
           // All the padding is shown as one.
           const places = i === pad ? tokens.pieces.length - pad : 1;
@@ -361,7 +351,7 @@
         if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
       };
       globalThis.addEventListener("hashchange", () => this.readAddress());
-      if (this.address() === null) this.close();
+      this.close();
       this.readAddress();
     }
 
@@ -373,26 +363,21 @@
       return this.run?.steps[this.live.selected] ?? this.run?.steps.at(-1);
     }
 
-    address = () => new URLSearchParams(location.hash.slice(1)).get("tour");
-
     readAddress() {
-      const id = this.address();
+      const id = new URLSearchParams(location.hash.slice(1)).get("tour");
       if (id !== null && id !== this.stop?.id) this.open(id);
     }
 
-    // The rest of the address is the page's.
+    // The page's address holds the fields of its form, of which this is one.
     writeAddress() {
-      const parameters = new URLSearchParams(location.hash.slice(1));
-      if (this.stop) parameters.set("tour", this.stop.id);
-      else parameters.delete("tour");
-      history.replaceState(null, "", `#${parameters}`);
+      this.live.fields.tour.value = this.stop?.id ?? "";
+      this.live.remember();
     }
 
     // What is left is the button that opens it.
     close() {
       this.stop = null;
       this.element.replaceChildren(h("button", { type: "button", onclick: () => this.open() }, this.texts.ui.start));
-      if (this.address() !== null) this.writeAddress();
     }
 
     go(by) {
@@ -420,7 +405,7 @@
       this.says = h("div", { ariaLive: "polite" });
       this.equation = h("section");
       this.element.replaceChildren(
-        h("header", {}, h("strong", {}, ui.title), button(ui.close, () => this.close())),
+        h("header", {}, h("strong", {}, ui.title), button(ui.close, () => (this.close(), this.writeAddress()))),
         h("nav", { ariaLabel: ui.stops }, h("ol", {}, ...dots)),
         title,
         h("div", { className: "stop" },
@@ -482,7 +467,9 @@
       if (select) return live.select(select === "first" ? 0 : this.run.steps.length - 1);
       const { request, run } = live;
       const changes = this.changes(draw);
+      says.append(ui.wait);
       await this.draw(changes);
+      says.replaceChildren(look);
       if (live.run === run || !live.run?.done || !run?.done) return;
       const pair = h("div");
       const [before, after] = cells(pair, [ui.before, `${ui.after}: ${label}`]);
@@ -571,7 +558,7 @@
       const [n, d] = this.shapes().context;
       const used = start.tokens.pieces.filter((piece) => piece !== "<pad>").length;
       const [c, height, w] = start.shape;
-      const made = run.done?.picture ?? this.nearest(step) ?? {};
+      const made = run.done?.picture ?? live.shown?.x0 ?? {};
       const [numbers, pixels, T] = [c * height * w, 3 * made.width * made.height, about?.timesteps ?? 1000];
       const per_step = step.eps_cond ? 2 : 1;
       const emb_size = activations?.time_embed?.c;
@@ -606,12 +593,6 @@
     async decode(latents) {
       if (!this.live.about) return [];
       return (await this.live.engine.ask("decode", { latents, shape: this.run.start.shape })).pictures;
-    }
-
-    // The estimate of the picture at this step, or at a step near to it.
-    nearest({ i }) {
-      const some = this.run.steps.filter(({ pictures }) => pictures);
-      return some.reduce((best, step) => (abs(step.i - i) < abs(best.i - i) ? step : best), some[0])?.pictures.x0;
     }
   };
 })();
