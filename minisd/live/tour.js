@@ -3,9 +3,8 @@
 //     const tour = new MinisdTour(live, element, texts);    live: a MinisdPage. texts: the object of tour.json
 //     tour.open("attention");                               so does an address that ends in #tour=attention
 //
-// All words are in tour.json, and a second language is a second such file. `docs` in it is the way to the docs, if there
-// are any. In its texts, **strong**, `code`, x_t or x_{t+1} (lowered), W^T (raised), and {t}, a number of the drawing: see
-// `numbers`. A stop has
+// All words are in tour.json, and a second language is a second such file. In its texts stand **strong**, `code`, x_t
+// or x_{t+1} (lowered), W^T (raised), and {t}, a number of the drawing: see `numbers`. A stop has
 //
 //     id, title, text, caption      what is read; labels, for the canvases of its figure
 //     figure                        one of FIGURES, below; by_step: whether it needs the slider
@@ -16,7 +15,7 @@
 //     check                         a question and its answer
 (() => {
   const { latent, map, curve, picture } = minisdFigures;
-  const { sqrt, expm1, log, floor, abs, round } = Math;
+  const { sqrt, expm1, log, floor, round } = Math;
 
   function h(tag, properties = {}, ...children) {
     const element = Object.assign(document.createElement(tag), properties);
@@ -24,6 +23,7 @@
     return element;
   }
 
+  const button = (label, onclick, more) => h("button", { type: "button", onclick, ...more }, ...rich(label));
   const svg = (box) => box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
 
   // A text of tour.json as nodes. `split` puts what the groups have caught between the plain parts.
@@ -46,7 +46,7 @@
   // A number or a shape as text.
   function said(value) {
     if (value?.length && typeof value !== "string") return `[${Array.from(value).join(" ")}]`;
-    return typeof value === "number" ? String(+value.toFixed(3)).replace("-", "−") : (value ?? "…");
+    return typeof value === "number" ? String(+value.toFixed(4)).replace("-", "−") : (value ?? "…");
   }
 
   const sum = (x) => x.reduce((total, v) => total + v, 0);
@@ -54,11 +54,11 @@
   const spread = (x) => sqrt(rms(x) ** 2 - (sum(x) / x.length) ** 2); // standard deviation
 
   // A row of canvases, each under its label.
-  function cells(box, labels, className = "") {
+  function cells(box, labels, className = "cells") {
     const canvases = labels.map((label) => h("canvas", { role: "img", ariaLabel: plain(label) }));
     const figure = (canvas, i) =>
       h("figure", {}, h("div", { className: "tensor" }, canvas), h("figcaption", {}, ...rich(labels[i])));
-    box.append(h("div", { className: `cells ${className}` }, ...canvases.map(figure)));
+    box.append(h("div", { className }, ...canvases.map(figure)));
     return canvases;
   }
 
@@ -69,25 +69,19 @@
     for (const [side, part] of Object.entries({ left, top, width, height })) mark.style[side] = `${100 * part}%`;
   }
 
-  // The number `index` of a latent [c h w] whose channels stand side by side, with a column between them.
-  function frameNumber(canvas, [c, height, w], index) {
-    const column = floor(index / (height * w)) * (w + 1) + (index % w);
+  // Frame the number `index` of a latent [c h w], whose channels stand side by side. choose(index): another is clicked.
+  function frameNumber(canvas, [c, height, w], index, choose) {
     const wide = c * (w + 1) - 1;
+    const column = floor(index / (height * w)) * (w + 1) + (index % w);
     frame(canvas, column / wide, (floor(index / w) % height) / height, 1 / wide, 1 / height);
-  }
-
-  // choose(index) for the number that is clicked.
-  function onNumber(canvas, tour, choose) {
-    canvas.classList.add("clickable");
     canvas.onclick = ({ offsetX, offsetY }) => {
-      const [c, height, w] = tour.run.start.shape;
-      const column = floor((offsetX / canvas.clientWidth) * (c * (w + 1) - 1));
-      const y = floor((offsetY / canvas.clientHeight) * height);
-      choose((floor(column / (w + 1)) * height + y) * w + Math.min(column % (w + 1), w - 1));
+      const column = floor((offsetX / canvas.clientWidth) * wide);
+      const row = floor(column / (w + 1)) * height + floor((offsetY / canvas.clientHeight) * height);
+      choose(row * w + Math.min(column % (w + 1), w - 1));
     };
   }
 
-  // --- the figures: (box, tour, stop) builds one, and returns what shows a step of a run in it -------------------------
+  // --- the figures: (box, tour, stop) builds one, and returns what shows a step of a run in it -----------------------
   // That answers false, if the run lacks what the figure needs.
 
   const FIGURES = {
@@ -105,7 +99,7 @@
     },
 
     tokens(box) {
-      const list = box.appendChild(h("ol", { className: "tokens" }));
+      const list = box.appendChild(h("ol", { className: "tools" }));
       return ({ start: { tokens } }) => {
         const token = (piece, i) => h("li", {}, piece, h("small", { textContent: tokens.ids[i] }));
         list.replaceChildren(...tokens.pieces.map(token));
@@ -118,7 +112,7 @@
       const [canvas] = cells(rows, labels);
       return ({ start }) => {
         const hidden = (i) => tour.live.request?.hide?.includes(i);
-        const name = (piece, i) => h("li", { className: hidden(i) ? "hidden" : "" }, piece);
+        const name = (piece, i) => h("li", { className: hidden(i) ? "off" : "" }, h("span", {}, piece));
         rows.style.setProperty("--n", start.tokens.pieces.length);
         names.replaceChildren(...start.tokens.pieces.map(name));
         latent(canvas, tour.rows(), [1, ...tour.shapes().context]);
@@ -126,13 +120,16 @@
     },
 
     noise(box, tour, { labels }) {
-      const [canvas] = cells(box, labels, "wide");
+      const [canvas] = cells(box, labels);
       const histogram = svg(box);
       return ({ start: { x_T, shape } }) => {
         latent(canvas, x_T, shape);
         const [count, width] = [17, 8 / 17]; // bins from -4 to 4
         const measured = Array(count).fill(0);
-        for (const x of x_T) measured[Math.max(0, Math.min(count - 1, floor((x + 4) / width)))] += 2 / x_T.length / width;
+        for (const x of x_T) {
+          const bin = floor((x + 4) / width);
+          if (bin in measured) measured[bin] += 2 / x_T.length / width;
+        }
         const normal = measured.map((_, i) => 2 * Math.exp(-(((i + 0.5) * width - 4) ** 2) / 2) / sqrt(2 * Math.PI));
         curve(histogram, { normal, measured });
       };
@@ -167,12 +164,13 @@
     },
 
     time(box, tour, { labels }) {
-      const canvases = cells(box, labels, "wide");
+      const canvases = labels.flatMap((label) => cells(box, [label]));
       return ({ steps }, step) => {
         if (!step.activations?.time_embed) return false;
         const { half } = tour.numbers();
         const angle = (t, i) => t * 10000 ** (-(i % half) / half);
-        const waves = ({ t }) => Array.from({ length: 2 * half }, (_, i) => Math[i < half ? "cos" : "sin"](angle(t, i)));
+        const wave = (t, i) => (i < half ? Math.cos : Math.sin)(angle(t, i));
+        const waves = ({ t }) => Array.from({ length: 2 * half }, (_, i) => wave(t, i));
         const embedded = ({ activations }) => Array.from(activations.time_embed.values);
         canvases.forEach((canvas, k) => {
           const rows = steps.map([waves, embedded][k]);
@@ -185,7 +183,7 @@
     attention(box, tour, { labels }) {
       const select = h("select", { onchange: () => tour.refresh() });
       const words = h("div", { className: "words" });
-      box.append(h("label", { className: "slide" }, labels[0], select), words);
+      box.append(h("label", { className: "steps" }, labels[0], select), words);
       return ({ start: { tokens } }, step) => {
         const layers = Object.keys(step.attention ?? {});
         if (!layers.length) return false;
@@ -209,24 +207,25 @@
     },
 
     guidance(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "two");
+      const canvases = cells(box, labels.slice(0, 4), "pair");
       const arrow = svg(box);
       arrow.setAttribute("viewBox", "0 0 100 18");
       const value = tour.live.request?.guidance ?? 4;
       const slider = h("input", { type: "range", min: 0, max: 20, step: 0.5, value, oninput: () => tour.refresh() });
       const says = h("output");
-      box.append(h("label", { className: "slide" }, ...rich(labels[4]), slider, says));
+      box.append(h("label", { className: "steps" }, ...rich(labels[4]), slider, says));
       return async ({ start }, step) => {
         if (!step.eps_cond) return false;
         const s = Number((says.value = slider.value));
         const eps = step.eps_uncond.map((e, k) => e + s * (step.eps_cond[k] - e));
         [step.eps_uncond, step.eps_cond, eps].forEach((values, k) => latent(canvases[k], values, start.shape));
         // The arrow, from s = 0 on; nothing but numbers and these names go into it.
-        const at = (s) => 6 + 4.4 * s;
-        const name = (s, y, text, low = "") =>
-          `<circle cx="${at(s)}" cy="8" r="1"/><text x="${at(s)}" y="${y}">${text}<tspan class="low">${low}</tspan></text>`;
-        arrow.innerHTML = `<path class="rest" d="M${at(0)} 8H${at(20)}"/><path class="now" d="M${at(0)} 8H${at(s)}"/>
-          ${name(0, 5, "ε", "uncond")}${name(1, 15, "ε", "cond")}${name(s, s < 3 ? 5 : 15, "ε̂")}`;
+        const at = (s) => 8 + 4.2 * s;
+        const name = (s, y, low = "", hat = "") =>
+          `<circle cx="${at(s)}" cy="8" r="1"/>
+          <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
+        arrow.innerHTML = `<path class="rest" d="M${at(0)} 8H${at(20)}"/><path d="M${at(0)} 8H${at(s)}"/>
+          ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}`;
         const x0 = step.x_t.map((x, k) => (x - sqrt(1 - step.a_t) * eps[k]) / sqrt(step.a_t));
         const [decoded] = await tour.decode([x0]);
         if (!decoded) latent(canvases[3], x0, start.shape);
@@ -235,13 +234,13 @@
     },
 
     step(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "two");
+      const canvases = cells(box, labels.slice(0, 4), "pair");
       const pictures = cells(box, labels.slice(4));
-      for (const canvas of canvases) onNumber(canvas, tour, (index) => ((tour.index = index), tour.refresh()));
+      const choose = (index) => ((tour.index = index), tour.refresh());
       return async ({ start }, step) => {
         [step.x_t, step.eps, step.x0, step.x].forEach((values, k) => {
           latent(canvases[k], values, start.shape);
-          frameNumber(canvases[k], start.shape, tour.index);
+          frameNumber(canvases[k], start.shape, tour.index, choose);
         });
         const decoded = await tour.decode([step.x_t, step.x0, step.x]);
         if (!decoded.length && step.pictures) decoded.push(step.pictures.x_t, step.pictures.x0);
@@ -265,43 +264,41 @@
         };
         const every = Math.ceil(some.length / 7);
         strip.replaceChildren(...some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn));
-        const T = tour.numbers().T;
-        const marks = steps.map(({ t, a_t, i }) => ({ x: t / (T - 1), y: a_t, class: i === now.i ? "now" : "" }));
-        curve(schedule, { alpha: tour.live.about?.alphas_cumprod ?? steps.map(({ a_t }) => a_t).reverse() }, marks);
+        const { alphas_cumprod } = tour.live.schedule;
+        const last = alphas_cumprod.length - 1;
+        const marks = steps.map(({ t, a_t, i }) => ({ x: t / last, y: a_t, class: i === now.i ? "now" : "" }));
+        curve(schedule, { alpha: alphas_cumprod }, marks);
       };
     },
 
     decoding(box, tour, { labels }) {
-      const [z, decoded] = cells(box, labels, "two");
-      let [run, index] = [null, null]; // the place that is changed
-      const poke = (at) => ((index = at), tour.refresh());
-      const middle = ([, height, w]) => w * floor(height / 2) + floor(w / 2);
-      tour.deeds = { poke: () => poke(middle(tour.run.start.shape)), heal: () => poke(null) };
-      onNumber(z, tour, poke);
+      const [z, decoded] = cells(box, labels, "pair");
+      let [run, index, more] = [null, 0, 0];
+      const poke = (at, by = 3) => (([index, more] = [at, by]), tour.refresh());
+      tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0) };
       return async ({ start, steps, done }) => {
         if (!done) return false;
-        if (run !== tour.run) [run, index] = [tour.run, null];
-        const size = start.shape[1] * start.shape[2];
-        // 3 is about three standard deviations, in all channels.
-        const changed = steps.at(-1).x.map((v, k) => (index !== null && k % size === index % size ? v + 3 : v));
+        const [, height, w] = start.shape;
+        if (run !== tour.run) [run, index, more] = [tour.run, w * floor(height / 2) + floor(w / 2), 0];
+        // 3 is about three standard deviations. All channels of the place are changed.
+        const here = (k) => k % (height * w) === index % (height * w);
+        const changed = steps.at(-1).x.map((v, k) => (here(k) ? v + more : v));
         latent(z, changed, start.shape);
-        if (index === null) z.parentElement.querySelector(".mark")?.remove();
-        else frameNumber(z, start.shape, index);
-        const [made] = index === null ? [] : await tour.decode([changed]);
+        frameNumber(z, start.shape, index, poke);
+        const [made] = more ? await tour.decode([changed]) : [];
         picture(decoded, made ?? done.picture);
       };
     },
 
     training(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "two");
-      const slider = h("input", { type: "range", min: 1, max: 10, value: 5 });
-      const [says, loss] = [h("output"), h("p", { role: "status" })];
-      box.append(h("label", { className: "slide" }, "t", slider, says), loss);
+      const canvases = cells(box, labels.slice(0, 4), "pair");
       let [run, example] = [null, null]; // what the UNet has been asked about
-      slider.oninput = () => ((example = null), tour.refresh());
+      const oninput = () => ((example = null), tour.refresh());
+      const [slider, says] = [h("input", { type: "range", min: 1, max: 10, value: 5, oninput }), h("output")];
+      box.append(h("label", { className: "steps" }, "t", slider, says));
       tour.deeds.guess = async () => {
-        const { engine, request } = tour.live;
         if (!tour.live.about || !tour.run?.done) await tour.draw();
+        const { engine, request } = tour.live;
         const { rgba, width, height } = tour.run.done.picture;
         const { z } = await engine.ask("autoencode", { rgba, width, height });
         // Drawing over the picture begins with what we want: its latent with noise of this t, and the UNet's answer.
@@ -316,16 +313,14 @@
       return ({ start, steps, done }) => {
         if (!done) return false;
         if (run !== tour.run) [run, example] = [tour.run, null];
-        const t = round((slider.value / 10) * tour.numbers().T) - 1;
-        const near = steps.reduce((best, step) => (abs(step.t - t) < abs(best.t - t) ? step : best));
-        const a = tour.live.about?.alphas_cumprod[t] ?? near.a_t;
-        says.value = t;
-        const x_0 = steps.at(-1).x;
+        const { alphas_cumprod } = tour.live.schedule;
+        const t = round((slider.value / 10) * alphas_cumprod.length) - 1;
+        const [x_0, a] = [steps.at(-1).x, alphas_cumprod[t]];
         const shown = example ?? [x_0, start.x_T, x_0.map((x, k) => sqrt(a) * x + sqrt(1 - a) * start.x_T[k])];
         shown.forEach((values, k) => latent(canvases[k], values, start.shape));
         canvases[3].closest("figure").hidden = !example;
-        const wrong = example && rms(example[1].map((e, k) => e - example[3][k])) ** 2;
-        loss.replaceChildren(...(example ? [...rich(labels[4]), said(wrong)] : []));
+        const loss = example && rms(example[1].map((e, k) => e - example[3][k])) ** 2;
+        says.value = example ? `${t}, ${labels[4]} ${said(loss)}` : t;
       };
     },
 
@@ -337,7 +332,7 @@
     },
   };
 
-  // --- the tour -------------------------------------------------------------------------------------------------------
+  // --- the tour ------------------------------------------------------------------------------------------------------
 
   globalThis.MinisdTour = class {
     constructor(live, element, texts) {
@@ -345,7 +340,8 @@
       Object.assign(this, { live, element, texts, index: 0, layer: null, stop: null });
       element.lang = texts.language;
       element.classList.add("minisd", "minisd-tour");
-      for (const name of ["ready", "start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
+      const news = ["ready", "start", "step", "done", "select"];
+      for (const name of news) live.addEventListener(name, () => this.refresh());
       element.onkeydown = ({ key, target, ctrlKey, altKey, metaKey }) => {
         const to = { ArrowLeft: -1, ArrowRight: 1 }[key];
         if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
@@ -377,7 +373,7 @@
     // What is left is the button that opens it.
     close() {
       this.stop = null;
-      this.element.replaceChildren(h("button", { type: "button", onclick: () => this.open() }, this.texts.ui.start));
+      this.element.replaceChildren(button(this.texts.ui.start, () => this.open(), { className: "main" }));
     }
 
     go(by) {
@@ -389,36 +385,38 @@
     open(id) {
       const { stops, ui } = this.texts;
       const stop = (this.stop = stops.find((each) => each.id === id) ?? stops[0]);
-      const button = (label, onclick, more) => h("button", { type: "button", onclick, ...more }, ...rich(label));
-      const dots = stops.map(({ id, title }, i) =>
-        h("li", {}, button(`${i + 1}`, () => this.open(id), { title: plain(title), ariaCurrent: stop.id === id ? "step" : null })),
-      );
+      const place = stops.indexOf(stop);
+      const dot = ({ id, title }, i) => {
+        const current = { title: plain(title), ariaCurrent: i === place ? "step" : null };
+        return h("li", {}, button(`${i + 1}`, () => this.open(id), current));
+      };
       const title = h("h3", { tabIndex: -1 }, ...rich(stop.title));
-      const [back, next] = [button(ui.back, () => this.go(-1)), button(ui.next, () => this.go(1), { className: "main" })];
-      [back.disabled, next.disabled] = [stop === stops[0], stop === stops.at(-1)];
-      this.deeds = {};
       const { text, draw } = stop.missing ?? { text: ui.missing };
       this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
+      this.deeds = {}; // what a figure can be told to do
       const box = h("div");
       this.show = FIGURES[stop.figure](box, this, stop);
-      const shape = [`${ui.shape} {shape_${stop.shape}}`, ...(stop.sd_v1 ? [` (${ui.shape_sd_v1} ${stop.sd_v1})`] : [])];
+      const shape = `${ui.shape} {shape_${stop.shape}}${stop.sd_v1 ? ` (${ui.shape_sd_v1} ${stop.sd_v1})` : ""}`;
+      const captions = [stop.caption, ...(stop.shape ? [shape] : [])];
+      const deeds = stop.try.map((each) => button(each.label, () => this.act(each)));
+      const close = () => (this.close(), this.writeAddress());
       this.says = h("div", { ariaLive: "polite" });
       this.equation = h("section");
       this.element.replaceChildren(
-        h("header", {}, h("strong", {}, ui.title), button(ui.close, () => (this.close(), this.writeAddress()))),
-        h("nav", { ariaLabel: ui.stops }, h("ol", {}, ...dots)),
+        h("header", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, close)),
+        h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
         title,
         h("div", { className: "stop" },
           h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each))),
-            h("div", { className: "try" }, h("h4", {}, ui.try),
-              h("div", {}, ...stop.try.map((each) => button(each.label, () => this.act(each)))), this.says)),
-          h("section", {}, this.slider(), this.missing, box, h("p", { className: "caption" }, ...rich(stop.caption)),
-            ...(stop.shape ? [h("p", { className: "caption" }, ...rich(shape.join("")))] : [])),
+            h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
+          h("section", {}, this.slider(), this.missing, box,
+            ...captions.map((each) => h("p", { className: "caption" }, ...rich(each)))),
           this.equation,
-          h("section", { hidden: !stop.code }, ...this.places(stop), h("h4", {}, ui.check), this.question(stop))),
-        h("footer", {}, back, next)); // prettier-ignore
+          h("section", {}, ...this.places(stop))),
+        h("footer", { className: "tools" },
+          button(ui.back, () => this.go(-1), { disabled: !place }),
+          button(ui.next, () => this.go(1), { className: "main", disabled: stop === stops.at(-1) }))); // prettier-ignore
       this.writeAddress();
-      this.written = null;
       this.refresh();
       title.focus({ preventScroll: true });
       this.element.scrollIntoView();
@@ -432,21 +430,27 @@
     slider() {
       const { ui } = this.texts;
       this.mirror = h("input", { type: "range", min: 1, oninput: () => this.live.select(this.mirror.value - 1) });
-      return h("label", { className: "slide", hidden: !this.stop.by_step }, ui.slider, this.mirror, h("output", {}, ...rich(ui.step_of)));
+      const where = h("output", {}, ...rich(ui.step_of));
+      return h("label", { className: "steps", hidden: !this.stop.by_step }, ui.slider, this.mirror, where);
     }
 
     // Where to go on from here.
-    places({ code, compvis, notebook, exercises }) {
+    places({ code, compvis, notebook, exercises, check }) {
       if (!code) return []; // the last stop
       const { ui } = this.texts;
       const [, module, ...name] = code.name.split(".");
-      const row = (name, ...content) => [h("dt", {}, name), h("dd", {}, ...content)];
-      const exercise = ([name, stage]) => [this.link(`notebooks/exercises/${stage}.html`, name), " "];
-      return [h("h4", {}, ui.code), h("pre", {}, h("code", {}, code.line)), h("dl", {},
-        ...row(ui.minisd, this.link(code.page, `${module}.py: ${name.join(".")}`)),
-        ...row(ui.compvis, h("code", {}, compvis.name), ` (${compvis.file})`),
-        ...row(ui.notebook, this.link(`notebooks/${notebook}.html`, notebook.replaceAll("_", " "))),
-        ...row(ui.exercise, ...Object.entries(exercises).flatMap(exercise)))]; // prettier-ignore
+      const task = ([name, stage]) => [this.link(`notebooks/exercises/${stage}.html`, name), " "];
+      const rows = {
+        minisd: [this.link(code.page, `${module}.py: ${name.join(".")}`)],
+        compvis: [h("code", {}, compvis.name), ` (${compvis.file})`],
+        notebook: [this.link(`notebooks/${notebook}.html`, notebook.replaceAll("_", " "))],
+        exercise: Object.entries(exercises).flatMap(task),
+      };
+      const row = ([key, content]) => [h("dt", {}, ui[key]), h("dd", {}, ...content)];
+      return [
+        h("h4", {}, ui.code), h("pre", {}, h("code", {}, code.line)), h("dl", {}, ...Object.entries(rows).flatMap(row)),
+        h("h4", {}, ui.check), this.question({ check }),
+      ]; // prettier-ignore
     }
 
     // To a page of the docs, if there are any.
@@ -455,7 +459,7 @@
       return docs === undefined ? h("code", {}, name) : h("a", { href: docs + page }, name);
     }
 
-    // --- doing something ----------------------------------------------------------------------------------------------
+    // --- doing something ---------------------------------------------------------------------------------------------
 
     draw = (changes) => this.live.draw({ attention: true, activations: true, ...changes });
 
@@ -465,43 +469,32 @@
       says.replaceChildren(look);
       if (figure) return this.deeds[figure]();
       if (select) return live.select(select === "first" ? 0 : this.run.steps.length - 1);
-      const { request, run } = live;
-      const changes = this.changes(draw);
+      const { run } = this;
       says.append(ui.wait);
-      await this.draw(changes);
+      await this.draw(this.changes(draw));
       says.replaceChildren(look);
       if (live.run === run || !live.run?.done || !run?.done) return;
-      const pair = h("div");
-      const [before, after] = cells(pair, [ui.before, `${ui.after}: ${label}`]);
+      const [before, after] = cells(says, [ui.before, `${ui.after}: ${label}`], "pair");
       picture(before, run.done.picture);
       picture(after, live.run.done.picture);
-      const former = Object.keys(changes).map((name) => [name, request[name] ?? (name === "hide" ? [] : "")]);
-      const undo = () => (says.replaceChildren(), this.draw(Object.fromEntries(former)));
-      says.replaceChildren(look, pair, h("button", { type: "button", onclick: undo }, ui.undo));
       this.refresh();
     }
 
-    // The options that a button draws with.
-    changes({ seed, hide, ...others }) {
-      if (seed !== undefined) others.seed = seed === "next" ? Number(this.live.request?.seed ?? 0) + 1 : seed;
-      if (hide !== undefined) others.hide = this.run ? this.hidden(hide) : [];
-      return others;
-    }
-
-    // Places of tokens: of the "thing" that is drawn, or "all but end".
-    hidden(which) {
-      const { pieces } = this.run.start.tokens;
+    // The options that a button draws with. Words are hidden by their places.
+    changes(draw) {
+      const { pieces } = this.run?.start.tokens ?? { pieces: [] };
       const end = pieces.indexOf("<end>");
-      return { thing: [this.thing()], "all but end": [...pieces.keys()].filter((i) => i !== end) }[which] ?? [];
+      const places = { thing: [this.thing(pieces)], "all but end": [...pieces.keys()].filter((i) => i !== end) };
+      const seed = draw.seed === "next" ? { seed: Number(this.live.request?.seed ?? 0) + 1 } : {};
+      return { ...draw, ...seed, ...(draw.hide in places ? { hide: places[draw.hide] } : {}) };
     }
 
     // The place of the word for what is drawn: in "a red fox, noto style", that before the comma.
-    thing() {
-      const { pieces } = this.run.start.tokens;
+    thing(pieces = this.run.start.tokens.pieces) {
       return Math.max(pieces.indexOf(","), 0) - 1 || pieces.indexOf("<end>") - 1;
     }
 
-    // --- what is shown --------------------------------------------------------------------------------------------------
+    // --- what is shown -----------------------------------------------------------------------------------------------
 
     // Once for all messages that arrive together.
     refresh() {
@@ -525,18 +518,19 @@
       });
     }
 
-    // It changes with the sampler.
+    // It depends on the sampler.
     writeEquation(sampler) {
-      const { ui } = this.texts;
-      const mine = this.stop.by_sampler?.[sampler] ?? this.stop;
-      if (!mine.equation || this.written === mine) return;
-      this.written = mine;
+      const { stop, texts: { ui } } = this; // prettier-ignore
+      const { equation, numbers, symbols = [] } = stop.by_sampler?.[sampler] ?? stop;
       const formula = (each) => h("p", { className: "formula" }, ...rich(each));
       const lines = (title, all) => (all ? [h("h4", {}, title), ...all.map(formula)] : []);
-      const symbols = new Set([...(this.stop.symbols ?? []), ...mine.symbols]);
       const meaning = ([symbol, says]) => [h("dt", {}, ...rich(symbol)), h("dd", {}, ...rich(says))];
-      const said = [...lines(ui.equation, mine.equation), ...lines(ui.numbers, mine.numbers)];
-      this.equation.replaceChildren(...said, h("dl", {}, ...[...symbols].flatMap(meaning)));
+      const all = new Set([...(stop.symbols ?? []), ...symbols]);
+      this.equation.replaceChildren(
+        ...lines(ui.equation, equation),
+        ...lines(ui.numbers, numbers),
+        h("dl", {}, ...[...all].flatMap(meaning)),
+      );
     }
 
     // The shapes of the tensors that are shown.
@@ -554,12 +548,12 @@
     numbers() {
       const { live, run, step, index } = this;
       const [{ start, steps }, { a_t, a_prev, i, t, activations }] = [run, step];
-      const { request, about } = live;
+      const { request } = live;
       const [n, d] = this.shapes().context;
       const used = start.tokens.pieces.filter((piece) => piece !== "<pad>").length;
       const [c, height, w] = start.shape;
       const made = run.done?.picture ?? live.shown?.x0 ?? {};
-      const [numbers, pixels, T] = [c * height * w, 3 * made.width * made.height, about?.timesteps ?? 1000];
+      const [numbers, pixels, T] = [c * height * w, 3 * made.width * made.height, live.schedule.timesteps];
       const per_step = step.eps_cond ? 2 : 1;
       const emb_size = activations?.time_embed?.c;
       const [timesteps, count] = [start.timesteps, start.timesteps.length];
@@ -571,7 +565,8 @@
       const [k, m] = [sqrt((1 - a_prev) / (1 - a_t)), -sqrt(a_prev) * expm1(-h)];
       const [x0, x0_old] = [step.x0[index], old.x0[index]];
       return {
-        ...request, sampler: this.texts.samplers[request?.sampler], thing: start.tokens.pieces[this.thing()], n, d, used, pads: n - used,
+        ...request, sampler: this.texts.samplers[request?.sampler], thing: start.tokens.pieces[this.thing()],
+        n, d, used, pads: n - used,
         c, numbers, pixels, ratio: pixels / numbers, f: made.height / height, T, last_T: T - 1,
         mean: sum(start.x_T) / numbers, std: spread(start.x_T), emb_size, sines: emb_size / 4, half: emb_size / 8,
         i: i + 1, t, steps: count, first_t: timesteps[0], final_t: timesteps.at(-1), per_step, calls: per_step * count,
