@@ -95,7 +95,7 @@ def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: S
         "merges": (tokenizer / "merges.txt").read_text("utf-8"),
         "config": json.loads(special.read_text("utf-8")) if special.exists() else None,
     }
-    about = {"name": name or model.name, "bytes": len(weights), "config": config}
+    about = {"name": name or model.name, "bytes": len(weights) * 4 // 3, "config": config}
     prompts = [recording["request"]["prompt"] for recording in recordings]
     scripts = {"model.js": {"config": config, "tokenizer": tokens, "pieces": len(pieces)}}
     scripts |= {f"weights_{i}.js": base64.b64encode(piece).decode() for i, piece in enumerate(pieces)}

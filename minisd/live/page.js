@@ -33,7 +33,7 @@
           <label>Guidance <input name="guidance" type="number" value="4" step="any" required /></label>
           <label>Sampler <select name="sampler"></select></label>
           <label>Seed <input name="seed" type="number" value="0" min="0" max="${2 ** 53 - 1}" required /></label>
-          <label>Show every <input name="preview" type="number" value="1" min="0" required />-th step</label>
+          <label>Steps for each picture <input name="preview" type="number" value="2" min="0" required /></label>
         </div>
       </details>
       <p class="status" role="status"></p>
@@ -47,7 +47,7 @@
         <input name="step" type="range" min="1" max="1" value="1" aria-label="Step" />
         <output name="where"></output>
       </div>
-      <input type="hidden" name="hide" /><input type="hidden" name="init" /><input type="hidden" name="tour" />
+      <input type="hidden" name="hide" /><input type="hidden" name="word" /><input type="hidden" name="init" />
       <div class="panels"></div>
     </form>`;
 
@@ -64,9 +64,9 @@
       root.innerHTML = FORM; // no text of a reader is ever set like this
       const form = root.querySelector("form");
       Object.assign(this, { root, form, fields: form.elements, engine: new MinisdEngine(folder), turn: 0 });
-      Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, name: folder });
+      Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, name: folder, wanted: {} });
       const samplers = this.part("sampling")?.SAMPLERS ?? {};
-      this.fields.sampler.replaceChildren(...Object.keys(samplers).map((name) => new Option(name, name, name === "dpmpp_2m")));
+      for (const name in samplers) this.fields.sampler.add(new Option(name, name, name === "dpmpp_2m"));
       if (!compact) minisdPanels.forEach((panel) => this.addPanel(panel));
       this.listen();
       this.prepared = this.prepare();
@@ -93,7 +93,7 @@
         this.draw();
       };
       fields.again.onclick = () => this.draw({ seed: Math.floor(Math.random() * 2 ** 31) });
-      fields.stop.onclick = () => this.stop();
+      fields.stop.onclick = () => this.stop() && this.say("Stopped.");
       fields.play.onclick = () => this.play();
       fields.step.oninput = () => {
         this.browsing = true; // until the next drawing, its steps don't move the slider
@@ -117,10 +117,12 @@
         return button;
       };
       this.find(".examples").replaceChildren(...prompts.map(example));
-      const first = this.restore() ? prompts.indexOf(this.fields.prompt.value) : 0;
-      if (first in prompts && !location.hash.includes("hide=")) await this.replay(first);
-      const size = bytes ? ` (${Math.max(1, Math.round((bytes * 4) / 3 / 1e6))} MB)` : "";
-      this.say(`${this.run ? "This was recorded. " : ""}The first Draw fetches the model${size}; then it runs on this device.`);
+      const linked = this.restore();
+      if (!linked && prompts.length) await this.replay(0);
+      const size = bytes ? ` (${Math.ceil(bytes / 1e6)} MB)` : "";
+      const begin = linked ? "Press Draw to see the drawing of this link." : this.run ? "This is a recording." : "";
+      this.say(`${begin} The first Draw fetches the model${size}. Then everything is computed on your device.`);
+      if (this.run && !matchMedia("(prefers-reduced-motion: reduce)").matches) this.play();
     }
 
     configure(config, name = this.name) {
@@ -139,7 +141,7 @@
         this.stop();
         Object.assign(this, { request: recording.request, run: await unpack(recording, this.schedule), other: null });
         this.tell("start");
-        await this.select(this.wanted ?? this.run.steps.length - 1);
+        await this.select(this.run.steps.length - 1);
         this.tell("done");
       } catch (error) {
         this.fail(error);
@@ -207,17 +209,13 @@
         this.browsing = false;
         this.other = null;
         const run = await this.collect(request, (run) => wanted() && this.follow(run, request));
-        if (!wanted()) return;
-        if (!run.done) return this.say("Stopped.");
+        if (!wanted() || !run.done) return;
         this.finish(run);
         if (!this.fields.second?.value) return;
-        const second = { ...request, prompt: this.fields.second.value };
-        const told = (other) => {
-          if (wanted()) Object.assign(this, { other }).tell("other");
-        };
-        told(await this.collect(second, told));
+        const prompt = this.fields.second.value;
+        const told = (other) => wanted() && Object.assign(this, { other: Object.assign(other, { prompt }) }).tell("other");
+        told(await this.collect({ ...request, prompt }, told));
       });
-      if (this.run && !this.run.done) this.say("Stopped.");
     }
 
     // After each message of a drawing.
@@ -240,8 +238,8 @@
       if (lost) notes.push(`The model reads ${this.about.max_length} tokens, so “${lost}” did not fit.`);
       if (!this.about.simd) notes.push("This browser lacks WebAssembly’s SIMD, so drawing takes much longer.");
       this.say(notes.join(" "));
-      this.select(this.browsing ? this.selected : (this.wanted ?? run.steps.length - 1));
-      this.wanted = null;
+      this.select(this.browsing ? this.selected : (this.wanted.step ?? run.steps.length) - 1);
+      this.wanted = {};
       this.tell("done");
       this.remember();
     }
@@ -261,9 +259,11 @@
     // Both pictures of a step, decoded now if they were not while it was drawn.
     async pictures(run, i) {
       const step = run.steps[i];
-      const latents = { latents: [step.x_t, step.x0], shape: run.start.shape };
-      if (!step.pictures) step.decoding ??= this.engine.ask("decode", latents);
-      if (!step.pictures) step.pictures = Object.fromEntries((await step.decoding).pictures.map((p, k) => [["x_t", "x0"][k], p]));
+      if (!step.pictures) {
+        step.decoding ??= this.engine.ask("decode", { latents: [step.x_t, step.x0], shape: run.start.shape });
+        const [x_t, x0] = (await step.decoding).pictures;
+        step.pictures = { x_t, x0 };
+      }
       const last = run.done && i === run.steps.length - 1;
       return { x_t: step.pictures.x_t, x0: last ? run.done.picture : step.pictures.x0, last };
     }
@@ -339,6 +339,8 @@
     // The address of this page in this state.
     link() {
       const state = new URLSearchParams(new FormData(this.form));
+      const tour = new URLSearchParams(location.hash.slice(1)).get("tour"); // see tour.js
+      if (tour) state.set("tour", tour);
       for (const [name, value] of [...state]) if (!value) state.delete(name);
       return `${location.href.split("#")[0]}#${state}`;
     }
@@ -352,8 +354,8 @@
       const state = new URLSearchParams(location.hash.slice(1));
       if (!state.has("prompt")) return false;
       this.form.reset();
-      this.write({ hide: "", init: "", ...Object.fromEntries(state) });
-      this.wanted = state.has("step") ? state.get("step") - 1 : null;
+      this.wanted = Object.fromEntries(state);
+      this.write({ hide: "", word: "", init: "", ...this.wanted });
       return true;
     }
   };
@@ -368,9 +370,9 @@
 
   async function unpack({ request, shape, timesteps, tokens, layers, film, ...packed }, schedule) {
     const [latents, attention, context] = ["latents", "attention", "context"].map((name) => unpackTensor(packed[name]));
-    const [size, steps, [n, h, w]] = [shape[0] * shape[1] * shape[2], timesteps.length, packed.attention.shape.slice(2)];
-    const frame = await frames(film, steps);
-    const at = (k) => latents.subarray(size * k, size * (k + 1));
+    const [steps, [, , n, h, w], frame] = [timesteps.length, packed.attention.shape, await frames(film, timesteps.length)];
+    const piece = (tensor, size) => (k) => tensor.subarray(size * k, size * (k + 1));
+    const [at, weights] = [piece(latents, shape[0] * shape[1] * shape[2]), piece(attention, n * h * w)];
     const run = { recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };
     for (const [i, t] of timesteps.entries()) {
       const a_t = schedule.alpha_bar(t);
@@ -379,10 +381,10 @@
       const eps = eps_uncond.map((e, k) => e + request.guidance * (eps_cond[k] - e));
       const x0 = x_t.map((x, k) => (x - Math.sqrt(1 - a_t) * eps[k]) / Math.sqrt(a_t));
       const x = i + 1 < steps ? at(3 * i + 3) : x0;
-      const weights = (l) => attention.subarray((i * layers.length + l) * n * h * w, (i * layers.length + l + 1) * n * h * w);
-      const maps = Object.fromEntries(layers.map((name, l) => [name, { h, w, weights: weights(l) }]));
+      const maps = layers.map((name, l) => [name, { h, w, weights: weights(i * layers.length + l) }]);
+      const collected = { attention: Object.fromEntries(maps), activations: {} };
       const pictures = { x_t: frame(i, 0), x0: frame(i, 1) };
-      run.steps.push({ i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, attention: maps, activations: {}, pictures });
+      run.steps.push({ i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, ...collected, pictures });
     }
     return { ...run, done: { picture: frame(steps - 1, 1) } };
   }

@@ -1,16 +1,17 @@
 // What unfolds below the pictures. Each panel: {name, title, html, mount}. `mount(live, element)` gives it its life, by
-// the events and fields of MinisdPage alone, as the tour does.
+// the fields and events of MinisdPage, as the tour does.
 globalThis.minisdPanels = (() => {
   const { picture, latent, map, curve } = minisdFigures;
-
-  // An element with a text, which stays text whatever is in it.
-  function make(tag, properties = {}, ...children) {
-    const element = Object.assign(document.createElement(tag), properties);
-    element.append(...children);
-    return element;
-  }
-
   const on = (live, names, f) => names.split(" ").forEach((name) => live.addEventListener(name, f));
+
+  // A button with a picture and a caption, which stays text whatever is in it.
+  function tile(caption, onclick) {
+    const [button, span] = [document.createElement("button"), document.createElement("span")];
+    Object.assign(button, { type: "button", onclick });
+    span.textContent = caption;
+    button.append(document.createElement("canvas"), span);
+    return button;
+  }
 
   // The places of a prompt's tokens: one for each token up to <end>, and one for all padding together.
   function places({ pieces }) {
@@ -20,7 +21,7 @@ globalThis.minisdPanels = (() => {
     return padding.length ? [...all, { text: "<pad>", at: padding }] : all;
   }
 
-  // --- attention by word ------------------------------------------------------------------------------------------------
+  // --- attention by word ----------------------------------------------------------------------------------------------
 
   // How much each pixel reads the tokens at these places: in one layer, or the mean of all, on the grid of the finest.
   function reading(step, layer, at) {
@@ -39,73 +40,65 @@ globalThis.minisdPanels = (() => {
     name: "attention",
     title: "Which word does each pixel read?",
     html: `
-      <p>Bright pixels read that word at this step. Choose a word to see it over the large picture.</p>
+      <p>Bright pixels read that word at this step. Point at a word to see it over the large picture; a click holds it.</p>
       <div class="words" role="group" aria-label="The tokens of the prompt"></div>
-      <label>Layer of the UNet <select name="layer"></select></label>
+      <div class="tools"><label>Layer of the UNet <select name="layer"></select></label></div>
       <p class="says" aria-live="polite"></p>`,
     mount(live, element) {
       const [words, says] = [".words", ".says"].map((selector) => element.querySelector(selector));
-      const { layer } = live.fields;
-      let [held, pointed] = [null, null]; // the places in `words` of what was clicked, and of what is pointed at
+      const { layer, word: held } = live.fields; // held: the place among the words of the one that was clicked, or ""
+      let pointed = null;
 
       function begin() {
-        held = pointed = null;
+        pointed = null;
         words.replaceChildren(...places(live.run.start.tokens).map(word));
       }
 
       function word({ text, at }, place) {
-        const button = make("button", { type: "button" }, make("canvas"), make("span", { textContent: text }));
-        button.dataset.at = at;
-        button.classList.toggle("off", at.every((i) => live.request.hide?.includes(i)));
-        const point = (to) => () => {
-          pointed = to;
-          veil();
-        };
-        button.onpointerenter = button.onfocus = point(place);
+        const point = (to) => () => veil((pointed = to));
+        const button = tile(text, () => veil((held.value = held.value === String(place) ? "" : place)));
+        Object.assign(button, { at, onpointerenter: point(place), onfocus: point(place) });
         button.onpointerleave = button.onblur = point(null);
-        button.onclick = () => {
-          held = held === place ? null : place;
-          veil();
-        };
+        button.classList.toggle("off", at.every((i) => live.request.hide?.includes(i)));
         return button;
       }
 
-      const places_of = (button) => button.dataset.at.split(",").map(Number);
+      function listLayers(maps) {
+        const names = Object.keys(maps);
+        if (layer.options.length === names.length + 1 && layer.options[1]?.value === names[0]) return;
+        const option = (name) => new Option(`${name.split(".transformer")[0]} (${maps[name].w}×${maps[name].h})`, name);
+        layer.replaceChildren(new Option("all, their mean", ""), ...names.map(option));
+        layer.value = live.wanted.layer ?? "";
+      }
 
-      // The largest weight that the word gets in this drawing so far is shown white, so that steps can be compared.
-      const peak = (at) => Math.max(...live.run.steps.map((step) => Math.max(...reading(step, layer.value, at).values)));
-
+      // A word's largest weight in this drawing so far is shown bright, so that its steps can be compared.
       function show() {
-        const step = live.run.steps[live.selected];
-        if (!step || !live.shown) return;
-        const layers = Object.entries(step.attention);
-        if (layer.options.length !== layers.length + 1 || layer.options[1]?.value !== layers[0]?.[0]) {
-          const name = ([name, { h, w }]) => new Option(`${name.split(".transformer_blocks")[0]} (${w}×${h})`, name);
-          layer.replaceChildren(new Option("all, their mean", ""), ...layers.map(name));
-          layer.value = live.wantedLayer ?? "";
-        }
+        const { steps } = live.run;
+        listLayers(steps[0].attention);
         for (const button of words.children) {
-          const at = places_of(button);
-          const { values, w, h } = reading(step, layer.value, at);
-          button.peak = peak(at);
-          map(button.firstChild, values, w, h, { over: live.shown.x0, most: button.peak });
+          const peaks = steps.map((step) => Math.max(...reading(step, layer.value, button.at).values));
+          button.most = Math.max(...peaks);
+          button.now = reading(steps[live.selected], layer.value, button.at);
+          draw(button.firstChild, button);
         }
         veil();
       }
 
+      const draw = (canvas, { now: { values, w, h }, most }) => map(canvas, values, w, h, { over: live.shown.x0, most });
+
       function veil() {
-        const place = pointed ?? held;
-        [...words.children].forEach((button, i) => button.setAttribute("aria-pressed", i === held));
-        if (!live.shown) return;
+        const place = pointed ?? (held.value && Number(held.value));
+        [...words.children].forEach((button, i) => button.setAttribute("aria-pressed", held.value === String(i)));
         const canvas = live.find(".pictures figure:last-child canvas");
         const button = words.children[place];
-        if (!button) return picture(canvas, live.shown.x0), (says.textContent = "");
-        const { values, w, h } = reading(live.run.steps[live.selected], layer.value, places_of(button));
-        map(canvas, values, w, h, { over: live.shown.x0, most: button.peak });
-        const share = (100 * values.reduce((a, b) => a + b)) / values.length;
+        says.textContent = "";
+        if (!button?.now) return live.shown && picture(canvas, live.shown.x0);
+        draw(canvas, button);
+        const { values } = button.now;
+        const [share, most] = [values.reduce((a, b) => a + b) / values.length, Math.max(...values)];
         says.textContent =
-          `“${button.textContent}” gets ${share.toFixed(1)} % of all reading at this step. ` +
-          `The brightest pixel gives it ${(100 * Math.max(...values)).toFixed(0)} %.`;
+          `“${button.textContent}” gets ${(100 * share).toFixed(1)} % of all reading at this step. ` +
+          `The pixel that reads it most gives it ${(100 * most).toFixed(0)} %.`;
       }
 
       on(live, "start", begin);
@@ -114,16 +107,20 @@ globalThis.minisdPanels = (() => {
     },
   };
 
-  // --- two prompts from the same noise --------------------------------------------------------------------------------------
+  // --- two prompts from the same noise ----------------------------------------------------------------------------------
 
-  // The words of a text as elements, those marked that stand between what both texts begin and end with.
+  // The words of a text, those marked that stand between what both texts begin and end with.
   function marked(text, other) {
     const [words, others] = [text.split(/\s+/), other.split(/\s+/)];
+    const most = Math.min(words.length, others.length);
     let [from, back] = [0, 0];
-    while (from < words.length && words[from] === others[from]) from++;
-    while (back < words.length - from && back < others.length - from && words.at(-1 - back) === others.at(-1 - back)) back++;
-    const isCommon = (i) => i < from || i >= words.length - back;
-    return words.flatMap((word, i) => [isCommon(i) ? word : make("mark", { textContent: word }), " "]);
+    while (from < most && words[from] === others[from]) from++;
+    while (back < most - from && words.at(-1 - back) === others.at(-1 - back)) back++;
+    return words.flatMap((word, i) => {
+      const element = document.createElement(i < from || i >= words.length - back ? "span" : "mark");
+      element.textContent = word;
+      return [element, " "];
+    });
   }
 
   const comparison = {
@@ -140,331 +137,296 @@ globalThis.minisdPanels = (() => {
         <figure><figcaption></figcaption><canvas role="img"></canvas><div class="strip"></div></figure>
       </div>`,
     mount(live, element) {
-      const [pair, figures] = [element.querySelector(".pair"), element.querySelectorAll("figure")];
-      element.ontoggle = () => (live.fields.second.value ||= live.fields.prompt.value);
+      const [pair, { second, prompt }] = [element.querySelector(".pair"), live.fields];
+      element.ontoggle = () => (second.value ||= prompt.value);
       element.querySelector(".both").onclick = () => live.draw();
-      live.fields.second.onkeydown = (event) => event.key === "Enter" && live.draw();
 
       async function show() {
-        const runs = [live.run, live.other];
-        pair.hidden = !live.other?.steps.length;
+        const { run, other, request } = live;
+        pair.hidden = !other?.steps.length;
         if (pair.hidden) return;
-        const at = Math.min(live.selected, live.other.steps.length - 1);
-        const texts = [live.request.prompt, live.fields.second.value];
-        const shown = await Promise.all(runs.map((run) => live.pictures(run, at))).catch((error) => live.fail(error));
-        if (!shown || runs[1] !== live.other) return;
-        figures.forEach((figure, k) => {
-          figure.firstElementChild.replaceChildren(...marked(texts[k], texts[1 - k]));
-          picture(figure.children[1], shown[k].x0);
-          figure.children[1].setAttribute("aria-label", `${texts[k]}, step ${at + 1}`);
-          strip(figure.lastElementChild, runs[k]);
-        });
+        const at = Math.min(live.selected, other.steps.length - 1);
+        const texts = [request.prompt, other.prompt];
+        for (const [k, { x0 }] of (await Promise.all([live.pictures(run, at), live.pictures(other, at)])).entries()) {
+          const [caption, canvas, strip] = pair.children[k].children;
+          caption.replaceChildren(...marked(texts[k], texts[1 - k]));
+          picture(canvas, x0);
+          canvas.setAttribute("aria-label", `${texts[k]}, step ${at + 1}`);
+          strip.replaceChildren(...thumbnails([run, other][k]));
+        }
       }
 
-      // The guesses that have been decoded, at most eight of them, as small pictures that lead to their step.
-      function strip(box, run) {
-        const decoded = run.steps.filter((step) => step.pictures);
+      // At most eight of the estimates that have been decoded, as small pictures that lead to their steps.
+      function thumbnails({ steps }) {
+        const decoded = steps.filter((step) => step.pictures);
         const some = decoded.filter((_, k) => k % Math.ceil(decoded.length / 8) === 0);
-        const thumbnail = ({ i, t, pictures }) => {
-          const button = make("button", { type: "button", title: `step ${i + 1}, t = ${t}` }, make("canvas"));
-          button.setAttribute("aria-label", button.title);
+        return some.map(({ i, t, pictures }) => {
+          const button = tile("", () => live.select(i));
+          button.setAttribute("aria-label", `step ${i + 1}, t = ${t}`);
           picture(button.firstChild, pictures.x0);
-          button.onclick = () => live.select(i);
           return button;
-        };
-        box.replaceChildren(...some.map(thumbnail));
+        });
       }
 
       on(live, "start select other", show);
     },
   };
 
-  // --- words switched off ------------------------------------------------------------------------------------------------------
+  // --- words switched off -----------------------------------------------------------------------------------------------
 
   const ablation = {
     name: "ablation",
     title: "Switch words off",
     html: `
       <p>
-        The same drawing from the same noise, but no pixel may read that token. Which one carries the picture? (CLIP has
-        read the whole sentence before, so each later token knows of those before it.)
+        The same drawing from the same noise, but no pixel may read that token. Which one carries the picture? CLIP has
+        read the whole sentence before, so each token also knows of those before it.
       </p>
-      <div class="ask">
+      <div class="tools">
         <button type="button" class="each">Draw without each token</button>
-        <button type="button" class="restore" hidden>Switch all words on</button>
+        <button type="button" class="restore" hidden>Switch all tokens on</button>
       </div>
       <div class="gallery"></div>`,
     mount(live, element) {
       const [gallery, restore] = [element.querySelector(".gallery"), element.querySelector(".restore")];
-      const without = (hide) => live.draw({ hide });
-      restore.onclick = () => without([]);
-
-      function card(caption, hide) {
-        const button = make("button", { type: "button" }, make("canvas"), make("span", { textContent: caption }));
-        button.onclick = () => without(hide);
-        button.hide = hide;
-        return button;
-      }
-
-      element.querySelector(".each").onclick = () =>
-        live.work(async (wanted) => {
-          const request = { ...(await live.read()), preview: 0, attention: false };
-          const all = places(await live.engine.ask("tokenize", { prompt: request.prompt }));
-          const but = (text) => all.filter((place) => place.text !== text).flatMap((place) => place.at);
-          const each = all.slice(1).map(({ text, at }) => card(`without “${text}”`, at));
-          gallery.replaceChildren(card("all tokens", []), ...each, card("only <end>", but("<end>")));
-          for (const button of gallery.children) {
-            live.say(`Drawing: ${button.textContent}`);
-            const done = await live.engine.draw({ ...request, hide: button.hide });
-            if (!done || !wanted()) break;
-            picture(button.firstChild, done.picture);
-          }
-          if (wanted()) live.say("Choose one of the pictures to see its steps.");
-        });
+      restore.onclick = () => live.draw({ hide: [] });
       on(live, "start written", () => (restore.hidden = !live.hidden().length));
+
+      const card = (caption, hide) => Object.assign(tile(caption, () => live.draw({ hide })), { hide });
+
+      async function drawEach(wanted) {
+        const request = { ...(await live.read()), preview: 0, attention: false };
+        const all = places(await live.engine.ask("tokenize", { prompt: request.prompt }));
+        const others = all.filter(({ text }) => text !== "<end>").flatMap(({ at }) => at);
+        const each = all.slice(1).map(({ text, at }) => card(`without “${text}”`, at)); // all but <start>
+        gallery.replaceChildren(card("all tokens", []), ...each, card("only <end>", others));
+        for (const button of gallery.children) {
+          live.say(`Drawing: ${button.textContent}`);
+          const done = await live.engine.draw({ ...request, hide: button.hide });
+          if (!done || !wanted()) return;
+          picture(button.firstChild, done.picture);
+        }
+        live.say("Choose one of these pictures to see its steps.");
+      }
+      element.querySelector(".each").onclick = () => live.work(drawEach);
     },
   };
 
-  // --- a picture of one's own -----------------------------------------------------------------------------------------------------
+  // --- a picture of one's own -------------------------------------------------------------------------------------------
 
   const own = {
     name: "own",
     title: "Start from a picture of yours",
     html: `
-      <p>Draw with the mouse, a finger, or the arrow keys and space; or drop a picture here. It stays on this device.</p>
-      <div class="pair">
+      <p>Draw with the mouse or a finger, or drop a picture here. It does not leave your device.</p>
+      <div class="pair drawn">
         <figure>
-          <div class="pad">
-            <canvas tabindex="0" role="application" aria-label="Your picture: arrow keys move the brush, space paints"></canvas>
-            <span class="brush" hidden></span>
-          </div>
+          <canvas class="pad" role="img" aria-label="Your picture"></canvas>
+          <figcaption>your picture</figcaption>
           <div class="tools">
+            <button type="button" class="choose">Choose a picture</button>
+            <button type="button" class="clear">Clear</button>
+            <input type="file" class="file" accept="image/*" aria-label="Your picture" hidden />
             <label>Colour <input type="color" class="colour" value="#e8590c" /></label>
             <label>Brush <input type="range" class="width" min="1" max="8" value="3" /></label>
-            <label class="button">Choose a picture <input type="file" accept="image/*" class="file" /></label>
-            <button type="button" class="clear">Clear</button>
           </div>
         </figure>
         <figure>
-          <canvas role="img" class="made" aria-label="What the autoencoder makes of it"></canvas>
+          <canvas class="made" role="img" aria-label="What the autoencoder makes of it"></canvas>
           <figcaption>what the autoencoder makes of it</figcaption>
-          <canvas role="img" class="latent" aria-label="The latent, its channels side by side"></canvas>
+          <canvas class="latent" role="img" aria-label="The latent, its channels side by side"></canvas>
           <figcaption class="shape"></figcaption>
         </figure>
       </div>
       <div class="tools">
-        <label><input type="checkbox" name="over" value="1" /> Draw over this picture</label>
+        <label><input type="checkbox" name="over" value="1" /> Start from this picture</label>
         <label>Strength <input type="range" name="strength" min="0.05" max="1" step="0.05" value="0.7" /></label>
         <button type="button" class="go">Draw over it</button>
       </div>`,
     mount(live, element) {
       const find = (selector) => element.querySelector(selector);
-      const [canvas, brush] = [find(".pad canvas"), find(".brush")];
-      const context = canvas.getContext("2d", { willReadFrequently: true });
-      const { over, strength, init } = live.fields;
-      let [last, at] = [null, { x: 0, y: 0 }];
+      const [pad, file, { over, strength, init }] = [find(".pad"), find(".file"), live.fields];
+      const context = pad.getContext("2d", { willReadFrequently: true });
+      let restored = null; // a promise: the picture of a link has been drawn on the pad
 
       function clear() {
         context.fillStyle = "white";
-        context.fillRect(0, 0, canvas.width, canvas.height);
+        context.fillRect(0, 0, pad.width, pad.height);
       }
 
-      // The engine takes a picture of the model's size. The link keeps it as PNG, in which nothing is lost.
-      live.init = () => {
-        if (!over.checked) return null;
-        const { width, height } = canvas;
-        return { rgba: context.getImageData(0, 0, width, height).data, width, height, strength: Number(strength.value) };
+      // The engine takes a picture of the model's size.
+      live.init = async () => {
+        await restored;
+        const [{ width, height }, { data: rgba }] = [pad, context.getImageData(0, 0, pad.width, pad.height)];
+        return over.checked ? { rgba, width, height, strength: Number(strength.value) } : null;
       };
 
+      // The link holds the picture as PNG, in which nothing is lost.
+      const png = () => pad.toDataURL().split(",")[1];
+
       async function changed() {
-        over.checked = true;
-        init.value = canvas.toDataURL().split(",")[1];
-        live.tell("written");
+        [over.checked, init.value] = [true, png()];
         live.remember();
         if (live.about) await autoencode();
       }
 
       async function autoencode() {
-        try {
-          await live.load();
-          const { z, shape, picture: made } = await live.engine.ask("autoencode", live.init());
-          picture(find(".made"), made);
-          latent(find(".latent"), z, shape);
-          find(".shape").textContent = `its latent, [${shape.join(" ")}]: blue is negative, red positive`;
-        } catch (error) {
-          live.fail(error);
-        }
+        const { z, shape, picture: made } = await live.engine.ask("autoencode", await live.init());
+        picture(find(".made"), made);
+        latent(find(".latent"), z, shape);
+        find(".shape").textContent = `its latent [${shape.join(" ")}]: blue is negative, red is positive`;
       }
 
-      // --- painting ---
-
-      function paint({ x, y }) {
-        const side = Number(find(".width").value) * Math.max(1, canvas.width / 32);
-        const from = last ?? { x, y };
-        const steps = Math.max(1, Math.ceil(Math.hypot(x - from.x, y - from.y)));
-        context.fillStyle = find(".colour").value;
-        for (let k = 0; k <= steps; k++) {
-          const [px, py] = [from.x + ((x - from.x) * k) / steps, from.y + ((y - from.y) * k) / steps];
-          context.fillRect(Math.round(px - side / 2), Math.round(py - side / 2), Math.round(side), Math.round(side));
-        }
-        last = { x, y };
-      }
-
-      function pixel(event) {
-        const box = canvas.getBoundingClientRect();
-        const scale = canvas.width / box.width;
-        return { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale };
-      }
-
-      canvas.onpointerdown = (event) => {
-        canvas.setPointerCapture(event.pointerId);
-        paint(pixel(event));
-      };
-      canvas.onpointermove = (event) => last && paint(pixel(event));
-      canvas.onpointerup = canvas.onpointercancel = () => {
-        if (last) changed();
-        last = null;
-      };
-      const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] };
-      canvas.onkeydown = (event) => {
-        if (!(event.key in KEYS)) return;
-        event.preventDefault();
-        const [dx, dy] = KEYS[event.key];
-        at = { x: Math.min(Math.max(at.x + dx, 0), canvas.width - 1), y: Math.min(Math.max(at.y + dy, 0), canvas.height - 1) };
-        if (event.key === " ") paint({ x: at.x + 0.5, y: at.y + 0.5 }), (last = null), changed();
-        mark();
-      };
-      function mark() {
-        brush.hidden = document.activeElement !== canvas;
-        Object.assign(brush.style, { left: `${(100 * at.x) / canvas.width}%`, top: `${(100 * at.y) / canvas.height}%` });
-        brush.style.width = `${100 / canvas.width}%`;
-      }
-      canvas.onfocus = canvas.onblur = mark;
-
-      // --- a file, cut to a square ---
-
-      async function read(file) {
-        try {
-          const bitmap = await createImageBitmap(file);
-          const side = Math.min(bitmap.width, bitmap.height);
-          const [x, y] = [(bitmap.width - side) / 2, (bitmap.height - side) / 2];
-          clear(); // what is transparent becomes white
-          context.imageSmoothingQuality = "high";
-          context.drawImage(bitmap, x, y, side, side, 0, 0, canvas.width, canvas.height);
-          await changed();
-        } catch {
-          live.fail(new Error(`“${file.name}” is no picture that this browser can read: give a PNG, JPEG or WebP.`));
-        }
-      }
-
-      element.ondragover = (event) => event.preventDefault();
-      element.ondrop = (event) => {
-        event.preventDefault();
-        if (event.dataTransfer.files[0]) read(event.dataTransfer.files[0]);
-      };
-      find(".file").onchange = ({ target }) => target.files[0] && read(target.files[0]);
-      find(".clear").onclick = () => {
-        clear();
-        over.checked = false;
-        init.value = "";
-        live.tell("written");
-      };
       find(".go").onclick = async () => {
         over.checked = true;
         await live.draw();
         if (live.about) await autoencode();
       };
 
-      // A link, or a model that has been loaded.
-      async function restored() {
-        if (!init.value || init.value === canvas.toDataURL().split(",")[1]) return;
+      // --- painting: a line of squares from where the pointer was
+
+      let last = null;
+      function paint({ offsetX, offsetY }) {
+        const scale = pad.width / pad.clientWidth;
+        const [x, y, side] = [offsetX * scale, offsetY * scale, Math.ceil((find(".width").value * pad.width) / 32)];
+        const [from, count] = [last ?? { x, y }, last ? Math.ceil(Math.hypot(x - last.x, y - last.y)) : 1];
+        context.fillStyle = find(".colour").value;
+        for (let k = 1; k <= count; k++) {
+          const [left, top] = [from.x + ((x - from.x) * k) / count, from.y + ((y - from.y) * k) / count];
+          context.fillRect(Math.round(left - side / 2), Math.round(top - side / 2), side, side);
+        }
+        last = { x, y };
+      }
+
+      pad.onpointerdown = (event) => {
+        pad.setPointerCapture(event.pointerId);
+        paint(event);
+      };
+      pad.onpointermove = (event) => last && paint(event);
+      pad.onpointerup = pad.onpointercancel = () => {
+        if (last) changed();
+        last = null;
+      };
+
+      // --- a file, cut to a square. What is transparent becomes white.
+
+      async function take(picked) {
+        if (!picked) return;
+        try {
+          const image = await createImageBitmap(picked);
+          const side = Math.min(image.width, image.height);
+          clear();
+          context.imageSmoothingQuality = "high";
+          const from = [(image.width - side) / 2, (image.height - side) / 2, side, side];
+          context.drawImage(image, ...from, 0, 0, pad.width, pad.height);
+          await changed();
+        } catch {
+          live.fail(new Error(`“${picked.name}” is no picture that this browser can read: give a PNG, JPEG or WebP.`));
+        }
+      }
+
+      element.ondragover = (event) => event.preventDefault();
+      element.ondrop = (event) => {
+        event.preventDefault();
+        take(event.dataTransfer.files[0]);
+      };
+      find(".choose").onclick = () => file.click();
+      file.onchange = () => take(file.files[0]);
+      find(".clear").onclick = () => {
+        clear();
+        [over.checked, init.value] = [false, ""];
+      };
+
+      async function restore() {
+        if (!init.value || init.value === png()) return;
         const image = Object.assign(new Image(), { src: `data:image/png;base64,${init.value}` });
-        live.init_ready = image.decode().then(() => context.drawImage(image, 0, 0, canvas.width, canvas.height));
-        await live.init_ready.catch(() => live.fail(new Error("The picture in this link is broken.")));
+        await image.decode().catch(() => live.fail(new Error("The picture in this link is damaged.")));
+        context.drawImage(image, 0, 0, pad.width, pad.height);
         element.open = true;
       }
+
       on(live, "configured", () => {
-        const side = live.config.image_size ?? 512;
-        if (canvas.width === side) return;
-        Object.assign(canvas, { width: side, height: side });
+        if (pad.width === live.config.image_size) return;
+        pad.width = pad.height = live.config.image_size ?? 512;
         clear();
-        restored();
+        restored = restore();
       });
-      on(live, "written", restored);
+      on(live, "written", () => (restored = restore()));
     },
   };
 
-  // --- where this step is on the schedule --------------------------------------------------------------------------------------------
+  // --- where this step is on the schedule -------------------------------------------------------------------------------
 
   const schedule = {
     name: "schedule",
     title: "Where is this step?",
     html: `
-      <svg role="img" aria-label="How much of the picture and how much noise is left at each timestep"></svg>
-      <p class="legend"><span class="signal">picture √ᾱ</span> <span class="noise">noise √(1−ᾱ)</span></p>
+      <svg role="img" aria-label="How much of the picture, and how much noise, is in x_t at each timestep"></svg>
+      <p><span class="signal">picture √ᾱ</span> · <span class="noise">noise √(1−ᾱ)</span></p>
       <p class="says"></p>`,
     mount(live, element) {
       function show() {
-        const T = live.schedule?.timesteps;
-        const step = live.run?.steps[live.selected];
-        if (!T || !step) return;
-        const a = Array.from(live.schedule.alphas_cumprod);
-        const mark = (t, name) => ({ x: t / (T - 1), y: Math.sqrt(a[t]), class: name });
-        const visited = live.run.start.timesteps.map((t) => mark(t, "visited"));
-        const curves = { signal: a.map(Math.sqrt), noise: a.map((a) => Math.sqrt(1 - a)) };
-        curve(element.querySelector("svg"), curves, [...visited, mark(step.t, "current")]);
-        const [signal, noise] = [Math.sqrt(a[step.t]), Math.sqrt(1 - a[step.t])].map((x) => x.toFixed(3));
+        const { alphas_cumprod, timesteps: T } = live.schedule;
+        const parts = [Array.from(alphas_cumprod, Math.sqrt), Array.from(alphas_cumprod, (a) => Math.sqrt(1 - a))];
+        const mark = (t, name) => ({ x: t / (T - 1), y: parts[0][t], class: name });
+        const { t } = live.run.steps[live.selected];
+        const marks = live.run.start.timesteps.map((t) => mark(t, "visited"));
+        curve(element.querySelector("svg"), { signal: parts[0], noise: parts[1] }, [...marks, mark(t, "current")]);
+        const [signal, noise] = parts.map((part) => part[t].toFixed(3));
         element.querySelector(".says").textContent =
-          `At t = ${step.t} of ${T}: x_t = ${signal} · picture + ${noise} · noise. Drawing goes from right to left.`;
+          `t = ${t} of ${T}: x_t = ${signal} · picture + ${noise} · noise. Drawing goes from right to left.`;
       }
       on(live, "select", show);
     },
   };
 
-  // --- the same elsewhere -----------------------------------------------------------------------------------------------------------------
+  // --- the same picture elsewhere ---------------------------------------------------------------------------------------
+
+  // A word for the command line: as it is if it is plain, else in single quotes.
+  const shell = (value) => (/^[\w./:-]+$/.test(value) ? value : `'${String(value).replaceAll("'", `'\\''`)}'`);
+  // Python's text and floating-point number.
+  const text = JSON.stringify;
+  const float = (x) => (Number.isInteger(x) ? x.toFixed(1) : String(x));
 
   const elsewhere = {
     name: "elsewhere",
     title: "The same picture elsewhere",
     html: `
-      <p class="note"></p>
-      <h3>Command line</h3><div class="copy"><pre><code class="command"></code></pre></div>
-      <h3>Python</h3><div class="copy"><pre><code class="python"></code></pre></div>
-      <h3>A link to this page, as it is now</h3><div class="copy"><pre><code class="link"></code></pre></div>
-      <p><a class="button save" download="out.png">Save the picture</a> <a class="button given" download="picture.png" hidden>Save the picture it starts from</a></p>`,
+      <p class="note" hidden>These draw with all tokens, because only this page can switch them off.</p>
+      <h3>Command line</h3><div class="copy"><pre><code></code></pre><button type="button">Copy</button></div>
+      <h3>Python</h3><div class="copy"><pre><code></code></pre><button type="button">Copy</button></div>
+      <h3>A link to this page as it is now</h3>
+      <div class="copy"><pre><code></code></pre><button type="button">Copy</button></div>
+      <p>
+        <a class="save" download="out.png">Save the picture</a>
+        <a class="given" download="picture.png" hidden>Save the picture that it starts from</a>
+      </p>`,
     mount(live, element) {
       const find = (selector) => element.querySelector(selector);
-      for (const box of element.querySelectorAll(".copy")) {
-        const button = make("button", { type: "button", textContent: "Copy" });
-        button.onclick = async () => {
-          await copy(box.querySelector("code"));
-          button.textContent = "Copied";
-          setTimeout(() => (button.textContent = "Copy"), 1500);
-        };
-        box.append(button);
-      }
 
       function show() {
         if (!live.request) return;
-        const { prompt, negative = "", steps, guidance, sampler, seed, init, hide = [] } = live.request;
-        const options = { model: live.name, negative, steps, guidance, sampler, seed, "num-images": 1 };
-        const flags = Object.entries(init ? { strength: init.strength, ...options } : options);
-        const given = flags.filter(([, value]) => value !== "").map(([name, value]) => `--${name}=${shell(value)}`);
-        const command = init ? `img2img ${shell(prompt)} picture.png` : `txt2img ${shell(prompt)}`;
-        find(".command").textContent = `minisd ${command} ${given.join(" ")}`;
-        const float = (x) => (Number.isInteger(x) ? x.toFixed(1) : String(x));
-        const named = [`steps=${steps}`, `guidance_scale=${float(guidance)}`, `sampler=${JSON.stringify(sampler)}`, `seed=${seed}`];
-        if (negative) named.push(`negative_prompt=${JSON.stringify(negative)}`);
-        const call = init ? `sd.img2img(${JSON.stringify(prompt)}, "picture.png", strength=${float(init.strength)}, ` : `sd.txt2img(${JSON.stringify(prompt)}, `;
-        find(".python").textContent =
-          `import minisd\n\nsd = minisd.load(${JSON.stringify(live.name)})\n` +
-          `drawing = ${call}${named.join(", ")})\ndrawing.images[0].save("out.png")`;
-        find(".link").textContent = live.link();
-        find(".note").textContent = hide.length ? "These draw with all words: only this page switches words off." : "";
-        const { picture: made } = live.run?.done ?? {};
-        if (made) find(".save").href = address(made);
+        const { prompt, negative, steps, guidance, sampler, seed, init, hide } = live.request;
+        const flags = { model: live.name, negative, steps, guidance, sampler, seed, strength: init?.strength };
+        const given = Object.entries(flags).filter(([, value]) => value || value === 0);
+        const words = given.map(([name, value]) => `--${name}=${shell(value)}`);
+        const command = [init ? "img2img" : "txt2img", ...words, "--num-images=1", "--", shell(prompt)];
+        const options = [
+          ...(init ? [`"picture.png"`, `strength=${float(init.strength)}`] : []),
+          ...(negative ? [`negative_prompt=${text(negative)}`] : []),
+          `steps=${steps}, guidance_scale=${float(guidance)}, sampler=${text(sampler)}, seed=${seed}`,
+        ];
+        const lines = [
+          `import minisd\n\nsd = minisd.load(${text(live.name)})`,
+          `drawing = sd.${command[0]}(${[text(prompt), ...options].join(", ")})`,
+          `drawing.images[0].save("out.png")`,
+        ];
+        const texts = [["minisd", ...command, ...(init ? ["picture.png"] : [])].join(" "), lines.join("\n"), live.link()];
+        element.querySelectorAll("code").forEach((code, k) => (code.textContent = texts[k]));
+        find(".note").hidden = !hide?.length;
         find(".given").hidden = !init;
         if (init) find(".given").href = address(init);
+        if (live.run.done) find(".save").href = address(live.run.done.picture);
       }
 
       function address(shown) {
@@ -474,19 +436,18 @@ globalThis.minisdPanels = (() => {
       }
 
       // A page that is served without encryption has no clipboard, but may copy what is selected.
-      async function copy(code) {
-        if (navigator.clipboard) return navigator.clipboard.writeText(code.textContent);
+      async function copy({ target }) {
+        const code = target.parentElement.querySelector("code");
         getSelection().selectAllChildren(code);
-        document.execCommand("copy");
+        await (navigator.clipboard?.writeText(code.textContent) ?? document.execCommand("copy"));
+        target.textContent = "Copied";
       }
+      element.querySelectorAll(".copy button").forEach((button) => (button.onclick = copy));
 
       on(live, "start select done", show);
       live.form.addEventListener("change", show);
     },
   };
-
-  // A word for the command line: as it is if it is plain, else in single quotes.
-  const shell = (value) => (/^[\w./:-]+$/.test(value) ? value : `'${String(value).replaceAll("'", `'\\''`)}'`);
 
   return [attention, comparison, ablation, own, schedule, elsewhere];
 })();

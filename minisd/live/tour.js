@@ -364,10 +364,12 @@
       if (id !== null && id !== this.stop?.id) this.open(id);
     }
 
-    // The page's address holds the fields of its form, of which this is one.
+    // The rest of the address is the page's.
     writeAddress() {
-      this.live.fields.tour.value = this.stop?.id ?? "";
-      this.live.remember();
+      const state = new URLSearchParams(location.hash.slice(1));
+      if (this.stop) state.set("tour", this.stop.id);
+      else state.delete("tour");
+      history.replaceState(null, "", `#${state}`);
     }
 
     // What is left is the button that opens it.
