@@ -27,7 +27,7 @@ nb_output_stderr = "remove"  # progress bars
 
 html_theme = "furo"
 html_title = "minisd"
-html_static_path = ["_static", "play_pictures"]  # the latter is drawn below
+html_static_path = ["_static", "play_pictures"]  # the latter, with the live page, is written below
 html_css_files = ["site.css"]
 copybutton_exclude = ".linenos, .gp, .go"  # copy the command, not the prompt before it
 
@@ -54,6 +54,9 @@ def copy_notebooks() -> None:
             copy.write_text(text, "utf-8")
 
 
+LIVE = ["play"]  # the pages with a live model
+LIVE_PAGE = Path(__file__).parents[1] / "minisd" / "live" / "index.html"
+
 copy_notebooks()
 write_code_pages()
 # A process of its own, so that torch is gone from memory when Sphinx sets to work.
@@ -65,6 +68,14 @@ def lead_to_code(app, page, source):
     if "/" not in page:  # a page of docs/
         text = to_code_pages(to_tour_links(source[0], page), page)
         source[0] = with_lines(text, named=page == "compvis")
+
+
+def add_live_page(app, page, template, context, doctree):
+    """The scripts and styles that minisd/live/index.html names, for the pages that hold a live model."""
+    if page in LIVE:
+        names = re.findall(r'(?:src|href)="(\w+\.(?:js|css))"', LIVE_PAGE.read_text("utf-8"))
+        for name in names:
+            (app.add_js_file if name.endswith(".js") else app.add_css_file)(f"live/{name}")
 
 
 def finish_page(app, page, template, context, doctree):
@@ -95,4 +106,5 @@ def setup(app):
     app.add_search_language(Search)  # in the place of Sphinx's own for English
     app.connect("source-read", lead_to_code)
     app.connect("doctree-read", anchor_lines)
+    app.connect("html-page-context", add_live_page)
     app.connect("html-page-context", finish_page)

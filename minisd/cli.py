@@ -6,6 +6,7 @@ minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
+minisd page --model runs/emoji/unet/model --out FOLDER
 minisd info FILE | verify FILE
 minisd convert v1-5-pruned.ckpt FOLDER --layout diffusers
 """
@@ -22,7 +23,8 @@ import torch
 import tyro
 
 from . import PRESETS, BPETokenizer, CLIPModel, Drawing, LatentDiffusion, evaluation, load, load_clip, save, training
-from .checkpoint import describe, has_clip
+from . import live as pages
+from .checkpoint import SHIPPED, describe, has_clip
 from .conditions import CONDITIONS
 from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset, open_corpus
 from .data.packages import DEFAULT_STYLES
@@ -109,6 +111,26 @@ class Inpaint(Txt2Img):
 
     def draw(self, sd: LatentDiffusion, **options) -> Drawing:
         return sd.inpaint(self.prompt, self.image, self.mask, strength=self.strength, **options)
+
+
+@dataclass(frozen=True)
+class Page:
+    """Write a page in which a model draws, in a browser and without a server. It opens by a double click."""
+
+    out: Path  # the folder to make
+    model: str = "emoji"  # "emoji", "tiny", or a folder that `minisd train unet` or `minisd convert` made
+    prompts: tuple[str, ...] = ("a fox, noto style",)  # drawn now, as recordings that the page shows at first
+
+    def run(self) -> None:
+        folder = SHIPPED / self.model if self.model in ("emoji", "tiny") else Path(self.model)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no model in minisd's layout: `minisd convert MODEL FOLDER` makes one")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "page.js").exists():
+            raise FileExistsError(f"{self.out} holds something else than a page: give --out another folder")
+        sd = load(folder, "cpu")
+        pages.check(sd, folder)
+        pages.write_page(folder, self.out, self.model, [pages.record(sd, prompt) for prompt in self.prompts])
+        print(f"wrote {self.out}: open {self.out / 'index.html'} in a browser")
 
 
 @dataclass(frozen=True)
@@ -423,7 +445,7 @@ class Start:
         )
         corpora = one_of(emoji=DataEmoji, scenes=DataScenes, shapes=DataShapes, hub=DataHub)
         return one_of(
-            txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, data=Data[corpora], train=Train[trainings],
+            txt2img=Txt2Img, img2img=Img2Img, inpaint=Inpaint, page=Page, data=Data[corpora], train=Train[trainings],
             evaluate=Evaluate, info=Info, verify=Verify, convert=Convert,
         )  # fmt: skip
 

@@ -43,7 +43,7 @@ STANDS_ON = {
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
     "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
-    "live": [],  # the page in JavaScript: its one module copies files
+    "live": ["instruments"],  # the page in JavaScript: its one module copies files, and records drawings
     "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__"],
     "__main__": ["cli"],

@@ -191,76 +191,31 @@ def test_search_finds_a_function(page, server):
 # --- the page to play with -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def player(page, server):
+def test_the_live_page_shows_a_recording_and_then_draws(browser, server):
+    """With the model that ships, which is fetched when something is drawn, and not before."""
+    page, requests = browser.new_page(reduced_motion="reduce"), []
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(f"{server}/play.html")
-    page.wait_for_selector("#play-words button")
-    return page
+    page.wait_for_function("live.run?.recorded && live.run.done")
+    shown = "document.querySelectorAll('#live .pictures canvas')[1].toDataURL()"
+    recorded = page.evaluate(shown)
+    assert not any("weights" in url for url in requests)
+
+    page.fill("#live [name=prompt]", "a rocket, noto style")
+    page.click("#live [name=go]")
+    page.wait_for_function("live.about && live.run.done && !live.run.recorded")
+    page.wait_for_function(f"{shown} !== {json.dumps(recorded)}")
+    assert any("weights" in url for url in requests)
+    assert all(url.startswith((server + "/", "data:", "blob:")) for url in requests)
+    page.close()
 
 
-def pictures(player) -> tuple[str, str]:
-    """x_t and x̂_0 as they are shown."""
-    return tuple(player.eval_on_selector_all("#player canvas", "all => all.map((canvas) => canvas.toDataURL())"))
-
-
-def test_sliders_move_the_pictures(player):
-    """By the keyboard, for readers without a mouse."""
-    last = pictures(player)
-    player.focus("#play-step")
-    player.keyboard.press("Home")
-    first = pictures(player)
-    assert first[0] != last[0] and first[1] != last[1]
-    assert player.inner_text("#play-step-value").startswith("1 of 25")
-
-    player.focus("#play-scale")
-    player.keyboard.press("Home")
-    unguided = pictures(player)
-    assert player.inner_text("#play-scale-value") == "s = 0"
-    assert unguided[0] == first[0], "the noise that it starts from is the same"
-    assert unguided[1] != first[1]
-
-    player.keyboard.press("End")
-    player.focus("#play-step")
-    player.keyboard.press("End")
-    assert pictures(player)[0] != last[0]
-
-
-def test_prompts_have_pictures_of_their_own(player):
-    shown = []
-    for prompt in player.eval_on_selector_all("#play-prompt option", "all => all.map((option) => option.text)"):
-        thing = prompt.split(",")[0].split()[-1]
-        player.select_option("#play-prompt", label=prompt)
-        player.wait_for_selector(f"#play-words button:text-is('{thing}')")
-        shown.append(pictures(player))
-    assert len(shown) == len(set(shown)) >= 4
-
-
-def test_words_say_where_the_pixels_look(player):
-    """The same whether a word is tapped, pointed at or reached by the keyboard. The noisy picture does not change."""
-    plain = pictures(player)
-    fox = player.locator("#play-words button:text-is('fox')")
-    fox.focus()
-    veiled = pictures(player)
-    assert veiled[0] == plain[0] and veiled[1] != plain[1]
-    assert player.inner_text("#play-says").startswith("“fox” gets")
-    player.focus("#play-prompt")
-    assert pictures(player) == plain
-
-    fox.hover()
-    assert pictures(player) == veiled
-    player.locator("#play-words button:text-is('<pad>')").hover()
-    assert pictures(player)[1] not in (plain[1], veiled[1])
-
-    fox.tap()  # holds it
-    player.focus("#play-step")
-    player.hover("#play-says")
-    assert pictures(player) == veiled and fox.get_attribute("aria-pressed") == "true"
-    fox.tap()
-    assert pictures(player) == plain
-
-
-def test_play_runs_to_the_last_step(player):
-    player.locator("#play-step").fill("20")
-    player.click("#play-run")
-    player.wait_for_function("document.getElementById('play-step').value === '25'")
-    assert player.inner_text("#play-run") == "Play"
+def test_every_recording_of_the_live_page_can_be_shown(page, server):
+    page.goto(f"{server}/play.html")
+    page.wait_for_selector("#live .examples button")
+    shown = set()
+    for button in page.query_selector_all("#live .examples button"):
+        button.click()
+        page.wait_for_function("(prompt) => live.request?.prompt === prompt && live.run.done", arg=button.inner_text())
+        shown.add(page.evaluate("live.run.done.picture.rgba.join()"))
+    assert len(shown) >= 4

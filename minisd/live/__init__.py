@@ -39,10 +39,12 @@ MOST_BYTES = 200 << 20  # of weights. In float32, as they are computed with, the
 def check(sd: LatentDiffusion, model: Path) -> None:
     """Raise a ValueError if the engine can't draw with the model that this minisd folder holds."""
     config, size = sd.config, (model / "model.safetensors").stat().st_size
-    if not isinstance(config.cond_stage, CLIPTextConfig) or sd.cond_stage_model.tokenizer.added:
-        raise ValueError(f"{model} is not drawn from prompts in its own vocabulary alone, which is all that a page can do")
-    if not isinstance(config.first_stage, AutoencoderConfig) or config.concat_channels:
-        raise ValueError(f"{model} has a VQ autoencoder, none, or is for inpainting: a page needs a KL autoencoder")
+    kinds = isinstance(config.cond_stage, CLIPTextConfig) and isinstance(config.first_stage, AutoencoderConfig)
+    if not kinds or config.concat_channels or sd.cond_stage_model.tokenizer.added:
+        raise ValueError(
+            f"a page can't draw with {model}: it needs a model that reads prompts and has a KL autoencoder, is not for "
+            "inpainting, and has learned no words by textual inversion"
+        )
     if size > MOST_BYTES:
         raise ValueError(
             f"the weights of {model} have {size >> 20:,} MB, and a page can hold {MOST_BYTES >> 20}: give a smaller "
@@ -52,23 +54,24 @@ def check(sd: LatentDiffusion, model: Path) -> None:
 
 def record(sd: LatentDiffusion, prompt: str) -> dict:
     """A drawing as numbers and pictures, which the page shows before it has loaded the model."""
-    request = {"prompt": prompt, "steps": 25, "guidance": 4, "sampler": "dpmpp_2m", "seed": 0}
+    options = {"prompt": prompt, "steps": 25, "sampler": "dpmpp_2m", "seed": 0}
     with record_attention(sd) as maps:
-        trajectory = sd.txt2img(prompt, steps=25, guidance_scale=4.0, sampler="dpmpp_2m", seed=0).trajectory
+        trajectory = sd.txt2img(**options, guidance_scale=4.0).trajectory
     # All x_t in a row, decoded, and below them all x̂_0.
     film, frames = io.BytesIO(), [*trajectory.x_t_images(), *trajectory.x0_images()]
     sheet([images[0] for images in frames], columns=len(trajectory), gap=0).save(film, "webp", lossless=True)
-    weights = [[maps.at(i, layer) for layer in maps.layers] for i in range(len(trajectory))]
-    tokens, latents = sd.cond_stage_model.tokenizer([prompt], sd.cond_stage_model.max_length), trajectory.steps
+    weights = [torch.stack([maps.at(i, layer) for layer in maps.layers]) for i in range(len(trajectory))]
+    latents = [torch.cat([step.x_t, step.eps_cond, step.eps_uncond]) for step in trajectory.steps]
+    tokens = sd.cond_stage_model.tokenizer([prompt], sd.cond_stage_model.max_length)
     return {
-        "request": request,
-        "shape": list(latents[0].x_t.shape[1:]),
+        "request": options | {"guidance": 4},
+        "shape": list(latents[0].shape[1:]),
         "timesteps": maps.timesteps,
         "tokens": {"ids": tokens.ids[0].tolist(), "pieces": maps.tokens, "lost": tokens.lost[0]},
-        "context": _packed(sd.get_learned_conditioning([prompt])[0].T),  # [d n]
-        "latents": _packed(torch.stack([torch.cat([s.x_t, s.eps_cond, s.eps_uncond]) for s in latents])),
         "layers": maps.layers,
-        "attention": _packed(torch.stack([torch.stack(layers) for layers in weights])),  # [steps layers n h w]
+        "context": _packed(sd.get_learned_conditioning([prompt])[0].T),  # [d n]
+        "latents": _packed(torch.stack(latents)),  # [steps 3 c h w]: x_t, ε with the prompt, and ε without
+        "attention": _packed(torch.stack(weights)),  # [steps layers n h w]
         "film": f"data:image/webp;base64,{base64.b64encode(film.getvalue()).decode()}",
     }
 
@@ -83,8 +86,8 @@ def _packed(x: torch.Tensor) -> dict:
 def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:
     """Write a minisd folder as scripts, which a page can load where it may not fetch: from a file.
 
-    recording.js says what the model is, and recording_0.js, recording_1.js … are drawings of it. Only a drawing of the
-    page's own needs the rest: model.js, the configuration and the tokenizer, and weights_0.js, weights_1.js … in base64.
+    recording.js says what the model is, and recording_0.js, recording_1.js … are drawings of it. The rest is loaded
+    when something is to be drawn: model.js, with the tokenizer, and weights_0.js, weights_1.js … in base64.
     """
     config = json.loads((model / "config.json").read_text("utf-8"))
     tokenizer, special = model / "tokenizer", model / "tokenizer" / "tokenizer_config.json"

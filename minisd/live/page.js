@@ -110,7 +110,10 @@
     async prepare() {
       await this.engine.script("recording.js").catch(() => (globalThis.minisdModel = null));
       const { name, bytes, config, prompts = [] } = globalThis.minisdModel ?? {};
-      if (config) this.configure(config, name);
+      if (config) {
+        this.configure(config, name);
+        this.engine.readModel = this.engine.readScripts; // there are scripts, so don't look for a folder first
+      }
       const example = (prompt, k) => {
         const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
         button.onclick = () => (this.about ? this.draw({ prompt }) : this.replay(k));

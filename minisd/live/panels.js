@@ -409,8 +409,11 @@ globalThis.minisdPanels = (() => {
         const { prompt, negative, steps, guidance, sampler, seed, init, hide } = live.request;
         const flags = { model: live.name, negative, steps, guidance, sampler, seed, strength: init?.strength };
         const given = Object.entries(flags).filter(([, value]) => value || value === 0);
-        const words = given.map(([name, value]) => `--${name}=${shell(value)}`);
-        const command = [init ? "img2img" : "txt2img", ...words, "--num-images=1", "--", shell(prompt)];
+        const words = [...given.map(([name, value]) => `--${name} ${shell(value)}`), "--num-images 1"];
+        const positional = [shell(prompt), ...(init ? ["picture.png"] : [])];
+        // A prompt that begins with a dash would be taken for a flag, unless it stands behind "--".
+        const all = prompt.startsWith("-") ? [...words, "--", ...positional] : [...positional, ...words];
+        const command = init ? "img2img" : "txt2img";
         const options = [
           ...(init ? [`"picture.png"`, `strength=${float(init.strength)}`] : []),
           ...(negative ? [`negative_prompt=${text(negative)}`] : []),
@@ -418,10 +421,10 @@ globalThis.minisdPanels = (() => {
         ];
         const lines = [
           `import minisd\n\nsd = minisd.load(${text(live.name)})`,
-          `drawing = sd.${command[0]}(${[text(prompt), ...options].join(", ")})`,
+          `drawing = sd.${command}(${[text(prompt), ...options].join(", ")})`,
           `drawing.images[0].save("out.png")`,
         ];
-        const texts = [["minisd", ...command, ...(init ? ["picture.png"] : [])].join(" "), lines.join("\n"), live.link()];
+        const texts = [`minisd ${command} ${all.join(" ")}`, lines.join("\n"), live.link()];
         element.querySelectorAll("code").forEach((code, k) => (code.textContent = texts[k]));
         find(".note").hidden = !hide?.length;
         find(".given").hidden = !init;
