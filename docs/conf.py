@@ -54,14 +54,14 @@ def copy_notebooks() -> None:
             copy.write_text(text, "utf-8")
 
 
-LIVE = ["play"]  # the pages with a live model
+LIVE = ["index", "play"]  # the pages with a live model
 LIVE_PAGE = Path(__file__).parents[1] / "minisd" / "live" / "index.html"
 
 copy_notebooks()
 write_code_pages()
 # A process of its own, so that torch is gone from memory when Sphinx sets to work.
 subprocess.run([sys.executable, Path(__file__).parent / "draw_play.py"], check=True)
-write_tour_texts(Path(__file__).parent / "play_pictures")
+write_tour_texts(Path(__file__).parent / "play_pictures" / "live")  # with links to these pages
 
 
 def lead_to_code(app, page, source):
