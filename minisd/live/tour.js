@@ -23,6 +23,19 @@
     return element;
   }
 
+  function painted(paint, ...what) {
+    const canvas = h("canvas", { role: "img" });
+    paint(canvas, ...what);
+    return canvas;
+  }
+
+  // A slider between its label and what it says.
+  function slide(box, label, options) {
+    const [input, says] = [h("input", { type: "range", ...options }), h("output")];
+    box.append(h("label", { className: "steps" }, ...rich(label), input, says));
+    return [input, says];
+  }
+
   const button = (label, onclick, more) => h("button", { type: "button", onclick, ...more }, ...rich(label));
   const svg = (box) => box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
 
@@ -46,6 +59,7 @@
   // A number or a shape as text.
   function said(value) {
     if (value?.length && typeof value !== "string") return `[${Array.from(value).join(" ")}]`;
+    if (Number.isNaN(value)) return "…";
     return typeof value === "number" ? String(+value.toFixed(4)).replace("-", "−") : (value ?? "…");
   }
 
@@ -124,14 +138,10 @@
       const histogram = svg(box);
       return ({ start: { x_T, shape } }) => {
         latent(canvas, x_T, shape);
-        const [count, width] = [17, 8 / 17]; // bins from -4 to 4
-        const measured = Array(count).fill(0);
-        for (const x of x_T) {
-          const bin = floor((x + 4) / width);
-          if (bin in measured) measured[bin] += 2 / x_T.length / width;
-        }
-        const normal = measured.map((_, i) => 2 * Math.exp(-(((i + 0.5) * width - 4) ** 2) / 2) / sqrt(2 * Math.PI));
-        curve(histogram, { normal, measured });
+        const bins = Array.from({ length: 17 }, (_, i) => (i - 8) / 2); // from -4 to 4
+        const measured = bins.map((bin) => (4 * x_T.filter((x) => round(2 * x) === 2 * bin).length) / x_T.length);
+        const normal = bins.map((bin) => 2 * Math.exp(-(bin ** 2) / 2) / sqrt(2 * Math.PI));
+        curve(histogram, { noise: normal, signal: measured });
       };
     },
 
@@ -144,8 +154,7 @@
         return channels.reduce((best, channel) => (spread(channel) > spread(best) ? channel : best));
       };
       const block = ([name, map]) => {
-        const canvas = h("canvas", { role: "img", ariaLabel: name });
-        latent(canvas, most(map), [1, map.h, map.w]);
+        const canvas = painted(latent, most(map), [1, map.h, map.w]);
         return h("figure", {}, canvas, name, h("small", {}, said([map.c, map.h, map.w])));
       };
       return ({ start }, { x_t, eps, activations }) => {
@@ -198,8 +207,7 @@
           const values = new Float32Array(size);
           for (let k = 0; k < places * size; k++) values[k % size] += weights[i * size + k];
           const share = `${said(round((1000 * sum(values)) / size) / 10)} %`;
-          const canvas = h("canvas", { role: "img", ariaLabel: `${piece} ${share}` });
-          map(canvas, values, w, height, { over });
+          const canvas = painted(map, values, w, height, { over });
           return h("figure", {}, canvas, places > 1 ? `${piece} × ${places}` : piece, h("small", {}, share));
         };
         words.replaceChildren(...tokens.pieces.slice(0, pad + 1 || undefined).map(word));
@@ -211,9 +219,8 @@
       const arrow = svg(box);
       arrow.setAttribute("viewBox", "0 0 100 18");
       const value = tour.live.request?.guidance ?? 4;
-      const slider = h("input", { type: "range", min: 0, max: 20, step: 0.5, value, oninput: () => tour.refresh() });
-      const says = h("output");
-      box.append(h("label", { className: "steps" }, ...rich(labels[4]), slider, says));
+      const options = { min: 0, max: 20, step: 0.5, value, oninput: () => tour.refresh() };
+      const [slider, says] = slide(box, labels[4], options);
       return async ({ start }, step) => {
         if (!step.eps_cond) return false;
         const s = Number((says.value = slider.value));
@@ -221,10 +228,10 @@
         [step.eps_uncond, step.eps_cond, eps].forEach((values, k) => latent(canvases[k], values, start.shape));
         // The arrow, from s = 0 on; nothing but numbers and these names go into it.
         const at = (s) => 8 + 4.2 * s;
-        const name = (s, y, low = "", hat = "") =>
-          `<circle cx="${at(s)}" cy="8" r="1"/>
+        const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
           <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
-        arrow.innerHTML = `<path class="rest" d="M${at(0)} 8H${at(20)}"/><path d="M${at(0)} 8H${at(s)}"/>
+        const line = (name, to) => `<path class="${name}" d="M${at(0)} 8H${at(to)}"/>`;
+        arrow.innerHTML = `${line("noise", 20)}${line("signal", s)}
           ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}`;
         const x0 = step.x_t.map((x, k) => (x - sqrt(1 - step.a_t) * eps[k]) / sqrt(step.a_t));
         const [decoded] = await tour.decode([x0]);
@@ -254,11 +261,7 @@
       return ({ steps }, now) => {
         const some = steps.filter(({ pictures }) => pictures);
         const turn = (step) => {
-          const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => {
-            const canvas = h("canvas");
-            picture(canvas, made);
-            return canvas;
-          });
+          const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => painted(picture, made));
           const onclick = () => tour.live.select(step.i);
           return h("button", { type: "button", ariaPressed: step === now, onclick }, ...canvases, `t = ${step.t}`);
         };
@@ -266,8 +269,9 @@
         strip.replaceChildren(...some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn));
         const { alphas_cumprod } = tour.live.schedule;
         const last = alphas_cumprod.length - 1;
-        const marks = steps.map(({ t, a_t, i }) => ({ x: t / last, y: a_t, class: i === now.i ? "now" : "" }));
-        curve(schedule, { alpha: alphas_cumprod }, marks);
+        const name = (step) => (step === now ? "current" : "visited");
+        const marks = steps.map((step) => ({ x: step.t / last, y: step.a_t, class: name(step) }));
+        curve(schedule, { signal: alphas_cumprod }, marks);
       };
     },
 
@@ -294,8 +298,7 @@
       const canvases = cells(box, labels.slice(0, 4), "pair");
       let [run, example] = [null, null]; // what the UNet has been asked about
       const oninput = () => ((example = null), tour.refresh());
-      const [slider, says] = [h("input", { type: "range", min: 1, max: 10, value: 5, oninput }), h("output")];
-      box.append(h("label", { className: "steps" }, "t", slider, says));
+      const [slider, says] = slide(box, "t", { min: 1, max: 10, value: 5, oninput });
       tour.deeds.guess = async () => {
         if (!tour.live.about || !tour.run?.done) await tour.draw();
         const { engine, request } = tour.live;
@@ -493,7 +496,8 @@
 
     // The place of the word for what is drawn: in "a red fox, noto style", that before the comma.
     thing(pieces = this.run.start.tokens.pieces) {
-      return Math.max(pieces.indexOf(","), 0) - 1 || pieces.indexOf("<end>") - 1;
+      const comma = pieces.indexOf(",");
+      return (comma > 1 ? comma : pieces.indexOf("<end>")) - 1;
     }
 
     // --- what is shown -----------------------------------------------------------------------------------------------
@@ -560,7 +564,7 @@
       const emb_size = activations?.time_embed?.c;
       const [timesteps, count] = [start.timesteps, start.timesteps.length];
       // As in dpmpp_2m of sampling.js.
-      const [lambda, sigma] = [(a) => (a < 1 ? log(a / (1 - a)) / 2 : Infinity), (a) => sqrt((1 - a) / a)];
+      const lambda = (a) => (a < 1 ? log(a / (1 - a)) / 2 : Infinity);
       const [h, old] = [lambda(a_prev) - lambda(a_t), steps[i - 1] ?? step];
       const straight = i === 0 || a_prev === 1 || (i === count - 1 && count < 15);
       const r = straight ? 0 : h / (2 * (lambda(a_t) - lambda(old.a_t)));
@@ -573,7 +577,7 @@
         mean: sum(start.x_T) / numbers, std: spread(start.x_T), emb_size, sines: emb_size / 4, half: emb_size / 8,
         i: i + 1, t, steps: count, first_t: timesteps[0], final_t: timesteps.at(-1), per_step, calls: per_step * count,
         a_t, a_prev, signal_t: sqrt(a_t), noise_t: sqrt(1 - a_t), signal_prev: sqrt(a_prev),
-        noise_prev: sqrt(1 - a_prev), sigma_t: sigma(a_t), sigma_prev: sigma(a_prev), r, k, m,
+        noise_prev: sqrt(1 - a_prev), r, k, m,
         x_t: step.x_t[index], eps: step.eps[index], eps_cond: step.eps_cond?.[index],
         eps_uncond: step.eps_uncond?.[index], x0, x0_old, D: x0 + r * (x0 - x0_old), x_prev: step.x[index],
       }; // prettier-ignore
