@@ -178,7 +178,7 @@ def test_every_stop_opens_and_shows_its_tensor(open_stop, name):
     page, stop = open_stop(name), STOPS[name]
     tour = page.locator(".minisd-tour")
     assert tour.locator("nav [aria-current=step]").count() == 1
-    assert tour.locator("h3").inner_text().replace("\n", "") == stop["title"].replace("_", "")
+    assert tour.locator("h2").inner_text().replace("\n", "") == stop["title"].replace("_", "")
     assert tour.locator(".stop > section:first-child > p").count() == len(stop["text"])
     colours = page.evaluate(PAINTED)
     if name not in ("tokens", "next"):
@@ -212,7 +212,7 @@ def test_arrow_keys_and_buttons_lead_through_all_stops(open_stop):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("tour.stop.id") == name
         assert f"tour={name}" in page.url.split("#")[1].split("&")
-    assert page.locator(".minisd-tour footer button").last.is_disabled()
+    assert page.locator(".minisd-tour footer button").last.is_hidden()
     page.click(".minisd-tour footer button:first-child")
     assert page.evaluate("tour.stop.id") == "training"
     page.keyboard.press("ArrowLeft")

@@ -15,7 +15,7 @@
 //     check                         a question and its answer
 (() => {
   const { latent, map, curve, picture } = minisdFigures;
-  const { sqrt, expm1, log, floor, round } = Math;
+  const { sqrt, log, floor, round } = Math;
 
   function h(tag, properties = {}, ...children) {
     const element = Object.assign(document.createElement(tag), properties);
@@ -395,7 +395,7 @@
         const current = { title: plain(title), ariaCurrent: i === place ? "step" : null };
         return h("li", {}, button(`${i + 1}`, () => this.open(id), current));
       };
-      const title = h("h3", { tabIndex: -1 }, ...rich(stop.title));
+      const title = h("h2", { tabIndex: -1 }, ...rich(stop.title));
       const { text, draw } = stop.missing ?? { text: ui.missing };
       this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
       this.deeds = {}; // what a figure can be told to do
@@ -419,8 +419,8 @@
           this.equation,
           h("section", {}, ...this.places(stop))),
         h("footer", { className: "tools" },
-          button(ui.back, () => this.go(-1), { disabled: !place }),
-          button(ui.next, () => this.go(1), { className: "main", disabled: stop === stops.at(-1) }))); // prettier-ignore
+          button(ui.back, () => this.go(-1), { hidden: !place }),
+          button(ui.next, () => this.go(1), { className: "main", hidden: stop === stops.at(-1) }))); // prettier-ignore
       this.writeAddress();
       this.refresh();
       title.focus({ preventScroll: true });
@@ -568,8 +568,8 @@
       const [h, old] = [lambda(a_prev) - lambda(a_t), steps[i - 1] ?? step];
       const straight = i === 0 || a_prev === 1 || (i === count - 1 && count < 15);
       const r = straight ? 0 : h / (2 * (lambda(a_t) - lambda(old.a_t)));
-      const [k, m] = [sqrt((1 - a_prev) / (1 - a_t)), -sqrt(a_prev) * expm1(-h)];
-      const [x0, x0_old] = [step.x0[index], old.x0[index]];
+      const [x_t, x0, x0_old] = [step.x_t[index], step.x0[index], old.x0[index]];
+      const D = x0 + r * (x0 - x0_old);
       return {
         ...request, sampler: this.texts.samplers[request?.sampler], thing: start.tokens.pieces[this.thing()],
         n, d, used, pads: n - used,
@@ -577,9 +577,9 @@
         mean: sum(start.x_T) / numbers, std: spread(start.x_T), emb_size, sines: emb_size / 4, half: emb_size / 8,
         i: i + 1, t, steps: count, first_t: timesteps[0], final_t: timesteps.at(-1), per_step, calls: per_step * count,
         a_t, a_prev, signal_t: sqrt(a_t), noise_t: sqrt(1 - a_t), signal_prev: sqrt(a_prev),
-        noise_prev: sqrt(1 - a_prev), r, k, m,
-        x_t: step.x_t[index], eps: step.eps[index], eps_cond: step.eps_cond?.[index],
-        eps_uncond: step.eps_uncond?.[index], x0, x0_old, D: x0 + r * (x0 - x0_old), x_prev: step.x[index],
+        noise_prev: sqrt(1 - a_prev), x_t, eps: step.eps[index], eps_cond: step.eps_cond?.[index],
+        eps_uncond: step.eps_uncond?.[index], x0, x0_old, r, D, eps_D: (x_t - sqrt(a_t) * D) / sqrt(1 - a_t),
+        x_prev: step.x[index],
       }; // prettier-ignore
     }
 
