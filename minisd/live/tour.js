@@ -230,8 +230,8 @@
         const at = (s) => 8 + 4.2 * s;
         const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
           <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
-        const line = (name, to) => `<path class="${name}" d="M${at(0)} 8H${at(to)}"/>`;
-        arrow.innerHTML = `${line("noise", 20)}${line("signal", s)}
+        const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
+        arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}
           ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}`;
         const x0 = step.x_t.map((x, k) => (x - sqrt(1 - step.a_t) * eps[k]) / sqrt(step.a_t));
         const [decoded] = await tour.decode([x0]);
@@ -244,13 +244,15 @@
       const canvases = cells(box, labels.slice(0, 4), "pair");
       const pictures = cells(box, labels.slice(4));
       const choose = (index) => ((tour.index = index), tour.refresh());
-      return async ({ start }, step) => {
+      return async (run, step) => {
+        const { start } = run;
         [step.x_t, step.eps, step.x0, step.x].forEach((values, k) => {
           latent(canvases[k], values, start.shape);
           frameNumber(canvases[k], start.shape, tour.index, choose);
         });
         const decoded = await tour.decode([step.x_t, step.x0, step.x]);
-        if (!decoded.length && step.pictures) decoded.push(step.pictures.x_t, step.pictures.x0);
+        const next = run.steps[step.i + 1]?.pictures?.x_t ?? run.done?.picture;
+        if (!decoded.length && step.pictures) decoded.push(step.pictures.x_t, step.pictures.x0, next);
         if (step === tour.step) decoded.forEach((made, k) => picture(pictures[k], made));
       };
     },
@@ -399,8 +401,8 @@
       const { text, draw } = stop.missing ?? { text: ui.missing };
       this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
       this.deeds = {}; // what a figure can be told to do
-      const box = h("div");
-      this.show = FIGURES[stop.figure](box, this, stop);
+      this.box = h("div");
+      this.show = FIGURES[stop.figure](this.box, this, stop);
       const shape = `${ui.shape} {shape_${stop.shape}}${stop.sd_v1 ? ` (${ui.shape_sd_v1} ${stop.sd_v1})` : ""}`;
       const captions = [stop.caption, ...(stop.shape ? [shape] : [])];
       const deeds = stop.try.map((each) => button(each.label, () => this.act(each)));
@@ -408,17 +410,17 @@
       this.says = h("div", { ariaLive: "polite" });
       this.equation = h("section");
       this.element.replaceChildren(
-        h("header", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, close)),
+        h("section", { className: "tools ends" }, h("strong", {}, ui.title), button(ui.close, close)),
         h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
         title,
         h("div", { className: "stop" },
           h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each))),
             h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
-          h("section", {}, this.slider(), this.missing, box,
+          h("section", {}, this.slider(), this.missing, this.box,
             ...captions.map((each) => h("p", { className: "caption" }, ...rich(each)))),
           this.equation,
           h("section", {}, ...this.places(stop))),
-        h("footer", { className: "tools" },
+        h("section", { className: "tools ends" },
           button(ui.back, () => this.go(-1), { hidden: !place }),
           button(ui.next, () => this.go(1), { className: "main", hidden: stop === stops.at(-1) }))); // prettier-ignore
       this.writeAddress();
@@ -511,6 +513,7 @@
         const lacks = !step || (await this.show(run, step)) === false;
         if (stop !== this.stop) return;
         this.missing.hidden = !lacks || stop.figure === "next";
+        this.box.hidden = !this.missing.hidden;
         if (!step) return;
         Object.assign(mirror, { max: run.steps.length, value: step.i + 1 });
         this.writeEquation(live.request?.sampler);
