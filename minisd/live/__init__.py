@@ -39,8 +39,8 @@ MOST_BYTES = 200 << 20  # of weights. In float32, as they are computed with, the
 def check(sd: LatentDiffusion, model: Path) -> None:
     """Raise a ValueError if the engine can't draw with the model that this minisd folder holds."""
     config, size = sd.config, (model / "model.safetensors").stat().st_size
-    kinds = isinstance(config.cond_stage, CLIPTextConfig) and isinstance(config.first_stage, AutoencoderConfig)
-    if not kinds or config.concat_channels or sd.cond_stage_model.tokenizer.added:
+    kinds = type(config.cond_stage), type(config.first_stage)  # a VQConfig is an AutoencoderConfig, too
+    if kinds != (CLIPTextConfig, AutoencoderConfig) or config.concat_channels or sd.cond_stage_model.tokenizer.added:
         raise ValueError(
             f"a page can't draw with {model}: it needs a model that reads prompts and has a KL autoencoder, is not for "
             "inpainting, and has learned no words by textual inversion"

@@ -28,7 +28,7 @@
       <details class="settings">
         <summary>Settings</summary>
         <div class="fields">
-          <label class="wide">Negative prompt <input name="negative" type="text" autocomplete="off" /></label>
+          <label>Negative prompt <input name="negative" type="text" autocomplete="off" /></label>
           <label>Steps <input name="steps" type="number" value="25" min="1" max="1000" required /></label>
           <label>Guidance <input name="guidance" type="number" value="4" step="any" required /></label>
           <label>Sampler <select name="sampler"></select></label>
@@ -63,8 +63,8 @@
       root.classList.add("minisd");
       root.innerHTML = FORM; // no text of a reader is ever set like this
       const form = root.querySelector("form");
-      Object.assign(this, { root, form, fields: form.elements, engine: new MinisdEngine(folder), turn: 0 });
-      Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, name: folder, wanted: {} });
+      Object.assign(this, { root, form, fields: form.elements, engine: new MinisdEngine(folder), name: folder });
+      Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, turn: 0, wanted: {} });
       const samplers = this.part("sampling")?.SAMPLERS ?? {};
       for (const name in samplers) this.fields.sampler.add(new Option(name, name, name === "dpmpp_2m"));
       if (!compact) minisdPanels.forEach((panel) => this.addPanel(panel));
@@ -105,7 +105,7 @@
       this.summarise();
     }
 
-    // --- what is known before the model has loaded ----------------------------------------------------------------------
+    // --- what is known before the model has loaded -------------------------------------------------------------------
 
     async prepare() {
       await this.engine.script("recording.js").catch(() => (globalThis.minisdModel = null));
@@ -151,7 +151,7 @@
       }
     }
 
-    // --- drawing ----------------------------------------------------------------------------------------------------------
+    // --- drawing -----------------------------------------------------------------------------------------------------
 
     async load() {
       if (this.about) return;
@@ -216,7 +216,9 @@
         this.finish(run);
         if (!this.fields.second?.value) return;
         const prompt = this.fields.second.value;
-        const told = (other) => wanted() && Object.assign(this, { other: Object.assign(other, { prompt }) }).tell("other");
+        const told = (run) => {
+          if (wanted()) Object.assign(this, { other: Object.assign(run, { prompt }) }).tell("other");
+        };
         told(await this.collect({ ...request, prompt }, told));
       });
     }
@@ -257,7 +259,7 @@
       this.tell("error");
     }
 
-    // --- the steps --------------------------------------------------------------------------------------------------------
+    // --- the steps ---------------------------------------------------------------------------------------------------
 
     // Both pictures of a step, decoded now if they were not while it was drawn.
     async pictures(run, i) {
@@ -311,7 +313,7 @@
       }, 120);
     }
 
-    // --- the form and the link --------------------------------------------------------------------------------------------
+    // --- the form and the link ---------------------------------------------------------------------------------------
 
     write(changes) {
       for (const [name, value] of Object.entries(changes)) {
@@ -363,7 +365,7 @@
     }
   };
 
-  // --- recordings: see record() in minisd/live/__init__.py -----------------------------------------------------------------
+  // --- recordings: see record() in minisd/live/__init__.py -----------------------------------------------------------
 
   const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 
@@ -373,7 +375,8 @@
 
   async function unpack({ request, shape, timesteps, tokens, layers, film, ...packed }, schedule) {
     const [latents, attention, context] = ["latents", "attention", "context"].map((name) => unpackTensor(packed[name]));
-    const [steps, [, , n, h, w], frame] = [timesteps.length, packed.attention.shape, await frames(film, timesteps.length)];
+    const [steps, [, , n, h, w]] = [timesteps.length, packed.attention.shape];
+    const frame = await frames(film, steps);
     const piece = (tensor, size) => (k) => tensor.subarray(size * k, size * (k + 1));
     const [at, weights] = [piece(latents, shape[0] * shape[1] * shape[2]), piece(attention, n * h * w)];
     const run = { recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };

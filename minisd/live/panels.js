@@ -21,7 +21,7 @@ globalThis.minisdPanels = (() => {
     return padding.length ? [...all, { text: "<pad>", at: padding }] : all;
   }
 
-  // --- attention by word ----------------------------------------------------------------------------------------------
+  // --- attention by word ---------------------------------------------------------------------------------------------
 
   // How much each pixel reads the tokens at these places: in one layer, or the mean of all, on the grid of the finest.
   function reading(step, layer, at) {
@@ -40,7 +40,7 @@ globalThis.minisdPanels = (() => {
     name: "attention",
     title: "Which word does each pixel read?",
     html: `
-      <p>Bright pixels read that word at this step. Point at a word to see it over the large picture; a click holds it.</p>
+      <p>Bright pixels read that word at this step. Point at a word to see it over the large picture. A click holds it.</p>
       <div class="words" role="group" aria-label="The tokens of the prompt"></div>
       <div class="tools"><label>Layer of the UNet <select name="layer"></select></label></div>
       <p class="says" aria-live="polite"></p>`,
@@ -50,7 +50,6 @@ globalThis.minisdPanels = (() => {
       let pointed = null;
 
       function begin() {
-        pointed = null;
         words.replaceChildren(...places(live.run.start.tokens).map(word));
       }
 
@@ -84,7 +83,9 @@ globalThis.minisdPanels = (() => {
         veil();
       }
 
-      const draw = (canvas, { now: { values, w, h }, most }) => map(canvas, values, w, h, { over: live.shown.x0, most });
+      function draw(canvas, { now: { values, w, h }, most }) {
+        map(canvas, values, w, h, { over: live.shown.x0, most });
+      }
 
       function veil() {
         const place = pointed ?? (held.value && Number(held.value));
@@ -107,7 +108,7 @@ globalThis.minisdPanels = (() => {
     },
   };
 
-  // --- two prompts from the same noise ----------------------------------------------------------------------------------
+  // --- two prompts from the same noise -------------------------------------------------------------------------------
 
   // The words of a text, those marked that stand between what both texts begin and end with.
   function marked(text, other) {
@@ -133,8 +134,8 @@ globalThis.minisdPanels = (() => {
         <button type="button" class="both">Draw both</button>
       </div>
       <div class="pair" hidden>
-        <figure><figcaption></figcaption><canvas role="img"></canvas><div class="strip"></div></figure>
-        <figure><figcaption></figcaption><canvas role="img"></canvas><div class="strip"></div></figure>
+        <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
+        <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
       </div>`,
     mount(live, element) {
       const [pair, { second, prompt }] = [element.querySelector(".pair"), live.fields];
@@ -148,31 +149,18 @@ globalThis.minisdPanels = (() => {
         const at = Math.min(live.selected, other.steps.length - 1);
         const texts = [request.prompt, other.prompt];
         for (const [k, { x0 }] of (await Promise.all([live.pictures(run, at), live.pictures(other, at)])).entries()) {
-          const [caption, canvas, strip] = pair.children[k].children;
+          const [canvas, caption] = pair.children[k].children;
           caption.replaceChildren(...marked(texts[k], texts[1 - k]));
           picture(canvas, x0);
           canvas.setAttribute("aria-label", `${texts[k]}, step ${at + 1}`);
-          strip.replaceChildren(...thumbnails([run, other][k]));
         }
-      }
-
-      // At most eight of the estimates that have been decoded, as small pictures that lead to their steps.
-      function thumbnails({ steps }) {
-        const decoded = steps.filter((step) => step.pictures);
-        const some = decoded.filter((_, k) => k % Math.ceil(decoded.length / 8) === 0);
-        return some.map(({ i, t, pictures }) => {
-          const button = tile("", () => live.select(i));
-          button.setAttribute("aria-label", `step ${i + 1}, t = ${t}`);
-          picture(button.firstChild, pictures.x0);
-          return button;
-        });
       }
 
       on(live, "start select other", show);
     },
   };
 
-  // --- words switched off -----------------------------------------------------------------------------------------------
+  // --- words switched off --------------------------------------------------------------------------------------------
 
   const ablation = {
     name: "ablation",
@@ -212,7 +200,7 @@ globalThis.minisdPanels = (() => {
     },
   };
 
-  // --- a picture of one's own -------------------------------------------------------------------------------------------
+  // --- a picture of one's own ----------------------------------------------------------------------------------------
 
   const own = {
     name: "own",
@@ -355,7 +343,7 @@ globalThis.minisdPanels = (() => {
     },
   };
 
-  // --- where this step is on the schedule -------------------------------------------------------------------------------
+  // --- where this step is on the schedule ----------------------------------------------------------------------------
 
   const schedule = {
     name: "schedule",
@@ -380,7 +368,7 @@ globalThis.minisdPanels = (() => {
     },
   };
 
-  // --- the same picture elsewhere ---------------------------------------------------------------------------------------
+  // --- the same picture elsewhere ------------------------------------------------------------------------------------
 
   // A word for the command line: as it is if it is plain, else in single quotes.
   const shell = (value) => (/^[\w./:-]+$/.test(value) ? value : `'${String(value).replaceAll("'", `'\\''`)}'`);
@@ -438,12 +426,10 @@ globalThis.minisdPanels = (() => {
         return canvas.toDataURL();
       }
 
-      // A page that is served without encryption has no clipboard, but may copy what is selected.
-      async function copy({ target }) {
-        const code = target.parentElement.querySelector("code");
-        getSelection().selectAllChildren(code);
-        await (navigator.clipboard?.writeText(code.textContent) ?? document.execCommand("copy"));
-        target.textContent = "Copied";
+      // By the selection, because the newer way does not exist where a page is served without encryption.
+      function copy({ target }) {
+        getSelection().selectAllChildren(target.parentElement.querySelector("code"));
+        target.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
       }
       element.querySelectorAll(".copy button").forEach((button) => (button.onclick = copy));
 
