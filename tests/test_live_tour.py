@@ -212,8 +212,8 @@ def test_arrow_keys_and_buttons_lead_through_all_stops(open_stop):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("tour.stop.id") == name
         assert f"tour={name}" in page.url.split("#")[1].split("&")
-    assert page.locator(".minisd-tour > .ends:last-child button").last.is_hidden()
-    page.click(".minisd-tour > .ends:last-child button:first-child")
+    assert page.locator(".minisd-tour > .tools:last-child button").last.is_hidden()
+    page.click(".minisd-tour > .tools:last-child button:first-child")
     assert page.evaluate("tour.stop.id") == "training"
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("tour.stop.id") == "decoding"
@@ -227,7 +227,7 @@ def test_the_address_holds_the_stop_beside_the_drawing(open_stop):
     page.wait_for_function("tour.stop.id === 'attention'")
     page.keyboard.press("ArrowRight")
     assert {"prompt=a+star", "tour=guidance"} <= set(page.url.split("#")[1].split("&"))
-    page.click(".minisd-tour > .ends:first-child button")
+    page.click(".minisd-tour > .tools:first-child button")
     assert page.evaluate("tour.stop") is None and "tour=" not in page.url
     page.get_by_role("button", name=TEXTS["ui"]["start"]).click()
     assert page.evaluate("tour.stop.id") == "overview"

@@ -23,21 +23,7 @@
     return element;
   }
 
-  function painted(paint, ...what) {
-    const canvas = h("canvas", { role: "img" });
-    paint(canvas, ...what);
-    return canvas;
-  }
-
-  // A slider between its label and what it says.
-  function slide(box, label, options) {
-    const [input, says] = [h("input", { type: "range", ...options }), h("output")];
-    box.append(h("label", { className: "steps" }, ...rich(label), input, says));
-    return [input, says];
-  }
-
   const button = (label, onclick, more) => h("button", { type: "button", onclick, ...more }, ...rich(label));
-  const svg = (box) => box.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg"));
 
   // A text of tour.json as nodes. `split` puts what the groups have caught between the plain parts.
   const LETTERS = "([\\p{L}\\p{N}∅]+)";
@@ -67,87 +53,79 @@
   const rms = (x) => sqrt(sum(x.map((v) => v * v)) / x.length);
   const spread = (x) => sqrt(rms(x) ** 2 - (sum(x) / x.length) ** 2); // standard deviation
 
-  // A row of canvases, each under its label.
-  function cells(box, labels, className = "cells") {
-    const canvases = labels.map((label) => h("canvas", { role: "img", ariaLabel: plain(label) }));
-    const figure = (canvas, i) =>
-      h("figure", {}, h("div", { className: "tensor" }, canvas), h("figcaption", {}, ...rich(labels[i])));
-    box.append(h("div", { className }, ...canvases.map(figure)));
-    return canvases;
+  // A canvas on which `paint` has drawn.
+  function painted(paint, ...what) {
+    const canvas = h("canvas", { role: "img" });
+    paint(canvas, ...what);
+    return canvas;
   }
 
-  // Put a frame around a part of a canvas: left, top, width and height in parts of it.
-  function frame(canvas, left, top, width, height) {
-    const box = canvas.parentElement;
-    const mark = box.querySelector(".mark") ?? box.appendChild(h("span", { className: "mark" }));
+  // With a frame around a part of it: left, top, width and height in parts of the canvas.
+  function framed(canvas, left, top, width, height) {
+    const mark = h("span", { className: "mark" });
     for (const [side, part] of Object.entries({ left, top, width, height })) mark.style[side] = `${100 * part}%`;
+    return h("div", { className: "tensor" }, canvas, mark);
   }
 
-  // Frame the number `index` of a latent [c h w], whose channels stand side by side. choose(index): another is clicked.
-  function frameNumber(canvas, [c, height, w], index, choose) {
+  // A latent [c h w], its channels side by side, with a frame around the number `index`. choose(index): one is clicked.
+  function numbered(x, [c, height, w], index, choose) {
+    const canvas = painted(latent, x, [c, height, w]);
     const wide = c * (w + 1) - 1;
-    const column = floor(index / (height * w)) * (w + 1) + (index % w);
-    frame(canvas, column / wide, (floor(index / w) % height) / height, 1 / wide, 1 / height);
     canvas.onclick = ({ offsetX, offsetY }) => {
       const column = floor((offsetX / canvas.clientWidth) * wide);
       const row = floor(column / (w + 1)) * height + floor((offsetY / canvas.clientHeight) * height);
       choose(row * w + Math.min(column % (w + 1), w - 1));
     };
+    const column = floor(index / (height * w)) * (w + 1) + (index % w);
+    return framed(canvas, column / wide, (floor(index / w) % height) / height, 1 / wide, 1 / height);
   }
 
-  // --- the figures: (box, tour, stop) builds one, and returns what shows a step of a run in it -----------------------
-  // That answers false, if the run lacks what the figure needs.
+  // Canvases in a row, each above its label.
+  function cells(labels, canvases, className = "cells") {
+    const figure = (canvas, i) => h("figure", {}, canvas, h("figcaption", {}, ...rich(labels[i])));
+    return h("div", { className }, ...canvases.map(figure));
+  }
+
+  function svg(paint) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    paint(element);
+    return element;
+  }
+
+  // --- the figures: (tour, stop, run, step) -> the elements of one, or null if the run lacks what it needs ------------
 
   const FIGURES = {
-    overview(box, tour, { labels }) {
-      const [context, noise, early, middle, last] = cells(box, labels);
-      return ({ start, steps, done }) => {
-        latent(context, tour.rows(), [1, ...tour.shapes().context]);
-        latent(noise, start.x_T, start.shape);
-        const some = steps.filter(({ pictures }) => pictures);
-        if (!some.length) return;
-        picture(early, some[floor(some.length / 5)].pictures.x0);
-        picture(middle, some[floor(some.length / 2)].pictures.x0);
-        picture(last, done?.picture ?? some.at(-1).pictures.x0);
-      };
+    overview(tour, { labels }, { start, steps, done }) {
+      const some = steps.filter(({ pictures }) => pictures);
+      if (!some.length) return null;
+      const at = (part) => painted(picture, some[floor(part * some.length)].pictures.x0);
+      const last = done ? painted(picture, done.picture) : at(0.99);
+      return [cells(labels, [painted(latent, start.x_T, start.shape), at(0.1), at(0.2), at(0.5), last])];
     },
 
-    tokens(box) {
-      const list = box.appendChild(h("ol", { className: "tools" }));
-      return ({ start: { tokens } }) => {
-        const token = (piece, i) => h("li", {}, piece, h("small", { textContent: tokens.ids[i] }));
-        list.replaceChildren(...tokens.pieces.map(token));
-      };
+    tokens(tour, stop, { start: { tokens } }) {
+      const token = (piece, i) => h("li", {}, piece, h("small", {}, tokens.ids[i]));
+      return [h("ol", { className: "tools" }, ...tokens.pieces.map(token))];
     },
 
-    context(box, tour, { labels }) {
-      const names = h("ol");
-      const rows = box.appendChild(h("div", { className: "rows" }, names));
-      const [canvas] = cells(rows, labels);
-      return ({ start }) => {
-        const hidden = (i) => tour.live.request?.hide?.includes(i);
-        const name = (piece, i) => h("li", { className: hidden(i) ? "off" : "" }, h("span", {}, piece));
-        rows.style.setProperty("--n", start.tokens.pieces.length);
-        names.replaceChildren(...start.tokens.pieces.map(name));
-        latent(canvas, tour.rows(), [1, ...tour.shapes().context]);
-      };
+    context(tour, stop, { start: { context, tokens } }) {
+      const [n, d] = tour.shapes().context;
+      const vector = (i) => Array.from({ length: d }, (_, k) => context[k * n + i]);
+      const row = (piece, i) => h("div", {}, painted(latent, vector(i), [1, 1, d]), h("span", {}, piece));
+      const off = (row, i) => (row.classList.toggle("off", tour.live.request?.hide?.includes(i) ?? false), row);
+      return [h("div", { className: "rows" }, ...tokens.pieces.map(row).map(off))];
     },
 
-    noise(box, tour, { labels }) {
-      const [canvas] = cells(box, labels);
-      const histogram = svg(box);
-      return ({ start: { x_T, shape } }) => {
-        latent(canvas, x_T, shape);
-        const bins = Array.from({ length: 17 }, (_, i) => (i - 8) / 2); // from -4 to 4
-        const measured = bins.map((bin) => (4 * x_T.filter((x) => round(2 * x) === 2 * bin).length) / x_T.length);
-        const normal = bins.map((bin) => 2 * Math.exp(-(bin ** 2) / 2) / sqrt(2 * Math.PI));
-        curve(histogram, { noise: normal, signal: measured });
-      };
+    noise(tour, { labels }, { start: { x_T, shape } }) {
+      const bins = Array.from({ length: 17 }, (_, i) => (i - 8) / 2); // from -4 to 4
+      const signal = bins.map((bin) => (4 * x_T.filter((x) => round(2 * x) === 2 * bin).length) / x_T.length);
+      const noise = bins.map((bin) => 2 * Math.exp(-(bin ** 2) / 2) / sqrt(2 * Math.PI));
+      return [cells(labels, [painted(latent, x_T, shape)]), svg((histogram) => curve(histogram, { noise, signal }))];
     },
 
-    unet(box, tour, { labels }) {
-      const [input, output] = cells(box, labels);
-      const u = box.appendChild(h("div", { className: "u" }));
+    unet(tour, { labels }, { start }, { x_t, eps, activations }) {
+      const { time_embed, ...maps } = activations ?? {};
+      if (!time_embed) return null;
       // Of a block's channels, the one that varies most from pixel to pixel.
       const most = ({ c, h: height, w, values }) => {
         const channels = Array.from({ length: c }, (_, i) => values.subarray(i * height * w, (i + 1) * height * w));
@@ -157,183 +135,128 @@
         const canvas = painted(latent, most(map), [1, map.h, map.w]);
         return h("figure", {}, canvas, name, h("small", {}, said([map.c, map.h, map.w])));
       };
-      return ({ start }, { x_t, eps, activations }) => {
-        const { time_embed, ...maps } = activations ?? {};
-        if (!time_embed) return false;
-        latent(input, x_t, start.shape);
-        latent(output, eps, start.shape);
-        // Level by level: the way down on the left, the way up on the right, and the middle block below them.
-        const blocks = Object.entries(maps);
-        const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
-        const side = (...which) => h("div", {}, ...those(...which).map(block));
-        const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
-        const level = (height) => [side("input", height), h("span", {}, "→"), side("output", height)];
-        u.replaceChildren(...heights.flatMap(level), side("middle", heights.at(-1)));
-      };
+      // Level by level: the way down on the left, the way up on the right, and the middle block below them.
+      const blocks = Object.entries(maps);
+      const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
+      const side = (...which) => h("div", {}, ...those(...which).map(block));
+      const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
+      const level = (height) => [side("input", height), h("span", {}, "→"), side("output", height)];
+      const u = h("div", { className: "u" }, ...heights.flatMap(level), side("middle", heights.at(-1)));
+      return [cells(labels, [x_t, eps].map((x) => painted(latent, x, start.shape))), u];
     },
 
-    time(box, tour, { labels }) {
-      const canvases = labels.flatMap((label) => cells(box, [label]));
-      return ({ steps }, step) => {
-        if (!step.activations?.time_embed) return false;
-        const { half } = tour.numbers();
-        const angle = (t, i) => t * 10000 ** (-(i % half) / half);
-        const wave = (t, i) => (i < half ? Math.cos : Math.sin)(angle(t, i));
-        const waves = ({ t }) => Array.from({ length: 2 * half }, (_, i) => wave(t, i));
-        const embedded = ({ activations }) => Array.from(activations.time_embed.values);
-        canvases.forEach((canvas, k) => {
-          const rows = steps.map([waves, embedded][k]);
-          latent(canvas, rows.flat(), [1, rows.length, rows[0].length]);
-          frame(canvas, 0, step.i / rows.length, 1, 1 / rows.length);
-        });
-      };
+    time(tour, { labels }, { steps }, step) {
+      if (!step.activations?.time_embed) return null;
+      const { half } = tour.numbers();
+      const wave = (t, i) => (i < half ? Math.cos : Math.sin)(t * 10000 ** (-(i % half) / half));
+      const waves = ({ t }) => Array.from({ length: 2 * half }, (_, i) => wave(t, i));
+      const embedded = ({ activations }) => Array.from(activations.time_embed.values);
+      return [waves, embedded].map((row, k) => {
+        const rows = steps.map(row);
+        const canvas = painted(latent, rows.flat(), [1, rows.length, rows[0].length]);
+        return cells([labels[k]], [framed(canvas, 0, step.i / rows.length, 1, 1 / rows.length)]);
+      });
     },
 
-    attention(box, tour, { labels }) {
-      const select = h("select", { onchange: () => tour.refresh() });
-      const words = h("div", { className: "words" });
-      box.append(h("label", { className: "steps" }, labels[0], select), words);
-      return ({ start: { tokens } }, step) => {
-        const layers = Object.keys(step.attention ?? {});
-        if (!layers.length) return false;
-        const option = (name) => new Option(name.split(".transformer")[0], name, false, name.startsWith("middle"));
-        if (!select.length) select.append(...layers.map(option));
-        const { h: height, w, weights } = step.attention[(tour.layer = select.value)];
-        const [size, pad] = [height * w, tokens.pieces.indexOf("<pad>")];
-        const over = tour.live.shown?.x0;
-        const word = (piece, i) => {
-          // All the padding is shown as one.
-          const places = i === pad ? tokens.pieces.length - pad : 1;
-          const values = new Float32Array(size);
-          for (let k = 0; k < places * size; k++) values[k % size] += weights[i * size + k];
-          const share = `${said(round((1000 * sum(values)) / size) / 10)} %`;
-          const canvas = painted(map, values, w, height, { over });
-          return h("figure", {}, canvas, places > 1 ? `${piece} × ${places}` : piece, h("small", {}, share));
-        };
-        words.replaceChildren(...tokens.pieces.slice(0, pad + 1 || undefined).map(word));
+    attention(tour, stop, { start: { tokens } }, step) {
+      const layers = Object.keys(step.attention ?? {});
+      if (!layers.length) return null;
+      const middle = layers.findIndex((name) => name.startsWith("middle"));
+      if (tour.dial.max - layers.length + 1) Object.assign(tour.dial, { max: layers.length - 1, value: middle });
+      tour.layer = layers[tour.dial.value];
+      tour.dialled.value = tour.layer.split(".transformer")[0];
+      const { h: height, w, weights } = step.attention[tour.layer];
+      const [size, pad] = [height * w, tokens.pieces.indexOf("<pad>")];
+      const word = (piece, i) => {
+        // All the padding is shown as one.
+        const places = i === pad ? tokens.pieces.length - pad : 1;
+        const values = new Float32Array(size);
+        for (let k = 0; k < places * size; k++) values[k % size] += weights[i * size + k];
+        const share = `${said(round((1000 * sum(values)) / size) / 10)} %`;
+        const canvas = painted(map, values, w, height, { over: tour.live.shown?.x0 });
+        return h("figure", {}, canvas, places > 1 ? `${piece} × ${places}` : piece, h("small", {}, share));
       };
+      return [h("div", { className: "words" }, ...tokens.pieces.slice(0, pad + 1 || undefined).map(word))];
     },
 
-    guidance(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "pair");
-      const arrow = svg(box);
-      arrow.setAttribute("viewBox", "0 0 100 18");
-      const value = tour.live.request?.guidance ?? 4;
-      const options = { min: 0, max: 20, step: 0.5, value, oninput: () => tour.refresh() };
-      const [slider, says] = slide(box, labels[4], options);
-      return async ({ start }, step) => {
-        if (!step.eps_cond) return false;
-        const s = Number((says.value = slider.value));
-        const eps = step.eps_uncond.map((e, k) => e + s * (step.eps_cond[k] - e));
-        [step.eps_uncond, step.eps_cond, eps].forEach((values, k) => latent(canvases[k], values, start.shape));
-        // The arrow, from s = 0 on; nothing but numbers and these names go into it.
+    async guidance(tour, { labels }, { start }, { eps_cond, eps_uncond, x_t, a_t }) {
+      if (!eps_cond) return null;
+      const s = Number((tour.dialled.value = tour.dial.value));
+      const eps = eps_uncond.map((e, k) => e + s * (eps_cond[k] - e));
+      const x0 = x_t.map((x, k) => (x - sqrt(1 - a_t) * eps[k]) / sqrt(a_t));
+      const [decoded] = await tour.decode([x0]);
+      const last = decoded ? painted(picture, decoded) : painted(latent, x0, start.shape);
+      const arrow = svg((arrow) => {
         const at = (s) => 8 + 4.2 * s;
         const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
           <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
         const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
-        arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}
-          ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}`;
-        const x0 = step.x_t.map((x, k) => (x - sqrt(1 - step.a_t) * eps[k]) / sqrt(step.a_t));
-        const [decoded] = await tour.decode([x0]);
-        if (!decoded) latent(canvases[3], x0, start.shape);
-        else if (says.value === slider.value) picture(canvases[3], decoded);
-      };
+        arrow.setAttribute("viewBox", "0 0 100 18");
+        arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}<g fill="currentColor" font-size="3.5" text-anchor="middle">
+          ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}</g>`;
+      });
+      const noises = [eps_uncond, eps_cond, eps].map((x) => painted(latent, x, start.shape));
+      return [cells(labels, [...noises, last], "pair"), arrow];
     },
 
-    step(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "pair");
-      const pictures = cells(box, labels.slice(4));
+    async step(tour, { labels }, { start, steps, done }, { i, x_t, eps, x0, x, pictures }) {
       const choose = (index) => ((tour.index = index), tour.refresh());
-      return async (run, step) => {
-        const { start } = run;
-        [step.x_t, step.eps, step.x0, step.x].forEach((values, k) => {
-          latent(canvases[k], values, start.shape);
-          frameNumber(canvases[k], start.shape, tour.index, choose);
-        });
-        const decoded = await tour.decode([step.x_t, step.x0, step.x]);
-        const next = run.steps[step.i + 1]?.pictures?.x_t ?? run.done?.picture;
-        if (!decoded.length && step.pictures) decoded.push(step.pictures.x_t, step.pictures.x0, next);
-        if (step === tour.step) decoded.forEach((made, k) => picture(pictures[k], made));
-      };
+      const latents = [x_t, eps, x0, x].map((values) => numbered(values, start.shape, tour.index, choose));
+      const decoded = await tour.decode([x_t, x0, x]);
+      // A recording has them already.
+      const next = steps[i + 1]?.pictures?.x_t ?? done?.picture;
+      if (!decoded.length && pictures && next) decoded.push(pictures.x_t, pictures.x0, next);
+      const below = decoded.map((made) => painted(picture, made));
+      return [cells(labels, latents, "pair"), cells(labels.slice(4), below)];
     },
 
-    loop(box, tour) {
-      const strip = box.appendChild(h("div", { className: "strip" }));
-      const schedule = svg(box);
-      return ({ steps }, now) => {
-        const some = steps.filter(({ pictures }) => pictures);
-        const turn = (step) => {
-          const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => painted(picture, made));
-          const onclick = () => tour.live.select(step.i);
-          return h("button", { type: "button", ariaPressed: step === now, onclick }, ...canvases, `t = ${step.t}`);
-        };
-        const every = Math.ceil(some.length / 7);
-        strip.replaceChildren(...some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn));
-        const { alphas_cumprod } = tour.live.schedule;
-        const last = alphas_cumprod.length - 1;
-        const name = (step) => (step === now ? "current" : "visited");
-        const marks = steps.map((step) => ({ x: step.t / last, y: step.a_t, class: name(step) }));
-        curve(schedule, { signal: alphas_cumprod }, marks);
+    loop(tour, stop, { steps }, now) {
+      const some = steps.filter(({ pictures }) => pictures);
+      const turn = (step) => {
+        const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => painted(picture, made));
+        const onclick = () => tour.live.select(step.i);
+        return h("button", { type: "button", ariaPressed: step === now, onclick }, ...canvases, `t = ${step.t}`);
       };
+      const every = Math.ceil(some.length / 7);
+      const strip = some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn);
+      const { alphas_cumprod } = tour.live.schedule;
+      const place = ({ t, a_t }) => ({ x: t / (alphas_cumprod.length - 1), y: a_t });
+      const marks = steps.map((step) => ({ ...place(step), class: step === now ? "current" : "visited" }));
+      return [h("div", { className: "strip" }, ...strip), svg((box) => curve(box, { signal: alphas_cumprod }, marks))];
     },
 
-    decoding(box, tour, { labels }) {
-      const [z, decoded] = cells(box, labels, "pair");
-      let [run, index, more] = [null, 0, 0];
-      const poke = (at, by = 3) => (([index, more] = [at, by]), tour.refresh());
+    async decoding(tour, { labels }, { start, steps, done }) {
+      if (!done) return null;
+      const [, height, w] = start.shape;
+      const size = height * w;
+      // `changed` is the place that the reader has changed in this run: 3 is about three standard deviations.
+      if (tour.changed?.done !== done) tour.changed = { done, index: w * floor(height / 2) + floor(w / 2), by: 0 };
+      const { index, by } = tour.changed;
+      const poke = (index, by = 3) => (Object.assign(tour.changed, { index, by }), tour.refresh());
       tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0) };
-      return async ({ start, steps, done }) => {
-        if (!done) return false;
-        const [, height, w] = start.shape;
-        if (run !== tour.run) [run, index, more] = [tour.run, w * floor(height / 2) + floor(w / 2), 0];
-        // 3 is about three standard deviations. All channels of the place are changed.
-        const here = (k) => k % (height * w) === index % (height * w);
-        const changed = steps.at(-1).x.map((v, k) => (here(k) ? v + more : v));
-        latent(z, changed, start.shape);
-        frameNumber(z, start.shape, index, poke);
-        const [made] = more ? await tour.decode([changed]) : [];
-        picture(decoded, made ?? done.picture);
-      };
+      const z = steps.at(-1).x.map((v, k) => (k % size === index % size ? v + by : v));
+      const [made] = by ? await tour.decode([z]) : [];
+      return [cells(labels, [numbered(z, start.shape, index, poke), painted(picture, made ?? done.picture)], "pair")];
     },
 
-    training(box, tour, { labels }) {
-      const canvases = cells(box, labels.slice(0, 4), "pair");
-      let [run, example] = [null, null]; // what the UNet has been asked about
-      const oninput = () => ((example = null), tour.refresh());
-      const [slider, says] = slide(box, "t", { min: 1, max: 10, value: 5, oninput });
-      tour.deeds.guess = async () => {
-        if (!tour.live.about || !tour.run?.done) await tour.draw();
-        const { engine, request } = tour.live;
-        const { rgba, width, height } = tour.run.done.picture;
-        const { z } = await engine.ask("autoencode", { rgba, width, height });
-        // Drawing over the picture begins with what we want: its latent with noise of this t, and the UNet's answer.
-        const init = { rgba, width, height, strength: slider.value / 10 };
-        const options = { prompt: request.prompt, steps: 10, guidance: 1, sampler: "dpmpp_2m", seed: 1, init };
-        let first;
-        await engine.draw(options, { step: (step) => (first ??= step) });
-        const noise = first.x_t.map((x, k) => (x - sqrt(first.a_t) * z[k]) / sqrt(1 - first.a_t));
-        example = [z, noise, first.x_t, first.eps];
-        tour.refresh();
-      };
-      return ({ start, steps, done }) => {
-        if (!done) return false;
-        if (run !== tour.run) [run, example] = [tour.run, null];
-        const { alphas_cumprod } = tour.live.schedule;
-        const t = round((slider.value / 10) * alphas_cumprod.length) - 1;
-        const [x_0, a] = [steps.at(-1).x, alphas_cumprod[t]];
-        const shown = example ?? [x_0, start.x_T, x_0.map((x, k) => sqrt(a) * x + sqrt(1 - a) * start.x_T[k])];
-        shown.forEach((values, k) => latent(canvases[k], values, start.shape));
-        canvases[3].closest("figure").hidden = !example;
-        const loss = example && rms(example[1].map((e, k) => e - example[3][k])) ** 2;
-        says.value = example ? `${t}, ${labels[4]} ${said(loss)}` : t;
-      };
+    training(tour, { labels }, { start, steps, done }) {
+      if (!done) return null;
+      const { alphas_cumprod } = tour.live.schedule;
+      const t = round((tour.dial.value / 10) * alphas_cumprod.length) - 1;
+      const [x_0, a] = [steps.at(-1).x, alphas_cumprod[t]];
+      // What the UNet has been asked about, if it was for this drawing and this t; else a mixture of our own.
+      const example = tour.example?.done === done && tour.example.t === t ? tour.example.latents : null;
+      const latents = example ?? [x_0, start.x_T, x_0.map((x, k) => sqrt(a) * x + sqrt(1 - a) * start.x_T[k])];
+      const loss = example && rms(example[1].map((e, k) => e - example[3][k])) ** 2;
+      tour.dialled.value = example ? `${t}, ${labels[4]} ${said(loss)}` : t;
+      tour.deeds.guess = () => tour.guess(t, tour.dial.value / 10);
+      return [cells(labels, latents.map((x) => painted(latent, x, start.shape)), "pair")];
     },
 
-    next(box, tour, { stages }) {
+    next(tour, { stages }) {
       const name = (stage) => tour.link(`notebooks/${stage}.html`, stage.replaceAll("_", " "));
-      box.append(h("ul", {}, ...stages.map(([stage, says]) => h("li", {}, name(stage), ": ", ...rich(says)))));
-      box.append(h("h4", {}, tour.texts.ui.check), ...tour.texts.stops.map(tour.question));
-      return () => {};
+      const list = stages.map(([stage, says]) => h("li", {}, name(stage), ": ", ...rich(says)));
+      return [h("ul", {}, ...list), h("h4", {}, tour.texts.ui.check), ...tour.texts.stops.map(tour.question)];
     },
   };
 
@@ -402,7 +325,6 @@
       this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
       this.deeds = {}; // what a figure can be told to do
       this.box = h("div");
-      this.show = FIGURES[stop.figure](this.box, this, stop);
       const shape = `${ui.shape} {shape_${stop.shape}}${stop.sd_v1 ? ` (${ui.shape_sd_v1} ${stop.sd_v1})` : ""}`;
       const captions = [stop.caption, ...(stop.shape ? [shape] : [])];
       const deeds = stop.try.map((each) => button(each.label, () => this.act(each)));
@@ -410,17 +332,17 @@
       this.says = h("div", { ariaLive: "polite" });
       this.equation = h("section");
       this.element.replaceChildren(
-        h("section", { className: "tools ends" }, h("strong", {}, ui.title), button(ui.close, close)),
+        h("section", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, close)),
         h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
         title,
         h("div", { className: "stop" },
           h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each))),
             h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
-          h("section", {}, this.slider(), this.missing, this.box,
+          h("section", {}, ...this.sliders(), this.missing, this.box,
             ...captions.map((each) => h("p", { className: "caption" }, ...rich(each)))),
           this.equation,
           h("section", {}, ...this.places(stop))),
-        h("section", { className: "tools ends" },
+        h("section", { className: "tools" },
           button(ui.back, () => this.go(-1), { hidden: !place }),
           button(ui.next, () => this.go(1), { className: "main", hidden: stop === stops.at(-1) }))); // prettier-ignore
       this.writeAddress();
@@ -433,12 +355,19 @@
       return h("details", {}, h("summary", {}, ...rich(question)), ...rich(answer));
     }
 
-    // The page's slider over the steps, once more.
-    slider() {
-      const { ui } = this.texts;
-      this.mirror = h("input", { type: "range", min: 1, oninput: () => this.live.select(this.mirror.value - 1) });
-      const where = h("output", {}, ...rich(ui.step_of));
-      return h("label", { className: "steps", hidden: !this.stop.by_step }, ui.slider, this.mirror, where);
+    // The page's slider over the steps, once more, and the figure's own, `dial`.
+    sliders() {
+      const [{ ui }, { dial, by_step }] = [this.texts, this.stop];
+      const slider = (label, options, output) => {
+        const input = h("input", { type: "range", ...options });
+        return [input, h("label", { className: "steps" }, ...rich(label), input, output)];
+      };
+      const select = ({ target }) => this.live.select(target.value - 1);
+      const value = this.live.request?.[dial?.of] ?? dial?.value;
+      const [mirror, first] = slider(ui.slider, { min: 1, oninput: select }, h("output", {}, ...rich(ui.step_of)));
+      const [own, second] = slider(dial?.label ?? "", { ...dial, value, oninput: () => this.refresh() }, h("output"));
+      Object.assign(this, { mirror, dial: own, dialled: second.lastChild });
+      return [...(by_step ? [first] : []), ...(dial ? [second] : [])];
     }
 
     // Where to go on from here.
@@ -481,9 +410,25 @@
       await this.draw(this.changes(draw));
       says.replaceChildren(look);
       if (live.run === run || !live.run?.done || !run?.done) return;
-      const [before, after] = cells(says, [ui.before, `${ui.after}: ${label}`], "pair");
-      picture(before, run.done.picture);
-      picture(after, live.run.done.picture);
+      const pictures = [run, live.run].map(({ done }) => painted(picture, done.picture));
+      says.append(cells([ui.before, `${ui.after}: ${label}`], pictures, "pair"));
+      this.refresh();
+    }
+
+    // One example of training: the picture of this drawing with noise of the timestep t, and what the UNet says of it.
+    async guess(t, strength) {
+      const { live, run } = this;
+      if (!live.about) await live.load();
+      const { rgba, width, height } = run.done.picture;
+      const { z } = await live.engine.ask("autoencode", { rgba, width, height });
+      // Drawing over a picture begins with just that, at the first of the steps that are left of ten.
+      const init = { rgba, width, height, strength };
+      const options = { prompt: live.request.prompt, steps: 10, guidance: 1, sampler: "dpmpp_2m", seed: 1, init };
+      let first;
+      await live.engine.draw(options, { step: (step) => (first ??= step) });
+      const { x_t, eps, a_t } = first;
+      const noise = x_t.map((x, k) => (x - sqrt(a_t) * z[k]) / sqrt(1 - a_t));
+      this.example = { done: run.done, t, latents: [z, noise, x_t, eps] };
       this.refresh();
     }
 
@@ -508,14 +453,16 @@
     refresh() {
       this.waiting ??= requestAnimationFrame(async () => {
         this.waiting = null;
-        const { stop, run, step, mirror, live } = this;
+        const { stop, run, step, live } = this;
         if (!stop) return;
-        const lacks = !step || (await this.show(run, step)) === false;
-        if (stop !== this.stop) return;
-        this.missing.hidden = !lacks || stop.figure === "next";
-        this.box.hidden = !this.missing.hidden;
+        const turn = (this.turn = {}); // while a picture is decoded, another turn may begin
+        const elements = step || stop.figure === "next" ? await FIGURES[stop.figure](this, stop, run, step) : null;
+        if (turn !== this.turn) return;
+        this.missing.hidden = Boolean(elements) || Boolean(run && !run.done);
+        if (elements) this.box.replaceChildren(...elements);
+        this.box.hidden = !elements;
         if (!step) return;
-        Object.assign(mirror, { max: run.steps.length, value: step.i + 1 });
+        Object.assign(this.mirror, { max: run.steps.length, value: step.i + 1 });
         this.writeEquation(live.request?.sampler);
         const shapes = Object.entries(this.shapes()).map(([name, shape]) => [`shape_${name}`, shape]);
         const numbers = { ...this.numbers(), ...Object.fromEntries(shapes) };
@@ -584,13 +531,6 @@
         eps_uncond: step.eps_uncond?.[index], x0, x0_old, r, D, eps_D: (x_t - sqrt(a_t) * D) / sqrt(1 - a_t),
         x_prev: step.x[index],
       }; // prettier-ignore
-    }
-
-    // The context as rows, [n d].
-    rows() {
-      const { context } = this.run.start;
-      const [n, d] = this.shapes().context;
-      return context.map((_, k) => context[(k % d) * n + floor(k / d)]);
     }
 
     // The decoder's pictures of latents; none before the model has loaded.
