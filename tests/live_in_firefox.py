@@ -33,9 +33,11 @@ NAMES = {"guidance": "guidance_scale", "negative": "negative_prompt"}  # of the 
 SCRIPT = """<script>(async () => {
     const report = { agent: navigator.userAgent, drawn: [] };
     try {
-        report.simd = (await engine.load()).simd;
+        await live.prepared;
         for (const each of CASES) {
-            const { picture, seconds } = await engine.draw(each);
+            await live.draw({ negative: "", ...each });
+            const { picture, seconds } = live.run.done;
+            report.simd = live.about.simd;
             report.drawn.push({ seconds, rgba: Array.from(picture.rgba) });
         }
     } catch (error) { report.error = error.message; }

@@ -31,8 +31,9 @@ def tiny():
 @pytest.fixture(scope="module")
 def site(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    recordings = [live.record(tiny, prompt) for prompt in ("a red circle", "two blue squares")]
-    live.write_page(WEIGHTS / "tiny", folder, "tiny", recordings)
+    recording = live.record(tiny, "a red circle")
+    renamed = recording | {"request": recording["request"] | {"prompt": "two blue squares"}}
+    live.write_page(WEIGHTS / "tiny", folder, "tiny", [recording, renamed])
     return folder
 
 
@@ -302,6 +303,7 @@ def test_a_picture_of_ones_own_is_drawn_over(opened, tmp_path, monkeypatch):
     """Painted with the mouse; and the command that is shown makes the same of it."""
     page = opened()
     unfold(page)
+    page.locator(".pad").scroll_into_view_if_needed()
     box = page.locator(".pad").bounding_box()
     page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
     page.mouse.down()
@@ -505,7 +507,7 @@ def test_minisd_page_writes_a_page_of_any_model(opened, sd, tmp_path, capsys):
     theirs = sd.txt2img("a red fox", steps=3, guidance_scale=4.0, sampler="dpmpp_2m", seed=0).images[0]
     assert off(shown(page), theirs) <= 1
     assert str(tmp_path / "mine") in page.locator(".elsewhere code").first.text_content()
-    cli.main(["page", "--model", "tiny", "--out", str(out), "--prompts", "a star"])  # another in its place
+    cli.main(["page", "--model", "tiny", "--out", str(out), "--prompts"])  # another in its place, without a recording
 
 
 REFUSED = {
