@@ -274,6 +274,7 @@ def test_a_button_draws_and_shows_before_and_after(open_stop):
     assert page.evaluate("Number(live.request.seed)") == seed + 1
     before, after = page.locator(".minisd-tour [aria-live] canvas").evaluate_all("all => all.map((c) => c.toDataURL())")
     assert before != after
+    assert page.evaluate("live.request.steps") == 25, "a button changes one thing, and all else is as usual"
 
 
 def test_hidden_words_are_not_read(open_stop):

@@ -92,7 +92,7 @@
     return element;
   }
 
-  // --- the figures: (tour, stop, run, step) -> the elements of one, or null if the run lacks what it needs ------------
+  // --- the figures: (tour, stop, run, step) -> the elements of one, or null if the run lacks what it needs -----------
 
   const FIGURES = {
     overview(tour, { labels }, { start, steps, done }) {
@@ -141,7 +141,8 @@
       const side = (...which) => h("div", {}, ...those(...which).map(block));
       const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
       const level = (height) => [side("input", height), h("span", {}, "→"), side("output", height)];
-      const u = h("div", { className: "u" }, ...heights.flatMap(level), side("middle", heights.at(-1)));
+      const bottom = ["", side("middle", heights.at(-1)), ""].map((part) => h("span", {}, part));
+      const u = h("div", { className: "u" }, ...heights.flatMap(level), ...bottom);
       return [cells(labels, [x_t, eps].map((x) => painted(latent, x, start.shape))), u];
     },
 
@@ -206,8 +207,7 @@
       // A recording has them already.
       const next = steps[i + 1]?.pictures?.x_t ?? done?.picture;
       if (!decoded.length && pictures && next) decoded.push(pictures.x_t, pictures.x0, next);
-      const below = decoded.map((made) => painted(picture, made));
-      return [cells(labels, latents, "pair"), cells(labels.slice(4), below)];
+      return [cells(labels, latents, "pair"), cells(labels.slice(4), decoded.map((made) => painted(picture, made)))];
     },
 
     loop(tour, stop, { steps }, now) {
@@ -275,8 +275,7 @@
         if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
       };
       globalThis.addEventListener("hashchange", () => this.readAddress());
-      this.close();
-      this.readAddress();
+      if (!this.readAddress()) this.close();
     }
 
     get run() {
@@ -290,6 +289,7 @@
     readAddress() {
       const id = new URLSearchParams(location.hash.slice(1)).get("tour");
       if (id !== null && id !== this.stop?.id) this.open(id);
+      return id !== null;
     }
 
     // The rest of the address is the page's.
@@ -297,12 +297,13 @@
       const state = new URLSearchParams(location.hash.slice(1));
       if (this.stop) state.set("tour", this.stop.id);
       else state.delete("tour");
-      history.replaceState(null, "", `#${state}`);
+      if (`#${state}` !== (location.hash || "#")) history.replaceState(null, "", `#${state}`);
     }
 
     // What is left is the button that opens it.
     close() {
       this.stop = null;
+      this.writeAddress();
       this.element.replaceChildren(button(this.texts.ui.start, () => this.open(), { className: "main" }));
     }
 
@@ -328,11 +329,10 @@
       const shape = `${ui.shape} {shape_${stop.shape}}${stop.sd_v1 ? ` (${ui.shape_sd_v1} ${stop.sd_v1})` : ""}`;
       const captions = [stop.caption, ...(stop.shape ? [shape] : [])];
       const deeds = stop.try.map((each) => button(each.label, () => this.act(each)));
-      const close = () => (this.close(), this.writeAddress());
       this.says = h("div", { ariaLive: "polite" });
       this.equation = h("section");
       this.element.replaceChildren(
-        h("section", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, close)),
+        h("section", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, () => this.close())),
         h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
         title,
         h("div", { className: "stop" },
@@ -403,42 +403,45 @@
       const { live, says, texts: { ui } } = this; // prettier-ignore
       const look = h("p", {}, h("strong", {}, ui.look), " ", ...rich(see));
       says.replaceChildren(look);
-      if (figure) return this.deeds[figure]();
+      if (figure) return this.deeds[figure]?.();
       if (select) return live.select(select === "first" ? 0 : this.run.steps.length - 1);
       const { run } = this;
       says.append(ui.wait);
       await this.draw(this.changes(draw));
       says.replaceChildren(look);
-      if (live.run === run || !live.run?.done || !run?.done) return;
+      if (live.run === run || !live.run.done) return says.append(live.find(".status").textContent); // what failed
+      if (!run?.done) return;
       const pictures = [run, live.run].map(({ done }) => painted(picture, done.picture));
-      says.append(cells([ui.before, `${ui.after}: ${label}`], pictures, "pair"));
+      const usual = button(ui.usual, () => (says.replaceChildren(), this.draw(this.texts.usual)));
+      says.append(cells([ui.before, `${ui.after}: ${label}`], pictures, "pair"), usual);
       this.refresh();
     }
 
     // One example of training: the picture of this drawing with noise of the timestep t, and what the UNet says of it.
-    async guess(t, strength) {
-      const { live, run } = this;
-      if (!live.about) await live.load();
-      const { rgba, width, height } = run.done.picture;
-      const { z } = await live.engine.ask("autoencode", { rgba, width, height });
-      // Drawing over a picture begins with just that, at the first of the steps that are left of ten.
-      const init = { rgba, width, height, strength };
-      const options = { prompt: live.request.prompt, steps: 10, guidance: 1, sampler: "dpmpp_2m", seed: 1, init };
-      let first;
-      await live.engine.draw(options, { step: (step) => (first ??= step) });
-      const { x_t, eps, a_t } = first;
-      const noise = x_t.map((x, k) => (x - sqrt(a_t) * z[k]) / sqrt(1 - a_t));
-      this.example = { done: run.done, t, latents: [z, noise, x_t, eps] };
-      this.refresh();
+    guess(t, strength) {
+      const [{ engine, request }, { done }] = [this.live, this.run];
+      return this.live.work(async () => {
+        const { rgba, width, height } = done.picture;
+        const { z } = await engine.ask("autoencode", { rgba, width, height });
+        // Drawing over a picture begins with just that, at the first of the steps that are left of ten.
+        const init = { rgba, width, height, strength };
+        const options = { prompt: request.prompt, steps: 10, guidance: 1, sampler: "dpmpp_2m", seed: 1, init };
+        let first;
+        await engine.draw(options, { step: (step) => (first ??= step) });
+        const { x_t, eps, a_t } = first;
+        const noise = x_t.map((x, k) => (x - sqrt(a_t) * z[k]) / sqrt(1 - a_t));
+        this.example = { done, t, latents: [z, noise, x_t, eps] };
+        this.refresh();
+      });
     }
 
-    // The options that a button draws with. Words are hidden by their places.
+    // The options that a button draws with: the usual ones, and what it changes. Words are hidden by their places.
     changes(draw) {
       const { pieces } = this.run?.start.tokens ?? { pieces: [] };
       const end = pieces.indexOf("<end>");
       const places = { thing: [this.thing(pieces)], "all but end": [...pieces.keys()].filter((i) => i !== end) };
       const seed = draw.seed === "next" ? { seed: Number(this.live.request?.seed ?? 0) + 1 } : {};
-      return { ...draw, ...seed, ...(draw.hide in places ? { hide: places[draw.hide] } : {}) };
+      return { ...this.texts.usual, ...draw, ...seed, ...(draw.hide in places ? { hide: places[draw.hide] } : {}) };
     }
 
     // The place of the word for what is drawn: in "a red fox, noto style", that before the comma.
