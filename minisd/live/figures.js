@@ -4,8 +4,7 @@ globalThis.minisdFigures = (() => {
   function paint(canvas, width, height, colour) {
     const image = new ImageData(width, height);
     for (let k = 0; k < width * height; k++) image.data.set([...colour(k % width, Math.floor(k / width)), 255], 4 * k);
-    Object.assign(canvas, { width, height });
-    canvas.getContext("2d").putImageData(image, 0, 0);
+    picture(canvas, { rgba: image.data, width, height });
   }
 
   // A picture as the engine sends it.
@@ -44,7 +43,7 @@ globalThis.minisdFigures = (() => {
     paint(canvas, wide, high, colour);
   }
 
-  // Curves in a box of 100 by 40. curves: {class: [y, …]}, each evenly spaced and in [0, 1]. marks: [{x, y, class}],
+  // Curves in a box of 100 by 40. curves: {class: [y, …]}, each evenly spaced and in [0, 1]. marks: [{x, y, r, class}],
   // with x in [0, 1].
   function curve(svg, curves, marks = []) {
     const [wide, high] = [100, 40];
@@ -59,7 +58,8 @@ globalThis.minisdFigures = (() => {
       const at = (y, i) => `${((wide * i) / (points.length - 1)).toFixed(2)},${(high * (1 - y)).toFixed(2)}`;
       add("polyline", { class: name, points: Array.from(points, at).join(" ") });
     }
-    for (const { x, y, class: name } of marks) add("circle", { class: name, cx: wide * x, cy: high * (1 - y), r: 0.8 });
+    for (const { x, y, class: name, r = 0.8 } of marks)
+      add("circle", { class: name, cx: wide * x, cy: high * (1 - y), r });
   }
 
   return { picture, latent, map, curve };

@@ -6,9 +6,9 @@
 //     live.select(4);                                            the slider moves to the fifth step
 //
 // live.engine: the MinisdEngine. live.about: what the engine said about the model, with its config; null before it has
-// loaded. live.request: the options of the drawing that is shown. live.run: {start, steps, done} of that drawing, the
-// messages of worker.js; `recorded` is true for a recording. live.other: the same for the second prompt, or null.
-// live.selected: the step that the slider is on.
+// loaded. live.run: {request, start, steps, done} of the drawing that is shown: its options, and the messages of
+// worker.js; `recorded` is true for a recording. live.request: its options, too. live.other: as live.run, for the second
+// prompt, or null. live.selected: the step that the slider is on.
 //
 // Events: "ready", "start", "step", "done", "error"; "select", when the pictures of a step are shown; "other", at each
 // step of the second prompt.
@@ -174,10 +174,7 @@
       return ++this.turn;
     }
 
-    busy(busy) {
-      this.form.classList.toggle("busy", busy);
-      this.fields.stop.hidden = this.find("progress").hidden = !busy;
-    }
+    busy = (busy) => (this.fields.stop.hidden = this.find("progress").hidden = !busy);
 
     // Do something with the model, loaded if it is not yet. What was being done is stopped. `task` is told how to ask
     // whether it is still wanted.
@@ -197,7 +194,7 @@
 
     // Ask the engine for a drawing, and collect its messages. `told` is called after each.
     async collect(request, told) {
-      const run = { start: null, steps: [], done: null };
+      const run = { request, start: null, steps: [], done: null };
       const start = (message) => told(Object.assign(run, { start: message }));
       const step = (message) => told(run, run.steps.push(message));
       run.done = await this.engine.draw(request, { start, step });
@@ -216,9 +213,7 @@
         this.finish(run);
         if (!this.fields.second?.value) return;
         const prompt = this.fields.second.value;
-        const told = (run) => {
-          if (wanted()) Object.assign(this, { other: Object.assign(run, { prompt }) }).tell("other");
-        };
+        const told = (other) => wanted() && Object.assign(this, { other }).tell("other");
         told(await this.collect({ ...request, prompt }, told));
       });
     }
@@ -379,7 +374,7 @@
     const frame = await frames(film, steps);
     const piece = (tensor, size) => (k) => tensor.subarray(size * k, size * (k + 1));
     const [at, weights] = [piece(latents, shape[0] * shape[1] * shape[2]), piece(attention, n * h * w)];
-    const run = { recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };
+    const run = { request, recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };
     for (const [i, t] of timesteps.entries()) {
       const a_t = schedule.alpha_bar(t);
       const a_prev = i + 1 < steps ? schedule.alpha_bar(timesteps[i + 1]) : 1;

@@ -49,10 +49,6 @@ globalThis.minisdPanels = (() => {
       const { layer, word: held } = live.fields; // held: the place among the words of the one that was clicked, or ""
       let pointed = null;
 
-      function begin() {
-        words.replaceChildren(...places(live.run.start.tokens).map(word));
-      }
-
       function word({ text, at }, place) {
         const point = (to) => () => veil((pointed = to));
         const button = tile(text, () => veil((held.value = held.value === String(place) ? "" : place)));
@@ -102,7 +98,7 @@ globalThis.minisdPanels = (() => {
           `The pixel that reads it most gives it ${(100 * most).toFixed(0)} %.`;
       }
 
-      on(live, "start", begin);
+      on(live, "start", () => words.replaceChildren(...places(live.run.start.tokens).map(word)));
       on(live, "select", show);
       layer.onchange = show;
     },
@@ -131,7 +127,7 @@ globalThis.minisdPanels = (() => {
       <p>A second prompt, drawn from the same noise. At which step do the two part?</p>
       <div class="ask">
         <input name="second" type="text" aria-label="Second prompt" autocomplete="off" spellcheck="false" />
-        <button type="button" class="both">Draw both</button>
+        <button>Draw both</button>
       </div>
       <div class="pair" hidden>
         <figure><canvas role="img"></canvas><figcaption></figcaption></figure>
@@ -140,14 +136,13 @@ globalThis.minisdPanels = (() => {
     mount(live, element) {
       const [pair, { second, prompt }] = [element.querySelector(".pair"), live.fields];
       element.ontoggle = () => (second.value ||= prompt.value);
-      element.querySelector(".both").onclick = () => live.draw();
 
       async function show() {
-        const { run, other, request } = live;
+        const { run, other } = live;
         pair.hidden = !other?.steps.length;
         if (pair.hidden) return;
         const at = Math.min(live.selected, other.steps.length - 1);
-        const texts = [request.prompt, other.prompt];
+        const texts = [run.request.prompt, other.request.prompt];
         for (const [k, { x0 }] of (await Promise.all([live.pictures(run, at), live.pictures(other, at)])).entries()) {
           const [canvas, caption] = pair.children[k].children;
           caption.replaceChildren(...marked(texts[k], texts[1 - k]));
@@ -265,11 +260,8 @@ globalThis.minisdPanels = (() => {
         find(".shape").textContent = `its latent [${shape.join(" ")}]: blue is negative, red is positive`;
       }
 
-      find(".go").onclick = async () => {
-        over.checked = true;
-        await live.draw();
-        if (live.about) await autoencode();
-      };
+      find(".go").onclick = () => live.draw({ over: true });
+      on(live, "ready", () => over.checked && autoencode());
 
       // --- painting: a line of squares from where the pointer was
 
@@ -359,7 +351,8 @@ globalThis.minisdPanels = (() => {
         const mark = (t, name) => ({ x: t / (T - 1), y: parts[0][t], class: name });
         const { t } = live.run.steps[live.selected];
         const marks = live.run.start.timesteps.map((t) => mark(t, "visited"));
-        curve(element.querySelector("svg"), { signal: parts[0], noise: parts[1] }, [...marks, mark(t, "current")]);
+        marks.push({ ...mark(t, "current"), r: 1.6 });
+        curve(element.querySelector("svg"), { signal: parts[0], noise: parts[1] }, marks);
         const [signal, noise] = parts.map((part) => part[t].toFixed(3));
         element.querySelector(".says").textContent =
           `t = ${t} of ${T}: x_t = ${signal} · picture + ${noise} · noise. Drawing goes from right to left.`;
