@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from code_pages import anchor_lines, to_code_pages, write_code_pages
 from source_lines import with_lines
 from sphinx.search.en import SearchEnglish
+from tour_links import to_tour_links, write_tour_texts
 
 project = "minisd"
 author = "minisd contributors"
@@ -44,26 +45,29 @@ def copy_notebooks() -> None:
         (target / stale).unlink()
     for name in names:
         out = "](" + "../" * len(name.parts)
-        text = (source / name).read_text("utf-8").replace(out, out + "../")
-        text = to_code_pages(text, f"notebooks/{name.as_posix()}")
+        page = f"notebooks/{name.as_posix()}"
+        text = to_tour_links((source / name).read_text("utf-8"), page).replace(out, out + "../")
+        text = to_code_pages(text, page)
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text("utf-8") != text:
             copy.write_text(text, "utf-8")
 
 
-LIVE = ["play"]  # the pages with a live model
+LIVE = ["index", "play"]  # the pages with a live model
 LIVE_PAGE = Path(__file__).parents[1] / "minisd" / "live" / "index.html"
 
 copy_notebooks()
 write_code_pages()
 # A process of its own, so that torch is gone from memory when Sphinx sets to work.
 subprocess.run([sys.executable, Path(__file__).parent / "draw_play.py"], check=True)
+write_tour_texts(Path(__file__).parent / "play_pictures" / "live")  # with links to these pages
 
 
 def lead_to_code(app, page, source):
     if "/" not in page:  # a page of docs/
-        source[0] = with_lines(to_code_pages(source[0], page), named=page == "compvis")
+        text = to_code_pages(to_tour_links(source[0], page), page)
+        source[0] = with_lines(text, named=page == "compvis")
 
 
 def add_live_page(app, page, template, context, doctree):

@@ -19,6 +19,9 @@
 #
 # About 15 minutes to read; it runs in about a minute on a laptop. You need to have met a neural network before, and
 # PyTorch. Everything else is explained on the way, most of it in a later notebook.
+#
+# To watch all of it in your browser, [take the tour](../docs/play.md#tour=overview): it follows one drawing through
+# thirteen stops.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

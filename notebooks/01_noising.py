@@ -30,6 +30,9 @@
 # [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672); **Variational Diffusion Models**,
 # [Kingma et al. 2021](https://arxiv.org/abs/2107.00630); **EDM**,
 # [Karras et al. 2022](https://arxiv.org/abs/2206.00364).
+#
+# To see a picture and noise mixed in your browser first, open the stop [What training
+# did](../docs/play.md#tour=training) of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -31,6 +31,9 @@
 # [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672) (Improved DDPM);
 # [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512) ($v$); [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)
 # (guidance without a classifier); [Hang et al. 2023](https://arxiv.org/abs/2303.09556) (min-SNR).
+#
+# To see one training example in your browser first, open the stop [What training did](../docs/play.md#tour=training) of
+# the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

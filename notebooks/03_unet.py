@@ -24,6 +24,9 @@
 #
 # About 60 minutes to read; it runs in two minutes or so on a laptop. The modules of this stage are
 # [`minisd/unet.py`](../minisd/unet.py) and [`minisd/attention.py`](../minisd/attention.py).
+#
+# To see this network at work in your browser first, open the stops [The UNet](../docs/play.md#tour=unet), [The time
+# embedding](../docs/play.md#tour=time) and [Cross-attention](../docs/play.md#tour=attention) of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -25,6 +25,9 @@
 # About 60 minutes to read; it runs in two or three minutes on a laptop. You need $\bar\alpha_t$ and the
 # signal-to-noise ratio from [notebook 01](01_noising.ipynb). The modules of this stage are
 # [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py).
+#
+# To change a latent in your browser and see it decoded, open the stop [Decoding](../docs/play.md#tour=decoding) of the
+# guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -28,6 +28,9 @@
 # this stage are [`minisd/tokenizer.py`](../minisd/tokenizer.py) and [`minisd/clip.py`](../minisd/clip.py).
 # [Notebook 04](04_vae.ipynb) was about the pictures' side; [notebook 03](03_unet.ipynb) showed where the context enters
 # the UNet. Next: [notebook 06](06_sampling.ipynb).
+#
+# To see the tokens and the context of a prompt of your own in your browser first, open the stops
+# [Tokens](../docs/play.md#tour=tokens) and [Context](../docs/play.md#tour=context) of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -25,6 +25,9 @@
 # stage is [`minisd/sampling.py`](../minisd/sampling.py). Before it: [notebook 05](05_clip.ipynb), the text; after it:
 # [notebook 07](07_latent_diffusion.ipynb). You need [notebook 01](01_noising.ipynb), and from
 # [notebook 02](02_loss.ipynb) only that a model can learn to predict the noise.
+#
+# To see a step with its numbers in your browser first, open the stops [Guidance](../docs/play.md#tour=guidance), [One
+# step](../docs/play.md#tour=step) and [The loop](../docs/play.md#tour=loop) of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -26,6 +26,9 @@
 # stage are [`minisd/latent_diffusion.py`](../minisd/latent_diffusion.py),
 # [`minisd/training/`](../minisd/training/unet.py) and [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py). Before
 # this: [notebook 06](06_sampling.ipynb).
+#
+# To follow a drawing in your browser first, from its noise to its pixels, open the stops [The drawing starts from
+# noise](../docs/play.md#tour=noise) and [Decoding](../docs/play.md#tour=decoding) of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -29,6 +29,9 @@
 #
 # Before: [notebook 07](07_latent_diffusion.ipynb), where the three networks were trained for the first time. Next:
 # [notebook 09](09_stable_diffusion_v1.ipynb), the official weights.
+#
+# To see one training example in your browser first, open the stop [What training did](../docs/play.md#tour=training) of
+# the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

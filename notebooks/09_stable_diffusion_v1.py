@@ -31,6 +31,9 @@
 # **No file of Stable Diffusion is needed.** Without one, the notebook makes a small file in the same layout, from the
 # model that ships. If you have one, put its path below (`.ckpt` or `.safetensors`), or the folder or hub name of a
 # model in diffusers' layout. With it, draw on a GPU, or have patience: 512×512 pixels take minutes on a CPU.
+#
+# The [guided tour](../docs/play.md#tour=overview) in your browser names, at each of its stops, the class or method of
+# CompVis that does the same.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

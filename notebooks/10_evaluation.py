@@ -29,6 +29,9 @@
 # Before it: [notebook 09](09_stable_diffusion_v1.ipynb), the official weights; what you need is guidance, from
 # [notebook 06](06_sampling.ipynb), and CLIP's two towers, from [notebook 05](05_clip.ipynb). Next: [notebook
 # 11](11_why_is_it_noise.ipynb), every classic mistake made on purpose.
+#
+# To see in your browser what guidance does to a drawing, open the stop [Guidance](../docs/play.md#tour=guidance) of the
+# guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -31,6 +31,9 @@
 #
 # Names such as "diffusers#271" are public threads on GitHub (number 271 of huggingface/diffusers) in which people
 # describe that symptom.
+#
+# To see in your browser what a healthy step looks like, open the stop [One step](../docs/play.md#tour=step) of the
+# guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

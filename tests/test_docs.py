@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -119,7 +120,10 @@ def test_links_lead_somewhere(page):
             target = ROOT / "notebooks" / target.relative_to(DOCS / "notebooks")
         assert target.exists(), f"{page.name} leads to {link}, which is not there"
         assert target.is_file() or page.parent == ROOT, f"{page.name} leads to {link}, a folder"
-        if heading:
+        if heading.startswith("tour="):  # a stop of the guided tour, which the build leads to
+            stops = json.loads(text_of(ROOT / "minisd" / "live" / "tour.json"))["stops"]
+            assert path.endswith("play.md") and heading[5:] in {stop["id"] for stop in stops}, f"{link} is no stop"
+        elif heading:
             headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
             assert heading in slugs, f"{page.name} leads to {link}, but there is no such heading"

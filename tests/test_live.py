@@ -499,7 +499,7 @@ def test_a_page_opened_as_a_file_draws_the_same_picture(browser, site, tiny):
 
     page.fill("[name=prompt]", "a red circle")
     page.click("text=Draw")
-    page.wait_for_function("/^Drawn in/.test(document.querySelector('[role=status]').textContent)")
+    page.wait_for_function("/^Drawn on/.test(document.querySelector('[role=status]').textContent)")
     page.close()
 
 

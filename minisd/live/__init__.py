@@ -31,7 +31,7 @@ SCRIPTS = [
         "latent_diffusion", "worker", "live",
     )
 ]  # fmt: skip
-PAGE = ["figures.js", "panels.js", "page.js", "page.css", "index.html"]
+PAGE = ["figures.js", "panels.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
 MOST_BYTES = 200 << 20  # of weights. In float32, as they are computed with, they may take twice as much of a tab
 
@@ -116,4 +116,6 @@ def write_page(model: Path, folder: Path, name: str = "", recordings: Sequence[d
     (folder / "model").mkdir(parents=True, exist_ok=True)
     for file in [*SCRIPTS, *PAGE]:
         shutil.copyfile(HERE / file, folder / file)
+    texts = (HERE / "tour.json").read_text("utf-8")
+    (folder / "tour_texts.js").write_text(f"globalThis.minisdTour = {texts.strip()};\n", "utf-8")
     write_model_scripts(model, folder / "model", name, recordings)
