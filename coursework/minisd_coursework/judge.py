@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import symptoms
@@ -100,8 +101,8 @@ def _wrong(exercise: Exercise, sentence: str) -> Verdict:
 def _remarks(value: Any, right: Any) -> Iterator[str]:
     if isinstance(right, list) and not isinstance(value, list):
         yield say("verdict.no_list", kind=kind_of(value))
-    if isinstance(right, Tensor) and isinstance(value, Tensor) and value.dtype != right.dtype:
-        yield say("verdict.other_dtype", dtype=value.dtype, wanted=right.dtype)
+    if getattr(value, "dtype", None) == torch.float64 and getattr(right, "dtype", None) == torch.float32:
+        yield say("verdict.other_dtype")
 
 
 def _not_a_function(exercise: Exercise, function: Any) -> str | None:
@@ -135,7 +136,8 @@ def explanations(attempt: Attempt, function: Callable) -> Iterator[str]:
         where = both if any(attempt.hits) else ""
         raised = f"{symptoms.raised(broken[0].error, attempt.cases[0])} {where}".strip()
         # Torch's errors name sizes, so that one may know a change of the solution by them, but Python's say too little.
-        if not any(attempt.wrong()) and not isinstance(broken[0].error, RuntimeError | IndexError):
+        telling = any(attempt.wrong()) or isinstance(broken[0].error, RuntimeError | IndexError)
+        if len(broken) == len(attempt.outcomes) or not telling:
             yield raised
     else:
         yield from symptoms.wrong_kind(attempt)

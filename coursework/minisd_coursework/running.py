@@ -97,17 +97,17 @@ def run(
         warnings.simplefilter("ignore")
         try:
             with _at_most(SECONDS):
-                outcome.value = exercise.read(function(*given.values()))
+                outcome.value = function(*given.values())
                 elsewhere = [t.device for t in _tensors(outcome.value) if t.device.type != "cpu"]
                 if elsewhere:
                     raise OtherDevice(say("kind.device", device=elsewhere[0]))
+                outcome.value = exercise.read(outcome.value)
+                outcome.gradients = _gradients(outcome.value, leaves) if leaves else None
         except (Exception, SystemExit) as error:
             outcome.error = error
     outcome.printed = printed.getvalue()
     if outcome.error is None:
         outcome.changed = [name for name, value in args.items() if not _unchanged(given[name], value)]
-        if leaves:
-            outcome.gradients = _gradients(outcome.value, leaves)
         outcome.value = _detached(outcome.value)
     return outcome
 

@@ -31,12 +31,11 @@ def steps_of(*names: str, **values):
             known = {"a_t": a_t, "a_prev": a_prev, **values, **more}
             return tuple(known[name] if name in known else latents(*shape) for name in names)
 
-        etas = [0.7, 0.0, 1.0, 0.3] if "eta" in names else [None] * 4
         return {
-            "a step in the middle": case(0.3, 0.6, (2, 3, 5), eta=etas[0]),
-            "a small step of one picture": case(0.7, 0.75, (1, 4, 3), eta=etas[1]),
-            "a step at the start, of square latents": case(0.02, 0.1, (3, 4, 4), eta=etas[2]),
-            "the last step, to the clean picture": case(0.95, 1.0, (2, 3, 4), eta=etas[3]),
+            "a step in the middle": case(0.3, 0.6, (2, 3, 5), eta=0.7),
+            "a small step of one picture": case(0.7, 0.75, (1, 4, 3), eta=0.0),
+            "a step at the start, of square latents": case(0.02, 0.1, (3, 4, 4), eta=1.0),
+            "the last step, to the clean picture": case(0.95, 1.0, (2, 3, 4), eta=0.3),
         }
 
     return cases

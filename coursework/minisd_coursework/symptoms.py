@@ -29,7 +29,9 @@ def nothing_to_compare(attempt: Attempt, function: Callable) -> Iterator[str]:
         value, kind = outcome.value, kind_of(outcome.value)
         if value is None:
             yield from _returns_what_a_method_returns(function)
-            yield f"{say('unwritten.none')} {say('unwritten.printed') if outcome.printed else ''}".strip()
+            always = all(o.value is None for o in attempt.outcomes)
+            none = say("unwritten.none") if always else say("unwritten.none_sometimes")
+            yield f"{none} {say('unwritten.printed') if outcome.printed else ''}".strip()
         elif value is Ellipsis or value is NotImplemented:
             yield say("unwritten.dots")
         elif inspect.isgenerator(value):
@@ -125,8 +127,12 @@ def _matching_small_changes(attempt: Attempt) -> Iterator[str]:
 def _wrong_list(attempt: Attempt, value: Any, wanted: list) -> Iterator[str]:
     """Other values, where a list is wanted; or the right ones in another order."""
     items, tolerance, count = as_list(value), attempt.exercise.tolerance, len(wanted)
+    no_values = say("kind.no_values", kind=kind_of(value), count=count)
+    for place, item in enumerate(items or []):
+        if same(item, wanted, tolerance):
+            yield say("kind.at_a_place", wants=no_values, place=place)
     if items is None:
-        yield say("kind.no_values", kind=kind_of(value), count=count)
+        yield no_values
     elif len(items) == count:
         orders = itertools.islice(itertools.permutations(items), 5040)
         if any(same(list(order), wanted, tolerance) for order in orders):
@@ -257,7 +263,6 @@ def gradient_only(attempt: Attempt) -> Iterator[str]:
         return
     if all(o.gradients is None for o in attempt.outcomes):
         yield say("gradient.none", through=through)
-        return
     yield from attempt.matching(changes(attempt.exercise))
     if all(not o.gradients or not any(g.any() for g in o.gradients) for o in attempt.outcomes):
         yield say("gradient.zero", through=through)
@@ -280,7 +285,7 @@ def same_as_an_argument(attempt: Attempt) -> Iterator[str]:
 def at_the_ends(attempt: Attempt) -> Iterator[str]:
     """Right for every t but the first, or the last."""
     name = next((n for n in ("t", "timesteps") if isinstance(attempt.cases[0].get(n), Tensor)), None)
-    wrong, some_right = [], False  # of each sample that is wrong: (t, is it the last one)
+    samples = []  # of each: (is it right, is its t the first one, is it the last one)
     for args, outcome, right in zip(attempt.cases, attempt.outcomes, attempt.rights, strict=True):
         t, schedule = args.get(name), args.get("alphas_cumprod", args.get("betas"))
         a, b = outcome.value, right.value
@@ -288,11 +293,9 @@ def at_the_ends(attempt: Attempt) -> Iterator[str]:
             return
         last = -1 if schedule is None else len(schedule) - 1
         for k, x, y in zip(t.tolist(), a, b, strict=True):
-            if same(x, y, attempt.exercise.tolerance):
-                some_right = True
-            else:
-                wrong.append((k, k == last))
-    if wrong and some_right and all(t == 0 for t, _ in wrong):
+            samples.append((same(x, y, attempt.exercise.tolerance), k == 0, k == last))
+    wrong = [sample for sample in samples if not sample[0]]
+    if 0 < len(wrong) < len(samples) and all(first for _, first, _ in wrong):
         yield say("arguments.first_time")
-    if wrong and some_right and all(last for _, last in wrong):
+    if 0 < len(wrong) < len(samples) and all(last for *_, last in wrong):
         yield say("arguments.last_time")
