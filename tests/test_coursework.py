@@ -483,6 +483,19 @@ def bpe_merge_variant_1(pieces, ranks):
 
 
 @variant
+def bpe_merge_variant_2(pieces, ranks):
+    pairs = sorted((pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks), key=ranks.get)
+    merged, word = [], []
+    for piece in pieces:
+        word = [*word, piece]
+        if word[-2:] != list(pairs[0] if pairs else ()):
+            continue
+        merged += [*word[:-2], "".join(word[-2:])]
+        word = []
+    return merged + word
+
+
+@variant
 def pad_tokens_variant_1(ids, start, end, max_length):
     out = torch.full((max_length,), end)
     k = ids[: max_length - 2]
@@ -581,6 +594,12 @@ def img2img_timesteps_variant_1(timesteps, strength):
 
 
 @variant
+def img2img_timesteps_variant_2(timesteps, strength):
+    n = int(len(timesteps) * strength)
+    return timesteps[-n:] if n else []
+
+
+@variant
 def inpaint_blend_variant_1(x_t, z_0, noise, mask, a_t):
     m = mask.float()
     return m * x_t + (1 - m) * (math.sqrt(a_t) * z_0 + math.sqrt(1 - a_t) * noise)
@@ -641,6 +660,39 @@ def sampling_loop_variant_1(eps_model, x_T, timesteps, alphas_cumprod):
         e = eps_model(x, torch.tensor([t] * x.shape[0]))
         x = math.sqrt(an / a) * x + (math.sqrt(1 - an) - math.sqrt(an * (1 - a) / a)) * e
     return x
+
+
+@variant
+def unet_forward_variant_2(x, input_blocks, middle_block, output_blocks):
+    if not input_blocks:
+        return middle_block(x)
+    skip = input_blocks[0](x)
+    below = unet_forward_variant_2(skip, input_blocks[1:], middle_block, output_blocks[:-1])
+    return output_blocks[-1](torch.cat((below, skip), 1))
+
+
+@variant
+def q_sample_variant_5(x_0, t, noise, alphas_cumprod):
+    bars = alphas_cumprod.numpy()[t.numpy()][:, None, None, None]
+    return torch.from_numpy(np.sqrt(bars) * x_0.numpy() + np.sqrt(1 - bars) * noise.numpy())
+
+
+@variant
+def upsample_variant_2(x, conv):
+    return conv(torch.kron(x, torch.ones(1, 1, 2, 2)))
+
+
+@variant
+def kl_variant_3(mean, logvar):
+    normal = torch.distributions.Normal
+    ours, theirs = normal(mean, (logvar / 2).exp()), normal(torch.zeros_like(mean), 1.0)
+    return torch.distributions.kl_divergence(ours, theirs).sum((1, 2, 3))
+
+
+@variant
+def pooled_state_variant_2(hidden, input_ids, end_token):
+    ends = input_ids == end_token
+    return hidden[ends & (ends.cumsum(1) == 1)]
 
 
 @variant
@@ -1275,6 +1327,16 @@ def test_a_mistake_is_named_that_any_function_can_have(function, said):
         ("attention", lambda q, k, v: q @ k / math.sqrt(q), "torch has functions for whole tensors|Print both|inner"),
         ("geglu", lambda x, proj: proj(x[..., :-1]), "comes from a function that you call"),
         ("q_sample", type("Noiser", (), {"__call__": lambda self, x_0, t, noise, bar: x_0}), "Noiser is a class"),
+        ("q_sample", type("Noisy", (), {"__init__": lambda self, x_0, t, noise, bar: None}), "Noisy is a class"),
+        ("q_sample", lambda *args: object(), "returns an object, but it should return a tensor of shape"),
+        ("q_sample", lambda x, *_: F.pad(x[..., None, None, None], [1] * 8, "reflect"), "raises NotImpl.*Only 2D"),
+        ("leading_timesteps", lambda steps, T: (t for t in range(1, T)), r"generator.*`\(\.\.\. for \.\.\.\)`.*square"),
+        ("leading_timesteps", lambda steps, T: (1, list(range(1, T, T // steps))[::-1]), "a tuple.*place 1 is right"),
+        ("plms_combine", lambda e: e[0] if len(e) == 1 else None, "None in some cases"),
+        ("kl", lambda mean, logvar: mean.sum().item(), "a Python number. Return a tensor"),
+        ("vae_loss", lambda *args: vae_loss_in_numbers(*args), r"gradient flows through `kl`.*`\.item\(\)`"),
+        ("snr", lambda t, bar: bar[t] // (1 - bar[t]), "you divided with `//`"),
+        ("ema_decay", lambda n, decay: {"decay": decay}, "a dict, but it should return a number"),
     ],
 )
 def test_a_result_in_another_form_is_described(name, function, said):
@@ -1293,6 +1355,69 @@ def test_errors_need_not_be_the_same_where_wrong_results_can_be_compared():
         return x + proj_out(tokens.mT.unflatten(2, x.shape[2:]))
 
     assert check.spatial_transformer(spatial_transformer).mistake == "proj_in is missing. Apply it after the norm."
+
+
+def vae_loss_in_numbers(x, reconstruction, mean, logvar, kl_weight):
+    """The loss, with a KL that is a Python number."""
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / len(x)
+    return (x - reconstruction).abs().mean() + kl_weight * kl.item() / x[0].numel()
+
+
+def test_a_method_that_returns_none_is_named():
+    def leading_timesteps(steps, T):
+        timesteps = list(range(1, T, T // steps))
+        return timesteps.reverse()
+
+    assert "`.reverse()` changes a list and returns None" in check.leading_timesteps(leading_timesteps).mistake
+
+
+def test_a_split_into_pieces_of_two_is_told_from_a_split_into_two():
+    """On two channels they are the same. Elsewhere there are too many parts, as chunk(3) would make."""
+
+    def sample_posterior(moments, noise):
+        mean, logvar = moments.split(2, dim=1)
+        return mean + (logvar.clamp(-30, 20) / 2).exp() * noise
+
+    mistake = check.sample_posterior(sample_posterior).mistake
+    assert "too many values" in mistake and "`.split(2)` makes parts with 2 entries" in mistake
+
+
+@pytest.mark.parametrize("name", ["q_sample", "nearest_code", "kl", "leading_timesteps", "ema_decay", "causal_mask"])
+def test_a_result_on_another_device_is_refused_and_not_compared(name):
+    """As a student with a GPU returns it. Nothing can be read from the device "meta", so that a comparison fails."""
+    right = EXERCISES[name].compile()
+    for returned in (lambda x: x, lambda x: [1, x], lambda x: {"x": x}, lambda x: x.long()[None]):
+        verdict = judge(EXERCISES[name], lambda *args, form=returned: form(torch.as_tensor(right(*args)).to("meta")))
+        assert "Your result is on meta, but the arguments are on the CPU." in verdict.mistake
+
+
+def test_what_a_student_does_to_a_model_stays_in_this_call():
+    right = EXERCISES["epsilon_loss"].compile()
+
+    def moved(model, *args):
+        model.to("meta")
+
+    def emptied(model, *args):
+        model.requires_grad_(False).conv.weight.zero_()
+
+    for function in (moved, emptied):
+        assert not check.epsilon_loss(function)
+        assert check.epsilon_loss(right)
+
+
+def test_a_function_that_goes_back_through_its_own_graph_is_told_so():
+    def epsilon_loss(*args):
+        loss = EXERCISES["epsilon_loss"].compile()(*args)
+        loss.backward()
+        return loss
+
+    assert "calls `.backward()`. Leave it out" in check.epsilon_loss(epsilon_loss).mistake
+
+
+def test_two_calls_of_the_model_are_right_and_get_a_remark():
+    verdict = check.guided_eps(guided_eps_variant_1)
+    assert verdict.right and "calls the model more than once" in verdict.message
+    assert check.guided_eps(guided_eps_variant_2).message == "guided_eps: right."
 
 
 def test_a_tensor_in_place_of_a_list_gets_a_remark():

@@ -133,6 +133,12 @@ def _compiled(exercise: Exercise, solutions: Iterable[tuple[str, str]]) -> Itera
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def kind_of(value: Any) -> str:
+    """The type of a value, with its article: "a list", "an int"."""
+    name = "tuple" if isinstance(value, tuple) else type(value).__name__  # torch has tuples with names of their own
+    return f"{'an' if name[0] in 'aeiouAEIOU' or name == 'ndarray' else 'a'} {name}"
+
+
 def as_a_whole(sentence: str) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 

@@ -1,6 +1,7 @@
 """check.q_sample(my_q_sample): one function for each exercise."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .exercise import EXERCISES, find
@@ -26,10 +27,8 @@ class Check:
         if name not in EXERCISES:
             raise AttributeError(f"there is no exercise {name!r}: choose one of {', '.join(EXERCISES)}")
 
-        def check(function: Any) -> Verdict:
-            return self(name, function)
-
-        check.__name__, check.__doc__ = name, EXERCISES[name].task
+        check = partial(self, name)
+        check.__doc__ = EXERCISES[name].task
         return check
 
     def __dir__(self) -> list[str]:

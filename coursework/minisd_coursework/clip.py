@@ -46,6 +46,7 @@ _RANKS = {("l", "o"): 0, ("e", "r</w>"): 1, ("lo", "w"): 2, ("n", "e"): 3, ("low
 @case("one piece", lambda: (["a</w>"], _RANKS))
 @case("half way", lambda: (["lo", "w", "er</w>"], _RANKS))
 @case("at the end", lambda: (["x", "e", "r</w>"], _RANKS))
+@case("pieces that end and begin like the pair", lambda: (["al", "o", "l", "o", "wl", "or</w>"], _RANKS))
 def bpe_merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """One step of byte-pair encoding: of all neighbours, the pair of the smallest rank is merged, wherever it occurs.
 
@@ -69,16 +70,6 @@ def bpe_merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]
             i += 1
     return merged
     # END SOLUTION
-
-
-def again(pieces, ranks):
-    """For a mistake above: merge on until nothing changes."""
-    while True:
-        pairs = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]
-        if not pairs:
-            return pieces
-        i = list(zip(pieces, pieces[1:], strict=False)).index(min(pairs, key=ranks.get))
-        pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
 
 
 @instead_of("__call__", BPETokenizer)
@@ -139,7 +130,7 @@ def _put_mask(f, real, q, k, v, causal=False):
 
 @exercise(
     # -1e9 does as well as -inf
-    read=lambda mask: mask.masked_fill(mask < -1e4, -math.inf) if mask.is_floating_point() else mask,
+    read=lambda m: m.masked_fill(m < -1e4, -math.inf) if isinstance(m, Tensor) and m.is_floating_point() else m,
     swap=_put_mask,
 )
 @case("five tokens", lambda: (5,))

@@ -46,7 +46,8 @@ class Exercise:
     linear: arguments of which the result is a weighted sum. The checker finds the weights, and ...
     quantities: ... (arguments) -> numbers or [b] tensors by their symbol, to name those that are wrong.
     may_change: arguments that a right solution may change in place.
-    read: what counts of a result, if not every form of it is to be told apart: tensor -> tensor.
+    read: result -> what counts of it, if not every form of it is to be told apart.
+    remark: (arguments, after a right function was called with them) -> a remark on how it did it, or "".
     tolerance: relative.
 
     From the stage's TOML file:
@@ -64,7 +65,8 @@ class Exercise:
     linear: tuple[str, ...] = ()
     quantities: Callable[..., dict[str, Any]] | None = None
     may_change: tuple[str, ...] = ()
-    read: Callable[[Any], Any] | None = None
+    read: Callable[[Any], Any] = lambda value: value
+    remark: Callable[..., str] = lambda **_: ""
     tolerance: float = 1e-4
     difficulty: int = field(init=False)
     minutes: int = field(init=False)

@@ -97,8 +97,7 @@ def _graded(grade_id: str, flags: dict) -> dict:
 
 def otter(stage: str) -> list[dict]:
     """With the raw cells that `otter assign` reads. Its tests are functions that raise an exception."""
-    config = "# ASSIGNMENT CONFIG\nexport_cell: false\ntests:\n  ok_format: false"
-    cells = [raw(config), opening(stage), code(SETUP)]
+    cells = [raw("# ASSIGNMENT CONFIG\nexport_cell: false\ntests:\n  ok_format: false"), opening(stage), code(SETUP)]
     for exercise in of_stage(stage):
         name = exercise.name
         cells += [raw(f"# BEGIN QUESTION\nname: {name}\npoints: {exercise.difficulty}"), heading(exercise)]

@@ -6,19 +6,21 @@ arguments in the place of the right ones; the weights, if the result is a weight
 change; simple relations (a factor, a sign, an order); two mistakes at once. The first that fits on every case is it.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import symptoms
-from .attempt import Attempt, arguments, changes, known, listed, pairs, short
+from .attempt import Attempt, arguments, changes, kind_of, known, listed, pairs, short
 from .exercise import Exercise
 from .relations import more_or_less, related
-from .running import as_list, cases_of, default_torch_state, right_outcomes, run, same, same_outcome
+from .running import as_list, cases_of, default_torch_state, right_outcomes, run, same, same_outcome, watch
 from .texts import say
 from .weights import solve, weights
 
@@ -61,7 +63,7 @@ def judge(exercise: Exercise, function: Any) -> Verdict:
         return _wrong(exercise, sentence)
     outcomes = []
     for label, args in cases_of(exercise).items():
-        outcomes.append(run(exercise, function, args))
+        outcomes.append(watch(exercise, function, args))
         if isinstance(outcomes[-1].error, TimeoutError):  # on the other cases one would wait as long again
             sentence = f"{symptoms.raised(outcomes[-1].error, args)} {say('verdict.timed_out', label=label)}"
             return replace(_wrong(exercise, sentence), printed=outcomes[0].printed)
@@ -72,15 +74,15 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
     cases, rights = cases_of(exercise), right_outcomes(exercise)
     hits = [same_outcome(o, right, exercise.tolerance) for o, right in zip(outcomes, rights, strict=True)]
     if all(hits):
-        first = next(iter(cases.values()))
+        first = copy.deepcopy(next(iter(cases.values())))
         again = run(exercise, function, first, seed=1)
         changed = [name for name in outcomes[0].changed if name not in exercise.may_change]
         if not same_outcome(again, rights[0], exercise.tolerance):
             return _wrong(exercise, symptoms.is_random(first))
         if changed:
             return _wrong(exercise, symptoms.changes_in_place(changed))
-        remarks = [say("verdict.right", name=exercise.name), *_remarks(outcomes[0].value, rights[0].value)]
-        return Verdict(True, " ".join(remarks))
+        remarks = [*_remarks(outcomes[0].value, rights[0].value), exercise.remark(**first)]
+        return Verdict(True, " ".join([say("verdict.right", name=exercise.name), *remarks]).strip())
 
     attempt = Attempt(exercise, list(cases), list(cases.values()), outcomes, rights, hits)
     sentence = next(explanations(attempt, function), None)
@@ -98,16 +100,18 @@ def _wrong(exercise: Exercise, sentence: str) -> Verdict:
 
 def _remarks(value: Any, right: Any) -> Iterator[str]:
     if isinstance(right, list) and not isinstance(value, list):
-        yield say("verdict.no_list", kind=type(value).__name__)
-    if isinstance(right, Tensor) and isinstance(value, Tensor) and value.dtype != right.dtype:
-        yield say("verdict.other_dtype", dtype=value.dtype, wanted=right.dtype)
+        yield say("verdict.no_list", kind=kind_of(value))
+    if getattr(value, "dtype", None) == torch.float64 and getattr(right, "dtype", None) == torch.float32:
+        yield say("verdict.other_dtype")
 
 
 def _not_a_function(exercise: Exercise, function: Any) -> str | None:
     """What is wrong with it, if it cannot be called as the stub is."""
     call = f"{exercise.name}({', '.join(exercise.arguments)})"
+    if inspect.isclass(function):
+        return say("verdict.a_class", name=exercise.name, given=function.__name__)
     if not callable(function):
-        return say("verdict.not_a_function", name=exercise.name, given=f"a {type(function).__name__}")
+        return say("verdict.not_a_function", name=exercise.name, given=kind_of(function))
     try:
         signature = inspect.signature(function)
         names = list(signature.parameters)
@@ -116,8 +120,6 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
     try:
         signature.bind(*exercise.arguments)
     except TypeError:
-        if inspect.isclass(function):
-            return say("verdict.a_class", name=function.__name__)
         return say("verdict.other_arguments", call=call, names=", ".join(names))
     if set(names) == set(exercise.arguments) and names != list(exercise.arguments):
         return say("verdict.other_order", call=call, names=", ".join(names))
@@ -126,16 +128,22 @@ def _not_a_function(exercise: Exercise, function: Any) -> str | None:
 
 def explanations(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Sentences that fit, the best first."""
-    yield from symptoms.nothing_to_compare(attempt)
+    yield from symptoms.nothing_to_compare(attempt, function)
     yield from attempt.matching(known(attempt.exercise))
     broken = [o for o in attempt.outcomes if o.error is not None]
-    if len(broken) == len(attempt.outcomes):
-        yield symptoms.raised(broken[0].error, attempt.cases[0])
-    if not broken:
-        again = run(attempt.exercise, function, attempt.cases[0], seed=1)
+    if broken:
+        both = say("verdict.right_and_wrong", right=attempt.labels_of(True), wrong=attempt.labels_of(False))
+        where = both if any(attempt.hits) else ""
+        raised = f"{symptoms.raised(broken[0].error, attempt.cases[0])} {where}".strip()
+        # Torch's errors name sizes, so that one may know a change of the solution by them, but Python's say too little.
+        telling = any(attempt.wrong()) or isinstance(broken[0].error, RuntimeError | IndexError)
+        if len(broken) == len(attempt.outcomes) or not telling:
+            yield raised
+    else:
+        yield from symptoms.wrong_kind(attempt)
+        again = watch(attempt.exercise, function, attempt.cases[0], seed=1)
         if not same_outcome(again, attempt.outcomes[0], attempt.exercise.tolerance):
             yield symptoms.is_random(attempt.cases[0])
-        yield from symptoms.wrong_kind(attempt)
         yield from symptoms.gradient_only(attempt)
         yield from symptoms.same_as_an_argument(attempt)
     yield from attempt.matching(arguments(attempt.exercise))
@@ -145,9 +153,7 @@ def explanations(attempt: Attempt, function: Callable) -> Iterator[str]:
         yield from weights(attempt, named=True)
     yield from attempt.matching(changes(attempt.exercise))
     if broken:
-        both = say("verdict.right_and_wrong", right=attempt.labels_of(True), wrong=attempt.labels_of(False))
-        where = both if any(attempt.hits) else ""
-        yield f"{symptoms.raised(broken[0].error, attempt.cases[0])} {where}".strip()
+        yield raised
     yield from related(attempt)
     yield from more_or_less(attempt)
     yield from attempt.matching(itertools.islice(pairs(attempt.exercise), PAIRS))
@@ -168,22 +174,20 @@ def first_difference(attempt: Attempt) -> Iterator[str]:
         if isinstance(wanted, list) and mine is not None and len(mine) == len(wanted) > 1:
             at = next(i for i, (a, b) in enumerate(zip(mine, wanted, strict=True)) if not same(a, b, 1e-4))
             if at:
-                here, should = repr(mine[at]), repr(wanted[at])
-                yield say("last.first_difference", count=at, total=len(wanted), mine=here, wanted=should)
+                yield say("last.first_difference", count=at, total=len(wanted), mine=mine[at], wanted=wanted[at])
 
 
 def probe(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Nothing fits. What does the result hang on, and what not?"""
     exercise, args, tolerance = attempt.exercise, attempt.cases[0], attempt.exercise.tolerance
     mine, right = attempt.outcomes[0], attempt.rights[0]
-    values = (mine.value, right.value)
-    if mine.error is not None or not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+    if not all(isinstance(o.value, Tensor) and o.value.is_floating_point() for o in (mine, right)):
         return
     unused, good, bad = [], [], []  # good and bad: by whether a change of the argument changes the result as it should
     for name, value in args.items():
         if type(value) is float or (isinstance(value, Tensor) and value.is_floating_point()):
             changed = {**args, name: value * 0.7 + (0.05 if type(value) is float else 0.05 * value.flip(0))}
-            a, b = run(exercise, function, changed), run(exercise, exercise.compile(), changed)
+            a, b = watch(exercise, function, changed), run(exercise, exercise.compile(), changed)
             if isinstance(a.error, TimeoutError):
                 return
             if a.error is not None or not isinstance(a.value, Tensor) or a.value.shape != mine.value.shape:
@@ -204,7 +208,7 @@ def probe(attempt: Attempt, function: Callable) -> Iterator[str]:
     batched = [n for n, v in args.items() if isinstance(v, Tensor) and v.ndim and len(v) == b]
     if b > 1 and batched and mine.value.shape[:1] == right.value.shape[:1]:
         alone = {**args, **{name: args[name][:1] for name in batched}}
-        a, r = run(exercise, function, alone), run(exercise, exercise.compile(), alone)
+        a, r = watch(exercise, function, alone), run(exercise, exercise.compile(), alone)
         own = r.error is None and same(r.value, right.value[:1], tolerance)
         if own and a.error is None and not same(a.value, mine.value[:1], 1e-3):
             yield say("last.batch")
@@ -221,11 +225,5 @@ def in_numbers(attempt: Attempt) -> str:
     far = ""
     if isinstance(mine, Tensor) and isinstance(right, Tensor) and mine.shape == right.shape:
         far = say("verdict.by_up_to", far=f"{float((mine.double() - right.double()).abs().max()):.3g}")
-    begin, should = short(_numbers(mine)), short(_numbers(right))
-    return say("verdict.in_numbers", label=attempt.labels[at], far=far, begin=begin, should=should)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return [round(v, 4) if isinstance(v, float) else v for v in value.detach().flatten()[:4].tolist()]
-    return value
+    begin, should = (short(v.flatten()[:4].tolist() if isinstance(v, Tensor) else v) for v in (mine, right))
+    return say("verdict.in_numbers", label=attempt.labels[at], far=far, begin=begin, should=should).strip()

@@ -157,9 +157,7 @@ def predict_noise_from_v(
 @case("eight losses of four bins", lambda: (torch.rand(8), torch.tensor([0, 3, 5, 11, 7, 8, 2, 10]), 12, 4))
 @case("all bins hit", lambda: (torch.rand(6), torch.tensor([0, 9, 4, 5, 1, 6]), 10, 2))
 @case("one bin", lambda: (torch.rand(5), torch.tensor([0, 3, 7, 1, 2]), 8, 1))
-@case(
-    "nearly all are early, none at the ends", lambda: (torch.rand(9), torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), 12, 3)
-)  # fmt: skip
+@case("nearly all early, none at the ends", lambda: (torch.rand(9), torch.tensor([2, 1, 3, 1, 2, 1, 5, 7, 8]), 12, 3))
 @case("bins that T does not divide", lambda: (torch.rand(7), torch.tensor([6, 0, 3, 4, 5, 2, 1]), 7, 2))
 def loss_by_time(losses: Float[Tensor, "n"], t: Int[Tensor, "n"], T: int, bins: int) -> Float[Tensor, "bins"]:
     """The mean loss in each of `bins` equally long stretches of time: where is the model good, and where not?

@@ -28,7 +28,7 @@ def pictures(b: int, h: int = 4, w: int = 5) -> Float[Tensor, "b 3 h w"]:
     return torch.randn(b, 3, h, w)
 
 
-def timed(*names: str, schedule: str = "alphas_cumprod", ends: bool = True):
+def timed(*names: str, schedule: str = "alphas_cumprod"):
     """Cases for a function of pictures, of times and of a schedule. `names` in the order of the arguments."""
 
     def cases():
@@ -40,14 +40,14 @@ def timed(*names: str, schedule: str = "alphas_cumprod", ends: bool = True):
             given = {"t": t, schedule: values}
             return tuple(given[name] if name in given else pictures(len(t), h, w) for name in names)
 
-        found = {
+        return {
             "three pictures, 12 timesteps": case([3, 8, 5], make(12)),
             "one picture": case([6], make(12)),
             "as many pictures as columns": case([7, 2, 9, 4], make(12), h=3, w=4),
             "square pictures": case([1, 6], make(10), h=3, w=3),
             "Stable Diffusion's schedule": case([120, 900, 500], getattr(stable, schedule)),
+            "the first and the last timestep": case([0, 11], make(12)),
         }
-        return found | ({"the first and the last timestep": case([0, 11], make(12))} if ends else {})
 
     return cases
 

@@ -61,9 +61,8 @@ def draw(
     """
     exercise = find(name)
     solution = exercise.compile()
-    has_a_place = callable(exercise.swap)
     try:
-        with swap(name, function) if function and has_a_place else nullcontext():
+        with swap(name, function) if function and callable(exercise.swap) else nullcontext():
             order = Order(load(model, "cpu"), function or solution, prompt, SAMPLER_OF.get(name, "ddim"), steps, seed)
             return ROUTES.get(name, _drawn)(order)
     except NotImplementedError:
@@ -153,8 +152,7 @@ def _of_v(order: Order) -> Image.Image:
     predict_noise = sd.apply_model
 
     def answers_v(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        signal = sd.schedule._at(sd.schedule.sqrt_alphas_cumprod, t, x)
-        sigma = sd.schedule._at(sd.schedule.sqrt_one_minus_alphas_cumprod, t, x)
+        signal, sigma = sd.schedule._signal_and_sigma(t, x)
         return (predict_noise(x, t, cond) - sigma * x) / signal  # made of ε = √(1-ᾱ) x_t + √ᾱ v
 
     sd.apply_model = answers_v

@@ -46,10 +46,9 @@ def related(attempt: Attempt) -> Iterator[str]:
     for name, relation in RELATIONS.items():
         if all(same(a, relation(b), tolerance) for _, a, b in whole):
             yield say(f"relation.{name}")
-    offsets = [(a - b).flatten() for _, a, b in whole]
-    if all(close(d, d[:1].expand_as(d), 1e-5) for d in offsets) and sum(d.numel() for d in offsets) > 2:
-        if close(torch.stack([d[0] for d in offsets]), offsets[0][:1].expand(len(offsets))):
-            yield say("related.plus", number=f"{float(offsets[0][0]):.4g}")
+    offsets = torch.cat([(a - b).flatten() for _, a, b in whole])
+    if close(offsets, offsets[:1].expand_as(offsets), 1e-5) and len(offsets) > 2:
+        yield say("related.plus", number=f"{float(offsets[0]):.4g}")
     yield from _orders(tolerance, whole)
     finite = all(b.isfinite().all() for *_, b in whole)
     for name, relation in RELATIONS.items() if finite else ():
@@ -78,9 +77,8 @@ def _scaled(whole: Whole) -> Iterator[str]:
                 for power, kind in {1: "", -1: "inverse", 0.5: "root", -0.5: "inverse_root", 2: "square"}.items():
                     if all(abs(f / s[name] ** power - 1) < 1e-3 for f, s in zip(factors, sizes, strict=True)):
                         size = say(f"power.{kind}", size=name) if kind else name
-                        if abs(power) == 1:
-                            yield say("related.times_size_once", size=size)
-                        yield say("related.times_size", size=size)
+                        one = abs(power) == 1  # as where a sum stands in the place of a mean
+                        yield say("related.times_size_once", size=size) if one else say("related.times_size", size=size)
 
 
 def _named_factor(factor: float) -> str:
@@ -177,18 +175,14 @@ def _steps(function: Callable, args: dict[str, Any]) -> dict[str, Any]:
     """What a function has in its local variables when it returns."""
     found: dict[str, Any] = {}
 
-    def call(frame, event, _):
-        return inside if frame.f_code is function.__code__ else None
-
-    def inside(frame, event, _):
-        if event == "return":
+    def keep(frame, event, _):
+        if event == "return" and frame.f_code is function.__code__:
             found.update(frame.f_locals)
-        return inside
 
-    before = sys.gettrace()
-    sys.settrace(call)
+    before = sys.getprofile()
+    sys.setprofile(keep)
     try:
         function(*(copied(value) for value in args.values()))
     finally:
-        sys.settrace(before)
+        sys.setprofile(before)
     return found

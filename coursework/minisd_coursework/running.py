@@ -1,6 +1,7 @@
 """Run a function on the cases of an exercise and watch what it does; and: do two functions do the same?"""
 
 import contextlib
+import copy
 import io
 import signal
 import threading
@@ -18,6 +19,10 @@ from .exercise import Exercise
 from .texts import say
 
 SECONDS = 10.0  # that one call of a student's function may take
+
+
+class OtherDevice(Exception):
+    """A result on another device than the arguments. It is compared with nothing: torch would refuse, or copy it."""
 
 
 @dataclass
@@ -93,17 +98,29 @@ def run(
         try:
             with _at_most(SECONDS):
                 outcome.value = function(*given.values())
-                if exercise.read is not None and isinstance(outcome.value, Tensor):
-                    outcome.value = exercise.read(outcome.value)
+                elsewhere = [t.device for t in _tensors(outcome.value) if t.device.type != "cpu"]
+                if elsewhere:
+                    raise OtherDevice(say("kind.device", device=elsewhere[0]))
+                outcome.value = exercise.read(outcome.value)
+                outcome.gradients = _gradients(outcome.value, leaves) if leaves else None
         except (Exception, SystemExit) as error:
             outcome.error = error
     outcome.printed = printed.getvalue()
     if outcome.error is None:
         outcome.changed = [name for name, value in args.items() if not _unchanged(given[name], value)]
-        if leaves:
-            outcome.gradients = _gradients(outcome.value, leaves)
         outcome.value = _detached(outcome.value)
     return outcome
+
+
+def watch(exercise: Exercise, function: Callable, args: dict[str, Any], seed: int = 0) -> Outcome:
+    """Call a student's function, on copies of the models as well: it may move them to a GPU, or train them."""
+    return run(exercise, function, copy.deepcopy(args), seed)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in what was returned: itself, or those in lists, tuples and dicts."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [value] if isinstance(value, Tensor) else [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _detached(value: Any) -> Any:
@@ -139,7 +156,7 @@ def copied(value: Any) -> Any:
 
 def _unchanged(now: Any, before: Any) -> bool:
     if isinstance(before, Tensor):
-        return now.shape == before.shape and bool(torch.equal(now.detach(), before))
+        return now.shape == before.shape and now.device == before.device and torch.equal(now.detach(), before)
     if isinstance(before, list):
         return len(now) == len(before) and all(map(_unchanged, now, before))
     return now == before if isinstance(before, dict) else True
@@ -147,8 +164,7 @@ def _unchanged(now: Any, before: Any) -> bool:
 
 def _gradients(value: Any, leaves: list[Tensor]) -> list[Tensor] | None:
     """Of a sum of all that was returned, in which every number has its own weight."""
-    tensors = [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)]
-    tensors = [t for t in tensors if t.requires_grad and t.is_floating_point()]
+    tensors = [t for t in _tensors(value) if t.requires_grad and t.is_floating_point()]
     if not tensors:
         return None
     total = sum((t * torch.arange(1, t.numel() + 1).cos().view(t.shape)).sum() for t in tensors)
@@ -172,7 +188,7 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
             return False  # a byte is asked for as a byte; other integers may be of any size
         if not b.is_floating_point():
             return bool((a == b).all())
-        if (a.dtype != b.dtype and a.element_size() < b.element_size()) or a.is_complex() or a.device != b.device:
+        if (a.dtype != b.dtype and a.element_size() < b.element_size()) or a.is_complex():
             return False
         a, b = a.detach().double(), b.detach().double()
         finite = b[b.isfinite()]
@@ -183,15 +199,10 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
         return a is not None and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(b, int | float) and not isinstance(b, bool):
         if isinstance(a, Tensor | np.ndarray | np.generic):
-            one = a.numel() == 1 if isinstance(a, Tensor) else a.size == 1
-            a = a.item() if one else None
+            a = a.item() if len(a.flatten()) == 1 else None
         if isinstance(b, int) and isinstance(a, float):
             return False  # 3.0 is no index
         return isinstance(a, int | float) and (a == b or abs(a - b) <= tolerance * abs(b) + 1e-9)
-    if isinstance(b, dict):
-        return isinstance(a, dict) and a.keys() == b.keys() and all(same(a[key], b[key], tolerance) for key in b)
-    if isinstance(b, np.ndarray):
-        return isinstance(a, np.ndarray) and a.shape == b.shape and bool(np.all(a == b))
     return a is b or (type(a) is type(b) and isinstance(a, str | bool) and a == b)
 
 

@@ -14,29 +14,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attempt import Attempt, arguments, changes, listed, short
-from .running import as_list, multiple, run, same, same_outcome
+from .attempt import Attempt, arguments, changes, kind_of, listed, short
+from .running import OtherDevice, as_list, multiple, same, same_outcome, watch
 from .texts import read, say
 
 
-def nothing_to_compare(attempt: Attempt) -> Iterator[str]:
+def nothing_to_compare(attempt: Attempt, function: Callable) -> Iterator[str]:
     for outcome in attempt.outcomes:
-        if isinstance(outcome.error, NotImplementedError):
+        if isinstance(outcome.error, NotImplementedError) and not str(outcome.error):  # torch says what it cannot do
             yield say("unwritten.raises")
+        elif isinstance(outcome.error, OtherDevice):
+            yield str(outcome.error)
     for _, outcome, right in attempt.wrong():
-        value, kind = outcome.value, type(outcome.value).__name__
+        value, kind = outcome.value, kind_of(outcome.value)
         if value is None:
-            yield f"{say('unwritten.none')} {say('unwritten.printed') if outcome.printed else ''}".strip()
+            yield from _returns_what_a_method_returns(function)
+            always = all(o.value is None for o in attempt.outcomes)
+            none = say("unwritten.none") if always else say("unwritten.none_sometimes")
+            yield f"{none} {say('unwritten.printed') if outcome.printed else ''}".strip()
         elif value is Ellipsis or value is NotImplemented:
             yield say("unwritten.dots")
         elif inspect.isgenerator(value):
-            yield say("unwritten.generator")
+            yield say("unwritten.expression") if value.__name__ == "<genexpr>" else say("unwritten.generator")
         elif isinstance(value, Iterator):
             yield say("unwritten.iterator", kind=kind)
         elif callable(value):
             yield say("unwritten.callable", kind=kind)
         elif isinstance(right.value, Tensor) and isinstance(value, np.ndarray | np.generic):
             yield say("unwritten.numpy")
+        elif attempt.exercise.gradients and isinstance(value, int | float):
+            yield say("unwritten.number")
+
+
+def _returns_what_a_method_returns(function: Callable) -> Iterator[str]:
+    """`return ts.reverse()`, or `ts = ts.reverse()`."""
+    with contextlib.suppress(OSError, TypeError):  # a function without a source that can be read
+        found = re.search(r"(?:return |= ).*\.(append|extend|insert|reverse|sort)\(", inspect.getsource(function))
+        if found:
+            yield say("unwritten.in_place", method=found[1])
 
 
 INSIDE = ("must match the size", "mat1 and mat2", "channels, but got")  # shapes that a layer does not expect
@@ -100,6 +115,8 @@ def wrong_kind(attempt: Attempt) -> Iterator[str]:
             yield from _wrong_container(attempt, value, wanted)
         elif isinstance(wanted, list | tuple):
             yield from _wrong_list(attempt, value, list(wanted))
+        elif not isinstance(value, Tensor | int | float):
+            yield say("kind.no_number", kind=kind_of(value))
 
 
 def _matching_small_changes(attempt: Attempt) -> Iterator[str]:
@@ -110,8 +127,12 @@ def _matching_small_changes(attempt: Attempt) -> Iterator[str]:
 def _wrong_list(attempt: Attempt, value: Any, wanted: list) -> Iterator[str]:
     """Other values, where a list is wanted; or the right ones in another order."""
     items, tolerance, count = as_list(value), attempt.exercise.tolerance, len(wanted)
+    no_values = say("kind.no_values", kind=kind_of(value), count=count)
+    for place, item in enumerate(items or []):
+        if same(item, wanted, tolerance):
+            yield say("kind.at_a_place", wants=no_values, place=place)
     if items is None:
-        yield say("kind.no_values", kind=type(value).__name__, count=count)
+        yield no_values
     elif len(items) == count:
         orders = itertools.islice(itertools.permutations(items), 5040)
         if any(same(list(order), wanted, tolerance) for order in orders):
@@ -132,7 +153,7 @@ def _wrong_list(attempt: Attempt, value: Any, wanted: list) -> Iterator[str]:
 def _wrong_container(attempt: Attempt, value: Any, wanted: Tensor) -> Iterator[str]:
     """A tuple, a list, a dict or a number, where a tensor is wanted."""
     tolerance = attempt.exercise.tolerance
-    wants = say("kind.wants", kind=type(value).__name__, shape=list(wanted.shape))
+    wants = say("kind.wants", kind=kind_of(value), shape=list(wanted.shape))
     if isinstance(value, dict):
         for key, item in value.items():
             if same(item, wanted, tolerance):
@@ -150,13 +171,9 @@ def _wrong_container(attempt: Attempt, value: Any, wanted: Tensor) -> Iterator[s
 
 
 def _wrong_dtype(value: Tensor, wanted: Tensor) -> Iterator[str]:
-    if value.device != wanted.device:
-        yield say("kind.device", device=value.device, wanted=wanted.device)
-    if value.dtype == wanted.dtype or {value.dtype, wanted.dtype} == {torch.float32, torch.float64}:
-        return
-    kinds = {"int32", "int64", "int16"}
     a, b = (str(t.dtype).removeprefix("torch.") for t in (value, wanted))
-    if a in kinds and b in kinds:
+    kinds = {"int32", "int64", "int16"}
+    if a == b or {a, b} <= kinds or {a, b} == {"float32", "float64"}:
         return
     said = [say("kind.dtype", dtype=a, wanted=b)]
     if a in kinds:
@@ -232,7 +249,7 @@ def without_time(attempt: Attempt, function: Callable) -> Iterator[str]:
     """Is the result the same at every t?"""
     args, mine = attempt.cases[0], attempt.outcomes[0]
     if isinstance(args.get("t"), Tensor) and isinstance(mine.value, Tensor):
-        others = (run(attempt.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1))
+        others = (watch(attempt.exercise, function, {**args, "t": args["t"] * 0 + k}) for k in (0, 1))
         if all(same_outcome(other, mine, 1e-7) for other in others):
             yield say("arguments.time_unused")
 
@@ -246,7 +263,6 @@ def gradient_only(attempt: Attempt) -> Iterator[str]:
         return
     if all(o.gradients is None for o in attempt.outcomes):
         yield say("gradient.none", through=through)
-        return
     yield from attempt.matching(changes(attempt.exercise))
     if all(not o.gradients or not any(g.any() for g in o.gradients) for o in attempt.outcomes):
         yield say("gradient.zero", through=through)
@@ -269,20 +285,17 @@ def same_as_an_argument(attempt: Attempt) -> Iterator[str]:
 def at_the_ends(attempt: Attempt) -> Iterator[str]:
     """Right for every t but the first, or the last."""
     name = next((n for n in ("t", "timesteps") if isinstance(attempt.cases[0].get(n), Tensor)), None)
-    wrong, some_right = [], False  # of each sample that is wrong: (t, is it the last one)
+    samples = []  # of each: (is it right, is its t the first one, is it the last one)
     for args, outcome, right in zip(attempt.cases, attempt.outcomes, attempt.rights, strict=True):
-        t = args.get(name)
-        schedule = args.get("alphas_cumprod", args.get("betas"))
+        t, schedule = args.get(name), args.get("alphas_cumprod", args.get("betas"))
         a, b = outcome.value, right.value
         if t is None or not isinstance(a, Tensor) or a.shape != b.shape or a.shape[:1] != t.shape:
             return
         last = -1 if schedule is None else len(schedule) - 1
         for k, x, y in zip(t.tolist(), a, b, strict=True):
-            if same(x, y, attempt.exercise.tolerance):
-                some_right = True
-            else:
-                wrong.append((k, k == last))
-    if wrong and some_right and all(t == 0 for t, _ in wrong):
+            samples.append((same(x, y, attempt.exercise.tolerance), k == 0, k == last))
+    wrong = [sample for sample in samples if not sample[0]]
+    if 0 < len(wrong) < len(samples) and all(first for _, first, _ in wrong):
         yield say("arguments.first_time")
-    if wrong and some_right and all(last for _, last in wrong):
+    if 0 < len(wrong) < len(samples) and all(last for *_, last in wrong):
         yield say("arguments.last_time")

@@ -70,13 +70,10 @@ def of_exercise(stage: str, name: str, solution: str) -> dict[str, Any]:
 def _mistakes(where: str, tables: list[dict[str, str]], solution: str) -> Iterator[Mistake]:
     for number, table in enumerate(tables, 1):
         here = f"{where}, mistake {number}"
-        if "shared" in table:
-            shared = read("shared.toml").get(table["shared"])
-            if shared is None:
-                raise ValueError(f"{here}: shared.toml has no mistake [{table['shared']}]")
-            table = {"old": "", **shared, **table}
-        else:
-            table = {"shared": "", "old": "", **table}
+        shared = read("shared.toml").get(table["shared"]) if "shared" in table else {}
+        if shared is None:
+            raise ValueError(f"{here}: shared.toml has no mistake [{table['shared']}]")
+        table = {"shared": "", "old": "", **shared, **table}
         _expect(here, table, dict.fromkeys(("shared", "old", "new", "sentence"), str))
         whole = table["new"] if table["old"] else textwrap.dedent(table["new"]).strip("\n")
         mistake = Mistake(table["old"], whole, folded(table["sentence"]))

@@ -1,7 +1,5 @@
 """Exercises of stage 4: the autoencoder, its distribution, and its cousin with a codebook."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,8 +14,7 @@ from minisd.vq import VectorQuantizer
 
 from .exercise import case, exercise
 from .places import function, instead_of, method
-
-Layer = Callable[[Tensor], Tensor]
+from .unet import Layer
 
 
 def _moments(b: int, c: int = 4, h: int = 3, w: int = 5) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def weights(attempt: Attempt, named: bool) -> Iterator[str]:
     formulas = _formulas(known)
     sentences, all_named = [], True
     for i, name in enumerate(names):
-        a, b = weights[:, i], rights[:, i]
+        a, b = (w[:, i].round(decimals=9) for w in (weights, rights))  # what is left of a 0 would be shown as 1e-17
         if close(a, b):
             continue
         at = int((a - b).abs().argmax())
