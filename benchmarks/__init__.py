@@ -4,5 +4,6 @@ cases.py      what is compared, and the goal of each: two functions that do the 
 peers.py      the networks, ours and diffusers', with the same weights
 scale.py      Stable Diffusion v1's UNet in training on a GPU        host.py    what a step costs beside the networks
 gpu.py        everything for a GPU in one command: the model that ships, and the tables
+steps.py      how many steps are enough, with which sampler, and how much guidance
 measure.py    how time and memory are measured, and what a busy machine does to that
 """

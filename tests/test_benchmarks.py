@@ -13,6 +13,7 @@ import torch
 import minisd
 from benchmarks import __main__ as command
 from benchmarks import measure
+from minisd import evaluation
 
 MEGABYTE = 2**20
 
@@ -219,3 +220,20 @@ def test_the_command_for_a_gpu_trains_what_is_missing_and_writes_its_tables(diff
     assert all(row["steps_per_s"] > 0 and row["run"]["mfu"] > 0 for row in measured["rows"])
     drawn = minisd.load(tmp_path / "model").txt2img("a red circle", steps=2, num_images=1)
     assert drawn.images[0].size == (32, 32)
+
+
+# -- steps and samplers --------------------------------------------------------------------------------------------
+
+
+def test_more_steps_lead_nearer_to_the_limit_of_a_sampler(tmp_path, monkeypatch):
+    from benchmarks import steps
+
+    monkeypatch.setattr(steps, "LIMIT", evaluation.Setting(steps=40, sampler="ddim"))
+    minisd.data.draw_shapes(tmp_path / "shapes", count=120)
+    command = ["--model", "tiny", "--clip", "emoji", "--data", str(tmp_path / "shapes"), "--count", "10"]
+    command += ["--out", str(tmp_path / "out")]
+    found = steps.main([*command, "--steps", "3", "12", "--samplers", "ddim", "ddpm", "--guidance", "1", "4"])
+    assert found["samplers"]["ddim"][12]["distance"] < found["samplers"]["ddim"][3]["distance"]
+    assert "distance" not in found["samplers"]["ddpm"][3] and list(found["guidance"]) == [1.0, 4.0]
+    assert json.loads((tmp_path / "out" / "steps.json").read_text())["count"] == 10
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"steps.png", "ddim.png", "ddpm.png"}
