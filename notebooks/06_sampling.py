@@ -448,7 +448,8 @@ lines = {name: {"four steps": steps} for name, steps in panels.items()}
 figure = viz.curves(lines, r"$\sigma$", r"$\bar x$", exact=exact, exact_label="exact", width=2.5, height=2.3)
 for axes in figure.axes:
     axes.invert_xaxis()  # sampling goes from much noise to little
-    axes.lines[0].set_marker("o")
+    axes.set_ylim(-2.2, -0.6)
+    axes.lines[0].set(marker="o", markersize=4)
 figure
 
 # %% [markdown]
