@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minisd.checkpoint import written_whole
+from minisd.checkpoint.files import written_whole
 
 from .exercise import BEGIN, END, EXERCISES, STAGES, Exercise
 from .picture import caption
