@@ -515,7 +515,7 @@ smooth = losses.unfold(0, min(50, len(losses)), 1).mean(1)  # the mean of 50 ste
 step = torch.arange(len(losses))
 lines = {"each 10th step": (step[::10], losses[::10]), "mean of 50": (step[-len(smooth) :], smooth)}
 bottom = {"while training": (step[[0, -1]], mean_over_t(floor).expand(2))}
-viz.curves({"while training": lines}, "step", "loss", exact=bottom, exact_label="the floor", width=4.4, height=2.1)
+viz.loss_by_timestep({"while training": lines}, bottom, "the floor", xlabel="step", width=4.4, height=2.1)
 
 # %%
 trained = [name for name in by_model if name.startswith("trained")]
@@ -527,7 +527,7 @@ panels = {
     "loss": {name: (timesteps, by_model[name]) for name in trained},
     "loss above the floor": above,
 }
-viz.curves(panels, ylabel="loss", exact={"loss": (timesteps, floor)}, width=3.4, height=2.4)
+viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
 
 # %% [markdown]
 # What to see, left: the loss is high at small $t$ and low at large $t$, for the best possible model as for ours.
@@ -817,8 +817,7 @@ for title, indices in {"pictures of the training": seen, "held-out pictures": un
     w = minisd.loss.min_snr_weight(sd.schedule.snr(torch.tensor(timesteps)), 5.0)
     print(f"min-SNR weights: {', '.join(f'{name} {mean_over_t(w * y):.3f}' for name, y in lines.items())}")
 
-knows = "exact, knows the training pictures"
-figure = viz.curves(panels, ylabel="loss", log=list(panels), exact=floors, exact_label=knows, width=3.4, height=2.4)
+figure = viz.loss_by_timestep(panels, floors, "exact, knows the training pictures", log=list(panels))
 for axes in figure.axes:
     axes.set_ylim(5e-4, 1e3)
 figure
