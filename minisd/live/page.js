@@ -96,7 +96,8 @@
       fields.stop.onclick = () => this.stop() && this.say("Stopped.");
       fields.play.onclick = () => this.play();
       fields.step.oninput = () => {
-        this.browsing = true; // until the next drawing, its steps don't move the slider
+        clearInterval(this.film);
+        this.browsing = true; // until the next drawing: the steps that arrive don't move the slider
         this.select(fields.step.value - 1);
       };
       form.addEventListener("input", () => this.summarise());
