@@ -45,7 +45,7 @@ STANDS_ON = {
     "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
     "live": ["instruments"],  # the page in JavaScript: its one module copies files, and records drawings
     "coursework": [],  # another name of minisd_coursework
-    "cli": ["__init__"],
+    "cli": ["__init__", "live"],
     "__main__": ["cli"],
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)

@@ -368,6 +368,7 @@ def test_a_link_holds_the_whole_state(opened, tmp_path):
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "mine.png")
     page.set_input_files(".file", tmp_path / "mine.png")
     page.wait_for_function("live.fields.init.value")
+    assert "over=1&" in page.locator(".elsewhere code").last.text_content()
     state = {
         "prompt": "a & b = c # d",
         "negative": "é",

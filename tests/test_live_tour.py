@@ -163,8 +163,8 @@ def open_stop(page, errors):
 
 
 def settle(page):
-    page.wait_for_function("tour.waiting === null")
-    page.wait_for_timeout(60)  # for the pictures that the worker decodes
+    """Until everything is shown, with the pictures that the worker decodes."""
+    page.wait_for_function("tour.waiting === null && tour.turn === null")
 
 
 PAINTED = """() => [...document.querySelectorAll(".minisd-tour canvas")].filter((c) => c.offsetParent).map((canvas) => {

@@ -104,8 +104,8 @@ def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: S
     scripts |= {f"weights_{i}.js": base64.b64encode(piece).decode() for i, piece in enumerate(pieces)}
     scripts |= {"recording.js": about | {"prompts": prompts}}
     scripts |= {f"recording_{i}.js": recording for i, recording in enumerate(recordings)}
-    for name, content in scripts.items():
-        (folder / name).write_text(f"globalThis.minisdModel = {json.dumps(content)};\n", "utf-8")
+    for script, content in scripts.items():
+        (folder / script).write_text(f"globalThis.minisdModel = {json.dumps(content)};\n", "utf-8")
 
 
 def write_page(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:

@@ -33,7 +33,7 @@
           <label>Guidance <input name="guidance" type="number" value="4" step="any" required /></label>
           <label>Sampler <select name="sampler"></select></label>
           <label>Seed <input name="seed" type="number" value="0" min="0" max="${2 ** 53 - 1}" required /></label>
-          <label>Steps for each picture <input name="preview" type="number" value="2" min="0" required /></label>
+          <label>Show every n-th step <input name="preview" type="number" value="2" min="0" required /></label>
         </div>
       </details>
       <p class="status" role="status"></p>
@@ -96,7 +96,8 @@
       fields.stop.onclick = () => this.stop() && this.say("Stopped.");
       fields.play.onclick = () => this.play();
       fields.step.oninput = () => {
-        this.browsing = true; // until the next drawing, its steps don't move the slider
+        clearInterval(this.film);
+        this.browsing = true; // until the next drawing: the steps that arrive don't move the slider
         this.select(fields.step.value - 1);
       };
       form.addEventListener("input", () => this.summarise());

@@ -250,6 +250,7 @@ globalThis.minisdPanels = (() => {
       async function changed() {
         [over.checked, init.value] = [true, png()];
         live.remember();
+        live.tell("written");
         if (live.about) await autoencode();
       }
 
@@ -426,7 +427,7 @@ globalThis.minisdPanels = (() => {
       }
       element.querySelectorAll(".copy button").forEach((button) => (button.onclick = copy));
 
-      on(live, "start select done", show);
+      on(live, "start select done written", show);
       live.form.addEventListener("change", show);
     },
   };

@@ -86,21 +86,16 @@
     return h("div", { className }, ...canvases.map(figure));
   }
 
-  function svg(paint) {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    paint(element);
-    return element;
-  }
+  const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg");
 
   // --- the figures: (tour, stop, run, step) -> the elements of one, or null if the run lacks what it needs -----------
 
   const FIGURES = {
-    overview(tour, { labels }, { start, steps, done }) {
+    overview(tour, { labels }, { start, steps }) {
       const some = steps.filter(({ pictures }) => pictures);
       if (!some.length) return null;
       const at = (part) => painted(picture, some[floor(part * some.length)].pictures.x0);
-      const last = done ? painted(picture, done.picture) : at(0.99);
-      return [cells(labels, [painted(latent, start.x_T, start.shape), at(0.1), at(0.2), at(0.5), last])];
+      return [cells(labels, [painted(latent, start.x_T, start.shape), ...[0.1, 0.2, 0.5, 0.99].map(at)])];
     },
 
     tokens(tour, stop, { start: { tokens } }) {
@@ -120,7 +115,9 @@
       const bins = Array.from({ length: 17 }, (_, i) => (i - 8) / 2); // from -4 to 4
       const signal = bins.map((bin) => (4 * x_T.filter((x) => round(2 * x) === 2 * bin).length) / x_T.length);
       const noise = bins.map((bin) => 2 * Math.exp(-(bin ** 2) / 2) / sqrt(2 * Math.PI));
-      return [cells(labels, [painted(latent, x_T, shape)]), svg((histogram) => curve(histogram, { noise, signal }))];
+      const histogram = svg();
+      curve(histogram, { noise, signal });
+      return [cells(labels, [painted(latent, x_T, shape)]), histogram];
     },
 
     unet(tour, { labels }, { start }, { x_t, eps, activations }) {
@@ -187,15 +184,13 @@
       const x0 = x_t.map((x, k) => (x - sqrt(1 - a_t) * eps[k]) / sqrt(a_t));
       const [decoded] = await tour.decode([x0]);
       const last = decoded ? painted(picture, decoded) : painted(latent, x0, start.shape);
-      const arrow = svg((arrow) => {
-        const at = (s) => 8 + 4.2 * s;
-        const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
-          <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
-        const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
-        arrow.setAttribute("viewBox", "0 0 100 18");
-        arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}<g fill="currentColor" font-size="3.5" text-anchor="middle">
-          ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}</g>`;
-      });
+      const [arrow, at] = [svg(), (s) => 8 + 4.2 * s];
+      const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
+        <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
+      const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
+      arrow.setAttribute("viewBox", "0 0 100 18");
+      arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}<g fill="currentColor" font-size="3.5" text-anchor="middle">
+        ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}</g>`;
       const noises = [eps_uncond, eps_cond, eps].map((x) => painted(latent, x, start.shape));
       return [cells(labels, [...noises, last], "pair"), arrow];
     },
@@ -222,7 +217,9 @@
       const { alphas_cumprod } = tour.live.schedule;
       const place = ({ t, a_t }) => ({ x: t / (alphas_cumprod.length - 1), y: a_t });
       const marks = steps.map((step) => ({ ...place(step), class: step === now ? "current" : "visited" }));
-      return [h("div", { className: "strip" }, ...strip), svg((box) => curve(box, { signal: alphas_cumprod }, marks))];
+      const schedule = svg();
+      curve(schedule, { signal: alphas_cumprod }, marks);
+      return [h("div", { className: "strip" }, ...strip), schedule];
     },
 
     async decoding(tour, { labels }, { start, steps, done }) {
@@ -268,8 +265,7 @@
       Object.assign(this, { live, element, texts, index: 0, layer: null, stop: null });
       element.lang = texts.language;
       element.classList.add("minisd", "minisd-tour");
-      const news = ["ready", "start", "step", "done", "select"];
-      for (const name of news) live.addEventListener(name, () => this.refresh());
+      for (const name of ["start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
       element.onkeydown = ({ key, target, ctrlKey, altKey, metaKey }) => {
         const to = { ArrowLeft: -1, ArrowRight: 1 }[key];
         if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
@@ -461,9 +457,9 @@
         const turn = (this.turn = {}); // while a picture is decoded, another turn may begin
         const elements = step || stop.figure === "next" ? await FIGURES[stop.figure](this, stop, run, step) : null;
         if (turn !== this.turn) return;
+        this.turn = null;
         this.missing.hidden = Boolean(elements) || Boolean(run && !run.done);
-        if (elements) this.box.replaceChildren(...elements);
-        this.box.hidden = !elements;
+        this.box.replaceChildren(...(elements ?? []));
         if (!step) return;
         Object.assign(this.mirror, { max: run.steps.length, value: step.i + 1 });
         this.writeEquation(live.request?.sampler);
@@ -484,12 +480,9 @@
       const formula = (each) => h("p", { className: "formula" }, ...rich(each));
       const lines = (title, all) => (all ? [h("h4", {}, title), ...all.map(formula)] : []);
       const meaning = ([symbol, says]) => [h("dt", {}, ...rich(symbol)), h("dd", {}, ...rich(says))];
-      const all = new Set([...(stop.symbols ?? []), ...symbols]);
-      this.equation.replaceChildren(
-        ...lines(ui.equation, equation),
-        ...lines(ui.numbers, numbers),
-        h("dl", {}, ...[...all].flatMap(meaning)),
-      );
+      const said = [...lines(ui.equation, equation), ...lines(ui.numbers, numbers)];
+      const all = [...new Set([...(stop.symbols ?? []), ...symbols])];
+      this.equation.replaceChildren(...said, h("dl", {}, ...all.flatMap(meaning)));
     }
 
     // The shapes of the tensors that are shown.
