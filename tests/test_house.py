@@ -38,18 +38,21 @@ STANDS_ON = {
     "conditions": ["clip"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
+    "flow": ["loss"],
     "instruments": ["checkpoint"],  # verify reads a file of weights
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
+    "__init__": ["training", "evaluation", "instruments", "flow"],  # `import minisd` as a whole
     "live": [],  # the page in JavaScript: its one module copies files
     "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__"],
     "__main__": ["cli"],
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
-STAGES = ["attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion"]
+STAGES = [
+    "attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion", "flow",
+]  # fmt: skip
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
 STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
 
