@@ -39,11 +39,12 @@ STANDS_ON = {
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
     "flow": ["loss"],
+    "editing": ["latent_diffusion"],
     "instruments": ["checkpoint"],  # verify reads a file of weights
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
     "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "instruments", "flow"],  # `import minisd` as a whole
+    "__init__": ["training", "evaluation", "instruments", "flow", "editing"],  # `import minisd` as a whole
     "live": [],  # the page in JavaScript: its one module copies files
     "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__"],
@@ -51,7 +52,8 @@ STANDS_ON = {
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
 STAGES = [
-    "attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion", "flow",
+    "attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion", "editing",
+    "flow",
 ]  # fmt: skip
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
 STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
