@@ -4,6 +4,7 @@ minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data scenes | data shapes | data hub OWNER/NAME --out FOLDER
 minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
+minisd train lora --init emoji --data FOLDER | train token "<toy>" --like fox --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
 minisd info FILE | verify FILE
@@ -28,6 +29,7 @@ from .data import Corpus, build_emoji, build_scenes, draw_shapes, fetch_dataset,
 from .data.packages import DEFAULT_STYLES
 from .data.text import printable
 from .instruments.verify import verify
+from .lora import Adapter, LoRA, NewToken, load_lora, load_token
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -50,6 +52,8 @@ class Txt2Img:
     model: str = "emoji"
     config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
     ignore: tuple[str, ...] = ()  # names of superfluous tensors in a CompVis file, which are left out
+    lora: tuple[str, ...] = ()  # files of `minisd train lora` and others, each with a strength if it is not 1: FILE:0.8
+    token: tuple[str, ...] = ()  # files of `minisd train token` and others: new words, for the prompt
     steps: int = 25  # denoising steps: one call of the network in each, or two with heun
     guidance: float = 4.0  # 1: no guidance; larger: exaggerates what the prompt changes
     negative: str = ""  # what not to draw
@@ -71,6 +75,10 @@ class Txt2Img:
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config, ignore=self.ignore)
+        for given in self.lora:
+            load_lora(sd, *_file_and_strength(given))
+        for given in self.token:
+            load_token(sd, given)
         out = self.draw(
             sd, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
             negative_prompt=self.negative, num_images=self.num_images, progress=True,
@@ -287,6 +295,46 @@ class TrainUNet(Training):
         return f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainAdapter(Training):
+    """What the trainings of LoRAs and of new words have in common."""
+
+    recipe: training.UNetRecipe
+    init: str  # the finished model, which is not changed: "emoji", or anything else that --model of txt2img takes
+
+    def train(self, engine: Engine) -> str:
+        sd = load(self.init, engine.device)
+        name, adapter = self.adapter(sd)
+        data, file = self.pictures(sd.config.image_size), self.out / name / adapter.file_name
+        prompt = next((words[0] for words in sd.cond_stage_model.prompts(data) if adapter.reads(words[0])), None)
+        if prompt is None:
+            raise ValueError(f"no caption in {self.data[0]} has the word {self.word}: write it where the new thing is")
+        training.train_unet(sd, self.recipe, data, file.parent, engine, adapter=adapter)
+        return f"{file}: try `minisd txt2img {shlex.quote(prompt)} --model {self.init} --{name} {file}`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLoRA(TrainAdapter):
+    """Train a LoRA, a small change of a finished model's attention: for a new style or thing, in a small file."""
+
+    rank: int = 4  # how many dimensions each change has; the file grows with it
+    alpha: float | None = None  # the changes are multiplied by alpha / rank; if left out, that is 1
+
+    def adapter(self, sd: LatentDiffusion) -> tuple[str, Adapter]:
+        return "lora", LoRA.new(sd, self.rank, self.alpha, seed=self.recipe.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainToken(TrainAdapter):
+    """Teach a finished model a new word by textual inversion. The word stands in the captions of the pictures."""
+
+    word: Annotated[str, tyro.conf.Positional] = "<new>"  # in small letters, and new to the model
+    like: str = ""  # words that the model knows, from whose meaning the training starts
+
+    def adapter(self, sd: LatentDiffusion) -> tuple[str, Adapter]:
+        return "token", NewToken(sd, self.word, self.like)
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Measure how well a model draws what prompts say: scores, distances, copies of its data; or curves over a flag."""
@@ -416,10 +464,13 @@ class Start:
             given["out"] = Path("runs", "finetuned")
             unet, condition = recipes.FINETUNE, None
             vae = recipes.FINETUNE_DECODER if self.decoder_only else vae
+        adapted = given | {"init": self.init or preset}
         trainings = one_of(
             clip=TrainCLIP(**given, recipe=recipes.CLIP[preset]),
             vae=TrainVAE(**given | {"preset": self.preset if self.init else preset}, recipe=vae),
             unet=TrainUNet(**given, recipe=unet, condition=condition),
+            lora=TrainLoRA(**adapted, recipe=recipes.LORA),
+            token=TrainToken(**adapted, recipe=recipes.TOKEN),
         )
         corpora = one_of(emoji=DataEmoji, scenes=DataScenes, shapes=DataShapes, hub=DataHub)
         return one_of(
@@ -440,6 +491,15 @@ def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}): give another path") from None
     if new:
         path.unlink()
+
+
+def _file_and_strength(given: str) -> tuple[str, float]:
+    """FILE:0.8 → ("FILE", 0.8). A colon that no number follows belongs to the name."""
+    file, _, strength = given.rpartition(":")
+    try:
+        return file, float(strength)
+    except ValueError:
+        return given, 1.0
 
 
 def _corpus(folder: Path) -> Path:

@@ -40,10 +40,11 @@ STANDS_ON = {
     "presets": ["latent_diffusion"],
     "flow": ["loss"],
     "editing": ["latent_diffusion"],
+    "lora": ["checkpoint"],  # the names and files of other layouts
     "instruments": ["checkpoint"],  # verify reads a file of weights
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
-    "training": ["checkpoint", "data", "viz"],
+    "training": ["lora", "data", "viz"],
     "__init__": ["training", "evaluation", "instruments", "flow", "editing"],  # `import minisd` as a whole
     "live": [],  # the page in JavaScript: its one module copies files
     "coursework": [],  # another name of minisd_coursework
@@ -53,10 +54,10 @@ STANDS_ON = {
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
 STAGES = [
     "attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion", "editing",
-    "flow",
+    "lora", "flow",
 ]  # fmt: skip
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
-STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
+STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}, "lora": {"safetensors"}}  # its drawings are PIL images; its files
 
 # Seconds each to import: they wait until somebody needs them.
 SLOW = {"transformers", "matplotlib", "accelerate", "tensorboard", "diffusers", "datasets", "torchmetrics"}
