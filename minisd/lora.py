@@ -48,9 +48,9 @@ LORA_FILE, PEFT_FILE, TOKEN_FILE = (
 
 
 class Adapter(nn.Module):
-    """Parameters that are trained in the place of a model's own. It is called as the UNet is."""
+    """Parameters that are trained in the place of a model's own. It is called as the UNet is, and has `save(path)`."""
 
-    file_name: str  # in the folder of a run
+    file_name: str  # of what it saves, in the folder of a run
 
     def __init__(self, unet: nn.Module):
         super().__init__()
@@ -64,9 +64,6 @@ class Adapter(nn.Module):
     def reads(self, prompt: str) -> bool:
         """Whether it is in effect for a prompt."""
         return True
-
-    def save(self, path: str | Path) -> None:
-        raise NotImplementedError
 
 
 # -- LoRA -----------------------------------------------------------------------------------------------------
@@ -133,23 +130,21 @@ class LoRA(Adapter):
         return [(n, self._unet[0].get_submodule(n), self.changes[key]) for key, n in names.items()]
 
     def _changed(self, x: Tensor, y: Tensor, change: LowRank) -> Tensor:
+        # What is merged is in W already.
         return y if self.merged else y + self.strength * change(x).to(y)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, merged: bool = True) -> None:
         """Add the changes to the weights, W ← W + s (α/r) B A. `minisd.save` then saves them with the model."""
-        self._add(1 - self.merged)
-        self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Subtract them again, which leaves the weights as they were, except for rounding."""
-        self._add(-self.merged)
-        self.merged = False
-
-    def _add(self, sign: int) -> None:
+        # Only once, if this is called twice: the sign is 1 to add, -1 to subtract, and 0 if it is done already.
+        sign = merged - self.merged
         for _, layer, change in self.layers():
             layer.weight += sign * self.strength * change.matrix()
+        self.merged = merged
+
+    def unmerge(self) -> None:
+        """Subtract them again, which leaves the weights as they were, except for rounding."""
+        self.merge(False)
 
     def remove(self) -> None:
         """Take the changes off the model."""
@@ -187,6 +182,7 @@ def load_lora(sd: LatentDiffusion, path: str | Path, strength: float = 1.0) -> L
         FileNotFoundError: there is no such file. ValueError: it is no LoRA for linear layers of this model's UNet.
     """
     file = _file_in(Path(path), LORA_FILE, PEFT_FILE)
+    # First, sort the tensors by layer: {our name: {"A": [r n], "B": [m r]}}.
     layers, parts = linear_layers(sd.model.diffusion_model), {}
     ours = {theirs: name for name, theirs in diffusers_names(sd.model.diffusion_model).items()}
     for key, tensor in read_weights(file).items():
@@ -195,12 +191,14 @@ def load_lora(sd: LatentDiffusion, path: str | Path, strength: float = 1.0) -> L
         if layer not in ours or part not in ("A.weight", "B.weight"):
             raise ValueError(f"{file} has {key}, which is no lora_A or lora_B of a linear layer of this model's UNet")
         parts.setdefault(ours[layer], {})[part[0]] = tensor.to(layers[ours[layer]].weight)
+    # Then check each pair, because a matrix of another width would only fail in the middle of a drawing.
     settings, changes = _settings(file), {}
     for name, given in parts.items():
         out, into = layers[name].weight.shape
         shapes = [list(given[part].shape) for part in ("A", "B") if part in given]
         if len(shapes) < 2 or shapes != [[shapes[0][0], into], [out, shapes[0][0]]]:
             raise ValueError(f"{file} does not fit this model: {name} takes A [r {into}] and B [{out} r], not {shapes}")
+        # The tensors do not show α. If nobody has written it down, it is the rank, and α/r is 1.
         rank = len(given["A"])
         changes[name] = LowRank(given["A"], given["B"], settings.get("lora_alpha", rank) / rank)
     if not changes:
@@ -217,6 +215,7 @@ def _settings(file: Path) -> dict:
         with safe_open(file, "pt") as opened:
             written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         settings = {key.removeprefix("unet."): value for key, value in written.items()}
+    # These have the same tensors, and mean something else by them. Without this, the drawing would be wrong in silence.
     for other in ("use_rslora", "use_dora", "alpha_pattern"):
         if settings.get(other):
             raise ValueError(f"{file} was made with {other}, which minisd does not know: only plain LoRA can be read")
