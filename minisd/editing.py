@@ -113,9 +113,9 @@ def edit_friendly(
     A step of ddpm is x_prev = μ(x_t) + σ z. Usually z is drawn. Here the x_t are drawn instead, and z follows from each
     two neighbours. Whatever the network and the guidance scale, replaying the z gives the x_t, and at the end x_0.
     """
-    # Each x_t gets fresh noise, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε_t, independent of that of its neighbour. In ddpm itself the
-    # noise of neighbours is almost the same. With more different x_t, the z become larger, and hold the picture's
-    # layout more firmly when the prompt changes (Edit-friendly, section 3).
+    # Each x_t gets fresh noise, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε_t, independent of that of its neighbour. In ddpm's own
+    # process, neighbours share most of their noise. Because these x_t differ more, the z are larger, and hold the
+    # picture's layout more firmly when the prompt changes (Edit-friendly, section 3).
     path = [schedule.q_sample(x_0, _batch(t, x_0), randn(x_0.shape, generator).to(x_0)) for t in timesteps]
     alphas = [*(schedule.alpha_bar(t) for t in timesteps), schedule.alpha_bar(0)]
     x_t, zs = path[0], []
@@ -145,15 +145,17 @@ def invert(
         raise ValueError(f"ddim inverts a picture up to pure noise: strength must be 1, but it is {strength}")
     # Picture → latent, [1 3 H W] -> [1 d h w]: the mean of the encoder's Gaussian, because nothing random is wanted.
     pictures = read_picture(image, sd.config.image_size, sd.config.image_size).to(sd.device)
+    if len(pictures) != 1:
+        raise ValueError(f"one picture can be inverted at a time, but {len(pictures)} were given")
     posterior = sd.encode_first_stage(pictures)
     z = sd.get_first_stage_encoding(posterior if isinstance(posterior, Tensor) else posterior.mode())
     contexts = (sd.get_learned_conditioning([p]) for p in (prompt, sd.cond_stage_model.unconditional))
     eps_model = sampling.classifier_free_guidance(sd.predict_noise, *contexts, guidance_scale)
-    timesteps = make_timesteps(steps, sd.schedule.timesteps, ddim.spacing)
+    # The steps that the drawing will make. A strength below 1 leaves out the first ones, which decide the layout.
+    timesteps = sampling.remaining_timesteps(make_timesteps(steps, sd.schedule.timesteps, ddim.spacing), strength)
     if method == "ddim":
         *_, last = ddim_inversion(eps_model, z, sd.schedule, steps)
         return Start(last.x, timesteps)
-    timesteps = sampling.remaining_timesteps(timesteps, strength)
     x, noises = edit_friendly(eps_model, z, sd.schedule, timesteps, seeded(seed))
     return Start(x, timesteps, tuple(noises))
 
@@ -191,10 +193,8 @@ def align(source: Int[Tensor, "m"], target: Int[Tensor, "m"]) -> tuple[Float[Ten
 
 def places(sd: LatentDiffusion, prompt: str, word: str) -> list[int]:
     """The places of a word's tokens in a prompt. Raises ValueError if it is not there."""
-    ids = sd.cond_stage_model.tokenize([prompt, word])
-    end = sd.cond_stage_model.tokenizer.end_token
-    row, (_, *piece) = ids[0].tolist(), ids[1].tolist()
-    piece = piece[: piece.index(end)]  # between the start and the end token
+    row, (_, *piece) = sd.cond_stage_model.tokenize([prompt, word]).tolist()
+    piece = piece[: piece.index(sd.cond_stage_model.tokenizer.end_token)]  # between the start and the end token
     found = [i for i in range(len(row)) if piece and row[i : i + len(piece)] == piece]
     if not found:
         raise ValueError(f"the prompt {prompt!r} has no word {word!r}: name one of its own")
@@ -221,7 +221,8 @@ def prompt_to_prompt(
     swapped ("fox" → "wolf"), added ("fox" → "blue fox") and left out.
 
     Args:
-        emphasis: the factor for a word's weights, {"blue": 2.0}: more than 1 shows more of it, less than 1 less.
+        emphasis: the factor for a word's weights, {"blue": 2.0}: more than 1 shows more of it, less than 1 less. It is
+            applied in the steps of `cross_steps`.
         cross_steps, self_steps: in which part of the drawing the weights are taken over. The first steps decide the
             layout. If fewer of them are, the new picture is freer, and closer to its prompt.
         layers: the beginnings of the names of the layers in which this is done, such as "middle_block".

@@ -1,7 +1,5 @@
 """Editing: inversion beside diffusers', and attention that is taken over word by word."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,6 +119,8 @@ def test_what_cannot_be_inverted_is_refused(sd):
         editing.invert.__wrapped__(sd, picture(), FOX, method="null_text")
     with pytest.raises(ValueError, match="strength must be 1, but it is 0.5"):
         editing.invert(sd, picture(), FOX, strength=0.5)
+    with pytest.raises(ValueError, match="one picture can be inverted at a time, but 2 were given"):
+        editing.invert(sd, picture().expand(2, 3, 32, 32), FOX)
 
 
 # -- prompt-to-prompt -----------------------------------------------------------------------------------------------
@@ -216,9 +216,8 @@ def test_a_word_is_found_by_all_its_tokens(sd):
 
 
 def test_nothing_is_left_behind(sd):
-    broken = SimpleNamespace(x=torch.zeros(1, 9, 9, 9), timesteps=[1], noises=())
-    with pytest.raises(Exception, match="."):
-        editing.prompt_to_prompt.__wrapped__(sd, FOX, CAT, broken)
+    with pytest.raises(ValueError, match="channels"):
+        editing.prompt_to_prompt(sd, FOX, CAT, editing.Start(torch.zeros(1, 9, 8, 8), [1]))
     assert not RECORDING.recorders
     assert all(m.record is None for m in sd.modules() if isinstance(m, CrossAttention))
 
