@@ -116,7 +116,8 @@ def edit_friendly(
     # Each x_t gets fresh noise, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε_t, independent of that of its neighbour. In ddpm's own
     # process, neighbours share most of their noise. Because these x_t differ more, the z are larger, and hold the
     # picture's layout more firmly when the prompt changes (Edit-friendly, section 3).
-    path = [schedule.q_sample(x_0, _batch(t, x_0), randn(x_0.shape, generator).to(x_0)) for t in timesteps]
+    times = torch.tensor(timesteps, device=x_0.device)[:, None].expand(-1, len(x_0))  # [steps b]
+    path = [schedule.q_sample(x_0, t, randn(x_0.shape, generator).to(x_0)) for t in times]
     alphas = [*(schedule.alpha_bar(t) for t in timesteps), schedule.alpha_bar(0)]
     x_t, zs = path[0], []
     for t, x_prev, (a_t, a_prev) in zip(timesteps, [*path[1:], x_0], pairwise(alphas), strict=True):
@@ -160,13 +161,9 @@ def invert(
     return Start(x, timesteps, tuple(noises))
 
 
-def _batch(t: int, x: X) -> Int[Tensor, "b"]:
-    return torch.full((len(x),), t, device=x.device)
-
-
 @torch.no_grad()
 def _noise(eps_model: EpsModel, x: X, t: int) -> X:
-    answer = eps_model(x, _batch(t, x))
+    answer = eps_model(x, torch.full((len(x),), t, device=x.device))
     return answer.eps if isinstance(answer, Guided) else answer
 
 
@@ -227,8 +224,7 @@ def prompt_to_prompt(
             layout. If fewer of them are, the new picture is freer, and closer to its prompt.
         layers: the beginnings of the names of the layers in which this is done, such as "middle_block".
     """
-    source_ids, target_ids = sd.cond_stage_model.tokenize([source, target])
-    moved, added = (part.to(sd.device) for part in align(source_ids, target_ids))
+    moved, added = align(*sd.cond_stage_model.tokenize([source, target]))
     factors = torch.ones_like(added)
     for word, factor in (emphasis or {}).items():
         factors[places(sd, target, word)] = factor

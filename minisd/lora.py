@@ -33,7 +33,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .checkpoint.diffusers import unet_names
-from .checkpoint.files import cast, read_json, read_weights, write_weights
+from .checkpoint.files import cast, read_json, read_weights, refused_as, write_weights
 from .clip import FrozenCLIPEmbedder
 from .latent_diffusion import LatentDiffusion
 from .noising import Seed, randn, seeded
@@ -83,14 +83,12 @@ class LowRank(nn.Module):
         # Down to r numbers and up again, [b n] -> [b r] -> [b m]. The matrix B A itself is not needed for this.
         return self.scale * F.linear(F.linear(x, self.A), self.B)
 
-    def matrix(self) -> Float[Tensor, "m n"]:
-        return self.scale * self.B @ self.A
-
 
 class LoRA(Adapter):
     """Low-rank changes of some linear layers of a UNet, by the names of the layers. They are in effect at once.
 
-    strength: s, the factor for all changes. 0 is the model as it was. It can be set at any time.
+    strength: s, the factor for all changes. 0 is the model as it was. It can be set at any time, except while the
+        changes are merged.
     """
 
     file_name = LORA_FILE
@@ -122,6 +120,8 @@ class LoRA(Adapter):
                 A = randn((rank, layer.in_features), generator) * layer.in_features**-0.5
                 B = torch.zeros(layer.out_features, rank)
                 changes[name] = LowRank(A, B, (rank if alpha is None else alpha) / rank).to(layer.weight)
+        if not changes:
+            raise ValueError(f"this model's UNet has no linear layers named {', '.join(targets)}, which a LoRA changes")
         return cls(unet, changes)
 
     def layers(self) -> list[tuple[str, nn.Linear, LowRank]]:
@@ -139,7 +139,7 @@ class LoRA(Adapter):
         # Only once, if this is called twice: the sign is 1 to add, -1 to subtract, and 0 if it is done already.
         sign = merged - self.merged
         for _, layer, change in self.layers():
-            layer.weight += sign * self.strength * change.matrix()
+            layer.weight += sign * self.strength * change.scale * change.B @ change.A
         self.merged = merged
 
     def unmerge(self) -> None:
@@ -192,34 +192,39 @@ def load_lora(sd: LatentDiffusion, path: str | Path, strength: float = 1.0) -> L
             raise ValueError(f"{file} has {key}, which is no lora_A or lora_B of a linear layer of this model's UNet")
         parts.setdefault(ours[layer], {})[part[0]] = tensor.to(layers[ours[layer]].weight)
     # Then check each pair, because a matrix of another width would only fail in the middle of a drawing.
-    settings, changes = _settings(file), {}
+    alpha, changes = _alpha(file), {}
     for name, given in parts.items():
         out, into = layers[name].weight.shape
         shapes = [list(given[part].shape) for part in ("A", "B") if part in given]
-        if len(shapes) < 2 or shapes != [[shapes[0][0], into], [out, shapes[0][0]]]:
+        rank = shapes[0][0] if shapes[0] else 0
+        if rank == 0 or shapes != [[rank, into], [out, rank]]:
             raise ValueError(f"{file} does not fit this model: {name} takes A [r {into}] and B [{out} r], not {shapes}")
-        # The tensors do not show α. If nobody has written it down, it is the rank, and α/r is 1.
-        rank = len(given["A"])
-        changes[name] = LowRank(given["A"], given["B"], settings.get("lora_alpha", rank) / rank)
+        changes[name] = LowRank(given["A"], given["B"], (rank if alpha is None else alpha) / rank)
     if not changes:
         raise ValueError(f"{file} is empty: there is no LoRA in it")
     return LoRA(sd.model.diffusion_model, changes, strength).requires_grad_(False)
 
 
-def _settings(file: Path) -> dict:
-    """The configuration of a LoRA: peft's file beside it, or what diffusers writes into the safetensors file."""
+def _alpha(file: Path) -> float | None:
+    """α of a LoRA, which its tensors do not show. If nobody has written it down (None), it is the rank.
+
+    peft writes it into a file beside, and diffusers into the metadata of the safetensors file.
+    """
     beside, settings = file.with_name("adapter_config.json"), {}
-    if file.name == PEFT_FILE and beside.is_file():
-        settings = read_json(beside)
-    elif file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        settings = {key.removeprefix("unet."): value for key, value in written.items()}
+    with refused_as(f"{file} does not say how its LoRA was made in a form that can be read"):
+        if file.name == PEFT_FILE and beside.is_file():
+            settings = read_json(beside)
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = {key.removeprefix("unet."): value for key, value in written.items()}
+        alpha = settings.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
     # These have the same tensors, and mean something else by them. Without this, the drawing would be wrong in silence.
     for other in ("use_rslora", "use_dora", "alpha_pattern"):
         if settings.get(other):
             raise ValueError(f"{file} was made with {other}, which minisd does not know: only plain LoRA can be read")
-    return settings
+    return alpha
 
 
 def _file_in(path: Path, *names: str) -> Path:

@@ -202,10 +202,14 @@ def _without(key):
         (lambda s: {k: v[:, :5].clone() if "A." in k else v for k, v in s.items()}, {}, "does not fit this model"),
         (_without("lora_B"), {}, r"does not fit this model: .* takes A"),
         (lambda s: {}, {}, "is empty"),
+        (lambda s: {k: v.flatten()[0] for k, v in s.items()}, {}, "does not fit this model"),
+        (lambda s: s, {"lora_alpha": "much"}, "does not say how its LoRA was made"),
+        (lambda s: s, ["lora_alpha"], "does not say how its LoRA was made"),
         (lambda s: s, {"use_rslora": True}, "was made with use_rslora"),
         (lambda s: s, {"unet.use_dora": True}, "was made with use_dora"),
     ],
-    ids=["another layer", "text encoder", "another width", "half of it", "empty", "rslora", "dora"],
+    ids=["another layer", "text encoder", "another width", "half of it", "empty", "numbers", "alpha", "list", "rslora",
+         "dora"],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_in_one_sentence(mine, tmp_path, change, metadata, words):
     file = tmp_path / "a.safetensors"
@@ -220,6 +224,8 @@ def test_no_file_and_no_rank_are_refused(mine, tmp_path):
         load_lora(mine, tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="the rank must be at least 1, but it is 0"):
         LoRA.new(mine, 0)
+    with pytest.raises(ValueError, match="no linear layers named to_z"):
+        LoRA.new(mine, targets=("to_z",))
 
 
 # -- textual inversion ------------------------------------------------------------------------------------------------
