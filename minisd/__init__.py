@@ -5,13 +5,13 @@
     sd.txt2img("a red fox, noto style").images[0].show()
 
 Each stage is a module of its own, in this order: noising, loss, unet (with attention), vae (and vq), clip (with
-tokenizer), sampling, latent_diffusion. Beside them: data (captioned pictures), training, evaluation, checkpoint,
-instruments (trace, record_attention, compare), viz, cli.
+tokenizer), sampling, latent_diffusion; and what came after: editing, lora, flow. Beside them: data (captioned
+pictures), training, evaluation, checkpoint, instruments (trace, record_attention, compare), viz, cli.
 """
 
 import sys
 
-from . import data, sampling, viz
+from . import data, editing, flow, lora, sampling, viz
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
 from .checkpoint import CheckpointError, load, load_clip, save
 from .clip import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, FrozenCLIPEmbedder
@@ -44,6 +44,6 @@ __all__ = [
     "FrozenCLIPEmbedder", "Guided", "IdentityConfig", "IdentityFirstStage", "LatentDiffusion",
     "LatentDiffusionConfig", "NoiseSchedule", "PRESETS", "SpatialTransformer", "Step", "Trace", "Trajectory",
     "UNetConfig", "UNetModel", "VQConfig", "VQModel", "VQModelInterface", "classifier_free_guidance", "compare",
-    "data", "epsilon_loss", "load", "load_clip", "record_attention", "sampling", "save", "text_dropout", "trace",
-    "v_loss", "viz", "x0_loss",
+    "data", "editing", "epsilon_loss", "flow", "load", "load_clip", "lora", "record_attention", "sampling", "save",
+    "text_dropout", "trace", "v_loss", "viz", "x0_loss",
 ]  # fmt: skip

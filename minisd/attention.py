@@ -35,7 +35,7 @@ def attention(
     k: Float[Tensor, "b heads m d"],
     v: Float[Tensor, "b heads m d"],
     causal: bool = False,
-    record: Callable[[Tensor], None] | None = None,
+    record: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "b heads n d"]:
     """softmax(q kᵀ / √d) v: each of n queries takes a weighted mean of m values (Transformer, eq. 1).
 
@@ -44,7 +44,8 @@ def attention(
     Args:
         q, k, v: queries [b heads n d], keys and values [b heads m d].
         causal: let token i read tokens 0 … i only, as a language model must (CLIP's text encoder).
-        record: a function that receives the weights [b heads n m], as `minisd.record_attention` needs them.
+        record: a function that receives the weights [b heads n m] and returns those to use instead: the same for
+            `minisd.record_attention`, which only looks at them, and others for `editing.prompt_to_prompt`.
     """
     if record or _plain_is_faster(q):
         # How well does each query match each key? [b heads n d] @ [b heads d m] -> [b heads n m]. A dot product sums
@@ -58,7 +59,7 @@ def attention(
         # Each row becomes positive weights that sum to 1: how much of each value this query takes.
         weights = scores.softmax(dim=-1)
         if record:
-            record(weights)
+            weights = record(weights)
         # The weighted mean of the values: [b heads n m] @ [b heads m d] -> [b heads n d]. Under autocast the softmax
         # was computed in float32, which the values are not.
         return weights.to(v.dtype) @ v
@@ -74,13 +75,13 @@ def _plain_is_faster(q: Tensor) -> bool:
 
 
 class _Recording(threading.local):
-    """What `minisd.record_attention` records in this thread. Each recorder has a function for each of its layers.
+    """What looks at attention weights, or changes them, in this thread: a function for each of some layers.
 
     It is not kept in the layers themselves, because other threads use them too, and a copy of the model would copy it.
     """
 
     def __init__(self):
-        self.recorders: list[dict[nn.Module, Callable[[Tensor], None]]] = []
+        self.recorders: list[dict[nn.Module, Callable[[Tensor], Tensor]]] = []
 
 
 RECORDING = _Recording()
@@ -111,10 +112,16 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
 
     @property
-    def record(self) -> Callable[[Tensor], None] | None:
-        """The function that receives the weights, if `minisd.record_attention` records this layer in this thread."""
-        keepers = [recorder[self] for recorder in RECORDING.recorders if self in recorder]
-        return (lambda weights: [keep(weights) for keep in keepers]) if keepers else None
+    def record(self) -> Callable[[Tensor], Tensor] | None:
+        """The function that receives the weights, if somebody records or changes those of this layer in this thread."""
+        recorders = [recorder[self] for recorder in RECORDING.recorders if self in recorder]
+
+        def in_turn(weights: Tensor) -> Tensor:
+            for record in recorders:
+                weights = record(weights)
+            return weights
+
+        return in_turn if recorders else None
 
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None

@@ -4,6 +4,7 @@ minisd txt2img "a fox, noto style" --out fox.png
 minisd data emoji | data scenes | data shapes | data hub OWNER/NAME --out FOLDER
 minisd train clip | train vae | train unet
 minisd train unet --init emoji --data FOLDER | train vae --init emoji --data FOLDER
+minisd train lora --init emoji --data FOLDER | train token "<toy>" --like fox --init emoji --data FOLDER
 minisd evaluate
 minisd img2img "a fox, noto style" PICTURE | inpaint "a fox, noto style" PICTURE MASK
 minisd page --model runs/emoji/unet/model --out FOLDER
@@ -34,6 +35,7 @@ from .data.packages import DEFAULT_STYLES
 from .data.text import printable
 from .instruments.verify import verify as verify_file
 from .latent_diffusion import enough_memory
+from .lora import Adapter, LoRA, NewToken, load_lora, load_token
 from .sampling import SAMPLERS
 from .training import LPIPS, CLIPPerceptual, Engine, recipes
 from .viz import sheet
@@ -56,6 +58,8 @@ class Options:
     model: str = "emoji"
     config: Path | None = None  # the YAML of a CompVis file; if left out, the one beside it, or that of SD v1
     ignore: tuple[str, ...] = ()  # names of superfluous tensors in a CompVis file, which are left out
+    lora: tuple[str, ...] = ()  # files of `minisd train lora` and others, each with a strength if it is not 1: FILE:0.8
+    token: tuple[str, ...] = ()  # files of `minisd train token` and others: new words, for the prompt
     steps: int = 25  # denoising steps: one call of the network in each, or two with heun
     guidance: float = 4.0  # 1: no guidance; larger: exaggerates what the prompt changes
     negative: str = ""  # what not to draw
@@ -78,6 +82,10 @@ class Options:
         if self.trajectory:
             _check_writable(self.trajectory, (".webp", ".gif"))
         sd = load(self.model, self.device, DTYPES[self.dtype], config=self.config, ignore=self.ignore)
+        for given_file in self.lora:
+            load_lora(sd, *_file_and_strength(given_file))
+        for given_file in self.token:
+            load_token(sd, given_file)
         out = method(
             sd, *given, steps=self.steps, guidance_scale=self.guidance, sampler=self.sampler, seed=self.seed,
             negative_prompt=self.negative, num_images=self.num_images, progress=True,
@@ -324,6 +332,47 @@ def train_unet(
     _wrote(f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`", engine)
 
 
+def train_lora(
+    run: Run, recipe: training.UNetRecipe, init: str = "emoji", rank: int = 4, alpha: float | None = None
+) -> None:
+    """Train a LoRA, a small change of a finished model's attention: for a new style or thing, in a small file.
+
+    Args:
+        init: the finished model, which is not changed: "emoji", or anything else that --model of txt2img takes
+        rank: how many dimensions each change has; the file grows with it
+        alpha: the changes are multiplied by alpha / rank; if left out, that is 1
+    """
+    engine = run.engine()
+    sd = load(init, engine.device)
+    _train_adapter("lora", LoRA.new(sd, rank, alpha, seed=recipe.seed), sd, init, run, recipe, engine)
+
+
+def train_token(
+    run: Run, recipe: training.UNetRecipe, word: Positional[str] = "<new>", init: str = "emoji", like: str = ""
+) -> None:
+    """Teach a finished model a new word by textual inversion. The word stands in the captions of the pictures.
+
+    Args:
+        word: in small letters, and new to the model
+        init: the finished model, which is not changed: "emoji", or anything else that --model of txt2img takes
+        like: words that the model knows, from whose meaning the training starts
+    """
+    engine = run.engine()
+    sd = load(init, engine.device)
+    _train_adapter("token", NewToken(sd, word, like), sd, init, run, recipe, engine)
+
+
+def _train_adapter(
+    name: str, adapter: Adapter, sd: LatentDiffusion, init: str, run: Run, recipe: training.UNetRecipe, engine: Engine
+) -> None:
+    data, file = run.pictures(sd.config.image_size), run.out / name / adapter.file_name
+    prompt = next((words[0] for words in sd.cond_stage_model.prompts(data) if adapter.reads(words[0])), None)
+    if prompt is None:
+        raise ValueError(f"no caption in {run.data[0]} has the word {adapter.word}: write it where the new thing is")
+    training.train_unet(sd, recipe, data, file.parent, engine, adapter=adapter)
+    _wrote(f"{file}: try `minisd txt2img {shlex.quote(prompt)} --model {init} --{name} {file}`", engine)
+
+
 def _wrote(what: str | Path, engine: Engine) -> None:
     if engine.is_main_process:  # only one of several processes prints
         print(f"wrote {printable(what)}")
@@ -448,6 +497,8 @@ def commands(preset: Preset | None = None, init: str | None = None, decoder_only
         clip=partial(train_clip, preset=name, run=run, recipe=recipes.CLIP[name]),
         vae=partial(train_vae, preset=preset if init else name, run=run, recipe=vae),
         unet=partial(train_unet, preset=name, run=run, recipe=unet, condition=condition),
+        lora=partial(train_lora, run=run, recipe=recipes.LORA, init=init or name),
+        token=partial(train_token, run=run, recipe=recipes.TOKEN, init=init or name),
     )
     corpora = one_of(emoji=data_emoji, scenes=data_scenes, shapes=data_shapes, hub=data_hub)
 

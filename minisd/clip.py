@@ -228,7 +228,6 @@ class FrozenCLIPEmbedder(nn.Module):
                 )
         return tokens.ids
 
-    @torch.no_grad()
     def forward(self, prompts: list[str]) -> Float[Tensor, "b n d"]:
         """Prompts → context: the states of all tokens, those of the padding included."""
         # There is no mask for the padding. Stable Diffusion was trained without one, and its UNet uses those places,

@@ -294,11 +294,12 @@ class LatentDiffusion(nn.Module):
         before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
-        generator: list[torch.Generator] | None = None,
+        generator: Generators | None = None,
     ) -> Iterator[sampling.Step]:
         """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
 
-        generator: a random generator for each picture, instead of those made from the seed.
+        generator: a random generator for each picture, instead of those made from the seed; or a function that is
+            called for the noise of each step, with the latent's shape (`editing.py` plays recorded noise back).
         """
         prompts, draw = _prompts(prompt, num_images), _sampler(sampler)
         generators = _generators(seed, len(prompts)) if generator is None else generator

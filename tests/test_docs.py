@@ -22,6 +22,9 @@ STAGES = {
     "clip": ["clip", "tokenizer"],
     "sampling": ["sampling"],
     "latent_diffusion": ["latent_diffusion"],
+    "editing": ["editing"],
+    "lora": ["lora"],
+    "flow": ["flow"],
 }
 
 each_stage = pytest.mark.parametrize("stage", STAGES)

@@ -38,20 +38,26 @@ STANDS_ON = {
     "conditions": ["clip"],
     "latent_diffusion": ["unet", "vae", "vq", "clip", "sampling", "loss", "pictures", "conditions"],
     "presets": ["latent_diffusion"],
+    "flow": ["loss"],
+    "editing": ["latent_diffusion"],
+    "lora": ["checkpoint"],  # the names and files of other layouts
     "instruments": ["checkpoint"],  # verify reads a file of weights
     "checkpoint": ["presets"],
     "evaluation": ["checkpoint", "data", "viz"],
-    "training": ["checkpoint", "data", "viz"],
-    "__init__": ["training", "evaluation", "instruments"],  # `import minisd` as a whole
+    "training": ["lora", "data", "viz"],
+    "__init__": ["training", "evaluation", "instruments", "flow", "editing"],  # `import minisd` as a whole
     "live": ["instruments"],  # the page in JavaScript: its one module copies files, and records drawings
     "coursework": [],  # another name of minisd_coursework
     "cli": ["__init__", "live"],
     "__main__": ["cli"],
 }
 # The stages, and all that they need before anything is called. (Inside a function they may import more.)
-STAGES = ["attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion"]
+STAGES = [
+    "attention", "noising", "unet", "vae", "vq", "tokenizer", "clip", "sampling", "loss", "latent_diffusion", "editing",
+    "lora", "flow",
+]  # fmt: skip
 STAGE_NEEDS = {"torch", "numpy", "einops", "jaxtyping"} | sys.stdlib_module_names
-STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}}  # its drawings are PIL images
+STAGE_NEEDS_TOO = {"latent_diffusion": {"PIL"}, "lora": {"safetensors"}}  # its drawings are PIL images; its files
 
 # Seconds each to import: they wait until somebody needs them.
 SLOW = {"transformers", "matplotlib", "accelerate", "diffusers", "datasets", "torchmetrics"}

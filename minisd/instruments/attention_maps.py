@@ -169,11 +169,11 @@ def record_attention(
         maps.timesteps.append(int(timesteps[0]))
         maps._calls.append({})
 
-    def keep(name: str, weights: Tensor) -> None:
+    def keep(name: str, weights: Tensor) -> Tensor:
         # With guidance, the batch holds each picture twice, and the half with the empty prompt comes first.
-        weights = weights[len(weights) // 2 :] if maps.guided else weights
-        weights = weights.detach().float()
-        maps._calls[-1][name] = (weights if by_head else weights.mean(1)).cpu(), grid[0]
+        seen = (weights[len(weights) // 2 :] if maps.guided else weights).detach().float()
+        maps._calls[-1][name] = (seen if by_head else seen.mean(1)).cpu(), grid[0]
+        return weights
 
     with ExitStack() as restore:
         # The hooks are not in the modules of this model, because a copy of the model would have them, too.

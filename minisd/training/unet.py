@@ -27,6 +27,7 @@ from ..checkpoint.files import cast
 from ..conditions import CONDITIONS, Captions, condition_of
 from ..data import Corpus
 from ..latent_diffusion import DiffusionWrapper, LatentDiffusion, LatentDiffusionConfig
+from ..lora import Adapter
 from ..loss import min_snr_weight, text_dropout
 from ..unet import UNetModel
 from .engine import Engine, encode_shared
@@ -64,6 +65,7 @@ def train_unet(
     keep_at: tuple[int, ...] = (),
     condition: str = "captions",
     column: str | None = None,
+    adapter: Adapter | None = None,
 ) -> LatentDiffusion:
     """Train the UNet of a new model, or that of a finished model further, on new pictures.
 
@@ -80,6 +82,7 @@ def train_unet(
         keep_at: the numbers of steps after which the EMA weights are also written to a file of their own.
         condition: what a new model is conditioned on, a name in `CONDITIONS`.
         column: for classes, the column of the data's rows that names the class. Left out, the folders name it.
+        adapter: a LoRA or a new word of this model (`lora.py`). Then only this is trained, and saved to `folder`.
 
     Returns the model with the EMA weights, which is also saved to `folder/model`, as a minisd folder.
 
@@ -98,7 +101,12 @@ def train_unet(
     sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
     network = sd.model.diffusion_model if condition.frozen else UNetAndCondition(sd)
     prompts = condition.prompts(data)  # for each picture, one wording of its prompt or more
-    trainer = Trainer(network, recipe, folder, engine, given=_given(sd, data, prompts), describe=data.describe)
+    given = _given(sd, data, prompts)
+    if adapter is not None:  # it holds the only parameters that are trained, and calls the UNet
+        network, given = adapter, given | {"model": fingerprint(sd), "adapter": repr(adapter)}
+        sd.requires_grad_(False)
+        adapter.requires_grad_(True)
+    trainer = Trainer(network, recipe, folder, engine, given=given, describe=data.describe)
 
     # Training does not change the autoencoder or a frozen text encoder, so they run once, before the first step. For
     # each picture, store the mean and log variance of q(z|x) and not one sample, so that each step can sample a new z.
@@ -178,9 +186,14 @@ def train_unet(
                 weights = {prefix + name: weight for name, weight in trainer.ema.weights.items()}
                 write_weights(cast(weights, torch.float16), folder / f"model/after_{step + 1:06d}_steps.safetensors")
 
-    # The finished model gets the EMA weights, not those of the last step. They are loaded into a new UNet, because the
-    # trained one is still wrapped by the engine (for DDP) and by torch.compile.
     with trainer.finishing():
+        if adapter is not None:
+            adapter.load_state_dict(dict(trainer.ema.items()))
+            if engine.is_main_process:
+                adapter.save(folder / adapter.file_name)
+            return sd.eval()
+        # The finished model gets the EMA weights, not those of the last step. They are loaded into a new UNet, because
+        # the trained one is still wrapped by the engine (for DDP) and by torch.compile.
         sd.model.diffusion_model = UNetModel(sd.config.unet).to(engine.device)
         trained = sd.model.diffusion_model if condition.frozen else sd
         trained.load_state_dict(trainer.ema.weights, strict=condition.frozen)
