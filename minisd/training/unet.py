@@ -188,7 +188,7 @@ def train_unet(
 
     with trainer.finishing():
         if adapter is not None:
-            adapter.load_state_dict(dict(trainer.ema.items()))
+            adapter.load_state_dict(trainer.ema.weights)
             if engine.is_main_process:
                 adapter.save(folder / adapter.file_name)
             return sd.eval()
