@@ -640,7 +640,7 @@ def _generators(seed: Seed, count: int) -> list[torch.Generator]:
 
 def _repeated(x: Float[Tensor, "n ..."], count: int, what: str) -> Float[Tensor, "count ..."]:
     """Repeat the n rows to `count` rows, each for an equal share of the drawings."""
-    if count % len(x):
+    if not len(x) or count % len(x):
         raise ValueError(f"{len(x)} {what} do not fit {count} drawings")
     return x.repeat_interleave(count // len(x), dim=0)
 

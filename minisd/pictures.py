@@ -71,6 +71,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _upright_rgb(picture: Image.Image, background: str) -> Image.Image:
+    if not all(picture.size):
+        raise ValueError("it has no pixels")
     # Cameras and phones save what the sensor saw, and note in the EXIF data how the picture is to be turned.
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):

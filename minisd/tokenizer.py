@@ -80,6 +80,9 @@ class BPETokenizer:
 
     def __call__(self, prompts: list[str], max_length: int) -> Tokens:
         """Prompts → ids [b max_length], and the end of each prompt that did not fit."""
+        for prompt in prompts:
+            if not isinstance(prompt, str) or prompt.encode("utf-8", "replace").decode() != prompt:
+                raise ValueError(f"a prompt has to be a text in Unicode, not {prompt!r}")
         ids, lost = [], []
         for encoding, prompt in zip(self.engine.encode_batch(prompts), prompts, strict=True):
             kept = encoding.ids[: max_length - 2]  # start and end token take two places, even if the prompt is cut

@@ -579,16 +579,21 @@ def test_a_model_is_not_written_over_something_else(model, folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text('{"my": "settings"}')
     (tmp_path / "mine.yaml").write_text("my: settings")
+    (tmp_path / "vae.json").write_text("{}")
+    (tmp_path / "vae.safetensors").write_bytes(b"of a training")
+    save(model, tmp_path / "model" / "mine.ckpt")
     save(model, tmp_path / "a.safetensors")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     other = LatentDiffusion(replace(model.config, parameterization="v"), model.cond_stage_model.tokenizer)
     for path, form in (
         ("theirs", "minisd"), ("model", "diffusers"), ("mine", "minisd"), ("mine", "diffusers"), ("mine.ckpt", None),
-        ("a.ckpt", None), ("model/model.safetensors", None), ("model/config.json", "minisd"),
+        ("a.ckpt", None), ("model/model.safetensors", None), ("model/config.json", "minisd"), ("vae.safetensors", None),
+        ("theirs/unet/diffusion_pytorch_model.safetensors", None),
     ):  # fmt: skip
         with pytest.raises(OSError, match="choose another|is a file"):
             save(other, tmp_path / path, layout=form)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    save(other, tmp_path / "model" / "mine.ckpt")
 
 
 def test_the_rest_of_clip_stays_as_long_as_its_text_tower_does(model, folder):
@@ -673,6 +678,22 @@ def test_a_name_too_many_can_be_let_through(model, tmp_path):
     with pytest.raises(CheckpointError, match="1 superfluous .mine.*ignore="):
         load(tmp_path / "a.safetensors", "cpu")
     assert same(load(tmp_path / "a.safetensors", "cpu", ignore=["mine"]), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_would_lose_the_weights_is_refused(model, folder, dtype):
+    before = (folder / "model.safetensors").read_bytes()
+    for act in (lambda: load(folder, "cpu", dtype), lambda: save(model, folder, dtype=dtype)):
+        with pytest.raises(ValueError, match=f"dtype must be float16, bfloat16, float32 or float64, not {dtype}"):
+            act()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_link_to_nothing_is_not_written_over(model, tmp_path):
+    (tmp_path / "m").symlink_to("nowhere")
+    with pytest.raises(OSError, match="m is neither a file nor a folder"):
+        save(model, tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"]
 
 
 # -- more than the memory holds ----------------------------------------------------------------------------------------

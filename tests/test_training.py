@@ -330,6 +330,30 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, engine):
         go_on()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_what_only_has_the_name_of_a_file_of_the_run_is_not_read(tmp_path, engine):
+    """Nothing waits for a pipe, and a name without a number is no checkpoint."""
+    recipe, run = Recipe(steps=2, batch_size=4, save_every=1, log_every=1), tmp_path / "run"
+    trainer = Trainer(nn.Linear(2, 1), recipe, run, engine)
+    for step in trainer.steps():
+        take_step(trainer)
+        if step == 1:
+            break
+    os.mkfifo(run / "checkpoint_000008.pt")
+    (run / "checkpoint_000009.pt").mkdir()
+    (run / "checkpoint_best.pt").write_bytes(b"somebody's own")
+    torch.save({"step": 7, "ema": {}}, run / "checkpoint_000007.pt")
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": "two"}\n{"step": Infinity}\n[]\n')
+    with pytest.warns(UserWarning, match="000007.pt is broken .it is another kind of file.: going on from .*000001.pt"):
+        assert Trainer(nn.Linear(2, 1), recipe, run, engine).step == 1
+    assert [line["step"] for line in log(run)] == [1]
+    (run / "log.jsonl").unlink()
+    os.mkfifo(run / "log.jsonl")
+    with pytest.raises(OSError, match="log.jsonl is not a file: remove it, or choose another folder"):
+        Trainer(nn.Linear(2, 1), recipe, run, engine)
+
+
 def test_only_so_many_checkpoints_are_kept(tmp_path, engine):
     trainer = Trainer(nn.Linear(2, 1), Recipe(steps=7, batch_size=4, save_every=2), tmp_path, engine)
     for _ in trainer.steps():

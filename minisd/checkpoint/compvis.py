@@ -319,7 +319,8 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
         others = [other for suffix in (".ckpt", ".safetensors") if (other := path.with_suffix(suffix)) != path]
         if others[0].exists() or b"unet_config" not in yaml.read_bytes():
             raise FileExistsError(f"{yaml} belongs to something else than {path.name}: choose another name")
-    if path.name in ("model.safetensors", "clip.safetensors") and (path.parent / "config.json").is_file():
+    part = path.name in ("model.safetensors", "clip.safetensors") or (path.exists() and not yaml.is_file())
+    if part and any((path.parent / name).is_file() for name in ("config.json", f"{path.stem}.json")):
         raise FileExistsError(f"{path} is a part of the model in {path.parent}: choose another name, or that folder")
     with files.folder_written_whole(path, into=path.parent) as unfinished:
         if version == f"{path.stem}.clip":

@@ -369,6 +369,7 @@ def load_weights(
     Raises:
         CheckpointError: names the first few that are missing, superfluous or of another shape.
     """
+    check_dtype(dtype)
     own = model.state_dict()
     check_names(own, {name: tensor for name, tensor in state.items() if not set_aside(name)}, source)
     devices = {tensor.device for tensor in own.values()} - {torch.device("meta")}
@@ -506,8 +507,9 @@ def _unfinished(path: Path, before: str = "what was there before") -> Iterator[P
     """Yield the name that a file or folder has until it is complete, and delete what is left under that name."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError(f"{path} is neither a file nor a folder")  # a device or a pipe, which renaming would remove
+        if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+            # A device or a pipe, which renaming would remove, or a link to something that is not there.
+            raise OSError(f"{path} is neither a file nor a folder")
         remove_unfinished(unfinished)  # left by a process that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -550,7 +552,14 @@ def write_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The same tensors, the floating-point ones in another dtype; None leaves them unchanged."""
+    check_dtype(dtype)
     return {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in state.items()}
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError if a network can't compute with weights of this dtype. As integers, they would be lost."""
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, not {dtype}")
 
 
 def write_json(content: dict, path: Path) -> None:

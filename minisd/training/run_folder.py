@@ -58,8 +58,10 @@ class RunFolder:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """The paths of all checkpoints, the oldest first."""
-        return sorted(self.path.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.removeprefix("checkpoint_")))
+        """The paths of all checkpoints, the oldest first. A pipe, or a name without a number, is none."""
+        named = {path: path.stem.removeprefix("checkpoint_") for path in self.path.glob("checkpoint_*.pt")}
+        numbers = {path: int(number) for path, number in named.items() if number.isdecimal() and path.is_file()}
+        return sorted(numbers, key=numbers.get)
 
     def save(self, step: int, state: dict) -> None:
         """Write a checkpoint, and only then delete the oldest. Raises OSError, which says what is still complete."""
@@ -106,6 +108,8 @@ class RunFolder:
         """Delete the lines of later steps, which will be computed again, and incomplete lines."""
         if not self.log.exists():
             return
+        if not self.log.is_file():  # a pipe, which would be waited for
+            raise OSError(f"{self.log} is not a file: remove it, or choose another folder")
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if 0 < _step_of(line) <= step]
         if kept != lines:
@@ -120,6 +124,8 @@ def _read(path: Path) -> dict:
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
     state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    if not state.keys() >= {"step", "recipe", "networks", "ema", "num_updates", "since_log", "seconds"}:
+        raise ValueError("it is another kind of file")
     refuse_no_numbers(state["ema"], "its EMA")
     return state
 
@@ -134,8 +140,8 @@ def refuse_no_numbers(weights: Mapping[str, Tensor], of: str) -> None:
 def _step_of(line: str) -> int:
     """The step of a line of the log; 0 if the line is incomplete."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else 0
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"]) if line.endswith("\n") else 0
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 
