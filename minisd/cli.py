@@ -514,6 +514,15 @@ def commands(preset: Preset | None = None, init: str | None = None, decoder_only
     )  # fmt: skip
 
 
+def _file_and_strength(given: str) -> tuple[str, float]:
+    """FILE:0.8 → ("FILE", 0.8). A colon that no number follows belongs to the name."""
+    file, _, strength = given.rpartition(":")
+    try:
+        return file, float(strength)
+    except ValueError:
+        return given, 1.0
+
+
 def _check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
     if not os.access(path.absolute().parent, os.W_OK) or not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {path.name} into")

@@ -447,7 +447,7 @@ def test_tiles_and_slices_are_asked_of_the_first_stage(sd, make_sd):
         ("img2img", {"strength": 0.0}, "above 0 and at most 1, but it is 0.0"),
         ("img2img", {"strength": 1.5}, "above 0 and at most 1, but it is 1.5"),
         ("img2img", {"strength": 0.01}, "none of 50 steps is made"),
-        ("img2img", {"image": torch.zeros(32, 32)}, r"must be an image, a path, or a tensor .* not \[32, 32\]"),
+        ("img2img", {"image": torch.zeros(32, 32)}, r"must be an image, path, or tensor .* not \[32, 32\]"),
         ("img2img", {"image": torch.full((3, 32, 32), 255.0)}, r"values in \[-1, 1\], and this tensor in \[255, 255\]"),
         ("img2img", {"image": torch.zeros(1, 32, 32)}, "pictures have 3 channels, not 1"),
         ("img2img", {"image": photo(height=30)}, "multiples of 4 for this model, not 30x32: try 32x32"),
@@ -462,7 +462,7 @@ def test_tiles_and_slices_are_asked_of_the_first_stage(sd, make_sd):
         (
             "img2img",
             {"image": torch.zeros(0, 3, 32, 32)},
-            r"must be an image, a path, or a tensor .* not \[0, 3, 32, 32\]",
+            r"must be an image, path, or tensor .* not \[0, 3, 32, 32\]",
         ),
         (
             "img2img",
