@@ -99,7 +99,7 @@
     },
 
     tokens(tour, stop, { start: { tokens } }) {
-      const token = (piece, i) => h("li", {}, piece, h("small", {}, tokens.ids[i]));
+      const token = (piece, i) => h("li", {}, piece, " ", h("small", {}, tokens.ids[i]));
       return [h("ol", { className: "tools" }, ...tokens.pieces.map(token))];
     },
 
@@ -130,12 +130,12 @@
       };
       const block = ([name, map]) => {
         const canvas = painted(latent, most(map), [1, map.h, map.w]);
-        return h("figure", {}, canvas, name, h("small", {}, said([map.c, map.h, map.w])));
+        return h("figure", {}, canvas, name, h("br"), h("small", {}, said([map.c, map.h, map.w])));
       };
       // Level by level: the way down on the left, the way up on the right, and the middle block below them.
       const blocks = Object.entries(maps);
       const those = (part, height) => blocks.filter(([name, map]) => name.startsWith(part) && height === map.h);
-      const side = (...which) => h("div", {}, ...those(...which).map(block));
+      const side = (...which) => h("div", { className: "tools" }, ...those(...which).map(block));
       const heights = [...new Set(blocks.map(([, map]) => map.h))].sort((a, b) => b - a);
       const level = (height) => [side("input", height), h("span", {}, "→"), side("output", height)];
       const bottom = ["", side("middle", heights.at(-1)), ""].map((part) => h("span", {}, part));
@@ -172,7 +172,8 @@
         for (let k = 0; k < places * size; k++) values[k % size] += weights[i * size + k];
         const share = `${said(round((1000 * sum(values)) / size) / 10)} %`;
         const canvas = painted(map, values, w, height, { over: tour.live.shown?.x0 });
-        return h("figure", {}, canvas, places > 1 ? `${piece} × ${places}` : piece, h("small", {}, share));
+        const label = places > 1 ? `${piece} × ${places}` : piece;
+        return h("figure", {}, canvas, label, h("br"), h("small", {}, share));
       };
       return [h("div", { className: "words" }, ...tokens.pieces.slice(0, pad + 1 || undefined).map(word))];
     },
@@ -189,7 +190,8 @@
         <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
       const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
       arrow.setAttribute("viewBox", "0 0 100 18");
-      arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}<g fill="currentColor" font-size="3.5" text-anchor="middle">
+      arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}
+        <g fill="currentColor" stroke-width="0" font-size="3.5" text-anchor="middle">
         ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}</g>`;
       const noises = [eps_uncond, eps_cond, eps].map((x) => painted(latent, x, start.shape));
       return [cells(labels, [...noises, last], "pair"), arrow];
@@ -317,7 +319,7 @@
         const current = { title: plain(title), ariaCurrent: i === place ? "step" : null };
         return h("li", {}, button(`${i + 1}`, () => this.open(id), current));
       };
-      const title = h("h2", { tabIndex: -1 }, ...rich(stop.title));
+      const title = h("h2", { tabIndex: -1, style: "outline: 0" }, ...rich(stop.title));
       const { text, draw } = stop.missing ?? { text: ui.missing };
       this.missing = h("p", { hidden: true }, ...rich(text), " ", button(ui.draw, () => this.draw(draw)));
       this.deeds = {}; // what a figure can be told to do
@@ -332,10 +334,10 @@
         h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
         title,
         h("div", { className: "stop" },
-          h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each))),
-            h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
-          h("section", {}, ...this.sliders(), this.missing, this.box,
+          h("section", {}, ...stop.text.map((each) => h("p", {}, ...rich(each)))),
+          h("section", { className: "figure" }, ...this.sliders(), this.missing, this.box,
             ...captions.map((each) => h("p", { className: "caption" }, ...rich(each)))),
+          h("section", {}, h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
           this.equation,
           h("section", {}, ...this.places(stop))),
         h("section", { className: "tools" },
