@@ -322,4 +322,8 @@ def test_without_a_drawing_the_tour_can_be_read_and_offers_to_draw(browser, site
     page.goto(f"{site}/index.html#tour=unet")
     page.get_by_role("button", name=TEXTS["ui"]["draw"]).wait_for()
     assert "is the network that is asked in each step" in page.locator(".minisd-tour").inner_text()
+    page.get_by_role("button", name=TEXTS["ui"]["draw"]).click()
+    page.wait_for_selector(".minisd-tour .u canvas")
+    page.keyboard.press("ArrowRight")  # the button that had the focus is gone
+    assert page.evaluate("tour.stop.id") == "time"
     page.close()

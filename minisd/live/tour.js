@@ -268,10 +268,11 @@
       element.lang = texts.language;
       element.classList.add("minisd", "minisd-tour");
       for (const name of ["start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
-      element.onkeydown = ({ key, target, ctrlKey, altKey, metaKey }) => {
+      document.addEventListener("keydown", ({ key, target, ctrlKey, altKey, metaKey }) => {
         const to = { ArrowLeft: -1, ArrowRight: 1 }[key];
-        if (to && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
-      };
+        const ours = this.stop && (target === document.body || element.contains(target));
+        if (to && ours && !ctrlKey && !altKey && !metaKey && !target.matches("input, select")) this.go(to);
+      });
       globalThis.addEventListener("hashchange", () => this.readAddress());
       if (!this.readAddress()) this.close();
     }
@@ -387,10 +388,9 @@
       ]; // prettier-ignore
     }
 
-    // To a page of the docs, if there are any.
+    // To a page of the docs, if there are any: their build sets `docs`, and the pages of the code with their lines.
     link(page, name) {
-      const { docs } = this.texts; // the build of the docs sets it, and the pages of the code with their lines
-      return docs === undefined ? h("code", {}, name) : h("a", { href: docs + page }, name);
+      return "docs" in this.texts ? h("a", { href: this.texts.docs + page }, name) : h("code", {}, name);
     }
 
     // --- doing something ---------------------------------------------------------------------------------------------
