@@ -66,7 +66,7 @@
       Object.assign(this, { root, form, fields: form.elements, engine: new MinisdEngine(folder), name: folder });
       Object.assign(this, { about: null, request: null, run: null, other: null, selected: 0, turn: 0, wanted: {} });
       const samplers = this.part("sampling")?.SAMPLERS ?? {};
-      for (const name in samplers) this.fields.sampler.add(new Option(name, name, name === "dpmpp_2m"));
+      for (const name in samplers) this.fields.sampler.add(new Option(name, name, false, name === "dpmpp_2m"));
       if (!compact) minisdPanels.forEach((panel) => this.addPanel(panel));
       this.listen();
       this.prepared = this.prepare();

@@ -303,7 +303,7 @@
     close() {
       this.stop = null;
       this.writeAddress();
-      this.element.replaceChildren(button(this.texts.ui.start, () => this.open(), { className: "main" }));
+      this.element.replaceChildren(button(this.texts.ui.start, () => this.open()));
     }
 
     go(by) {
