@@ -9,16 +9,21 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 # What the optimiser would import, in every life.
 import torch._dynamo  # noqa: F401
+from tqdm import tqdm
 
 from minisd import PRESETS
 from minisd.data import CaptionedPictures
 from minisd.training import CLIPRecipe, SingleDevice, recipes, train_clip
 
+# All forks share tqdm's lock. If one of them is killed while it holds the lock, all later ones would wait for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that could hold it during a fork
 data, folder = CaptionedPictures(sys.argv[1], 32), Path(sys.argv[2])
 recipe = CLIPRecipe(steps=30, batch_size=4, warmup=2, log_every=1, save_every=1, keep_checkpoints=1)
 dice = random.Random(0)

@@ -11,15 +11,20 @@ at each file of the finished model.
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 # What the optimiser would import, in every life.
 import torch._dynamo  # noqa: F401
+from tqdm import tqdm
 
 from minisd import PRESETS
 from minisd.data import CaptionedPictures
 from minisd.training import CLIPRecipe, SingleDevice, UNetRecipe, VAERecipe, recipes, train_clip, train_unet, train_vae
 
+# All forks share tqdm's lock. If one of them is killed while it holds the lock, all later ones would wait for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that could hold it during a fork
 shapes, folder = sys.argv[1], Path(sys.argv[2])
 data, config, engine = CaptionedPictures(shapes, 32), PRESETS["tiny"], SingleDevice("cpu")
 SHORT = {"steps": 2, "batch_size": 4, "warmup": 2, "log_every": 1, "save_every": 1, "sample_every": 100}
