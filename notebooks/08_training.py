@@ -358,7 +358,9 @@ viz.strip(rows, labels=labels, size=0.7)
 sd = minisd.load("tiny", "cpu")
 with torch.no_grad():
     moments = encode_all(sd.first_stage_model, shapes, engine)  # [n 8 8 8]: mean and log variance
-contexts = encode_prompts(sd, sd.cond_stage_model.prompts(shapes), engine).float()  # [n 4 16 32]
+prompts = sd.cond_stage_model.prompts(shapes)  # n lists of 4 wordings
+contexts = encode_prompts(sd, [wording for each in prompts for wording in each], engine).float()
+contexts = contexts.unflatten(0, (len(prompts), -1))  # [n 4 16 32]
 empty = sd.get_learned_conditioning([""])  # [1 16 32]
 print(f"moments {list(moments.shape)}, contexts {list(contexts.shape)}, empty {list(empty.shape)}")
 

@@ -1251,7 +1251,7 @@ def test_shapes_are_written_as_a_corpus(tmp_path, capsys):
 
 
 def test_wrong_shapes_are_one_clear_sentence():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="1 to 1,000,000 can be drawn"):
         shape_corpus(0)
     with pytest.raises(ValueError, match="no shape that can be drawn"):
         shapes.outline("hexagon")

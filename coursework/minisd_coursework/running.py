@@ -93,18 +93,19 @@ def run(
             leaves.append(given[name].requires_grad_())
             given[name] = leaves[-1] * 1  # no leaf: one may change it in place
     outcome, printed = Outcome(), io.StringIO()
-    with default_torch_state(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with default_torch_state(seed), warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+            warnings.simplefilter("ignore")
             with _at_most(SECONDS):
                 outcome.value = function(*given.values())
                 elsewhere = [t.device for t in _tensors(outcome.value) if t.device.type != "cpu"]
                 if elsewhere:
                     raise OtherDevice(say("kind.device", device=elsewhere[0]))
                 outcome.value = exercise.read(outcome.value)
-                outcome.gradients = _gradients(outcome.value, leaves) if leaves else None
-        except (Exception, SystemExit) as error:
-            outcome.error = error
+        # The function may have switched gradients off for good, so they are computed after torch's state is restored.
+        outcome.gradients = _gradients(outcome.value, leaves) if leaves else None
+    except (Exception, SystemExit) as error:
+        outcome.error = error
     outcome.printed = printed.getvalue()
     if outcome.error is None:
         outcome.changed = [name for name, value in args.items() if not _unchanged(given[name], value)]
