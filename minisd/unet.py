@@ -209,6 +209,8 @@ class UNetModel(nn.Module):
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
+        if config.num_res_blocks < 0:
+            raise ValueError(f"num_res_blocks is {config.num_res_blocks}, but a level has 0 ResBlocks or more")
         self.config = config
         time_embed_dim = 4 * config.model_channels
 
