@@ -43,6 +43,7 @@ UNET = replace(recipes.UNET["emoji-64"], batch_size=1024, lr=2e-3, warmup=300, e
 NEVER = 10**9  # steps between two checkpoints or sheets: the run is short
 # How the time is shared, as parts of the whole. The UNet takes what CLIP and the autoencoder leave.
 SHARES = {"clip": 0.08, "vae": 0.15, "tables": 0.35}
+FEW = 5000  # pictures that one process makes as quickly as several
 NEEDED = {"no": 15, "yes": 75}  # seconds that a row of the table needs, eager and compiled
 
 
@@ -73,11 +74,14 @@ class Composed(Corpus):
 
     def __init__(self, corpus: Corpus):
         self.corpus, self.size, self.templates = corpus, corpus.size, corpus.templates
-        parts = np.array_split(np.arange(len(corpus)), 4 * (os.cpu_count() or 1))
+        everything = np.arange(len(corpus))
+        if len(corpus) < FEW:
+            self.images = corpus.pixels(everything)
+            return
         corpus.captions  # noqa: B018  # made once here, and not in each process
-        # The processes are forked, so that they share the corpus; nothing has used the GPU yet.
+        # The processes are forked, so that they share the corpus. Nothing has used the GPU or torch's threads yet.
         with multiprocessing.get_context("fork").Pool() as pool:
-            self.images = np.concatenate(pool.map(corpus.pixels, [part for part in parts if len(part)]))
+            self.images = np.concatenate(pool.map(corpus.pixels, np.array_split(everything, 4 * (os.cpu_count() or 1))))
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
         return self.images[indices]
