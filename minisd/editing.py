@@ -1,18 +1,20 @@
 """Stage 12: editing. Change a picture by changing a word of its prompt.
 
-    start = invert(sd, "fox.png", "fox, noto style")             # which noise would become this picture?
-    out = prompt_to_prompt(sd, "fox, noto style", "wolf, noto style", start)
-    out.images                                                   # the picture drawn again, and the edited one
+    # Which noise would become this picture?
+    start = invert(sd, "fox.png", "fox, noto style", guidance_scale=4.0, method="edit_friendly")
+    out = prompt_to_prompt(sd, "fox, noto style", "wolf, noto style", start, guidance_scale=4.0)
+    out.images                                        # the picture drawn again, and the edited one
 
-If you draw "fox" and "wolf" from the same noise, you get two different pictures: not only the animal changes. Editing
-solves two problems. For a picture that was not drawn by the model, it finds the noise to draw it from (inversion). And
-while the new prompt is drawn, it keeps what the old one looks like, by taking over its attention (prompt-to-prompt).
+If you draw "fox" and "wolf" from the same noise, more changes than the animal. So editing needs two things. For a
+picture that the model did not draw, we need the noise from which the model would draw it (inversion). And while the
+new prompt is drawn, the layout of the old picture has to stay. For this, the new drawing takes over the attention
+weights of the old one (prompt-to-prompt).
 
-    ddim_inversion     ddim's steps, backwards. Exact for infinitely many steps; errors grow with the guidance scale
-    edit_friendly      noise for every step of ddpm, chosen so that the steps lead to the picture. Exact at any scale
-    prompt_to_prompt   which pixel reads which word is decided by the old prompt, what it reads by the new one
+    ddim_inversion     the steps of ddim, backwards. It has an error, which grows with the guidance scale
+    edit_friendly      noise for each step of ddpm, chosen so that the steps lead back to the picture at every scale
+    prompt_to_prompt   the old prompt decides which pixel reads which word, and the new prompt what the word says
 
-Where a drawing begins, and the noise that it meets on the way, is a `Start`. It comes from a seed or from a picture.
+A `Start` is the noise from which a drawing begins, and the noise of its steps. It comes from a seed or from a picture.
 The papers that the comments cite:
 
     DDIM               Song, Meng & Ermon, "Denoising Diffusion Implicit Models", 2021 (arXiv:2010.02502)
@@ -48,7 +50,7 @@ Span = tuple[float, float]  # a range of the drawing: (0, 0.8) are the first 80%
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What decides a drawing beside its prompt. The same start and the same prompt give the same picture."""
+    """The noise of a drawing. The same start, prompt and guidance scale give the same picture."""
 
     x: Float[Tensor, "1 d h w"]  # the noisy latent before the first step
     timesteps: list[int]  # of the steps, in falling order
@@ -68,7 +70,10 @@ def redraw(
     guidance_scale: float = 4.0,
     before_step: BeforeStep | None = None,
 ) -> Drawing:
-    """Draw one prompt or several, all from the same start. With the prompt of an inversion, this gives its picture."""
+    """Draw one prompt or several, all from the same start.
+
+    If the start is from `invert`, the prompt and the guidance scale that were given there lead back to its picture.
+    """
     count = 1 if isinstance(prompts, str) else len(prompts)
     played_back = iter(start.noises)
     steps = sd.sample(
@@ -86,11 +91,11 @@ def ddim_inversion(
     eps_model: EpsModel, x_0: X, schedule: NoiseSchedule, steps: int = 50, spacing: str = "leading",
     set_alpha_to_one: bool = False,
 ) -> Iterator[Step]:  # fmt: skip
-    """ddim's steps from a picture up to its noise (DDIM, section 4.3). The arguments are those of `sampling.ddim`.
+    """The steps of ddim from a picture up to its noise (DDIM, section 4.3). Its arguments are those of `sampling.ddim`.
 
-    Each step of ddim changes x_t by the noise ε(x_t, t). To undo it exactly, we would need the same ε, but x_t is what
-    we are looking for. So the step is made with ε(x_prev, t), as if the noise did not change within a step. At scale 1
-    it changes little. Guidance amplifies the change, and every error is part of the next step (Null-text, section 3.2).
+    The step of ddim from x_t down to x_prev uses the noise ε(x_t, t). On the way up we do not know x_t yet, so we use
+    ε(x_prev, t) instead, as if the network saw the same noise at both ends of a step. Without guidance the difference
+    is small. Guidance amplifies it, and the next step starts from the error (Null-text, section 3.2).
     (diffusers: DDIMInverseScheduler)
     """
     # The picture counts as the end of ddim's last step: ᾱ_0, or 1 with set_alpha_to_one.
@@ -110,12 +115,13 @@ def edit_friendly(
 ) -> tuple[X, list[X]]:
     """x_t of the first timestep, and the noise of each step of ddpm that leads to x_0 (Edit-friendly, Algorithm 1).
 
-    A step of ddpm is x_prev = μ(x_t) + σ z. Usually z is drawn. Here the x_t are drawn instead, and z follows from each
-    two neighbours. Whatever the network and the guidance scale, replaying the z gives the x_t, and at the end x_0.
+    A step of ddpm is x_prev = μ(x_t) + σ z. When the model draws a picture, z is random and x_prev follows from it.
+    Here all the x_t are made from the picture first, and we solve for z. If these z are used in a drawing with the same
+    network, prompt and guidance scale, its steps go through the same x_t and end at x_0. Nothing is approximated.
     """
-    # Each x_t gets fresh noise, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε_t, independent of that of its neighbour. In ddpm's own
-    # process, neighbours share most of their noise. Because these x_t differ more, the z are larger, and hold the
-    # picture's layout more firmly when the prompt changes (Edit-friendly, section 3).
+    # Each x_t gets fresh noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε_t. When ddpm itself adds noise step by step, two
+    # neighbouring x_t share most of it. Here their noises are independent, so a step has to change more, and the z are
+    # larger. The paper finds that such z hold the layout of the picture better when the prompt changes.
     times = torch.tensor(timesteps, device=x_0.device)[:, None].expand(-1, len(x_0))  # [steps b]
     path = [schedule.q_sample(x_0, t, randn(x_0.shape, generator).to(x_0)) for t in times]
     alphas = [*(schedule.alpha_bar(t) for t in timesteps), schedule.alpha_bar(0)]
@@ -126,7 +132,8 @@ def edit_friendly(
         sigma = sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
         # x_prev = μ + σ z, solved for z
         zs.append((x_prev - mean) / sigma)
-        # The next step starts from x_prev as the replay will compute it, so that rounding errors cannot add up.
+        # This is x_prev as the drawing will compute it. The next step starts from there, so that rounding errors do not
+        # add up.
         x_t = mean + sigma * zs[-1]
     return path[0], zs
 
@@ -137,8 +144,10 @@ def invert(
 ) -> Start:  # fmt: skip
     """The start from which `redraw` draws a given picture again, with the same prompt and guidance scale.
 
-    method: "ddim"; or "edit_friendly", which is exact at every guidance scale. Its drawings may begin later
-        (strength, as in img2img), and then keep more of the picture; `seed` draws its noise.
+    guidance_scale: the one at which you will draw. `redraw` and `prompt_to_prompt` draw at 4.0 unless you say so.
+    method: "ddim", which has an error that grows with the guidance scale; or "edit_friendly", which leads back to the
+        picture at every scale, except for rounding, and whose noise comes from `seed`.
+    strength: for "edit_friendly", where the drawing begins, as in img2img. Below 1 it begins later and keeps more.
     """
     if method not in ("ddim", "edit_friendly"):
         raise ValueError(f'method must be "ddim" or "edit_friendly", but it is {method!r}')
@@ -171,10 +180,10 @@ def _noise(eps_model: EpsModel, x: X, t: int) -> X:
 
 
 def align(source: Int[Tensor, "m"], target: Int[Tensor, "m"]) -> tuple[Float[Tensor, "m m"], Float[Tensor, "m"]]:
-    """Which tokens of the new prompt take the place of which tokens of the old one.
+    """Pair the tokens of two prompts, so that a new token can take over the attention weights of an old one.
 
-    Returns `moved` [m m], by which the old weights are multiplied, [n m] @ [m m] -> [n m]: column j gathers what the
-    new token j takes over. And `added` [m], 1 for tokens without a counterpart, which keep their own weights.
+    Returns `moved` [m m]: the old weights times it, [n m] @ [m m] -> [n m], are the weights of the new tokens. And
+    `added` [m]: 1 for each new token without a counterpart, which keeps its own weights.
     """
     moved, added = torch.zeros(len(source), len(target)), torch.zeros(len(target))
     matcher = SequenceMatcher(None, source.tolist(), target.tolist(), autojunk=False)
@@ -212,17 +221,17 @@ def prompt_to_prompt(
 ) -> Drawing:
     """Draw a prompt and its edited version from one start. The drawing has two pictures, the old and the new one.
 
-    The layout of a picture is decided by its attention weights: which pixel reads which word (cross-attention), and
-    which pixels belong together (self-attention). The values that are read make it a fox or a wolf. So the new drawing
-    takes its weights from the old one, which is drawn beside it, and its values from its own prompt. Words can be
-    swapped ("fox" → "wolf"), added ("fox" → "blue fox") and left out.
+    Attention weights say which pixel reads which word (cross-attention), and which pixels read one another
+    (self-attention). Much of a picture's layout depends on them. The values that are read make it a fox or a wolf. So
+    both prompts are drawn side by side, and the new drawing uses the weights of the old one with its own values. Words
+    can be swapped ("fox" → "wolf"), added ("fox" → "blue fox") and left out.
 
     Args:
-        emphasis: the factor for a word's weights, {"blue": 2.0}: more than 1 shows more of it, less than 1 less. It is
-            applied in the steps of `cross_steps`.
-        cross_steps, self_steps: in which part of the drawing the weights are taken over. The first steps decide the
-            layout. If fewer of them are, the new picture is freer, and closer to its prompt.
-        layers: the beginnings of the names of the layers in which this is done, such as "middle_block".
+        emphasis: factors for the weights of words, {"blue": 2.0}. More than 1 strengthens the word, less than 1 weakens
+            it. They hold in the steps of `cross_steps`.
+        cross_steps, self_steps: the part of the drawing in which the weights are taken over. The early steps decide the
+            layout. With a shorter part, the new picture may differ more from the old one.
+        layers: the layers in which this is done, by the beginnings of their names, such as "middle_block".
     """
     moved, added = align(*sd.cond_stage_model.tokenize([source, target]))
     factors = torch.ones_like(added)
@@ -242,7 +251,8 @@ def prompt_to_prompt(
         first, last = cross_steps if is_cross else self_steps
         if first <= step / len(start.timesteps) < last:
             # Cross-attention: M*_ij = M_i,A(j) for a word j with the counterpart A(j), its own weight for an added one,
-            # times the factor of the word (Prompt-to-prompt, section 3.2). Self-attention: the old weights.
+            # times the factor of the word (Prompt-to-prompt, section 3.2). Self-attention: the old weights, as in the
+            # authors' code (`self_replace_steps`).
             new = (old @ moved.to(old) + new * added.to(new)) * factors.to(new) if is_cross else old
         return torch.cat([weights[:-1], new[None]])
 

@@ -8,10 +8,10 @@ network to predict u. A drawing starts at pure noise, z_1, and follows the predi
 
     z_τ' = z_τ + (τ' - τ) u(z_τ, τ)          Euler's method, for τ' < τ
 
-There is no schedule and no ᾱ in this. The two kinds of model are nevertheless the same. Each x_t becomes a z_τ if it is
-divided by the sum of its two factors, so the noise schedule is only a change of time and of scale (`to_straight`). And
-ε, v and u can be computed from one another. So a model of one kind can be used in place of the other. They differ
-in how training weights the times, in where a sampler's steps lie, and in what an error of the network does. The papers
+There is no noise schedule and no ᾱ in this. Nevertheless a model of one kind can be used in place of the other, for two
+reasons. If you divide x_t by the sum of its two factors, you get a z_τ, so the noise schedule only changes the time and
+the scale (`to_straight`). And ε, v and u can be computed from one another. Three things differ: how training weights
+the times, at which times a sampler makes its steps, and what an error of the network does to the picture. The papers
 that the comments cite:
 
     DDPM             Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020 (arXiv:2006.11239)
@@ -19,8 +19,8 @@ that the comments cite:
     Rectified flow   Liu et al., "Flow Straight and Fast", 2022 (arXiv:2209.03003)
     SD3              Esser et al., "Scaling Rectified Flow Transformers …", 2024 (arXiv:2403.03206)
 
-The direction of time is that of SD3. In the first two papers on flows, 0 is the noise and 1 the picture. They write t
-or σ for what is τ here, because t is an integer timestep in this package.
+Time has the direction of SD3. In the two papers of 2022, 0 is the noise and 1 the picture, so their velocity is -u. All
+three write t for the time. Here it is τ, because t is an integer timestep in this package. diffusers writes σ.
 """
 
 from collections.abc import Callable
@@ -53,15 +53,16 @@ def interpolate(x_0: Data, tau: Tau, noise: Data) -> Data:
 
 
 def velocity(x_0: Data, noise: Data) -> Data:
-    """u = dz/dτ = ε - x_0, the same at all times, because the line is straight (Flow matching, eq. 23)."""
+    """u = dz/dτ = ε - x_0, the same at all times, because the line is straight (target of Flow matching, eq. 23)."""
     return noise - x_0
 
 
 def logit_normal(count: int, mean: float = 0.0, std: float = 1.0, generator: Generators | None = None) -> Tau:
-    """Draw times τ whose logit, log(τ / (1-τ)), is normal: more of them in the middle (SD3, eq. 19).
+    """Draw times τ whose logit, log(τ / (1-τ)), is normal, so that more of them lie in the middle (SD3, eq. 19).
 
-    At both ends there is little to learn: near τ = 1 the best u is ε minus the mean of all pictures, and near τ = 0 it
-    is the small rest of the noise minus a picture that can be seen. mean: above 0, more of the times are noisy ones.
+    At both ends there is little to learn (SD3, section 3.1). At τ = 1 no picture can be seen in z = ε, so the best u is
+    ε minus the mean of all pictures. At τ = 0 no noise can be seen in z = x_0, so the best u is the mean of all noise,
+    which is 0, minus x_0. mean: above 0, more of the times are noisy ones.
     """
     return torch.sigmoid(mean + std * randn((count,), generator))
 
@@ -74,20 +75,21 @@ def flow_loss(
     noise: Float[Tensor, "b *d"] | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Float[Tensor, "*b"]:
-    """Mean squared error of the predicted velocity (Flow matching, eq. 23; Rectified flow, eq. 1).
+    """Mean squared error of the predicted velocity (Flow matching, eq. 23 with σ_min = 0; Rectified flow, section 2.1).
 
-    The arguments are those of `epsilon_loss`, with τ in the place of a schedule and t. Left out, τ is drawn uniformly
-    from [0, 1), as in the first papers; SD3 passes `logit_normal(len(x_0))`.
+    The arguments are those of `epsilon_loss`, with τ in the place of a schedule and t. If τ is not given, it is drawn
+    uniformly from [0, 1), as in the two papers of 2022. To train as SD3 was trained, give `logit_normal(len(x_0))`.
     """
     if tau is None:
         tau = torch.rand(len(x_0), device=x_0.device)
     if noise is None:
         noise = torch.randn_like(x_0)
-    # Three lines, each of which has its counterpart in `loss.py`: mix, predict, compare.
+    # Three lines, as in `loss.py`: mix, predict, compare.
     z = interpolate(x_0, tau, noise)
     prediction = model(z, tau, context)
-    # Many lines between pictures and noises pass through one z. The smallest error has their mean velocity,
-    # E[ε - x_0 | z_τ = z], and this leads the cloud of all noises to that of all pictures (Flow matching, theorem 1).
+    # Many lines between pictures and noises pass through one z. The prediction with the smallest error is their mean
+    # velocity, E[ε - x_0 | z_τ = z]. Following it takes the distribution of the noise to that of the pictures
+    # (Flow matching, theorem 1).
     return squared_error(prediction, velocity(x_0, noise), reduction)
 
 
@@ -107,8 +109,8 @@ def noise_from_velocity(z: Data, tau: Tau, u: Data) -> Data:
 def velocity_from_noise(z: Data, tau: Tau, noise: Data) -> Data:
     """u = (ε - z_τ) / (1-τ), the inverse of `noise_from_velocity`, for τ < 1.
 
-    At τ = 1 it would be 0/0. There z is the noise itself, so its prediction says nothing about the way to a picture,
-    and just before, small errors in ε become large ones in u. This is one reason for predicting u (or v) instead.
+    At τ = 1 it would be 0/0: z is the noise itself, so a prediction of the noise does not say where the pictures are.
+    Just below 1, a small error in ε becomes a large one in u. This is one reason to predict u (or v) instead.
     """
     return (noise - z) / _factors(tau, z)[0]
 
@@ -117,7 +119,7 @@ def velocity_from_v(x_t: Data, v: Data, schedule: NoiseSchedule, t: Times) -> Da
     """u from the v of `v_loss`: both are made of x_0 and ε, with other factors."""
     signal, sigma = schedule._signal_and_sigma(t, x_t)
     # x_0 = √ᾱ x_t - √(1-ᾱ) v and ε = √(1-ᾱ) x_t + √ᾱ v. Their difference:
-    # u = (√(1-ᾱ) - √ᾱ) x_t + (√(1-ᾱ) + √ᾱ) v. Where picture and noise are equally strong, u is √2 v.
+    # u = (√(1-ᾱ) - √ᾱ) x_t + (√(1-ᾱ) + √ᾱ) v. Where picture and noise have the same factor, u is √2 v.
     return (sigma - signal) * x_t + (sigma + signal) * v
 
 
@@ -133,7 +135,7 @@ def straight_time(schedule: NoiseSchedule, t: Times) -> Tau:
 
 
 def to_straight(schedule: NoiseSchedule, x_t: Data, t: Times) -> tuple[Data, Tau]:
-    """x_t as a point z_τ of the straight path, and its τ. Nothing is estimated: the map is exact."""
+    """x_t as a point z_τ of the straight path, and its τ. No network is needed, and nothing is approximated."""
     signal, sigma = schedule._signal_and_sigma(t, x_t)
     # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε. Divided by the sum of the factors, the new factors sum to 1: they are 1-τ and τ.
     return x_t / (signal + sigma), straight_time(schedule, t)
@@ -148,8 +150,8 @@ def from_straight(schedule: NoiseSchedule, z: Data, t: Times) -> Data:
 def straight_schedule(timesteps: int = 1000) -> NoiseSchedule:
     """A noise schedule whose timesteps are evenly spaced in τ: τ_t = (t+1) / (T+1).
 
-    With it, the samplers of this package walk along the straight path in equal steps. The last τ is just below 1,
-    because a schedule has no timestep without any picture, ᾱ = 0.
+    With it, the samplers of this package make equal steps along the straight path. The last τ is just below 1, because
+    at τ = 1 there is no picture left, ᾱ = 0, and samplers divide by √ᾱ.
     """
     tau = torch.arange(1, timesteps + 1, dtype=torch.float64, device="cpu") / (timesteps + 1)
     # ᾱ / (1-ᾱ) = ((1-τ) / τ)², solved for ᾱ; and β_t = 1 - ᾱ_t / ᾱ_{t-1}, where ᾱ is 1 before the first step.
@@ -167,9 +169,9 @@ def as_eps_model(model: VelocityModel, schedule: NoiseSchedule) -> Callable[...,
         schedule = straight_schedule()
         steps = sampling.euler(as_eps_model(model, schedule), x_T, schedule, steps=20)
 
-    This is Euler's method along the straight path, z ← z + (τ' - τ) u. (diffusers: FlowMatchEulerDiscreteScheduler.)
-    `sampling.ddim` and `sampling.euler` mix x̂_0 and ε̂ anew, with the factors of the next time. On the straight path
-    this is Euler's step: (1-τ') x̂_0 + τ' ε̂ = z + (τ' - τ) u. With another schedule, the steps lie at other τ.
+    This is Euler's method along the straight path, z ← z + (τ' - τ) u. (diffusers: FlowMatchEulerDiscreteScheduler)
+    The reason: `sampling.ddim` and `sampling.euler` mix x̂_0 and ε̂ again, with the factors of the next time. On the
+    straight path, this mixture is (1-τ') x̂_0 + τ' ε̂ = z + (τ' - τ) u. With another schedule, the steps lie at other τ.
     """
 
     def eps_model(x: Data, t: Times, context: Tensor | None = None) -> Data:
@@ -190,8 +192,8 @@ class ExactVelocity:
         w_i = softmax_i( -|z - (1-τ) x_i|² / (2 τ²) )       x̂_0 = Σ_i w_i x_i       (as in `ExactDenoiser`)
         u   = E[ε - x_0 | z_τ = z] = (z - x̂_0) / τ
 
-    For one picture, all paths are straight, and one Euler step draws it. For several, the paths bend, because x̂_0 is
-    at first the mean of all pictures and moves to one of them on the way.
+    If the data set is one picture, all paths are straight, and one step of Euler's method draws it. With several
+    pictures the paths bend, because x̂_0 begins as the mean of all pictures and moves to one of them on the way.
     """
 
     def __init__(self, x_0_all: Float[Tensor, "n *d"]):
@@ -204,8 +206,10 @@ class ExactVelocity:
             raise ValueError(f"z {list(z.shape)} must hold pictures of the data's shape, {list(self.shape)}.")
         flat = z.to(self.data).reshape(len(z), -1)  # [b d]
         signal, sigma = _factors(tau, flat)
-        # How near is z to where each picture would be at τ? In float64, because large numbers nearly cancel. [b n]
+        # How far is z from (1-τ) x_i, for each picture? In float64, because the softmax depends on small differences of
+        # large numbers. [b n]
         squared_distances = (flat[:, None] - signal[:, None] * self.data).square().sum(-1)
-        # Bayes' rule: how probable each picture is, given z; and their mean with these weights, [b n] @ [n d] -> [b d].
+        # Bayes' rule gives the probability of each picture, given z. x̂_0 is their mean with these as weights:
+        # [b n] @ [n d] -> [b d]
         x_0 = torch.softmax(-squared_distances / (2 * sigma**2), dim=1) @ self.data
         return ((flat - x_0) / sigma).reshape(z.shape).to(z)  # z = x̂_0 + τ u

@@ -2,20 +2,21 @@
 
     y = W x + b + s (α/r) B A x        A [r, in], B [out, r], and r much smaller than both           (LoRA, eq. 3)
 
-Fine-tuning changes all weights of the UNet, and gives a new model as large as the old one. Yet a few hundred steps
-change each matrix W only a little, and LoRA assumes that this change has a low rank r: it is the product of a tall and
-a flat matrix. W stays as it is, and only A and B are trained. They hold 1% of the numbers, or less, and lie in a file
-of their own, which can be added to a model at any strength s, taken off again, and given to others.
+Fine-tuning changes all weights of the UNet, and gives a new model as large as the old one. LoRA assumes that the change
+of each matrix W has a low rank r, so that it can be written as the product of a tall and a flat matrix. W stays as it
+is, and only A and B are trained. In the model that ships at 32×32, with r = 4, they have 49,152 numbers, and the UNet
+has 8.9 million. They are saved in a file of their own. It can be added to a model at any strength s, and taken off.
 
-Textual inversion changes even less: the weights stay as they are, and the text encoder gets one new word. Its vector in
-the table of tokens is what is trained, so that the model draws the new thing for that word. Only what the model
-can draw already can be found in this way.
+Textual inversion changes even less: all weights stay as they are, and the text encoder gets one new word. Only the
+vector of this word in the table of tokens is trained, so that the model draws the new thing when it reads the word. The
+model itself does not change, so this finds only what it can draw already.
 
     lora = load_lora(sd, "runs/finetuned/lora", strength=0.8)     # a file or a folder of minisd, diffusers or peft
     load_token(sd, "runs/finetuned/token")                        # now a prompt can contain the new word
 
 Both are an `Adapter`: a module that stands in the UNet's place during training, and has only the new parameters. So
-`training.train_unet` trains it as it trains a UNet. The papers that the comments cite:
+`training.train_unet` trains it as it trains a UNet. The strength s is not in the paper. In diffusers it is the weight
+of an adapter. The papers that the comments cite:
 
     LoRA                Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685)
     Textual inversion   Gal et al., "An Image is Worth One Word: Personalizing …", 2022 (arXiv:2208.01618)
@@ -40,7 +41,8 @@ from .noising import Seed, randn, seeded
 from .tokenizer import BPETokenizer
 from .unet import UNetModel
 
-# The four projections of each attention. They decide who reads whom, and what (LoRA, section 4.2 and table 5).
+# The four projections of each attention. The paper changes only these (LoRA, section 4.2). In its table 5, changing all
+# four is as good as changing some of them with the same number of parameters, or better.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE, PEFT_FILE, TOKEN_FILE = (
     "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "learned_embeds.safetensors"
@@ -48,7 +50,7 @@ LORA_FILE, PEFT_FILE, TOKEN_FILE = (
 
 
 class Adapter(nn.Module):
-    """Parameters that are trained in the place of a model's own. It is called as the UNet is, and has `save(path)`."""
+    """New parameters that are trained while the model's own stay as they are. It is called like the UNet."""
 
     file_name: str  # of what it saves, in the folder of a run
 
@@ -72,7 +74,7 @@ class Adapter(nn.Module):
 class LowRank(nn.Module):
     """A change of one linear layer, (α/r) B A.
 
-    scale: α/r. With α fixed, the size of the change depends less on the rank that is chosen (LoRA, section 4.1).
+    scale: α/r. With α fixed, less has to be tuned anew when another rank is chosen (LoRA, section 4.1).
     """
 
     def __init__(self, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], scale: float = 1.0):
@@ -115,8 +117,8 @@ class LoRA(Adapter):
             raise ValueError(f"the rank must be at least 1, but it is {rank}")
         for name, layer in linear_layers(unet).items():
             if name.endswith(targets):
-                # A is random and B is 0, so B A = 0: training starts from the model as it is. If both were 0, both
-                # gradients would be, too, and nothing would be learned (LoRA, section 4.1).
+                # A is random and B is 0, so B A = 0, and training starts from the model as it is (LoRA, section 4.1).
+                # If both were 0, both gradients would be 0 as well, and nothing would be learned.
                 A = randn((rank, layer.in_features), generator) * layer.in_features**-0.5
                 B = torch.zeros(layer.out_features, rank)
                 changes[name] = LowRank(A, B, (rank if alpha is None else alpha) / rank).to(layer.weight)
@@ -130,13 +132,13 @@ class LoRA(Adapter):
         return [(n, self._unet[0].get_submodule(n), self.changes[key]) for key, n in names.items()]
 
     def _changed(self, x: Tensor, y: Tensor, change: LowRank) -> Tensor:
-        # What is merged is in W already.
+        # If the changes are merged, W has them already.
         return y if self.merged else y + self.strength * change(x).to(y)
 
     @torch.no_grad()
     def merge(self, merged: bool = True) -> None:
         """Add the changes to the weights, W ← W + s (α/r) B A. `minisd.save` then saves them with the model."""
-        # Only once, if this is called twice: the sign is 1 to add, -1 to subtract, and 0 if it is done already.
+        # The sign is 1 to add, -1 to subtract, and 0 if nothing is left to do. So a second call changes nothing.
         sign = merged - self.merged
         for _, layer, change in self.layers():
             layer.weight += sign * self.strength * change.scale * change.B @ change.A
@@ -155,7 +157,8 @@ class LoRA(Adapter):
     def save(self, path: str | Path) -> None:
         """Write a file in diffusers' layout, in float16: `StableDiffusionPipeline.load_lora_weights` reads it.
 
-        The layout has no place for α, and readers take α = r. So B is written with the factor α/r in it.
+        The tensors of this layout do not include α, and a reader that finds no α takes α = r. So B is written with the
+        factor α/r in it.
         """
         theirs, state = diffusers_names(self._unet[0]), {}
         for name, _, change in self.layers():
@@ -206,9 +209,9 @@ def load_lora(sd: LatentDiffusion, path: str | Path, strength: float = 1.0) -> L
 
 
 def _alpha(file: Path) -> float | None:
-    """α of a LoRA, which its tensors do not show. If nobody has written it down (None), it is the rank.
+    """α of a LoRA, which is not among its tensors. None if it is not given, which means that it is the rank.
 
-    peft writes it into a file beside, and diffusers into the metadata of the safetensors file.
+    peft writes it to a file next to the tensors, and diffusers to the metadata of the safetensors file.
     """
     beside, settings = file.with_name("adapter_config.json"), {}
     with refused_as(f"{file} does not say how its LoRA was made in a form that can be read"):
@@ -220,7 +223,7 @@ def _alpha(file: Path) -> float | None:
             settings = {key.removeprefix("unet."): value for key, value in written.items()}
         alpha = settings.get("lora_alpha")
         alpha = None if alpha is None else float(alpha)
-    # These have the same tensors, and mean something else by them. Without this, the drawing would be wrong in silence.
+    # With these settings, tensors of the same names mean something else. The drawing would be wrong without a warning.
     for other in ("use_rslora", "use_dora", "alpha_pattern"):
         if settings.get(other):
             raise ValueError(f"{file} was made with {other}, which minisd does not know: only plain LoRA can be read")
@@ -260,9 +263,10 @@ def add_token(sd: LatentDiffusion, word: str, vector: Float[Tensor, "d"]) -> int
 
 
 class NewToken(Adapter):
-    """A word to be trained: v* = argmin_v E ‖ε - ε_θ(z_t, t, c(v))‖², and all else is fixed (Textual inversion, eq. 2).
+    """A word to be trained: v* = argmin_v E ‖ε - ε_θ(z_t, t, c(v))‖². All else is fixed (Textual inversion, eq. 2).
 
-    like: words of the model that describe the new thing roughly. Training starts from the mean of their vectors.
+    like: words that the model knows and that describe the new thing roughly. Training starts from the mean of their
+        vectors. (The paper takes one word.)
     """
 
     file_name = TOKEN_FILE
@@ -276,7 +280,7 @@ class NewToken(Adapter):
         vector = _table(sd).weight[ids].mean(0)
         self.word, number = word, add_token(sd, word, vector)
         self.vector = nn.Parameter(vector.detach().clone())
-        # Wherever the new id stands, the vector that is trained is looked up, and for all others the table's row.
+        # For the new id, the look-up gives the vector that is trained, and for all others the row of the table.
         self._hook = _table(sd).register_forward_hook(
             lambda _, args, rows: torch.where((args[0] == number)[..., None], self.vector, rows)
         )
