@@ -266,6 +266,25 @@ def test_guidance_can_be_moved_along_the_arrow(open_stop):
     assert at_1 == cond and at_20 != at_1 and picture_20 != picture_1
 
 
+def test_the_slider_of_guidance_follows_the_drawing(open_stop):
+    page = open_stop("guidance")
+    slider = page.locator(".minisd-tour .steps input").last
+    for guidance in (20, 4):
+        page.evaluate("(guidance) => tour.draw({ guidance })", guidance)
+        assert slider.input_value() == str(guidance)
+
+
+def test_a_button_undoes_what_another_has_set(open_stop):
+    """One step of DDIM begins at t = 1, where nothing is removed; one step of DPM-Solver++ begins at pure noise."""
+    page = open_stop("step")
+    page.evaluate("tour.draw({ sampler: 'ddim', negative: 'a circle' })")
+    page.get_by_role("button", name="Draw in one single step").click()
+    page.wait_for_selector(".minisd-tour [aria-live] canvas")
+    assert page.evaluate("[live.request.sampler, live.request.negative, live.run.start.timesteps[0]]") == [
+        "dpmpp_2m", "", 999
+    ]  # fmt: skip
+
+
 def test_a_button_draws_and_shows_before_and_after(open_stop):
     page = open_stop("noise")
     seed = page.evaluate("Number(live.request.seed)")
@@ -315,6 +334,16 @@ def test_the_unet_finds_much_of_the_noise_of_an_example(open_stop):
     page.wait_for_selector(".minisd-tour figure:nth-child(4) canvas")
     loss = float(page.locator(".minisd-tour .steps output").last.inner_text().split(":")[-1])
     assert 0.0 < loss < 0.7
+
+
+def test_the_size_of_the_time_embedding_is_known_without_the_activations(open_stop):
+    """A recording holds none, and is what a reader sees first."""
+    page = open_stop("time")
+    page.evaluate("tour.step.activations = {}")
+    config = minisd.PRESETS["tiny"].unet
+    assert page.evaluate("[tour.numbers().emb_size, tour.numbers().sines]") == [
+        4 * config.model_channels, config.model_channels
+    ]  # fmt: skip
 
 
 def test_without_a_drawing_the_tour_can_be_read_and_offers_to_draw(browser, site):

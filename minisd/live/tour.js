@@ -268,6 +268,8 @@
       element.lang = texts.language;
       element.classList.add("minisd", "minisd-tour");
       for (const name of ["start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
+      // A figure's slider that stands for an option of the drawing follows it.
+      live.addEventListener("start", () => this.stop?.dial?.of && (this.dial.value = live.request[this.stop.dial.of]));
       document.addEventListener("keydown", ({ key, target, ctrlKey, altKey, metaKey }) => {
         const to = { ArrowLeft: -1, ArrowRight: 1 }[key];
         const ours = this.stop && (target === document.body || element.contains(target));
@@ -398,12 +400,11 @@
     draw = (changes) => this.live.draw({ attention: true, activations: true, ...changes });
 
     async act({ label, draw, select, figure, see }) {
-      const { live, says, texts: { ui } } = this; // prettier-ignore
+      const { live, run, says, texts: { ui } } = this; // prettier-ignore
       const look = h("p", {}, h("strong", {}, ui.look), " ", ...rich(see));
       says.replaceChildren(look);
       if (figure) return this.deeds[figure]?.();
       if (select) return live.select(select === "first" ? 0 : this.run.steps.length - 1);
-      const { run } = this;
       says.append(ui.wait);
       await this.draw(this.changes(draw));
       says.replaceChildren(look);
@@ -501,7 +502,7 @@
     // What the texts may name as {numbers}: of the drawing, of the step, and of the one number `index` of its latent.
     numbers() {
       const { live, run, step, index } = this;
-      const [{ start, steps }, { a_t, a_prev, i, t, activations }] = [run, step];
+      const [{ start, steps }, { a_t, a_prev, i, t }] = [run, step];
       const { request } = live;
       const [n, d] = this.shapes().context;
       const used = start.tokens.pieces.filter((piece) => piece !== "<pad>").length;
@@ -509,7 +510,7 @@
       const made = run.done?.picture ?? live.shown?.x0 ?? {};
       const [numbers, pixels, T] = [c * height * w, 3 * made.width * made.height, live.schedule.timesteps];
       const per_step = step.eps_cond ? 2 : 1;
-      const emb_size = activations?.time_embed?.c;
+      const emb_size = 4 * live.config.unet.model_channels;
       const [timesteps, count] = [start.timesteps, start.timesteps.length];
       // As in dpmpp_2m of sampling.js.
       const lambda = (a) => (a < 1 ? log(a / (1 - a)) / 2 : Infinity);
