@@ -3,8 +3,8 @@
 The engine's files are read beside the modules of the same names: noising.js, tokenizer.js, clip.js, attention.js,
 unet.js, vae.js, sampling.js, latent_diffusion.js. Below them are layers.js (convolution, norms), gemm.js with gemm.wat
 (the matrix product, in WebAssembly) and safetensors.js; above them worker.js (the messages, explained at its top) and
-live.js, which is what a page uses. The page itself is index.html
-with page.js, panels.js, figures.js and page.css.
+live.js, which is what a page uses. The page itself is index.html with page.js, panels.js, figures.js and page.css; its
+guided tour is tour.js and tour.css, with all texts in tour.json.
 """
 
 import base64
