@@ -583,6 +583,7 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The noise ε in x, computed from what the UNet predicts: ε, v or x_0."""
         prediction = self.apply_model(x, t, cond)
+        # ε = √(1-ᾱ_t) x_t + √ᾱ_t v, or ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t): both follow from the definitions of x_t and v.
         if self.config.parameterization == "v":
             return self.schedule.predict_noise_from_v(x, t, prediction)
         if self.config.parameterization == "x0":
