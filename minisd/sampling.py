@@ -298,6 +298,7 @@ def sampler(
 
         @wraps(rule, assigned=["__module__", "__name__", "__qualname__", "__doc__"])
         def sample(*args, **named):
+            # A wrong argument raises an error now, and not only when the first step is asked for.
             try:
                 given = signature.bind(*args, **named).arguments
             except TypeError as error:
