@@ -240,6 +240,6 @@ def _single_bytes() -> list[str]:
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    """A pair of pieces from each line, after a line with the version."""
+    """The pair of pieces in each line. The first line, with the version, and empty lines are left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]

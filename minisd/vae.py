@@ -42,8 +42,8 @@ class AutoencoderConfig:
     z_channels: int = 4  # channels between encoder or decoder and their 1x1 convolution
     embed_dim: int = 4  # channels of the latent
     double_z: bool = True  # the encoder predicts a mean and a log variance for each of z_channels, not one number
-    resolution: int = 256  # side of the training pictures; only attn_resolutions is measured by it
-    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps, of such a picture, that get self-attention
+    resolution: int = 256  # side of the training pictures; it only gives attn_resolutions a meaning
+    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps of such a picture that get self-attention
 
     def __post_init__(self):
         sides = [self.resolution // 2**level for level in range(len(self.ch_mult))]
@@ -188,7 +188,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The lowest resolution of both halves, where attention over all pixels is cheap enough to have always."""
+    """The lowest resolution of both halves. Attention over all pixels is cheap here, so it is always there."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -360,7 +360,10 @@ class FirstStage(nn.Module):
         return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), z, scale_in=1, scale_out=f)
 
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-        """network(x), in slices and tiles if asked. The scales: pixels of input and output per pixel of the latent."""
+        """network(x), in slices and tiles if these are switched on.
+
+        scale_in, scale_out: how many pixels of its input and of its output belong to a pixel of the latent.
+        """
 
         def run(part: Tensor) -> Tensor:
             if self.tiling is None or max(part.shape[-2:]) <= self.tiling[0] * scale_in:

@@ -484,7 +484,7 @@ class Trainer:
     # --- which samples --------------------------------------------------------------------------------------------
 
     def _places(self, part: int) -> range:
-        """The places in a step's batch that belong to a part."""
+        """The places in a step's batch that belong to a part: 0 to 31 to the first half of a batch of 64, say."""
         size = self.recipe.batch_size // self._parts
         return range(part * size, (part + 1) * size)
 
