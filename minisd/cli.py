@@ -328,7 +328,8 @@ def train_unet(
     data = run.pictures(config.image_size, captions)
     sd = training.train_unet(model, recipe, data, folder, engine, keep_at=keep_at, **given)
     prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
-    what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
+    inpaints = isinstance(sd.cond_stage_model, CONDITIONS["inpainting"])
+    what = f"inpaint {prompt} PICTURE MASK" if inpaints else f"txt2img {prompt}"
     _wrote(f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`", engine)
 
 

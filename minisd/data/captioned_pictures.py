@@ -215,6 +215,9 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
 class Corpus(Dataset):
     """What a training takes: captioned pictures of one size. The rest follows from `pixels`, `captions`, `templates`.
 
+    A class of your own, of pictures that are computed, say, has these three and `size`, `__len__`, `describe(i)` and
+    `fingerprint`: see `CaptionedPictures`. For `--condition classes` it also has `column(name)`.
+
     Attributes: `size` (of the square pictures), `captions` (list of str), `templates` (tuple of str: the forms in which
     a caption is trained on, where "{}" stands for it).
     """

@@ -66,9 +66,12 @@ class Recipe:
     compile: bool = False  # torch.compile: the first step is slow, the others are faster
 
     def __post_init__(self):
+        # A recipe is saved in each checkpoint. Checkpoints are read with `weights_only=True`, which refuses numbers of
+        # numpy, so these become Python's. (`object.__setattr__`, because the fields of a recipe are frozen.)
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
+            if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
+        # Check each field that counts something. A checkpoint "every 0 steps", for example, would divide by zero.
         every = [name for name in vars(self) if name.endswith("_every")]
         for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed", *every):
             least, most = {"batch_size": (1, 10**6), "seed": (0, 2**63)}.get(name, (1, 10**12))
@@ -122,6 +125,7 @@ class EMA:
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Inside the `with`, the model has the EMA weights; afterwards its own again. CompVis calls it `ema_scope`."""
+        # load_state_dict writes into the model's tensors, so its own weights have to be copied first.
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.weights, strict=False)
         try:
@@ -138,12 +142,23 @@ def drawn(seed: tuple[int, int], places: range, number: int, how: Callable, *arg
 
     Places 0 to 63 of the batch share a generator, places 64 to 127 the next, and so on. One for each place would be
     several times as slow. With one for all, each process would have to draw the numbers of all processes.
+
+    Args:
+        seed: that of the run, and the step.
+        places: which places of the step's batch.
+        number: how often the loop has drawn in this batch before.
+        how: torch.randn, torch.rand or torch.randint.
+        arguments: those of `how`, with the shape of one sample's numbers at the end: (high, shape) for randint.
     """
     *options, shape = arguments
     dtype = torch.int64 if how is torch.randint else torch.float32
+    # Which blocks of 64 places do these places lie in? The seed of a block is a hash of the run's seed, the step, the
+    # number of the draw and the block, so that no two of them have the same random numbers. (Where this has a 2, the
+    # seeds of `Batch.generators` have a 1.) The hash comes as two words of 32 bits, which are joined to 63 bits.
     first, last = places.start // BLOCK, (places.stop - 1) // BLOCK
     words = [np.random.SeedSequence((*seed, 2, number, block)).generate_state(2) for block in range(first, last + 1)]
     generators = [seeded(int(high) << 31 ^ int(low)) for high, low in words]
+    # Draw all numbers of these blocks, [64 *shape] each, and keep those of the places.
     blocks = [how(*options, (BLOCK, *shape), generator=g, dtype=dtype, device="cpu") for g in generators]
     return torch.cat(blocks)[places.start - first * BLOCK :][: len(places)]
 
@@ -188,10 +203,11 @@ class Batch:
 
 @contextlib.contextmanager
 def one_training() -> Iterator[None]:
-    """For functions that train, as a decorator: what has to hold around all of a training, however it ends.
+    """A decorator for the functions that train. It prepares a training, and cleans up after it, however it ends.
 
-    PyTorch's defaults are float32 and the CPU, because initial weights are random numbers, too. Afterwards the defaults
-    are as before, and the folder of the run is unlocked. If there is not enough memory, the error says what to lower.
+    During the training, PyTorch's defaults are float32 and the CPU, because the initial weights are random numbers, and
+    these should not depend on what was set before. Afterwards the defaults are as before, and the folder of the run is
+    unlocked. If there is not enough memory, the error says what to lower.
     """
     dtype, device, locked = torch.get_default_dtype(), torch.get_default_device(), set(LOCKED)
     torch.set_default_dtype(torch.float32)
@@ -250,16 +266,20 @@ class Trainer:
         describe: Callable[[int], str] = str,
     ):
         self.recipe, self.engine, self.describe = recipe, engine, describe
+        # A checkpoint is continued only if it was made from the same.
         self.given = {"random numbers": RANDOM_NUMBERS} | dict(given or {})
-        self._parts = engine.num_processes * recipe.accumulate  # of a batch
+        # A step's batch is cut into equal parts. Each process takes `accumulate` of them, one after the other.
+        self._parts = engine.num_processes * recipe.accumulate
         if recipe.batch_size % self._parts:
             raise ValueError(
                 f"a batch of {recipe.batch_size} can't be shared out evenly to {engine.num_processes} processes with "
                 f"{recipe.accumulate} parts each: take a multiple of {self._parts}"
             )
+        # Only the main process writes into the folder. It locks it against other trainings.
         self.folder = RunFolder(folder, recipe.keep_checkpoints)
         if engine.is_main_process:
             self.folder.open()
+        # Each network has an optimiser of its own, because a discriminator is trained for another loss.
         self.models, self.networks, self.optimizers = {}, {}, {}
         for name, network in {"model": model, **(others or {})}.items():
             # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
@@ -269,12 +289,15 @@ class Trainer:
             if recipe.compile:
                 self.models[name].compile()
         self.model, self.network = self.models["model"], self.networks["model"]
+        # The running mean of the weights, which becomes the finished model.
         self.ema = EMA(self.network, recipe.ema_decay)
+        # How far the run is, and what it has to log. `_resume` replaces these by those of a checkpoint.
         self.step, self._since_log = 0, []
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
         self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
         self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
         self._second_thread, self._draws, self._ahead = ThreadPoolExecutor(1), [], {}  # see `batches`
+        # On a GPU, reading a number makes the program wait, so figures are read rarely: see `_read`.
         self._reads_each_step = engine.device.type == "cpu"
         self._asked_to_stop, self._stopping = threading.Event(), False
         self._resume()
@@ -286,7 +309,7 @@ class Trainer:
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
-        a variable holds an iterator over the steps, `iter(trainer.steps())`, it is so once the variable is deleted.)
+        you keep an iterator in a variable, `iter(trainer.steps())`, this happens when the variable is deleted.)
         """
         return Steps(self._steps)
 
@@ -323,7 +346,7 @@ class Trainer:
                 yield
                 self.engine.wait_for_everyone()  # until the main process has written it
         finally:
-            self.folder.close()
+            self.folder.close()  # after an error, too, so that the command can be run again
         if self._asked_to_stop.is_set():
             raise KeyboardInterrupt(f"stopped; the run in {self.folder.path} is finished, and its model is written")
 
@@ -461,7 +484,7 @@ class Trainer:
     # --- which samples --------------------------------------------------------------------------------------------
 
     def _places(self, part: int) -> range:
-        """The places in a step's batch that belong to a part."""
+        """The places in a step's batch that belong to a part: 0 to 31 to the first half of a batch of 64, say."""
         size = self.recipe.batch_size // self._parts
         return range(part * size, (part + 1) * size)
 

@@ -290,7 +290,7 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
 def encode_all(vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None) -> Tensor:
     """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
 
-    most: of more pictures than this, only as many are encoded, drawn at random.
+    most: how many pictures are encoded at most. If there are more, they are chosen at random.
 
     The latents of a VQModel have variance zero, so their log variance is -inf.
     """
