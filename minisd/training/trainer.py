@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -264,7 +263,7 @@ class Trainer:
         for name, network in {"model": model, **(others or {})}.items():
             # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
             self.optimizers[name] = _adamw(network, recipe, name)
-            self.models[name], _ = engine.prepare(network, self.optimizers[name])
+            self.models[name] = engine.prepare(network)
             self.networks[name] = engine.unwrap_model(self.models[name])  # the same without the wrapper
             if recipe.compile:
                 self.models[name].compile()
@@ -272,8 +271,7 @@ class Trainer:
         self.ema = EMA(self.network, recipe.ema_decay)
         self.step, self._since_log = 0, []
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
-        self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
-        self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
+        self._unread: list[tuple[int, list[str], Tensor]] = []  # the figures of all steps since the last reading
         self._second_thread, self._draws, self._ahead = ThreadPoolExecutor(1), [], {}  # see `batches`
         self._reads_each_step = engine.device.type == "cpu"
         self._asked_to_stop, self._stopping = threading.Event(), False
@@ -359,10 +357,14 @@ class Trainer:
 
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
         """Add the gradient of a batch's loss to that of the step. `name` and `figures` go into the log."""
-        self._figures[-1] |= {name: loss, **figures}
+        self._figures[-1] |= {key: self._number(x) for key, x in {name: loss, **figures}.items()}
         # PyTorch adds up the gradients of several backward passes. Dividing each loss by their number makes this the
         # mean. (The mean over the processes is taken by DDP.)
-        self.engine.backward(loss / self.recipe.accumulate)
+        (loss / self.recipe.accumulate).backward()
+
+    def _number(self, x: Tensor | float) -> Tensor:
+        """A figure as a tensor on the device, where it stays until it is read."""
+        return torch.as_tensor(x).detach().to(self.engine.device, torch.float32, non_blocking=True)
 
     def update(self) -> None:
         """Take one optimiser step for each network that has a gradient, and update the EMA.
@@ -373,40 +375,34 @@ class Trainer:
         """
         # A single bad batch can have a gradient a hundred times as long as usual. Unclipped, it would dominate AdamW's
         # running means for many steps. So the gradient of all weights together is scaled down to a norm of clip_grad.
-        norms = {}
+        shared = {}
         for name, model in self.models.items():
-            norm = self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
-            norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
-        # Before the weights are changed, all processes exchange whether every loss and gradient is finite. All of them
-        # have to take the step, or none, because their weights must remain the same.
-        rows = self._exchange(norms)
-        alone_and_asked_to_stop = self._asked_to_stop.is_set() and self.engine.num_processes == 1
-        now = self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or alone_and_asked_to_stop
-        if now:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
+            shared["grad_norm" if name == "model" else f"grad_norm_{name}"] = self._number(norm)
+        # Before the weights are changed, all processes exchange their figures: a row for each batch, with its losses,
+        # the gradient norms, and whether this process got a signal to stop. So all of them take the step, or none, and
+        # all stop after the same step, because their weights must remain the same. The table stays on the device, to be
+        # read by `_read`.
+        asked_to_stop = self._asked_to_stop.is_set()
+        shared["asked to stop"] = self._number(asked_to_stop)
+        rows = [figures | shared for figures in self._figures]
+        table = self.engine.gather(torch.stack([torch.stack(list(row.values())) for row in rows]))
+        self._unread.append((self.step, list(rows[0]), table))
+        alone = self.engine.num_processes == 1
+        if self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or (asked_to_stop and alone):
             self._read()
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(self.step)
             # If the figures are not read now, the device itself decides: it leaves the weights as they are if any
             # figure is not finite. (PyTorch's GradScaler skips a step in the same way.)
-            optimizer.found_inf = (~rows.isfinite().all()).float()
+            optimizer.found_inf = (~table.isfinite().all()).float()
             optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
             # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
             optimizer.zero_grad(set_to_none=True)
         # Now that the weights have changed, move their running mean towards them.
         self.ema.update(self.network)
-
-    def _exchange(self, norms: dict[str, Tensor]) -> Float[Tensor, "processes n"]:
-        """The figures of this step, a row from each process. They stay on the device, to be read by `_read`."""
-        # Put everything that this process has to report into one row: the figures of its batches, the gradient norms,
-        # and whether it got a signal to stop (all processes have to stop after the same step).
-        names = list(self._figures[0])
-        row = [*(f[name] for f in self._figures for name in names), *norms.values(), self._asked_to_stop.is_set()]
-        row = [torch.as_tensor(x).detach().to(self.engine.device, torch.float32, non_blocking=True) for x in row]
-        rows = self.engine.gather(torch.stack(row)[None])
-        self._unread.append((self.step, names, list(norms), rows))
-        return rows
 
     def _read(self) -> None:
         """Read and log the figures of all steps since the last reading. Raises FloatingPointError if one is not finite.
@@ -417,17 +413,15 @@ class Trainer:
         Every process reads the same.
         """
         unread, self._unread = self._unread, []
-        for step, names, norms, rows in unread:
-            rows = rows.cpu().double().numpy()
-            self._stopping |= bool(rows[:, -1].any())
-            # Means over batches and processes. The table has a row for each part of the batch.
-            table = rows[:, : -1 - len(norms)].reshape(self._parts, len(names))
-            figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
-            figures |= dict(zip(norms, rows[0, -1 - len(norms) : -1].tolist(), strict=True))
+        for step, names, table in unread:
+            table = table.cpu().double().numpy()
+            figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))  # means over batches and processes
+            self._stopping |= figures.pop("asked to stop") > 0
             if not all(map(math.isfinite, figures.values())):
-                # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may
-                # have come from any part, so report all samples.
-                bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
+                # Report the samples of the batches whose own figures are not finite. If only a gradient norm is not, it
+                # may have come from any batch, so report all samples.
+                own = table[:, : names.index("grad_norm")]
+                bad = np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist() or range(self._parts)
                 self._refuse(step, figures, [i for part in bad for i in self._indices(step, part, self._n)])
             self._log(step, figures)
 
