@@ -1197,7 +1197,7 @@ reading(
     ("LPIPSWithDiscriminator.calculate_adaptive_weight", "‖∇ reconstruction‖ / ‖∇ generator‖, at the last layer",
      "training/discriminator.adaptive_weight", "return"),
     ("LPIPSWithDiscriminator.forward", "KL, summed over the latent, times 1e-6",
-     "training/vae._reconstruct", "posterior.kl()"),
+     "training/vae.train_vae", "posterior.kl()"),
 )  # fmt: skip
 
 # %% [markdown]

@@ -441,14 +441,16 @@ class Trainer:
             "without those samples"
         )
 
-    def sheet(self, draw: Callable[[], Tensor]) -> None:
-        """Every `sample_every` steps and after the last, call `draw` with the EMA weights and save the pictures.
+    def sheet(self, data: Corpus, draw: Callable[[Tensor], Tensor]) -> None:
+        """Every `sample_every` steps and after the last, save twelve pictures, and below each what the model makes.
 
-        They go to samples/. All processes draw, because they would have to wait anyway, and the main process saves.
+        draw: makes the pictures [12 c H W] for these indices of the data; it is called with the EMA weights. All
+        processes draw, because they would have to wait anyway, and the main process saves the sheet in samples/.
         """
         if (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps:
+            indices = torch.linspace(0, len(data) - 1, 12).long()
             with self.ema.applied_to(self.network):
-                pictures = draw()
+                pictures = torch.cat([data.batch(indices), draw(indices).cpu()])
             if self.engine.is_main_process:
                 save_sheet(pictures, self.folder.path / f"samples/{self.step + 1:06d}.png", columns=12)
 

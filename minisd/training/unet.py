@@ -179,7 +179,7 @@ def train_unet(
             # The gradient is now the mean over all batches and processes. Clip it, take the AdamW step, update the EMA.
             trainer.update()
             # From time to time, draw a sample sheet with the EMA weights: the loss says little about the pictures.
-            trainer.sheet(lambda: _drawings(sd, data, prompts, engine, recipe.guidance_scale))
+            trainer.sheet(data, lambda indices: _drawings(sd, data, indices, prompts, engine, recipe.guidance_scale))
             # Keep the EMA weights of some steps in float16, so that you can compare how the model drew at those steps.
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if condition.frozen else ""
@@ -327,13 +327,10 @@ def encode_prompts(sd: LatentDiffusion, prompts: list, engine: Engine, batch_siz
 
 
 def _drawings(
-    sd: LatentDiffusion, data: Corpus, prompts: list[list], engine: Engine, guidance_scale: float
+    sd: LatentDiffusion, data: Corpus, indices: Int[Tensor, "n"], prompts: list[list], engine: Engine, scale: float
 ) -> Float[Tensor, "n c H W"]:
-    """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
-    indices = torch.linspace(0, len(data) - 1, 12).long()
-    batch = Batch(indices, (0, 0), range(len(indices)))
-    maps = sd.cond_stage_model.maps(sd, data, batch)
+    """For a sample sheet: a drawing for the prompt of each of these pictures, from the same noise at every step."""
+    maps = sd.cond_stage_model.maps(sd, data, Batch(indices, (0, 0), range(len(indices))))
     with engine.autocast():
         shown = [prompts[i][0] for i in indices]
-        out = sd.txt2img(shown, steps=20, guidance_scale=guidance_scale, seed=0, c_concat=maps)
-    return torch.cat([data.batch(indices), out.pictures.cpu()])
+        return sd.txt2img(shown, steps=20, guidance_scale=scale, seed=0, c_concat=maps).pictures
