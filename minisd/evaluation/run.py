@@ -23,8 +23,7 @@ from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
 from ..vae import DiagonalGaussianDistribution
-from .copies import Nearness, nearness
-from .distances import MINIMUM, Distance, measure_distance
+from .distances import MINIMUM, Distance, Nearness, measure_distance, nearness
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from ..checkpoint import write_json
 from ..viz import histograms, save_sheet, with_errors
-from .copies import COPY
-from .distances import Distance
+from .distances import COPY, Distance
 from .run import Evaluation, Setting
 from .scores import Score
 
