@@ -38,7 +38,7 @@ COMMANDS = {
     "build_scenes": "minisd data scenes",
     "fetch_dataset": "minisd data hub",
 }
-DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and the styles that it has rendered
+DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded
 
 
 # Whose folder it is ---------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def only_downloads(folder: Path) -> bool:
     """Whether the folder holds only what build_emoji leaves if it is stopped before all pictures are rendered."""
     if os.listdir(folder) != [DOWNLOADS] or not (folder / DOWNLOADS).is_dir():
         return False
-    names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works
+    names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works; .npz: of an older version
     return all(name.endswith((".tgz", ".npz")) or name.startswith("tmp") for name in names)
 
 
