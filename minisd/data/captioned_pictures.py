@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
@@ -205,8 +206,7 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     """The pictures of a contact sheet: SHEET_COLUMNS in a row, in the order of metadata.jsonl."""
     page = np.asarray(open_picture(path))
     size = page.shape[1] // SHEET_COLUMNS
-    rows = page.reshape(-1, size, SHEET_COLUMNS, size, 3)
-    return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
+    return rearrange(page, "(row h) (column w) c -> (row column) h w c", h=size, w=size)[:count]
 
 
 # The classes ----------------------------------------------------------------------------------------------------------

@@ -114,10 +114,9 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
     advice = f"`{COMMANDS[maker]}` replaces only what it has made itself: give a new or an empty folder."
     if "metadata.jsonl" in found:
         other = made_by(read_recipe(folder))
-        if other not in COMMANDS:
-            raise ValueError(f"{folder} holds other captioned pictures, and {advice}")
         if other != maker:
-            raise ValueError(f"{folder} holds a corpus of `{COMMANDS[other]}`, and {advice}")
+            what = f"a corpus of `{COMMANDS[other]}`" if other in COMMANDS else "other captioned pictures"
+            raise ValueError(f"{folder} holds {what}, and {advice}")
         if added := pictures_added(folder):
             more = f" and {len(added) - 1} more" if added[1:] else ""
             raise ValueError(

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint.files import refused_as
 from ..data import Corpus
 from ..latent_diffusion import enough_memory
 from ..noising import seeded
@@ -536,18 +537,13 @@ class Trainer:
             )
 
     def _restore(self, state: dict) -> None:
-        try:
+        with refused_as(f"{self.folder.path} holds a run of other networks: choose another folder, or delete it"):
             for name, network in self.networks.items():
                 weights, optimizer = state["networks"][name]
                 network.load_state_dict(weights)
                 self.optimizers[name].load_state_dict(optimizer)
             for name, mean in self.ema.weights.items():
                 mean.copy_(state["ema"][name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ValueError(
-                f"{self.folder.path} holds a run of other networks ({reason}): choose another folder, or delete it"
-            ) from error
         self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
         self._seconds, self._logged_at = state["seconds"]
 
