@@ -66,21 +66,17 @@ class Recipe:
     compile: bool = False  # torch.compile: the first step is slow, the others are faster
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        counts = ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed")
+        for name, value in vars(self).items():  # also of the fields that a recipe for one network adds
             if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
                 object.__setattr__(self, name, value.item())
-        every = [name for name in vars(self) if name.endswith("_every")]
-        for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed", *every):
             least, most = {"batch_size": (1, 10**6), "seed": (0, 2**63)}.get(name, (1, 10**12))
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be at least {least} and at most {most:,}, not {getattr(self, name):,}")
-        self._check_share("ema_decay")
-        if not self.clip_grad > 0:
-            raise ValueError(f"clip_grad must be more than 0, not {self.clip_grad}")
-
-    def _check_share(self, name: str) -> None:
-        if not 0 <= getattr(self, name) <= 1:
-            raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
+            if (name in counts or name.endswith("_every")) and not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least} and at most {most:,}, not {value:,}")
+            if name in ("ema_decay", "text_dropout") and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, not {value}")
+            if name in ("clip_grad", "min_snr_gamma") and value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, not {value}")
 
     def betas(self, network: str) -> tuple[float, float]:
         """AdamW's β1 and β2 for the network of that name: "model", or another one such as "discriminator"."""
@@ -518,7 +514,15 @@ class Trainer:
             raise ValueError(f"processes see different checkpoints in {self.folder.path}: use a disk that all share")
         if state is not None:
             self._refuse_another_run(state["recipe"], state["given"])
-            self._restore(state)
+            with refused_as(f"{self.folder.path} holds a run of other networks: choose another folder, or delete it"):
+                for name, network in self.networks.items():
+                    weights, optimizer = state["networks"][name]
+                    network.load_state_dict(weights)
+                    self.optimizers[name].load_state_dict(optimizer)
+                for name, mean in self.ema.weights.items():
+                    mean.copy_(state["ema"][name])
+            self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
+            self._seconds, self._logged_at = state["seconds"]
         if self.engine.is_main_process:
             self.folder.forget_lines_after(self.step)
 
@@ -535,17 +539,6 @@ class Trainer:
                 f"{self.folder.path} holds another run ({'; '.join(changed)}): give it what it was begun with, or "
                 "choose another folder"
             )
-
-    def _restore(self, state: dict) -> None:
-        with refused_as(f"{self.folder.path} holds a run of other networks: choose another folder, or delete it"):
-            for name, network in self.networks.items():
-                weights, optimizer = state["networks"][name]
-                network.load_state_dict(weights)
-                self.optimizers[name].load_state_dict(optimizer)
-            for name, mean in self.ema.weights.items():
-                mean.copy_(state["ema"][name])
-        self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
-        self._seconds, self._logged_at = state["seconds"]
 
 
 # Fields of the recipe that may change when a run is continued.

@@ -46,12 +46,6 @@ class UNetRecipe(Recipe):
     gradient_checkpointing: bool = False  # recompute the blocks' activations in the backward pass, to save memory
     guidance_scale: float = 3.0  # of the sample sheets
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_share("text_dropout")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be more than 0, not {self.min_snr_gamma}")
-
 
 @one_training()
 def train_unet(
