@@ -23,7 +23,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -202,20 +202,6 @@ def one_training() -> Iterator[None]:
             RunFolder(path).close()
 
 
-class Steps:
-    """What `Trainer.steps` returns. Each `for` loop over it makes an iterator of its own.
-
-    Python closes an iterator when nothing refers to it any more. Only the loop refers to this one. So it is closed as
-    soon as the loop is left, by `break` or by an error, even if a notebook keeps the `Steps` in a variable.
-    """
-
-    def __init__(self, make: Callable[[], Iterator[int]]):
-        self._make = make
-
-    def __iter__(self) -> Iterator[int]:
-        return self._make()
-
-
 class Trainer:
     """Optimiser, EMA, checkpoints and log of one run, which is stored in `folder`.
 
@@ -276,16 +262,19 @@ class Trainer:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def steps(self) -> "Steps":
+    def steps(self) -> Iterable[int]:
         """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
         a variable holds an iterator over the steps, `iter(trainer.steps())`, it is so once the variable is deleted.)
         """
-        return Steps(self._steps)
+        # This is not an iterator, but the trainer, of which each `for` loop makes an iterator of its own. Python closes
+        # an iterator when nothing refers to it any more, and only the loop refers to this one. So it is closed as soon
+        # as the loop is left, by `break` or by an error, even if a notebook keeps `trainer.steps()` in a variable.
+        return self
 
-    def _steps(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
@@ -428,9 +417,9 @@ class Trainer:
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
         if len(suspects) > FEW:
-            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(step + 1)}"
+            path = self.folder.path / f"no_number_{step + 1:06d}.txt"
+            where += f" and {len(suspects) - FEW} others, named in {path.name}"
             if self.engine.is_main_process:
-                path = self.folder.path / NAMED.format(step + 1)
                 path.write_text("\n".join(described) + "\n", encoding="utf-8")
         raise FloatingPointError(
             f"the {name} of step {step + 1} is {value}, over the samples {where}. The run in {self.folder.path} stands "
@@ -547,7 +536,6 @@ _MAY_CHANGE = {
 }  # fmt: skip
 RANDOM_NUMBERS = "those of minisd 0.2"  # see `drawn`; before, each sample had a generator of its own
 FEW = 8  # how many samples an error message names; all of them are written to a file
-NAMED = "no_number_{:06d}.txt"
 
 
 def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:
