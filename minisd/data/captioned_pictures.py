@@ -290,29 +290,27 @@ class CaptionedPictures(Corpus):
 
     def _open_files(self, size: int | None) -> None:
         """Read every file once. Keep the rows of those that can be read, and all pixels if there is memory for them."""
-        if size is None:
-            sides = [(row, len(picture)) for row, picture in self._readable(None)]
-            self.rows, size = [row for row, _ in sides], min((side for _, side in sides), default=1)
-        self.size = size
+        self.size = size or min((len(picture) for picture in self._readable(None)), default=1)
         keep = self._fits_in_memory()
-        read = [(row, picture if keep else None) for row, picture in self._readable(size)]
-        self.rows = [row for row, _ in read]
-        if keep and read:
-            self.images = np.stack([picture for _, picture in read])
+        pictures = [picture if keep else None for picture in self._readable(self.size)]
+        if keep and pictures:
+            self.images = np.stack(pictures)
 
     def _fits_in_memory(self) -> bool:
         return len(self.rows) * self.size**2 * 3 <= IN_MEMORY
 
-    def _readable(self, size: int | None) -> Iterator[tuple[dict, UInt8[np.ndarray, "side side 3"]]]:
-        """The rows whose files can be read, each with its picture. The others go to `skipped`."""
-        for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
+    def _readable(self, size: int | None) -> Iterator[UInt8[np.ndarray, "side side 3"]]:
+        """The picture of each row. A row whose file can't be read leaves `rows`, and goes to `skipped`."""
+        rows, self.rows = self.rows, []
+        for row in tqdm(rows, "reading pictures", disable=len(rows) < 2000):
             path = self.folder / row["file_name"]
             try:
                 picture = decode_file(path, size)
             except OSError as error:
                 self.skipped.append((row["file_name"], str(error).removeprefix(f"{path}: ")))
             else:
-                yield row, picture
+                self.rows.append(row)
+                yield picture
 
     def _report(self, captions: bool) -> None:
         """Warn in one sentence of what was left out, or raise ValueError if nothing is left."""

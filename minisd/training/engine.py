@@ -98,9 +98,7 @@ class SingleDevice:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context for forward passes: with "bf16", PyTorch's autocast."""
-        if self.mixed_precision == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """The context in which gradients are accumulated on this process, but not yet averaged over all processes."""

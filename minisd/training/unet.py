@@ -116,6 +116,13 @@ def train_unet(
     # now, and not in the step in which it first turns up.
     contexts = encode_prompts(sd, list(row_of), engine) if kept or not condition.frozen else None
 
+    def drawings(indices: Int[Tensor, "n"]) -> Float[Tensor, "n c H W"]:
+        """For a sample sheet: a drawing for the prompt of each of these pictures, from the same noise at every step."""
+        maps = condition.maps(sd, data, Batch(indices, (0, 0), range(len(indices))))
+        with engine.autocast():
+            shown = [prompts[i][0] for i in indices]
+            return sd.txt2img(shown, steps=20, guidance_scale=recipe.guidance_scale, seed=0, c_concat=maps).pictures
+
     with _called_through(sd, trainer.model):
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
@@ -173,7 +180,7 @@ def train_unet(
             # The gradient is now the mean over all batches and processes. Clip it, take the AdamW step, update the EMA.
             trainer.update()
             # From time to time, draw a sample sheet with the EMA weights: the loss says little about the pictures.
-            trainer.sheet(data, lambda indices: _drawings(sd, data, indices, prompts, engine, recipe.guidance_scale))
+            trainer.sheet(data, drawings)
             # Keep the EMA weights of some steps in float16, so that you can compare how the model drew at those steps.
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if condition.frozen else ""
@@ -318,13 +325,3 @@ def encode_prompts(sd: LatentDiffusion, prompts: list, engine: Engine, batch_siz
         if sd.get_learned_conditioning(prompts[:1]) is None:
             return None
         return encode_shared(contexts, len(prompts), batch_size, engine)
-
-
-def _drawings(
-    sd: LatentDiffusion, data: Corpus, indices: Int[Tensor, "n"], prompts: list[list], engine: Engine, scale: float
-) -> Float[Tensor, "n c H W"]:
-    """For a sample sheet: a drawing for the prompt of each of these pictures, from the same noise at every step."""
-    maps = sd.cond_stage_model.maps(sd, data, Batch(indices, (0, 0), range(len(indices))))
-    with engine.autocast():
-        shown = [prompts[i][0] for i in indices]
-        return sd.txt2img(shown, steps=20, guidance_scale=scale, seed=0, c_concat=maps).pictures
