@@ -35,6 +35,8 @@ from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training, refuse_another_size
 from .vae import encode_all, finished_vae, posterior_of
 
+KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
+
 
 @dataclass(frozen=True)
 class UNetRecipe(Recipe):
@@ -95,9 +97,18 @@ def train_unet(
     sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
     network = sd.model.diffusion_model if condition.frozen else UNetAndCondition(sd)
     prompts = condition.prompts(data)  # for each picture, one wording of its prompt or more
-    given = _given(sd, data, prompts)
+    # What the run depends on beside its recipe: the data, the frozen networks, and the model's settings. The prompts
+    # depend on more than the captions: also on the templates, or on the column that holds the classes.
+    given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
+    given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
+    if condition.frozen:
+        given["text tower"] = fingerprint(condition)
+    else:  # its weights change during training, but its configuration does not (such as the names of the classes)
+        given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
+    given |= {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
     if adapter is not None:  # it holds the only parameters that are trained, and calls the UNet
-        network, given = adapter, given | {"model": fingerprint(sd), "adapter": repr(adapter)}
+        network = adapter
+        given |= {"model": fingerprint(sd), "adapter": repr(adapter)}
         sd.requires_grad_(False)
         adapter.requires_grad_(True)
     trainer = Trainer(network, recipe, folder, engine, given=given, describe=data.describe)
@@ -110,7 +121,9 @@ def train_unet(
     # Each text is encoded once, because a mixture of data repeats them. rows [n forms] has the row of each prompt.
     row_of = {form: row for row, form in enumerate(dict.fromkeys(form for forms in prompts for form in forms))}
     rows = torch.tensor([[row_of[form] for form in forms] for forms in prompts])
-    kept = fits_in_memory(sd, len(data), len(row_of), nothing)
+    latent = 2 * 4 * math.prod(sd.latent_shape())  # bytes: mean and log variance in float32
+    context = 0 if nothing is None else 2 * nothing.numel()  # float16
+    kept = len(data) * latent + len(row_of) * context <= KEPT
     moments = encode_all(sd.first_stage_model, data, engine) if kept else None
     # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
     # now, and not in the step in which it first turns up.
@@ -242,22 +255,6 @@ def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple
     refuse_another_size(data, sd.config.image_size, "this model draws")
 
 
-def _given(sd: LatentDiffusion, data: Corpus, prompts: list[list]) -> dict[str, str | int | float]:
-    """What the run depends on beside its recipe: data, frozen networks, the model's settings.
-
-    A checkpoint is only continued if these are the same.
-    """
-    condition = sd.cond_stage_model
-    given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
-    # The prompts depend on more than the captions: also on the templates, or on the column that holds the classes.
-    given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
-    if condition.frozen:
-        given["text tower"] = fingerprint(condition)
-    else:  # its weights change during training, but its configuration does not (such as the names of the classes)
-        given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
-    return given | {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
-
-
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
     """The mean loss in each of `bins` ranges of timesteps, before any weighting: {"loss_t000": …, "loss_t250": …}.
 
@@ -299,15 +296,6 @@ def assemble(
         sd.cond_stage_model.transformer.text_model.load_state_dict(clip.text_model.state_dict())
     sd.first_stage_model = vae
     return sd
-
-
-KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
-
-
-def fits_in_memory(sd: LatentDiffusion, pictures: int, prompts: int, context: Tensor | None) -> bool:
-    """Whether the latent distributions of that many pictures, and the contexts of that many prompts, fit."""
-    latent = 2 * 4 * math.prod(sd.latent_shape())  # mean and log variance, float32
-    return pictures * latent + prompts * 2 * (0 if context is None else context.numel()) <= KEPT
 
 
 @torch.no_grad()
