@@ -284,17 +284,15 @@ class CaptionedPictures(Corpus):
         if packed is not None:
             self.size = size or packed.shape[1]
         else:
-            self._open_files(size)
+            # Read every file once, to find those that can't be read; or twice, if their size has to be found first.
+            # Keep all pixels if there is memory for them.
+            self.size = size or min((len(picture) for picture in self._readable(None)), default=1)
+            keep = self._fits_in_memory()
+            pictures = [picture if keep else None for picture in self._readable(self.size)]
+            if keep and pictures:
+                self.images = np.stack(pictures)
         self.captions = [row.get("text") or "" for row in self.rows]
         self._report(captions)
-
-    def _open_files(self, size: int | None) -> None:
-        """Read every file once. Keep the rows of those that can be read, and all pixels if there is memory for them."""
-        self.size = size or min((len(picture) for picture in self._readable(None)), default=1)
-        keep = self._fits_in_memory()
-        pictures = [picture if keep else None for picture in self._readable(self.size)]
-        if keep and pictures:
-            self.images = np.stack(pictures)
 
     def _fits_in_memory(self) -> bool:
         return len(self.rows) * self.size**2 * 3 <= IN_MEMORY
