@@ -90,7 +90,7 @@ class Trace(list[Intermediate]):
 
     def __str__(self) -> str:
         head = f" #  {'symbol':10} {'what it is':32} {'shape':15} {'dtype':7} {'min':>8} {'max':>8} {'std':>8}"
-        under = f"    {'how it came about':46} where in CompVis's source"
+        under = f"    {'how it is computed':46} where in CompVis's source"
         legend = "#: module and notebook. " + ", ".join(f"{number} {name}" for number, name in STAGES.items())
         return "\n".join([self.title, head, under, "-" * WIDTH, *map(str, self), "-" * WIDTH, legend])
 
