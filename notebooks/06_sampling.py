@@ -17,7 +17,7 @@
 # - write classifier-free guidance, and predict what happens when the scale grows;
 # - choose a sampler and a number of steps, and explain why two libraries draw different pictures from one seed.
 #
-# About 45 minutes, with two exercises; it runs in about 3 minutes on a laptop. Nothing is trained here. You need
+# About 65 minutes, with two exercises; it runs in about three minutes on a laptop. Nothing is trained here. You need
 # [notebook 01](01_noising.ipynb), and from [notebook 02](02_loss.ipynb) the idea that a network can predict the noise.
 # The module is [`minisd/sampling.py`](../minisd/sampling.py).
 #
@@ -613,7 +613,7 @@ viz.strip(rows, titles, ["to: a panda", "to: a tiger"], size=0.64)
 # `dpmpp_2m_step`. **Try it:** draw with `"plms"` and guidance 7.5 at 50, 20 and 10 steps, and with `"ddim"`. At which
 # number does each break?
 #
-# **Next:** you have a text encoder, a UNet, an autoencoder and a sampler. [Notebook 07](07_latent_diffusion.ipynb) puts
+# **Next**: you have a text encoder, a UNet, an autoencoder and a sampler. [Notebook 07](07_latent_diffusion.ipynb) puts
 # them together, and trains a model.
 
 # %%

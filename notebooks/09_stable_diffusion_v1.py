@@ -17,7 +17,7 @@
 # - find the layer in which two networks begin to differ;
 # - find any line of the CompVis source in minisd, and the other way round.
 #
-# About 60 minutes; it runs in about a minute on a laptop. The modules are
+# About 35 minutes; it runs in about a minute on a laptop. The modules are
 # [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and
 # [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py);
 # [`docs/checkpoint.md`](../docs/checkpoint.md) has the commands. The [guided tour](../docs/play.md#tour=overview) names
@@ -489,7 +489,7 @@ for name, plant in faults.items():
 
 print(found["gate first"])
 
-# %% tags=["hide-output"]
+# %%
 for name in ("eps 1e-5", "eps 1e-3"):
     comparison = found[name]
     say(f"{name}: {comparison.conclusion}")
@@ -1054,8 +1054,7 @@ reading(
 #
 # ## Find the counterpart
 #
-# Ten pieces of the CompVis source. Where is each of them there, and where here? Look at the source first, then at the
-# output of the next cell.
+# Ten pieces of the CompVis source:
 #
 # 1. `x_in = torch.cat([x] * 2)`
 # 2. `hs.pop()`
@@ -1067,6 +1066,8 @@ reading(
 # 8. `z = outputs.last_hidden_state`
 # 9. `torch.randint(0, self.num_timesteps, (x.shape[0],), …)`
 # 10. `e_t_prime = (e_t + e_t_next) / 2`
+#
+# **Predict, then run.** Look at the source. Where is each of them there, and where here?
 
 # %% tags=["hide-input", "hide-output"]
 reading(
@@ -1108,7 +1109,7 @@ reading(
 # **Try it.** Set `CHECKPOINT` to a file of yours: is it "EMA-only"? Plant a fault in a copy of the UNet (a skip
 # connection joined in the other order, the sines first), and let a friend find it with `minisd.compare`.
 #
-# **Next:** the model is right. [Notebook 10](10_evaluation.ipynb) measures whether it draws what was asked.
+# **Next**: the model is right. [Notebook 10](10_evaluation.ipynb) measures whether it draws what was asked.
 
 # %% [markdown]
 # ## Optional: where in the file is what?
