@@ -197,9 +197,9 @@ for name, prompt in {"no prompt": "", "a face": "a face, noto blob style"}.items
 viz.strip(rows, [f"seed {k}" for k in range(6)], labels, size=0.64)
 
 # %% [markdown]
-# One call gives blurs. The mean alone gives smooth, nearly empty pictures, and with a
-# prompt the same one for every seed. DDPM
-# differs from it by one term, and gives pictures.
+# One call gives blurs. Without a prompt, the mean alone gives smooth, nearly empty pictures; with one, it gives the
+# same picture for every seed. DDPM differs from it by one term, and gives different pictures, with details, for
+# different seeds.
 #
 # ## DDPM: algorithm 2 of the paper
 #
