@@ -16,7 +16,7 @@
 # - name the three networks of Stable Diffusion, with what each takes and returns;
 # - find, for every tensor between prompt and picture, its shape, its equation and the notebook that explains it.
 #
-# About 15 minutes; it runs in about a minute on a laptop. You should have trained a neural network in PyTorch before.
+# About 20 minutes; it runs in about a minute on a laptop. You should have trained a neural network in PyTorch before.
 # Everything else is explained here or in a later notebook.
 #
 # To watch the same computation in your browser, [take the tour](../docs/play.md#tour=overview).
@@ -122,7 +122,7 @@ viz.strip(rows, [f"seed {seed}" for seed in seeds], [prompt or "(empty)" for pro
 # 3. The **autoencoder** turns a picture into a latent and back. The latent is a small picture with four channels. All
 #    noising and denoising happens to latents, because they have far fewer numbers than pixels.
 #
-# **Predict, then run.** Stable Diffusion v1 draws 512×512 pixels in three colours, and its latent has 4 channels of
+# **Predict.** Stable Diffusion v1 draws 512×512 pixels in three colours, and its latent has 4 channels of
 # 64×64. How many times fewer numbers is that?
 #
 # <details><summary>Answer</summary>
@@ -277,9 +277,9 @@ print(step)
 #
 # Each notebook works in the same way:
 #
-# - **Predict, then run.** Where you see these words, write down an answer before you look at the output. A wrong
+# - **Predict, then run**: where you see these words, write down an answer before you look at the output. A wrong
 #   prediction shows you what you have not understood yet.
-# - **Write it yourself.** Where a notebook has explained a function, you write it, and a checker says "right" or names
+# - **Write it yourself**: where a notebook has explained a function, you write it, and a checker says "right" or names
 #   the mistake. Each stage has more of them in a notebook of its own, such as
 #   [`exercises/01_noising.ipynb`](exercises/01_noising.ipynb).
 # - **Optional** sections and folded boxes hold derivations and measurements that you can skip.
@@ -302,7 +302,7 @@ print(f"This notebook took {time.time() - start:.0f} s.")
 # **Try it.** Draw something of your own (`corpus.captions` lists what the model has seen). Print the training trace at
 # `t=50` and at `t=950`: at which is the loss larger, and why?
 #
-# **Next:** everything above starts from noisy pictures. [Notebook 01](01_noising.ipynb) makes them.
+# **Next**: everything above starts from noisy pictures. [Notebook 01](01_noising.ipynb) makes them.
 #
 # ## Optional: the classes and their counterparts in CompVis's source
 #
