@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
         # to the width of the queries, so that the two can be compared.
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))  # in the checkpoint, it is to_out.0
 
     @property
     def record(self) -> Callable[[Tensor], Tensor] | None:
@@ -166,6 +166,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
+        # The dropout is in the middle even if it is 0, because in the checkpoint the last layer is net.2.
         self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:

@@ -331,7 +331,7 @@ def _drawings(
 ) -> Float[Tensor, "n c H W"]:
     """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
     indices = torch.linspace(0, len(data) - 1, 12).long()
-    batch = Batch(indices, (0, 0), range(len(indices)))
+    batch = Batch(indices, (0, 0), range(len(indices)))  # the same random masks in every sheet
     maps = sd.cond_stage_model.maps(sd, data, batch)
     with engine.autocast():
         shown = [prompts[i][0] for i in indices]
