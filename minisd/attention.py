@@ -193,7 +193,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        # Each line computes a correction and adds it to x [b n c]. The norm stands inside the branch, so the sum runs
+        # Each line computes a correction and adds it to x [b n c]. The norm is inside the branch, so the sum runs
         # from the input to the output untouched, which keeps deep transformers trainable ("pre-norm": Xiong et al.,
         # "On Layer Normalization in the Transformer Architecture", 2020).
         x = x + self.attn1(self.norm1(x))  # pixels read pixels

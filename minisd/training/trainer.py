@@ -305,7 +305,7 @@ class Trainer:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> "Steps":
-        """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
+        """The steps that are left of the run. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
@@ -365,8 +365,9 @@ class Trainer:
             # not depend on the number of processes, nor on whether the run was interrupted.
             indices = torch.tensor(self._indices(self.step, part, n), device="cpu")
             batch = Batch(indices, (self.recipe.seed, self.step), self._places(part), self._ahead)
-            # While the network works on this batch, a second thread draws the random numbers of the next one. A loop
-            # asks for the same in every batch. If it does not, the same numbers are drawn when it asks.
+            # While the network works on this batch, a second thread draws the random numbers of the next one: of the
+            # next part of this step or, after the last part, of the first part of the next step. It draws what the loop
+            # asked for in the batch before. If the loop now asks for something else, that is drawn when it asks.
             last = k + 1 == self.recipe.accumulate
             following = (self.recipe.seed, self.step + last), self._places(part + 1 - last * self.recipe.accumulate)
             asked = [(*following, *draw) for draw in self._draws]
@@ -401,7 +402,7 @@ class Trainer:
             norm = self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
             norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
         # Before the weights are changed, all processes exchange whether every loss and gradient is finite. All of them
-        # have to take the step, or none, because their weights must remain the same.
+        # have to take the step, or none, because they must keep equal weights.
         rows = self._exchange(norms)
         alone_and_asked_to_stop = self._asked_to_stop.is_set() and self.engine.num_processes == 1
         now = self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or alone_and_asked_to_stop
