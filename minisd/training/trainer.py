@@ -301,6 +301,7 @@ class Trainer:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
+        # This may be a second loop over the same trainer, after a signal has stopped the first.
         self._asked_to_stop.clear()
         self._stopping = False
         if self.engine.is_main_process:
@@ -424,7 +425,7 @@ class Trainer:
         """
         unread, self._unread = self._unread, []
         for step, names, table in unread:
-            table = table.cpu().double().numpy()
+            table = table.cpu().double().numpy()  # [batches figures]: the batches of all processes, in their order
             figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))  # means over batches and processes
             self._stopping |= figures.pop("asked to stop") > 0
             if not all(map(math.isfinite, figures.values())):
