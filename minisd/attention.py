@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
         # to the width of the queries, so that the two can be compared.
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))  # in the checkpoint, it is to_out.0
 
     @property
     def record(self) -> Callable[[Tensor], Tensor] | None:
@@ -166,6 +166,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
+        # The dropout is in the middle even if it is 0, because in the checkpoint the last layer is net.2.
         self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
@@ -192,7 +193,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        # Each line computes a correction and adds it to x [b n c]. The norm stands inside the branch, so the sum runs
+        # Each line computes a correction and adds it to x [b n c]. The norm is inside the branch, so the sum runs
         # from the input to the output untouched, which keeps deep transformers trainable ("pre-norm": Xiong et al.,
         # "On Layer Normalization in the Transformer Architecture", 2020).
         x = x + self.attn1(self.norm1(x))  # pixels read pixels

@@ -124,7 +124,7 @@ def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, but it is {strength}")
     steps = len(timesteps)
-    left = int(strength * steps)
+    left = int(strength * steps)  # rounded down, as in CompVis: 37 of 50 at strength 0.75
     if left == 0:
         raise ValueError(f"at strength {strength}, none of {steps} steps is made: raise one of them")
     return timesteps[-left:]

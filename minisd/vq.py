@@ -152,6 +152,7 @@ class VQModel(FirstStage):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta, config.legacy)
+        # From the channels of the encoder to the numbers of a code, and back to those of the decoder.
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 

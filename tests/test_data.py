@@ -723,6 +723,23 @@ def test_two_commands_do_not_write_into_one_folder(tmp_path, command):
     os.close(handle)
 
 
+def test_a_function_of_your_own_replaces_only_what_it_has_made(tmp_path):
+    def my_corpus(out, count):
+        recipe = {"made_by": "my_corpus", "count": count}
+        with folder.corpus_folder(out, recipe) as complete:
+            if not complete:
+                rows = [{"file_name": f"images/{i}.png", "text": "mine"} for i in range(count)]
+                folder.write_corpus(out, rows, np.zeros((count, 8, 8, 3), np.uint8), recipe)
+        return out
+
+    assert len(CaptionedPictures(my_corpus(tmp_path / "mine", 2))) == 2
+    assert len(CaptionedPictures(my_corpus(tmp_path / "mine", 3))) == 3
+    with pytest.raises(ValueError, match="other captioned pictures, and `minisd data shapes` replaces only what"):
+        draw_shapes(tmp_path / "mine", count=3)
+    with pytest.raises(ValueError, match="a corpus of `minisd data shapes`, and `my_corpus` replaces only what"):
+        my_corpus(draw_shapes(tmp_path / "shapes", count=3), 2)
+
+
 def killed_before(operation: int, work) -> bool:
     """Do the work in another process, which dies at once before its n-th operation on files; False if it ends first."""
     child = os.fork()

@@ -32,6 +32,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# The functions that write a corpus, by the name that their recipes have as "made_by", and the commands that call them.
+# A function without a command is known by its own name.
 COMMANDS = {
     "draw_shapes": "minisd data shapes",
     "build_emoji": "minisd data emoji",
@@ -111,7 +113,7 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
     What may be there: nothing, a corpus by the same function, or what that function left when it was interrupted.
     """
     maker, found = made_by(recipe), sorted(os.listdir(folder))
-    advice = f"`{COMMANDS[maker]}` replaces only what it has made itself: give a new or an empty folder."
+    advice = f"`{COMMANDS.get(maker, maker)}` replaces only what it has made itself: give a new or an empty folder."
     if "metadata.jsonl" in found:
         other = made_by(read_recipe(folder))
         if other != maker:

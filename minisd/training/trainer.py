@@ -286,7 +286,7 @@ class Trainer:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterable[int]:
-        """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
+        """The steps that are left of the run. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
@@ -301,6 +301,7 @@ class Trainer:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
+        # This may be a second loop over the same trainer, after a signal has stopped the first.
         self._asked_to_stop.clear()
         self._stopping = False
         if self.engine.is_main_process:
@@ -349,8 +350,9 @@ class Trainer:
             # not depend on the number of processes, nor on whether the run was interrupted.
             indices = torch.tensor(self._indices(self.step, part, n), device="cpu")
             batch = Batch(indices, (self.recipe.seed, self.step), self._places(part), self._ahead)
-            # While the network works on this batch, a second thread draws the random numbers of the next one. A loop
-            # asks for the same in every batch. If it does not, the same numbers are drawn when it asks.
+            # While the network works on this batch, a second thread draws the random numbers of the next one: of the
+            # next part of this step or, after the last part, of the first part of the next step. It draws what the loop
+            # asked for in the batch before. If the loop now asks for something else, that is drawn when it asks.
             last = k + 1 == self.recipe.accumulate
             following = (self.recipe.seed, self.step + last), self._places(part + 1 - last * self.recipe.accumulate)
             asked = [(*following, *draw) for draw in self._draws]
@@ -390,7 +392,7 @@ class Trainer:
             shared["grad_norm" if name == "model" else f"grad_norm_{name}"] = self._number(norm)
         # Before the weights are changed, all processes exchange their figures: a row for each batch, with its losses,
         # the gradient norms, and whether this process got a signal to stop. So all of them take the step, or none, and
-        # all stop after the same step, because their weights must remain the same. The table stays on the device, to be
+        # all stop after the same step, because their weights must stay equal. The table stays on the device, to be
         # read by `_read`.
         asked_to_stop = self._asked_to_stop.is_set()
         shared["asked to stop"] = self._number(asked_to_stop)
@@ -423,7 +425,7 @@ class Trainer:
         """
         unread, self._unread = self._unread, []
         for step, names, table in unread:
-            table = table.cpu().double().numpy()
+            table = table.cpu().double().numpy()  # [batches figures]: the batches of all processes, in their order
             figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))  # means over batches and processes
             self._stopping |= figures.pop("asked to stop") > 0
             if not all(map(math.isfinite, figures.values())):
