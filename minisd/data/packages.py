@@ -8,7 +8,6 @@ building stops with an error.
 import base64
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -105,7 +104,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 f"again; what has been downloaded is kept."
             )
         verify(package, packed)
-        os.replace(packed, target)
+        packed.replace(target)
     return target
 
 
