@@ -22,7 +22,6 @@ from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
-from ..vae import DiagonalGaussianDistribution
 from .distances import MINIMUM, Distance, Nearness, measure_distance, nearness
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
@@ -187,6 +186,6 @@ def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float
     decoded = []
     for part in pictures.split(BATCH):
         latent = sd.encode_first_stage(part.to(sd.device))
-        latent = latent.mode() if isinstance(latent, DiagonalGaussianDistribution) else latent
+        latent = latent if isinstance(latent, Tensor) else latent.mode()
         decoded.append(sd.decode_first_stage(sd.get_first_stage_encoding(latent)).clamp(-1, 1).cpu())
     return torch.cat(decoded)
