@@ -152,9 +152,9 @@ class AllSamplerOptions(SamplerOptions, total=False):
 
 
 def _draws(method: Callable) -> Callable:
-    """Decorator of a method that draws. If an argument does not exist, the error suggests which one was meant.
+    """Decorator of a method that draws: its errors say which argument was meant, or what to lower for want of memory.
 
-    In the signature and the help of the method, the options of the sampler stand one by one in place of `**options`.
+    In the method's signature and help, the options of the sampler stand one by one in place of `**options`.
     """
     signature = inspect.signature(method)
     *parameters, rest = signature.parameters.values()
@@ -164,6 +164,7 @@ def _draws(method: Callable) -> Callable:
     names = [parameter.name for parameter in parameters if parameter.name != "self"]
 
     @functools.wraps(method)
+    @DRAW_LESS
     def checked(self, *args, **options):
         for name in options:
             if name not in names:
@@ -341,7 +342,6 @@ class LatentDiffusion(nn.Module):
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
     @_draws
-    @DRAW_LESS
     def txt2img(
         self,
         prompt: Prompt,
@@ -399,7 +399,6 @@ class LatentDiffusion(nn.Module):
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
     @_draws
-    @DRAW_LESS
     def img2img(
         self,
         prompt: Prompt,
@@ -451,7 +450,6 @@ class LatentDiffusion(nn.Module):
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
     @_draws
-    @DRAW_LESS
     def inpaint(
         self,
         prompt: Prompt,
