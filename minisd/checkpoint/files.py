@@ -466,6 +466,7 @@ def _move(to_be_moved: Path, into: Path) -> None:
         for file in (other.relative_to(into) for other in others if other.is_file()):
             if file not in files and file.parent in {new.parent for new in files}:
                 (into / file).unlink()
+        on_disk(into)
         unfinished = to_be_moved.with_suffix(".unfinished")
         remove_unfinished(unfinished)
         os.replace(to_be_moved, unfinished)
