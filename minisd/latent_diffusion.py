@@ -145,7 +145,7 @@ class SamplerOptions(TypedDict, total=False):
 
 
 class AllSamplerOptions(SamplerOptions, total=False):
-    """Also those that `img2img` and `inpaint` choose themselves."""
+    """Also the timesteps, which `img2img` and `inpaint` choose themselves, and `before_step`, which `inpaint` needs."""
 
     timesteps: sampling.Timesteps | None
     before_step: sampling.BeforeStep | None
