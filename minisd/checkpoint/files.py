@@ -457,12 +457,8 @@ def _move(to_be_moved: Path, into: Path) -> None:
     try:
         files = [file.relative_to(to_be_moved) for file in sorted(to_be_moved.rglob("*")) if file.is_file()]
         for file in files:
-            place, new = into / file, into / f"{file}.unfinished"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(new)
-            link_or_copy(to_be_moved / file, new)
-            os.replace(new, place)
-            remove_unfinished(new)  # it is still there if `place` was another name of the same file
+            with written_whole(into / file) as new:
+                link_or_copy(to_be_moved / file, new)
         # Other forms of the same: weights in several files or of a variant, another CLIP, a tokenizer's added words.
         whole = to_be_moved.with_suffix("") == into
         others = [into / file.parent / name for file in files if file.parent.name for name in TABLES["tokenizer"]]

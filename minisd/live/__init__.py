@@ -25,11 +25,8 @@ from ..vae import AutoencoderConfig
 HERE = Path(__file__).parent
 # In the order in which a page has to load them: each uses those before it.
 SCRIPTS = [
-    f"{name}.js"
-    for name in (
-        "gemm", "layers", "attention", "unet", "clip", "vae", "noising", "sampling", "safetensors", "tokenizer",
-        "latent_diffusion", "worker", "live",
-    )
+    "gemm.js", "layers.js", "attention.js", "unet.js", "clip.js", "vae.js", "noising.js", "sampling.js",
+    "safetensors.js", "tokenizer.js", "latent_diffusion.js", "worker.js", "live.js",
 ]  # fmt: skip
 PAGE = ["figures.js", "panels.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
