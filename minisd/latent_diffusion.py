@@ -113,7 +113,7 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
-NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # in an error, beside its kind
+NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # what errors about memory say
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def enough_memory(advice: str) -> Iterator[None]:
         # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
         said = " ".join(f"{type(error).__name__}: {error}".split())
         too_little = re.search(f"{NO_MEMORY}|calculation overflow|OverflowError", said)
-        if not too_little or "there is not enough memory" in said:  # a decorator inside has said it
+        if not too_little or "there is not enough memory" in said:  # an inner one has given its advice
             raise
         raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
 
@@ -296,7 +296,7 @@ class LatentDiffusion(nn.Module):
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: Generators | None = None,
     ) -> Iterator[sampling.Step]:
-        """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
+        """Yield the steps from noise to latent, one at a time. `txt2img` uses this, and explains the arguments.
 
         generator: a random generator for each picture, instead of those made from the seed; or a function that is
             called for the noise of each step, with the latent's shape (`editing.py` plays recorded noise back).
@@ -583,6 +583,7 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The noise ε in x, computed from what the UNet predicts: ε, v or x_0."""
         prediction = self.apply_model(x, t, cond)
+        # ε = √(1-ᾱ_t) x_t + √ᾱ_t v, or ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t): both follow from the definitions of x_t and v.
         if self.config.parameterization == "v":
             return self.schedule.predict_noise_from_v(x, t, prediction)
         if self.config.parameterization == "x0":

@@ -76,7 +76,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         indices = self.nearest(z)  # k = argmin_j ‖z - e_j‖, one for each pixel: [b d h w] -> [b h w] (eq. 1)
         codes = self.embedding(indices).movedim(-1, 1)  # e_k: [b h w] -> [b h w d] -> [b d h w] (eq. 2)
-        # The argmin passes no gradient on, so two others replace it. The decoder's error reaches the encoder straight
+        # The argmin has no gradient, so two others replace it. The decoder's error reaches the encoder straight
         # through the codes, and the loss below trains the codebook, which that error does not reach.
         return Quantized(straight_through(z, codes), self.loss(z, codes), indices)
 

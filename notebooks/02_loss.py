@@ -518,7 +518,7 @@ smooth = losses.unfold(0, min(50, len(losses)), 1).mean(1)  # the mean of 50 ste
 step = torch.arange(len(losses))
 lines = {"each 10th step": (step[::10], losses[::10]), "mean of 50": (step[-len(smooth) :], smooth)}
 bottom = {"while training": (step[[0, -1]], mean_over_t(floor).expand(2))}
-viz.loss_by_timestep({"while training": lines}, bottom, "the floor", xlabel="step", width=4.4, height=2.1)
+viz.curves({"while training": lines}, "step", "loss", (), bottom, "the floor", width=4.4, height=2.1)
 
 # %%
 trained = [name for name in by_model if name.startswith("trained")]
@@ -530,7 +530,7 @@ panels = {
     "loss": {name: (timesteps, by_model[name]) for name in trained},
     "loss above the floor": above,
 }
-viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
+viz.curves(panels, "t", "loss", exact={"loss": (timesteps, floor)}, width=3.4, height=2.4)
 
 # %% [markdown]
 # What to see, left: the loss is high at small $t$ and low at large $t$, for the best possible model as for ours.
@@ -820,7 +820,7 @@ for title, indices in {"pictures of the training": seen, "held-out pictures": un
     w = minisd.loss.min_snr_weight(sd.schedule.snr(torch.tensor(timesteps)), 5.0)
     print(f"min-SNR weights: {', '.join(f'{name} {mean_over_t(w * y):.3f}' for name, y in lines.items())}")
 
-figure = viz.loss_by_timestep(panels, floors, "exact, knows the training pictures", log=list(panels))
+figure = viz.curves(panels, "t", "loss", list(panels), floors, "exact, knows the training pictures", 3.4, 2.4)
 for axes in figure.axes:
     axes.set_ylim(5e-4, 1e3)
 figure

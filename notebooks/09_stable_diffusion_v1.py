@@ -1187,7 +1187,7 @@ reading(
      "training/trainer.Trainer.sheet", "self.ema.applied_to"),
     ("main.py: --resume", "go on from the newest checkpoint", "training/trainer.Trainer._resume", "self.folder.load"),
     ("main.py: melk, on SIGUSR1 or an error", "save a checkpoint before it ends",
-     "training/trainer.Trainer._steps", "self.save()"),
+     "training/trainer.Trainer.__iter__", "self.save()"),
     ("AutoencoderKL.training_step", "optimizer_idx 0: autoencoder, 1: discriminator",
      "training/vae.train_vae", "trainer.backward("),
     ("LPIPSWithDiscriminator.forward", "|x - x̂|",
@@ -1197,7 +1197,7 @@ reading(
     ("LPIPSWithDiscriminator.calculate_adaptive_weight", "‖∇ reconstruction‖ / ‖∇ generator‖, at the last layer",
      "training/discriminator.adaptive_weight", "return"),
     ("LPIPSWithDiscriminator.forward", "KL, summed over the latent, times 1e-6",
-     "training/vae._reconstruct", "posterior.kl()"),
+     "training/vae.train_vae", "posterior.kl()"),
 )  # fmt: skip
 
 # %% [markdown]
