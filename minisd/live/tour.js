@@ -222,7 +222,7 @@
       const marks = steps.map((step) => ({ ...place(step), class: step === now ? "current" : "visited" }));
       const schedule = svg();
       curve(schedule, { signal: alphas_cumprod }, marks);
-      return [h("div", { className: "strip" }, ...strip), schedule];
+      return [h("div", { className: "tools" }, ...strip), schedule];
     },
 
     async decoding(tour, { labels }, { start, steps, done }) {
