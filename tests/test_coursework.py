@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from functools import cache
@@ -1678,6 +1679,30 @@ def test_the_verdict_is_printed_and_serves_pytest(capsys):
         verdict.expect()
 
 
+def test_hints_are_printed_one_by_one(capsys):
+    hints = EXERCISES["res_block"].hints
+    for _ in range(len(hints) + 1):
+        check.res_block.hint()
+    printed = capsys.readouterr().out.splitlines()
+    numbered = [f"Hint {i} of {len(hints)}: {hint}" for i, hint in enumerate(hints, 1)]
+    assert printed == [*numbered, numbered[0]]
+
+
+def test_what_is_right_is_answered_by_minisds_own_solution_once_and_folded(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    exercise = EXERCISES["min_snr_weight"]
+    check("min_snr_weight", exercise.compile())._ipython_display_()
+    (data,) = shown
+    assert textwrap.indent(exercise.solution, "    ") in data["text/plain"]
+    opening = "<details><summary>This is how minisd does it</summary><pre>def min_snr_weight("
+    assert data["text/html"].startswith(opening)
+    assert "-&gt;" in data["text/html"] and '"""' not in data["text/html"]
+    check("min_snr_weight", lambda snr, gamma: snr)._ipython_display_()
+    check("min_snr_weight", _compiled(exercise.stub, exercise))._ipython_display_()
+    assert len(shown) == 1, "nothing is given away before it is right"
+
+
 def test_the_checks_are_found_by_name():
     assert set(dir(check)) == set(EXERCISES)
     assert "x_t" in check.q_sample.__doc__ or "timestep" in check.q_sample.__doc__
@@ -1812,14 +1837,17 @@ def drawn():
         return sd
 
     def pixels(name, function):
-        route = picture.ROUTES.get(name, picture._drawn), picture.SAMPLER_OF.get(name, "ddim")
-        if function is None and route in by_minisd:  # with minisd's own function, their picture is the same
-            return by_minisd[route]
+        kind = caption(name)
+        if function is None and kind in by_minisd:  # with minisd's own function, their picture is the same
+            return by_minisd[kind]
         steps = 2 if name in LONG else 4
-        image = draw(name, function, "a large red circle", "tiny", steps=steps)
-        array = None if image is None else np.asarray(image, dtype=int)
+        try:
+            image = picture.drawn_with(function, name, "a large red circle", "tiny", steps, seed=0)
+        except Exception:
+            return None
+        array = np.asarray(image, dtype=int)
         if function is None:
-            by_minisd[route] = array
+            by_minisd[kind] = array
         return array
 
     with pytest.MonkeyPatch.context() as patch:
@@ -1900,6 +1928,32 @@ def test_a_function_that_leads_to_no_picture_is_answered_in_one_sentence(capsys)
     assert draw("q_sample", lambda x_0, t, noise, bar: x_0[:, :2], "a red circle", "tiny", steps=2) is None
     said = capsys.readouterr().out
     assert re.fullmatch(r"With your q_sample, minisd cannot draw a picture. It raises \w+: .+\n", said)
+
+
+def test_yours_stands_beside_what_it_should_be_for_each_prompt():
+    """The wrong picture on the left, the right one on the right, each as it is drawn alone."""
+    prompts = ["a large red circle", "a small blue square"]
+    wrong = EXERCISES["guidance"].compile("return eps_uncond")
+    page = draw("guidance", wrong, prompts, "tiny", steps=2)
+    alone = [picture.drawn_with(f, "guidance", prompts, "tiny", 2, 0) for f in (wrong, None)]
+    width, height = alone[0].size
+    above = page.height - height
+    assert page.width >= 2 * width and above > 10
+    columns = [page.crop((x, above, x + width, page.height)) for x in (0, page.width - width)]
+    assert [column.tobytes() for column in columns] == [image.tobytes() for image in alone]
+    assert alone[0].tobytes() != alone[1].tobytes()
+    for x in (0, page.width - width):  # each has its label
+        assert page.crop((x, 0, x + width, above)).convert("L").getextrema()[0] < 100
+    one = picture.drawn_with(None, "guidance", prompts[:1], "tiny", 2, 0)
+    assert draw("guidance", prompt=prompts, model="tiny", steps=2).height > 1.9 * one.height, "a row for each prompt"
+
+
+def test_the_table_of_pictures_names_exercises_and_samplers():
+    tables = texts.read("pictures.toml")
+    assert set(tables["exercises"]) | {"drawn"} == set(picture.PICTURES)
+    named = [name for names in tables["exercises"].values() for name in names]
+    assert len(named) == len(set(named)) and {*named, *tables["samplers"]} <= set(EXERCISES)
+    assert set(tables["samplers"].values()) <= set(minisd.sampling.SAMPLERS)
 
 
 def test_every_picture_has_a_caption():
@@ -1996,7 +2050,8 @@ def test_a_notebook_that_is_not_filled_in_says_so_and_goes_on(capsys):
             exec(cell.source, namespace)
     said = capsys.readouterr().out
     for name in ("sample_posterior", "kl"):
-        assert f"{name}: not right yet. It is not written yet" in said
+        assert f"{name} is not written yet. Write it in the place of the line `raise NotImplementedError`" in said
+        assert f"`check.{name}.hint()` prints a hint." in said
         assert f"{name} is not written yet, so there is nothing to draw with." in said
 
 

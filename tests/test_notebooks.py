@@ -5,6 +5,8 @@ NN_name.ipynb, the same cells with their figures. One cell near the top, tagged 
 MODE = "smoke" after it: every line runs, on so little that the figures mean nothing. The .ipynb is made in full by
 
     python tests/test_notebooks.py notebooks/01_noising.py
+
+Where only text and tags have changed, it need not run: `--keep-figures` before the name brings them into the .ipynb.
 """
 
 import base64
@@ -32,23 +34,58 @@ from minisd.data import sample
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("*.py"))
 TIMEOUT = 120  # seconds that one cell may take in smoke mode
+FOLDED = {"hide-input": "source_hidden", "hide-output": "outputs_hidden"}  # a tag that the site knows -> Jupyter's name
 
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
 def make(source: Path) -> None:
     """Run a notebook in full, in a process of its own, and write the .ipynb when the last cell is through."""
-    notebook = jupytext.read(source)
-    for i, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{i}"  # not drawn at random, so that a second run changes what changed and no more
+    notebook = read(source)
     folder = {"metadata": {"path": str(NOTEBOOKS)}}
     NotebookClient(notebook, kernel_name="python3", timeout=None, record_timing=False, resources=folder).execute()
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-        if figure := output.get("data", {}).get("image/png"):
-            output.data["image/png"] = lighter(figure)
-            output.data.pop("image/jpeg", None)  # the same picture again, as PIL offers it
+        keep_one_picture(output.get("data", {}))
     notebook.metadata["made_from"] = code_hash(notebook)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
+
+
+def keep_figures(source: Path) -> None:
+    """Write the .ipynb anew, with the outputs that it has. The code has to be that which made them."""
+    notebook, before = read(source), nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    if code_hash(notebook) != before.metadata.get("made_from"):
+        sys.exit(f"the code of {source.name} has changed. {how_to_make(source)}")
+    for cell, old in zip(ran(notebook), ran(before), strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    notebook.metadata = before.metadata
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+
+
+def read(source: Path):
+    """The cells of a .py, as the .ipynb is to have them."""
+    notebook = jupytext.read(source)
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"  # not drawn at random, so that a second run changes what changed and no more
+        # Jupyter, which knows nothing of the tags, folds what the site folds.
+        cell.metadata.pop("jupyter", None)
+        if folded := {FOLDED[tag]: True for tag in cell.metadata.get("tags", []) if tag in FOLDED}:
+            cell.metadata["jupyter"] = folded
+    return notebook
+
+
+def ran(notebook) -> list:
+    """The cells whose code makes the figures. The one that installs minisd in Colab is not among them."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in code if "colab" not in cell.metadata.get("tags", [])]
+
+
+def keep_one_picture(data: dict) -> None:
+    """Of one picture in several forms, the SVG, or else a PNG that is made lighter."""
+    others = ["image/png", "image/jpeg"] if "image/svg+xml" in data else ["image/jpeg"] * ("image/png" in data)
+    for other in others:
+        data.pop(other, None)  # the same picture again, as PIL and matplotlib offer it
+    if figure := data.get("image/png"):
+        data["image/png"] = lighter(figure)
 
 
 def lighter(figure: str) -> str:
@@ -64,15 +101,16 @@ def how_to_make(source: Path) -> str:
 
 
 def code_hash(notebook) -> str:
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return hashlib.sha256("\0".join(code).encode()).hexdigest()
+    return hashlib.sha256("\0".join(cell.source for cell in ran(notebook)).encode()).hexdigest()
 
 
 def as_lines(notebook) -> list[str]:
-    """All cells as one text, each under a line that says what it is."""
+    """All cells as one text, each under a line that says what it is, and what of it Jupyter folds."""
     lines = []
     for cell in notebook.cells:
-        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", [])]), *cell.source.splitlines()]
+        folded = cell.metadata.get("jupyter", {})
+        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", []), *map(str, folded.items())])]
+        lines += cell.source.splitlines()
     return lines
 
 
@@ -86,9 +124,7 @@ def test_figures_are_made_lighter():
     """Colours hardly change; what is white stays white, or a figure would stand in a grey box on the page."""
     page = viz.sheet(viz.to_pil(sample(size=32).batch(range(0, 1200, 100))), columns=6, gap=8, scale=3)
     page = ImageOps.expand(page, 20, "white")
-    file = io.BytesIO()
-    page.save(file, "PNG")
-    figure = base64.b64encode(file.getvalue()).decode()
+    figure = base64.b64encode(_png(page)).decode()
     light = lighter(figure)
     back = Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")
     assert len(light) < 0.8 * len(figure)
@@ -96,14 +132,60 @@ def test_figures_are_made_lighter():
     assert ImageStat.Stat(ImageChops.difference(page, back)).rms < [4, 4, 4]
 
 
+def test_a_figure_is_kept_once():
+    png = base64.b64encode(_png(Image.new("RGB", (8, 8), "white"))).decode()
+    several = {"image/svg+xml": "<svg/>", "image/png": png, "image/jpeg": "", "text/plain": "a figure"}
+    keep_one_picture(several)
+    assert several == {"image/svg+xml": "<svg/>", "text/plain": "a figure"}
+    pictures = {"image/png": png, "image/jpeg": "", "text/plain": "a picture"}
+    keep_one_picture(pictures)
+    assert pictures == {"image/png": lighter(png), "text/plain": "a picture"}
+    text = {"text/plain": "no picture"}
+    keep_one_picture(text)
+    assert text == {"text/plain": "no picture"}
+
+
+def test_what_the_site_folds_is_folded_in_jupyter_and_figures_stay_if_only_text_changes(tmp_path):
+    source = tmp_path / "a.py"
+    cells = [
+        '# %% tags=["hide-input"]\nx = 1',
+        '# %% tags=["hide-output"] jupyter={"source_hidden": true}\nx = 2',
+        "# %%\nx",
+    ]
+    source.write_text("\n\n".join(cells), "utf-8")
+    first = read(source)
+    assert [cell.metadata.get("jupyter") for cell in first.cells] == [
+        {"source_hidden": True}, {"outputs_hidden": True}, None
+    ]  # fmt: skip
+    first.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
+    first.metadata["made_from"] = code_hash(first)
+    nbformat.write(first, source.with_suffix(".ipynb"))
+
+    text = ["# %% [markdown]\n# A word.", '# %% tags=["colab"]\nx = 3', *cells]  # the latter makes no figure
+    source.write_text("\n\n".join(text), "utf-8")
+    keep_figures(source)
+    kept = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert as_lines(kept) == as_lines(read(source)) and kept.cells[0].source == "A word."
+    assert kept.cells[-1].outputs == first.cells[2].outputs
+    assert kept.metadata["made_from"] == code_hash(kept)
+
+    source.write_text("\n\n".join(text[:-1] + ["# %%\nx + 1"]), "utf-8")
+    with pytest.raises(SystemExit, match="the code of a.py has changed. Make it anew"):
+        keep_figures(source)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @each_notebook
 def test_both_files_hold_the_same_cells(source):
     pair = source.with_suffix(".ipynb")
     assert pair.exists(), f"{pair.name} is missing. {how_to_make(source)}"
     notebook = nbformat.read(pair, as_version=4)
-    difference = difflib.unified_diff(
-        as_lines(notebook), as_lines(jupytext.read(source)), pair.name, source.name, lineterm=""
-    )
+    difference = difflib.unified_diff(as_lines(notebook), as_lines(read(source)), pair.name, source.name, lineterm="")
     if difference := "\n".join(difference):
         pytest.fail(f"{pair.name} was made from another source. {how_to_make(source)}\n{difference}", pytrace=False)
     # `jupytext --sync` and `--update` bring new code in and keep the old figure under it.
@@ -161,5 +243,7 @@ def test_runs_in_smoke_mode(source, run_notebook):
 
 
 if __name__ == "__main__":
+    what = keep_figures if "--keep-figures" in sys.argv else make
     for argument in sys.argv[1:]:
-        make(Path(argument))
+        if argument != "--keep-figures":
+            what(Path(argument))

@@ -123,11 +123,14 @@ class Exercise:
         """What the teacher is given: the stub with the solution in it."""
         return self.head + textwrap.indent(self.solution, "    ") + "\n"
 
+    def written(self, solution: str | None = None) -> str:
+        """The function with this solution in it, or with its own, and without its docstring."""
+        signature = self.source[: self.source.index('    """')]
+        return signature + textwrap.indent(self.solution if solution is None else solution, "    ") + "\n"
+
     def compile(self, solution: str | None = None) -> Callable:
-        """The function with this solution in it, or with its own."""
-        signature = self.source[: self.source.index('    """')]  # without the docstring: nothing to compile in it
-        code = signature + textwrap.indent(self.solution if solution is None else solution, "    ") + "\n"
-        namespace = dict(inspect.unwrap(self.reference).__globals__)
+        """The same, to be called."""
+        namespace, code = dict(inspect.unwrap(self.reference).__globals__), self.written(solution)
         exec(compile(code, f"<{self.name}>", "exec"), namespace)  # our own text, from the module beside this one
         return namespace[self.name]
 

@@ -11,20 +11,6 @@ from .texts import FOLDER, placeholders, say
 
 FORMS = ("plain", "nbgrader", "otter")
 
-SETUP = """\
-import math
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float, Int, UInt8
-from torch import Tensor
-
-from minisd.coursework import check, draw
-
-Layer = Callable[[Tensor], Tensor]"""
-
 
 def export(folder: str | Path, form: str = "plain", solutions: bool = True, overwrite: bool = False) -> list[Path]:
     """Write a notebook for each stage, and return the paths.
@@ -71,7 +57,7 @@ def of_stage(stage: str) -> list[Exercise]:
 
 
 def plain(stage: str, solved: bool = False) -> list[dict]:
-    cells = [opening(stage), code(SETUP)]
+    cells = opening(stage)
     for exercise in of_stage(stage):
         cells += [heading(exercise), code(exercise.answer if solved else exercise.stub), hints(exercise)]
         cells += [code(f"check.{exercise.name}({exercise.name})"), drawing(exercise)]
@@ -81,7 +67,7 @@ def plain(stage: str, solved: bool = False) -> list[dict]:
 def nbgrader(stage: str) -> list[dict]:
     """With nbgrader's fences and metadata: a cell to be written, and one that is graded and locked, for each exercise.
     """
-    cells = [opening(stage), code(SETUP)]
+    cells = opening(stage)
     for exercise in of_stage(stage):
         fenced = exercise.source.replace(BEGIN, "### BEGIN SOLUTION").replace(END, "### END SOLUTION")
         own = {"grade": False, "solution": True, "locked": False}
@@ -97,7 +83,7 @@ def _graded(grade_id: str, flags: dict) -> dict:
 
 def otter(stage: str) -> list[dict]:
     """With the raw cells that `otter assign` reads. Its tests are functions that raise an exception."""
-    cells = [raw("# ASSIGNMENT CONFIG\nexport_cell: false\ntests:\n  ok_format: false"), opening(stage), code(SETUP)]
+    cells = [raw("# ASSIGNMENT CONFIG\nexport_cell: false\ntests:\n  ok_format: false"), *opening(stage)]
     for exercise in of_stage(stage):
         name = exercise.name
         cells += [raw(f"# BEGIN QUESTION\nname: {name}\npoints: {exercise.difficulty}"), heading(exercise)]
@@ -110,13 +96,14 @@ def otter(stage: str) -> list[dict]:
 # --- the cells --------------------------------------------------------------------------------------------------------
 
 
-def opening(stage: str) -> dict:
+def opening(stage: str) -> list[dict]:
+    """What the exercises are about, and the imports."""
     exercises = of_stage(stage)
     minutes = sum(exercise.minutes for exercise in exercises)
     filled = {"number": STAGES.index(stage) + 1, "stage": stage, "count": len(exercises), "minutes": minutes}
     text = (FOLDER / "opening.md").read_text("utf-8").strip()
     placeholders("opening.md", text, set(filled))
-    return markdown(text.format(**filled))
+    return [markdown(text.format(**filled)), code((FOLDER / "imports.txt").read_text("utf-8"))]
 
 
 def heading(exercise: Exercise) -> dict:

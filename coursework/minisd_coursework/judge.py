@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -35,12 +36,14 @@ class Verdict:
     message: what the student reads.
     mistake: the sentence that names the mistake; None if it is right, or wrong in a way that nobody knew.
     printed: what the function printed on the first case.
+    solution: minisd's own solution; "" unless the function is right.
     """
 
     right: bool
     message: str
     mistake: str | None = None
     printed: str = ""
+    solution: str = ""
 
     def __bool__(self) -> bool:
         return self.right
@@ -50,7 +53,12 @@ class Verdict:
         assert self.right, self.message
 
     def _ipython_display_(self) -> None:
-        """The message was printed already."""
+        """In a notebook, minisd's own solution is shown below the message, which was printed already."""
+        if self.solution:
+            from IPython.display import display
+
+            folded = say("verdict.solution", code=escape(self.solution))
+            display({"text/html": folded, "text/plain": self.solution}, raw=True)
 
 
 @default_torch_state()
@@ -82,7 +90,8 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
         if changed:
             return _wrong(exercise, symptoms.changes_in_place(changed))
         remarks = [*_remarks(outcomes[0].value, rights[0].value), exercise.remark(**first)]
-        return Verdict(True, " ".join([say("verdict.right", name=exercise.name), *remarks]).strip())
+        message = " ".join([say("verdict.right", name=exercise.name), *remarks]).strip()
+        return Verdict(True, message, solution=exercise.written())
 
     attempt = Attempt(exercise, list(cases), list(cases.values()), outcomes, rights, hits)
     sentence = next(explanations(attempt, function), None)
@@ -95,6 +104,8 @@ def _of_the_outcomes(exercise: Exercise, function: Callable, outcomes: list) -> 
 
 
 def _wrong(exercise: Exercise, sentence: str) -> Verdict:
+    if sentence == say("unwritten.not_yet"):
+        return Verdict(False, say("verdict.unwritten", name=exercise.name), sentence)
     return Verdict(False, say("verdict.wrong", name=exercise.name, sentence=sentence), sentence)
 
 

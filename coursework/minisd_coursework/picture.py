@@ -6,15 +6,16 @@ takes part in training, a shipped network is trained on for a few steps first, w
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minisd.checkpoint import load, load_clip
@@ -34,22 +35,24 @@ from minisd.vq import VectorQuantizer
 
 from .exercise import find, swap
 from .running import default_torch_state
-from .texts import say
+from .texts import read, say
+
+PROMPTS = ("a fox, noto style", "a rocket, noto style", "a snowman, noto style")
 
 
-@default_torch_state()
 def draw(
     name: str,
     function: Callable | None = None,
-    prompt: str = "a fox, noto style",
+    prompt: str | Sequence[str] = PROMPTS,
     model: str = "emoji",
     steps: int = 10,
     seed: int = 0,
 ) -> Image.Image | None:
-    """What minisd draws with `function` in the place of its own; None: with its own, to compare.
+    """What minisd draws with `function` in the place of its own, beside what it draws with its own.
 
     Args:
         name: of an exercise.
+        function: None draws only what it should be.
         prompt, model, steps, seed: as for `minisd.load(model).txt2img(...)`. Where a network is trained on first,
             `steps` is the number of steps of that, too.
 
@@ -59,27 +62,51 @@ def draw(
     Raises:
         ValueError: there is no such exercise.
     """
-    exercise = find(name)
-    solution = exercise.compile()
+    arguments = (find(name).name, prompt, model, steps, seed)
     try:
-        with swap(name, function) if function and callable(exercise.swap) else nullcontext():
-            order = Order(load(model, "cpu"), function or solution, prompt, SAMPLER_OF.get(name, "ddim"), steps, seed)
-            return ROUTES.get(name, _drawn)(order)
+        yours = function and drawn_with(function, *arguments)
     except NotImplementedError:
         print(say("picture.unwritten", name=name))
     except Exception as error:  # whatever a wrong function leads to
-        if function is None:
-            raise
         message = (str(error).splitlines() or [say("picture.no_message")])[0]
         print(say("picture.failed", name=name, kind=type(error).__name__, message=message))
+    else:
+        right = drawn_with(None, *arguments)
+        return _labelled({say("picture.yours"): yours, say("picture.should_be"): right}) if yours else right
     return None
+
+
+@default_torch_state()
+def drawn_with(
+    function: Callable | None, name: str, prompt: str | Sequence[str], model: str, steps: int, seed: int
+) -> Image.Image:
+    """One of the two pictures of `draw`. With None for a function, it is what it should be."""
+    exercise, prompts = find(name), [prompt] if isinstance(prompt, str) else list(prompt)
+    with swap(name, function) if function and callable(exercise.swap) else nullcontext():
+        sampler = read("pictures.toml")["samplers"].get(name, "ddim")
+        order = Order(load(model, "cpu"), function or exercise.compile(), prompts, sampler, steps, seed)
+        return PICTURES[kind_of(name)](order)
+
+
+def _labelled(pictures: dict[str, Image.Image], gap: int = 24, above: int = 26) -> Image.Image:
+    """Pictures side by side, each below its label."""
+    width, height = (max(picture.size[i] for picture in pictures.values()) for i in (0, 1))
+    page = Image.new("RGB", (len(pictures) * (width + gap) - gap, height + above), "white")
+    for i, (label, picture) in enumerate(pictures.items()):
+        page.paste(picture, (i * (width + gap), above))
+        ImageDraw.Draw(page).text((i * (width + gap), 2), label, "black", ImageFont.load_default(16))
+    return page
+
+
+def kind_of(name: str) -> str:
+    """Which of the PICTURES shows what an exercise does."""
+    return next((kind for kind, names in read("pictures.toml")["exercises"].items() if name in names), "drawn")
 
 
 def caption(name: str) -> str:
     """What the picture of `draw(name)` shows, in a sentence."""
-    if name in SAMPLER_OF:
-        return say("picture.drawn_by", sampler=SAMPLER_OF[name])
-    return say(f"caption.{ROUTES.get(name, _drawn).__name__[1:]}")
+    sampler = read("pictures.toml")["samplers"].get(name)
+    return say("picture.drawn_by", sampler=sampler) if sampler else say(f"caption.{kind_of(name)}")
 
 
 @dataclass
@@ -88,7 +115,7 @@ class Order:
 
     sd: LatentDiffusion
     function: Callable  # the student's, or the solution; in minisd itself it stands already, where it has a place there
-    prompt: str
+    prompts: list[str]
     sampler: str
     steps: int
     seed: int
@@ -125,8 +152,8 @@ class Order:
 
 
 def _drawn(order: Order) -> Image.Image:
-    out = order.sd.txt2img(order.prompt, **order.options)
-    return sheet([*out.images, *to_pil(_again(order, out.pictures))], scale=4)
+    pictures = order.sd.txt2img(order.prompts, **order.options).pictures
+    return _beside(pictures, _again(order, pictures))
 
 
 @torch.no_grad()
@@ -136,7 +163,7 @@ def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
     z = sd.get_first_stage_encoding(sd.encode_first_stage(pictures.clamp(-1, 1)), generator)
     left = make_timesteps(order.steps, sd.schedule.timesteps)[order.steps // 2 :]
     z_t = sd.q_sample(z, torch.full((len(z),), left[0]), randn(z.shape, generator))
-    context = sd.get_learned_conditioning([order.prompt] * len(z))
+    context = sd.get_learned_conditioning(order.prompts)
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
         return sd.predict_noise(x, t, context)
@@ -161,11 +188,11 @@ def _of_v(order: Order) -> Image.Image:
 
 def _guessed_from_v(order: Order) -> Image.Image:
     sd, guesses = order.sd, []
-    for step in sd.sample(order.prompt, **order.options):
+    for step in sd.sample(order.prompts[0], **order.options):
         t = torch.full((1,), step.t)
         v = sd.schedule.get_v(step.x0, step.eps, t)
         guesses.append(sd.decode_first_stage(sd.schedule.predict_start_from_v(step.x_t, t, v)))
-    return sheet(to_pil(torch.cat(guesses)), columns=5, scale=3)
+    return _sheet(torch.cat(guesses), columns=5, side=64)
 
 
 def _exact(order: Order) -> Image.Image:
@@ -173,21 +200,22 @@ def _exact(order: Order) -> Image.Image:
     x_T = randn((4, *x.shape[1:]), order.generator)
     schedule = order.sd.schedule
     *_, last = SAMPLERS[order.sampler](ExactDenoiser(x, schedule), x_T, schedule, steps=order.steps)
-    return sheet(to_pil(last.x), scale=4)
+    return _sheet(last.x, columns=2)
 
 
 def _drawn_over(order: Order) -> Image.Image:
     cat = order.cat()
-    over = [order.sd.img2img(order.prompt, cat, strength, **order.options).images[0] for strength in (0.25, 0.5, 0.75)]
-    return sheet([*to_pil(cat), *over], scale=3)
+    strengths = (0.25, 0.5, 0.75)
+    over = [order.sd.img2img(order.prompts, cat, strength, **order.options).pictures for strength in strengths]
+    return _beside(cat.expand_as(over[0]), *over, side=96)
 
 
 def _inpainted(order: Order) -> Image.Image:
     cat = order.cat()
     mask = torch.zeros(cat.shape[-2:])
     mask[:, mask.shape[1] // 2 :] = 1
-    out = order.sd.inpaint(order.prompt, cat, mask, blend="before", **order.options)
-    return sheet([*to_pil(cat), *out.images], scale=4)
+    new = order.sd.inpaint(order.prompts, cat, mask, blend="before", **order.options).pictures
+    return _beside(cat.expand_as(new), new)
 
 
 def _rescaled(order: Order) -> Image.Image:
@@ -225,15 +253,7 @@ def _trained(order: Order, kind: str = "eps", gamma: float | None = None) -> Ima
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     _train(optimizer, max(1, order.steps // 2), loss, after=lambda: ema.update(unet))
     with ema.applied_to(unet):
-        return sheet(sd.txt2img(order.prompt, num_images=2, **order.options).images, scale=4)
-
-
-def _trained_on_v(order: Order) -> Image.Image:
-    return _trained(order, kind="v")
-
-
-def _trained_with_weights(order: Order) -> Image.Image:
-    return _trained(order, gamma=1.0)
+        return _sheet(sd.txt2img(order.prompts, num_images=2, **order.options).pictures, columns=2)
 
 
 @torch.no_grad()
@@ -251,8 +271,18 @@ def _curve_of_the_loss(order: Order) -> Image.Image:
     return _picture(curves({"the loss by time": {"": ((torch.arange(len(means)) + 0.5) * T / len(means), means)}}, "t"))
 
 
+def _sheet(pictures: Float[Tensor, "b 3 h w"], columns: int, side: int = 128) -> Image.Image:
+    """Pictures of any size, enlarged to about `side` pixels."""
+    return sheet(to_pil(pictures), columns, scale=max(1, side // pictures.shape[-1]))
+
+
+def _beside(*columns: Float[Tensor, "b 3 h w"], side: int = 128) -> Image.Image:
+    """A row for each picture of a batch."""
+    return _sheet(torch.stack(columns, dim=1).flatten(0, 1), len(columns), side)
+
+
 def _above_and_below(x: Float[Tensor, "b 3 h w"], x_hat: Float[Tensor, "b 3 h w"]) -> Image.Image:
-    return sheet(to_pil(torch.cat([x, x_hat])), columns=len(x), scale=2)
+    return _sheet(torch.cat([x, x_hat]), columns=len(x), side=64)
 
 
 def _autoencoder(order: Order, loss: Callable) -> Image.Image:
@@ -285,9 +315,9 @@ def _codebook(order: Order) -> VectorQuantizer:
     return quantizer
 
 
-def _quantised(order: Order, rounds: int = 0) -> Image.Image:
+def _quantised(order: Order, trained: bool = False) -> Image.Image:
     vae, quantizer, x = order.sd.first_stage_model, _codebook(order), order.pictures()
-    if rounds:
+    if trained:
         quantizer.embedding.weight.data *= 0.5  # something to learn
     slow, fast = {"params": vae.encoder.requires_grad_().parameters()}, {"params": quantizer.parameters(), "lr": 0.03}
 
@@ -295,45 +325,30 @@ def _quantised(order: Order, rounds: int = 0) -> Image.Image:
         codes = quantizer(vae.encode(x).mode())
         return F.l1_loss(vae.decode(codes.z), x) + codes.loss
 
-    _train(torch.optim.Adam([slow, fast], lr=1e-4), rounds, loss)
+    _train(torch.optim.Adam([slow, fast], lr=1e-4), order.steps * trained, loss)
     with torch.no_grad():
         return _above_and_below(x, vae.decode(quantizer(vae.encode(x).mode()).z))
-
-
-def _quantised_and_trained(order: Order) -> Image.Image:
-    return _quantised(order, rounds=order.steps)
 
 
 def _searched_through_codes(order: Order) -> Image.Image:
     vae, quantizer, x = order.sd.first_stage_model, _codebook(order), order.pictures()
     z = torch.zeros_like(vae.encode(x).mode()).requires_grad_()
-
-    def loss() -> Tensor:
-        return F.mse_loss(vae.decode(quantizer(z).z), x)
-
-    _train(torch.optim.Adam([z], lr=0.2), 2 * order.steps, loss)
+    _train(torch.optim.Adam([z], lr=0.2), 2 * order.steps, lambda: F.mse_loss(vae.decode(quantizer(z).z), x))
     with torch.no_grad():
         return _above_and_below(x, vae.decode(quantizer(z).z))
 
 
-def _matched(order: Order, rounds: int = 0) -> Image.Image:
+def _matched(order: Order, trained: bool = False) -> Image.Image:
     """Captions against pictures, by CLIP."""
     clip, tokenizer = load_clip("emoji")
     data = sample(clip.vision_config.image_size)
     chosen = range(0, len(data), len(data) // 8)[:8]
     x, captions = data.batch(chosen), [data.captions[i] for i in chosen]
     ids = tokenizer(captions, clip.text_config.max_length).ids
-
-    def loss() -> Tensor:
-        return training_clip.contrastive_loss(clip(ids, x))
-
-    _train(torch.optim.AdamW(clip.parameters(), lr=1e-3), rounds, loss)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
+    _train(optimizer, order.steps * trained, lambda: training_clip.contrastive_loss(clip(ids, x)))
     with torch.no_grad():
         return _picture(matrices({"": clip(ids, x).softmax(dim=1)}, columns=captions, pictures=x))
-
-
-def _trained_to_match(order: Order) -> Image.Image:
-    return _matched(order, rounds=order.steps)
 
 
 def _picture(figure) -> Image.Image:
@@ -342,29 +357,13 @@ def _picture(figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-# Which sampler a function takes part in, if it is not ddim.
-SAMPLER_OF = {
-    "q_posterior_mean": "ddpm", "q_posterior_variance": "ddpm", "ddpm_step": "ddpm", "plms_combine": "plms",
-    "dpmpp_2m_step": "dpmpp_2m", "euler_step": "euler", "sigmas": "euler",
+# By their names in pictures.toml and in sentences.toml.
+PICTURES = {
+    "drawn": _drawn, "exact": _exact, "of_v": _of_v, "guessed_from_v": _guessed_from_v, "drawn_over": _drawn_over,
+    "inpainted": _inpainted, "rescaled": _rescaled, "trained": _trained,
+    "trained_with_weights": partial(_trained, gamma=1.0), "trained_on_v": partial(_trained, kind="v"),
+    "curve_of_the_loss": _curve_of_the_loss, "trained_on_vae_loss": _trained_on_vae_loss,
+    "trained_with_kl": _trained_with_kl, "quantised": _quantised,
+    "quantised_and_trained": partial(_quantised, trained=True), "searched_through_codes": _searched_through_codes,
+    "matched": _matched, "trained_to_match": partial(_matched, trained=True),
 }  # fmt: skip
-# Which way to a picture leads through which functions; _drawn for those that are not named.
-EXERCISES_OF = {
-    _exact: ["exact_x0"],
-    _of_v: ["predict_noise_from_v"],
-    _guessed_from_v: ["predict_start_from_v"],
-    _drawn_over: ["img2img_timesteps"],
-    _inpainted: ["inpaint_blend"],
-    _rescaled: ["scale_factor"],
-    _trained: ["epsilon_loss", "text_dropout", "training_loss", "ema_update", "ema_decay"],
-    _trained_with_weights: ["min_snr_weight", "snr"],
-    _trained_on_v: ["get_v"],
-    _curve_of_the_loss: ["loss_by_time"],
-    _trained_on_vae_loss: ["vae_loss"],
-    _trained_with_kl: ["kl"],
-    _quantised: ["nearest_code"],
-    _searched_through_codes: ["straight_through"],
-    _quantised_and_trained: ["vq_loss"],
-    _matched: ["pooled_state", "patchify"],
-    _trained_to_match: ["contrastive_loss"],
-}
-ROUTES = {name: route for route, names in EXERCISES_OF.items() for name in names}

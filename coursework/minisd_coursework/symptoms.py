@@ -22,7 +22,7 @@ from .texts import read, say
 def nothing_to_compare(attempt: Attempt, function: Callable) -> Iterator[str]:
     for outcome in attempt.outcomes:
         if isinstance(outcome.error, NotImplementedError) and not str(outcome.error):  # torch says what it cannot do
-            yield say("unwritten.raises")
+            yield say("unwritten.not_yet")
         elif isinstance(outcome.error, OtherDevice):
             yield str(outcome.error)
     for _, outcome, right in attempt.wrong():
@@ -33,7 +33,7 @@ def nothing_to_compare(attempt: Attempt, function: Callable) -> Iterator[str]:
             none = say("unwritten.none") if always else say("unwritten.none_sometimes")
             yield f"{none} {say('unwritten.printed') if outcome.printed else ''}".strip()
         elif value is Ellipsis or value is NotImplemented:
-            yield say("unwritten.dots")
+            yield say("unwritten.not_yet")
         elif inspect.isgenerator(value):
             yield say("unwritten.expression") if value.__name__ == "<genexpr>" else say("unwritten.generator")
         elif isinstance(value, Iterator):
