@@ -22,9 +22,9 @@
 #
 # About 40 minutes, with two exercises; it runs in about a minute on a laptop. Nothing is trained here.
 #
-# Before: [notebook 00](00_start_here.ipynb), the map. After: [notebook 02](02_loss.ipynb), where a network learns to
-# find the noise. The module is [`minisd/noising.py`](../minisd/noising.py). To mix a picture and noise in your browser
-# first, open the stop [What training did](../docs/play.md#tour=training) of the guided tour.
+# Before: [00](00_start_here.ipynb), the map. After: [02](02_loss.ipynb), where a network learns to find the noise. The
+# module is [`minisd/noising.py`](../minisd/noising.py). In the browser:
+# [What training did](../docs/play.md#tour=training), a stop of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -65,8 +65,8 @@ print(*[row for row in step if row.stage == 1], sep="\n")
 # ## A picture is a point
 #
 # A network sees a picture as numbers from $-1$ (black) to $1$ (white). 32×32 pixels in three colours are 3,072 numbers,
-# so a picture is one point in a space of 3,072 dimensions. Everything below happens to points. The same formulas work
-# for latents, where Stable Diffusion uses them, and for single numbers, which we can plot.
+# so a picture is one point in a space of 3,072 dimensions. All formulas below work for any points: for latents, where
+# Stable Diffusion uses them, and for single numbers, which we can plot.
 
 # %%
 names = ["fox", "tropical fish", "rocket", "watermelon", "panda", "house", "sunflower", "guitar"]
@@ -132,9 +132,8 @@ viz.strip([torch.stack(row) for row in rows], titles, ["add", "shrink,\nthen add
 #
 # <details><summary>Optional: models that only add</summary>
 #
-# Some models live with growing numbers. They are called "variance exploding", such as EDM ([Karras et al.
-# 2022](https://arxiv.org/abs/2206.00364)). They divide $x_t$ by its size before the network sees it, which comes to the
-# same.
+# "Variance exploding" models, such as EDM ([Karras et al. 2022](https://arxiv.org/abs/2206.00364)), let the numbers
+# grow, and divide $x_t$ by its size before the network sees it. This comes to the same.
 #
 # </details>
 #
@@ -144,9 +143,9 @@ viz.strip([torch.stack(row) for row in rows], titles, ["add", "shrink,\nthen add
 viz.diagram("chain")
 
 # %% [markdown]
-# To the right goes the **forward process** $q$: the steps that we have just taken. It is fixed. To the left goes the
-# **reverse process** $p_\theta$, which removes a little noise in each step. It needs a network with weights $\theta$.
-# Notebook 02 trains one, and notebook 06 walks back with it.
+# To the right goes the [forward process](../docs/glossary.md) $q$: the steps that we have just taken. It is fixed. To
+# the left goes the [reverse process](../docs/glossary.md) $p_\theta$, which removes a little noise in each step. It
+# needs a network with weights $\theta$. Notebook 02 trains one, and notebook 06 walks back with it.
 #
 # ## All steps in one jump
 #
@@ -161,8 +160,9 @@ viz.diagram("chain")
 #   \bar\alpha_t = \alpha_0\,\alpha_1 \cdots \alpha_t \qquad \text{(DDPM, eq. 4)}$$
 #
 # So $\bar\alpha_t$ is the share of the picture's variance that is left at $t$, and $1-\bar\alpha_t$ is the variance of
-# the noise. Written as a distribution: $q(x_t \mid x_0) = \mathcal
-# N\big(\sqrt{\bar\alpha_t}\,x_0,\,(1-\bar\alpha_t)I\big)$. No other formula is used as often in this course.
+# the noise. Written as a distribution:
+# $q(x_t \mid x_0) = \mathcal N\big(\sqrt{\bar\alpha_t}\,x_0,\,(1-\bar\alpha_t)I\big)$. No other formula is used as
+# often in this course.
 #
 # <details><summary>Optional: the algebra for two steps</summary>
 #
@@ -171,9 +171,8 @@ viz.diagram("chain")
 #   + \sqrt{1-\alpha_t}\;\epsilon_t$$
 #
 # The two noises are independent, so their variances add up:
-# $\alpha_t(1-\alpha_{t-1}) + (1-\alpha_t) = 1 - \alpha_t\alpha_{t-1}$. This is one step in which
-# $\alpha_t\alpha_{t-1}$ has taken the place of $\alpha_t$. (The sum of two uniform noises is not uniform. This is one
-# reason why the noise is Gaussian.)
+# $\alpha_t(1-\alpha_{t-1})+(1-\alpha_t)=1-\alpha_t\alpha_{t-1}$. This is one step with $\alpha_t\alpha_{t-1}$ in place
+# of $\alpha_t$. (The sum of two uniform noises is not uniform. This is one reason why the noise is Gaussian.)
 #
 # </details>
 
@@ -226,13 +225,12 @@ viz.strip([x_0, noise, x_t], [f"t = {i}" for i in t.tolist()], ["$x_0$", r"$\eps
 # %% [markdown]
 # <details><summary>Optional: two mistakes that no error message reports</summary>
 #
-# **The roots are forgotten**, so the factors are $\bar\alpha_t$ and $1-\bar\alpha_t$. Then the variance is
-# $\bar\alpha_t^2 + (1-\bar\alpha_t)^2$ for data of variance 1: it is right at both ends, and only ½ in the middle. Such
-# an $x_t$ is too pale, and it contains less noise than a sampler believes.
+# **Without the roots**, the factors are $\bar\alpha_t$ and $1-\bar\alpha_t$. For data of variance 1, the variance is
+# then $\bar\alpha_t^2 + (1-\bar\alpha_t)^2$: right at both ends, and only ½ in the middle. Such an $x_t$ is too pale,
+# and contains less noise than a sampler believes.
 #
-# **`[:, None, None, None]` is forgotten**, and the batch happens to have 32 pictures of 32×32 pixels. Then `[32]`
-# multiplies `[32 3 32 32]` along the *last* axis: the first column of pixels of every picture gets the first picture's
-# $t$, the second column the second's, and so on, which looks like stripes. With any other number of pictures (except 1)
+# **Without `[:, None, None, None]`**, and with 32 pictures of 32×32 pixels, `[32]` multiplies `[32 3 32 32]` along the
+# *last* axis. Each column of pixels gets the $t$ of another picture, which looks like stripes. With other numbers
 # PyTorch would have complained. So test with sizes that all differ.
 #
 # </details>
@@ -484,9 +482,9 @@ viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 #
 # ## Drawing without a network
 #
-# A sampler needs only an estimate of the noise, and here is one: $\hat\epsilon = (x_t - \sqrt{\bar\alpha_t}\,\hat
-# x_0)/\sqrt{1-\bar\alpha_t}$. So the exact denoiser can draw. We let the sampler DDIM (notebook 06) draw 96 pictures
-# from pure noise, under the linear schedule.
+# A sampler needs only an estimate of the noise, and here is one:
+# $\hat\epsilon = (x_t - \sqrt{\bar\alpha_t}\,\hat x_0)/\sqrt{1-\bar\alpha_t}$. So the exact denoiser can draw. We let
+# the sampler DDIM (notebook 06) draw 96 pictures from pure noise, under the linear schedule.
 #
 # **Predict, then run.** How many of them are new, that is, not in the corpus?
 
@@ -542,11 +540,10 @@ viz.strip(list(estimates.values()), [f"t = {t}" for t in timesteps], list(estima
 #
 # <details><summary>Optional: what keeps a network from being perfect?</summary>
 #
-# This is a matter of research. One answer is that convolutions judge each part of a picture by itself and by the same
-# rules, so they can combine parts of different pictures (Kamb & Ganguli 2024, ["An analytic theory of creativity in
-# convolutional diffusion models"](https://arxiv.org/abs/2412.20292)). Real networks do remember some training pictures,
-# above all those that occur many times (Carlini et al. 2023, ["Extracting Training Data from Diffusion
-# Models"](https://arxiv.org/abs/2301.13188)).
+# This is a matter of research. One answer: convolutions judge each part of a picture by itself and by the same rules,
+# so they can combine parts of different pictures ([Kamb & Ganguli 2024](https://arxiv.org/abs/2412.20292)). But real
+# networks do remember some training pictures, above all those that occur many times
+# ([Carlini et al. 2023](https://arxiv.org/abs/2301.13188)).
 #
 # </details>
 #
@@ -609,12 +606,11 @@ viz.histograms(panels, gaussians)
 #   + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad
 #   \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t \qquad \text{(DDPM, eq. 6, 7)}$$
 #
-# Its mean is a weighted sum: a little of where the picture is, and most of where we are. (At $t = 0$ the step before is
-# the clean picture, so $\bar\alpha_{t-1} = 1$, $\tilde\beta_0 = 0$ and $\tilde\mu_0 = x_0$.) The package calls it
-# `q_posterior`.
+# Its mean is a weighted sum: a little of where the picture is, and most of where we are. (At $t = 0$,
+# $\bar\alpha_{t-1}$ is 1, so $\tilde\mu_0 = x_0$ and $\tilde\beta_0 = 0$.) In the package it is `q_posterior`.
 #
-# **Predict, then run.** We noise the fox to the last $x_t$. Then we walk back with `q_posterior`, but claim that $x_0$
-# is the watermelon. Which picture comes out?
+# **Predict, then run.** We noise the fox, and walk back with `q_posterior`, but claim that $x_0$ is the watermelon.
+# Which picture comes out?
 
 # %% tags=["hide-output"]
 torch.manual_seed(0)
@@ -634,9 +630,8 @@ viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["claim: fox", "claim:
 # The watermelon, exactly. Each step moves towards the claimed $x_0$, and the last step lands on it. Whoever supplies
 # $x_0$ decides what is drawn. In DDPM's sampler this is the network, with its estimate $\hat x_0$ (notebook 06).
 #
-# Here is a check of the formula without Bayes' rule. We send many numbers forwards from $x_0 = 1$, on a schedule of 8
-# large steps, so that there is something to see. Then we keep those that arrive at a given $x_t$, and look where they
-# were one step before.
+# A check without Bayes' rule: we send many numbers forwards from $x_0 = 1$, on a schedule of 8 large steps. Then we
+# keep those that arrive at a given $x_t$, and look where they were one step before.
 
 # %%
 torch.manual_seed(0)
@@ -693,8 +688,8 @@ variance = 1 / x_0[0].numel()  # of the mean of d numbers from N(0, 1)
 viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure noise", bins=40, width=3.2)
 
 # %% [markdown]
-# Most emoji stand on white, so under Stable Diffusion's schedule most of these $x_T$ can be told from pure noise by
-# their mean alone. A model that is trained on them learns to **trust the mean of $x_T$**.
+# Most emoji stand on white, so most of these $x_T$ can be told from pure noise by their mean alone. A model that is
+# trained on them learns to **trust the mean of $x_T$**.
 #
 # **Predict, then run.** When drawing, $x_T$ is pure noise, and its mean is about 0. What will the pictures look like?
 
@@ -716,9 +711,9 @@ print("\n".join(table))
 viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(", ", ",\n") for n in results], size=0.64)
 
 # %% [markdown]
-# Too dark. The $x_T$ of an emoji on white has a mean of about $0.068 \cdot 0.6 = 0.04$. A mean of 0 is what a mid-grey
-# picture would have left, so the denoiser draws darker pictures that fit. From noised pictures (second row), the
-# brightness is close to that of the corpus. No network is to blame.
+# Too dark. A mean of 0 is what a mid-grey picture would have left, while an emoji on white leaves about
+# $0.068 \cdot 0.6 = 0.04$. So the denoiser draws darker pictures. From noised pictures (second row), the brightness is
+# close to that of the corpus. No network is to blame.
 #
 # ## Optional: larger pictures survive longer
 #
@@ -758,13 +753,12 @@ viz.curves(panels, ylabel="pictures that weigh in", log=list(panels), width=4.2,
 
 # %% [markdown]
 # In the largest. Shrink a noisy picture to half its side: each new pixel is the mean of four, so the noise is halved,
-# and the picture stays. A noised picture of 64 pixels therefore contains one of 32 with four times the SNR. No schedule
-# fits all sizes. This is one more reason to diffuse small latents and not large pictures.
+# and the picture stays. So a noised picture of 64 pixels contains one of 32 with four times the SNR. No schedule fits
+# all sizes: one more reason to diffuse small latents.
 #
 # ## Optional: try it
 #
-# - Set `beta_end=0.05` in `scaled_linear`. What becomes of the leak, and of the time that is spent on pictures that you
-#   can still recognise?
+# - Set `beta_end=0.05` in `scaled_linear`. What becomes of the leak?
 # - Put a fourth number, 1.2, into `toy`. From which $t$ on can you no longer tell it from its neighbour?
 # - Draw with the exact denoiser of two pictures only, one all black and one all white. What decides which one you get?
 

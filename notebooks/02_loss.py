@@ -21,10 +21,9 @@
 #
 # About 50 minutes, with two exercises; it runs in about two minutes on a laptop.
 #
-# Before: [notebook 01](01_noising.ipynb), where $\bar\alpha_t$ and the exact denoiser are explained. After:
-# [notebook 03](03_unet.ipynb), the network of Stable Diffusion. The module is [`minisd/loss.py`](../minisd/loss.py). To
-# see one training example in your browser first, open the stop [What training did](../docs/play.md#tour=training) of
-# the guided tour.
+# Before: [01](01_noising.ipynb), noising and the exact denoiser. After: [03](03_unet.ipynb), the network of Stable
+# Diffusion. The module is [`minisd/loss.py`](../minisd/loss.py). In the browser:
+# [What training did](../docs/play.md#tour=training), a stop of the guided tour.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -219,8 +218,8 @@ viz.strip(rows, [f"step {i + 1}" for i in columns], labels, size=0.6)
 #   \underbrace{\sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon}_{x_t},\; t,\; c\big)\Big\|^2
 #   \qquad \text{(DDPM, eq. 14)}$$
 #
-# $\mathbb E$ means: the mean over random pictures, timesteps and noises. In code it is the mean over a batch. Here is
-# the whole algorithm of [the paper](https://arxiv.org/abs/2006.11239), beside our code:
+# $\mathbb E$ means: the mean over random pictures, timesteps and noises. In code it is the mean over a batch, and over
+# all numbers of a picture. This is algorithm 1 of [the paper](https://arxiv.org/abs/2006.11239), beside our code:
 #
 # | DDPM, algorithm 1 | in the code above |
 # |---|---|
@@ -230,15 +229,8 @@ viz.strip(rows, [f"step {i + 1}" for i in columns], labels, size=0.6)
 # | $\epsilon \sim \mathcal N(0, I)$ | `noise = torch.randn_like(x_0)` |
 # | gradient step on $\lVert\epsilon - \epsilon_\theta(x_t, t)\rVert^2$ | `loss.backward()`, `optimizer.step()` |
 #
-# <details><summary>Optional: where does this loss come from?</summary>
-#
-# We did not have to derive it, but it can be derived. A generative model should make the real pictures probable. That
-# probability can't be computed, because a picture can be reached in infinitely many ways. But there is a bound for it,
-# the evidence lower bound (ELBO). For Gaussian steps, the bound turns out to be this same squared error, with another
-# weight for each $t$. DDPM dropped the weights, because the pictures got better. The section
-# *Optional: from the bound to the loss* has the derivation.
-#
-# </details>
+# Where does this loss come from? We did not need a derivation, but there is one: see the section *Optional: from the
+# bound to the loss*.
 
 # %% [markdown]
 # ### Write it yourself: `epsilon_loss`
@@ -391,7 +383,9 @@ figure
 #   denoiser does not know the caption.
 # - **Captions help on the training pictures and hurt on the held-out ones.** With a caption the network believes that
 #   it knows which picture is meant, and on the right it is another one. This gap is what memorising looks like in a
-#   loss. Measure it on held-out pictures.
+#   loss.
+# - **Weights change the number.** The last line is the same model, with each $t$ weighted as in its training (see
+#   *Optional: min-SNR weights*). So before you compare two losses, ask for the weights.
 #
 # Does a lower loss mean better pictures? The small model `tiny` ships as it was after 500 and after 5,000 steps.
 
@@ -415,22 +409,21 @@ viz.strip(drawings, prompts, labels)
 # %% [markdown]
 # After 500 steps the loss has fallen from 1 to 0.07, more than nine tenths of the way, and there are only blots. The
 # difference between blots and shapes is in the small numbers after that. And the last loss does not tell that the star
-# is still wrong. **Judge a model by its pictures.** Compare losses only if data, schedule, weights and timesteps are
-# the same.
+# is still wrong. **Judge a model by its pictures.**
 #
 # ## Leave the caption out, now and then
 #
 # Until now our network drew what it liked. To ask for something, we give it a context $c$: here a vector with a 1 for
 # the colour and a 1 for the shape. In Stable Diffusion it is the text encoder's output (notebook 05).
 #
-# There is one more trick. When drawing, **guidance** asks the network twice, with the context and with an empty one,
-# written $\varnothing$, and exaggerates the difference (notebook 06):
+# There is one more trick. When drawing, [guidance](../docs/glossary.md) asks the network twice, with the context and
+# with an empty one, written $\varnothing$, and exaggerates the difference (notebook 06):
 #
 # $$\hat\epsilon = \epsilon_\theta(x_t, t, \varnothing) +
 #   s\,\big(\epsilon_\theta(x_t, t, c) - \epsilon_\theta(x_t, t, \varnothing)\big)$$
 #
-# So the network needs an answer to the empty context, and it has one only if it was trained with it. This is why in
-# training, one context in ten is replaced by the empty one ([Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)).
+# So the network needs an answer to the empty context, and it has one only if it was trained with it. This is why one
+# context in ten is replaced by the empty one in training ([Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)).
 
 # %% [markdown]
 # ### Write it yourself: `text_dropout`
@@ -478,12 +471,12 @@ def with_context(network, chosen):
 
 
 torch.manual_seed(0)
-told = Network(context_size=14)
-train(told, with_context)
+conditional = Network(context_size=14)
+train(conditional, with_context)
 
 asked = ["red circle", "orange square", "green triangle", "blue diamond", "orange star", "black heart"]
 context = words[[named.index(tuple(name.split())) for name in asked]]
-rows = [draw(told, eight[:6], context=c)[1][-1] for c in (context, no_words.expand(6, -1, -1))]
+rows = [draw(conditional, eight[:6], context=c)[1][-1] for c in (context, no_words.expand(6, -1, -1))]
 viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not asked"], size=0.6)
 
 # %% [markdown]
@@ -491,11 +484,11 @@ viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not 
 #
 # ## One answer in three forms
 #
-# A network can be asked for something else than the noise: for the picture $x_0$, or for the **velocity** $v =
-# \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$. Because $x_t$ is known, each of the three can be computed
-# from each other one. They differ in how errors count: a wrong $\epsilon$ ruins the picture at large $t$ (notebook 01),
-# a wrong $x_0$ ruins the noise at small $t$, and $v$ has neither problem. Stable Diffusion v1 predicts $\epsilon$, the
-# 768-pixel version of v2 predicts $v$.
+# A network can be asked for something else than the noise: for the picture $x_0$, or for the
+# [velocity](../docs/glossary.md) $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$. Because $x_t$ is
+# known, each of the three can be computed from each other one. They differ in how errors count: a wrong $\epsilon$
+# ruins the picture at large $t$ (notebook 01), a wrong $x_0$ ruins the noise at small $t$, and $v$ has neither problem.
+# Stable Diffusion v1 predicts $\epsilon$, the 768-pixel version of v2 predicts $v$.
 #
 # ## What you know now
 #
@@ -516,31 +509,35 @@ viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not 
 # %% [markdown]
 # ## Optional: from the bound to the loss
 #
-# The model draws by a walk from noise to picture. It starts from $p(x_T) = \mathcal N(0, I)$, and each step is a
-# Gaussian whose mean comes from the network:
+# A good model makes the real pictures probable. That probability can't be computed, because a picture can be reached by
+# infinitely many walks. But there is a bound for it, the evidence lower bound ([ELBO](../docs/glossary.md)). For
+# Gaussian steps the bound is our squared error, with another weight for each $t$. DDPM dropped the weights, because the
+# pictures got better.
+#
+# <details><summary>Optional: the derivation</summary>
+#
+# The model starts from $p(x_T) = \mathcal N(0, I)$, and each step is a Gaussian whose mean comes from the network:
 #
 # $$p_\theta(x_{t-1} \mid x_t) = \mathcal N\big(\mu_\theta(x_t, t),\; \sigma_t^2 I\big) \qquad \text{(DDPM, eq. 1)}$$
 #
-# We want $-\log p_\theta(x_0)$ to be small for real pictures. It can't be computed, because one would have to integrate
-# over all walks that lead to $x_0$. But we can write it as a mean over the walks of notebook 01, from the picture to
-# the noise, which are easy to sample. The logarithm of a mean is at least the mean of the logarithm (Jensen's
-# inequality), so
+# We want $-\log p_\theta(x_0)$ to be small for real pictures. It is an integral over all walks that lead to $x_0$. We
+# can write it as a mean over the walks of notebook 01, from the picture to the noise, which are easy to sample. The
+# logarithm of a mean is at least the mean of the logarithm (Jensen's inequality), so
 #
 # $$-\log p_\theta(x_0) = -\log \mathbb E_q\!\left[\frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right]
 #   \;\le\; \mathbb E_q\!\left[-\log \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right] =: L
 #   \qquad \text{(DDPM, eq. 3)}$$
 #
-# $-L$ is the **ELBO**, the evidence lower bound. Both walks are products of $T$ steps. By Bayes' rule, each forward
-# step is $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$. The last two
-# factors cancel between neighbouring steps, except the first and the last. What remains is a sum of KL divergences
-# (notebook 01):
+# Both walks are products of $T$ steps. By Bayes' rule, each forward step is
+# $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$. The last two factors cancel
+# between neighbouring steps, except the first and the last. What remains is a sum of KL divergences (notebook 01):
 #
 # $$L = \mathbb E_q\Big[\underbrace{D_{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{L_T}
 #  + \sum_{t>1} \underbrace{D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)}_{L_{t-1}}
 #  \underbrace{{}-\log p_\theta(x_0 \mid x_1)}_{L_0}\Big] \qquad \text{(DDPM, eq. 5)}$$
 #
-# Each term compares a step of the model with the step back of somebody who knows the picture, `q_posterior` of notebook
-# 01. Six steps lead from here to the loss in use:
+# Each term compares a step of the model with the step back of somebody who knows the picture (`q_posterior`, notebook
+# 01, *Optional: one step back*). Six steps lead from here to the loss in use:
 #
 # 1. Drop $L_T$: nothing in it can be learned.
 # 2. Fix the variance, $\sigma_t^2 = \tilde\beta_t$. With many small steps it hardly matters (Improved DDPM,
@@ -548,12 +545,12 @@ viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not 
 # 3. Compute $\mu_\theta$ from $x_t$ and an estimate of the noise, because $x_t$ is known.
 # 4. Set the weight of each $t$ to 1. Then it is no bound any more, but the pictures get better.
 # 5. Treat $L_0$ like the others.
-# 6. Replace the sum over $t$ by one random $t$. On average it is the same.
+# 6. Replace the sum over $t$ by one random $t$. On average it is the same, except for a factor.
 #
 # Steps 2 and 3 are a calculation. The KL of two Gaussians with the same variance is
-# $\|\tilde\mu-\mu_\theta\|^2/2\sigma^2$ (DDPM, eq. 8). Put $x_0 = (x_t -
-# \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01, and give the network the same
-# form:
+# $\|\tilde\mu-\mu_\theta\|^2/2\sigma^2$ (DDPM, eq. 8). Put
+# $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01, and give the
+# network the same form:
 #
 # $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\Big), \qquad
 #   \mu_\theta = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t, t)\Big)
@@ -564,9 +561,11 @@ viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not 
 # $$L_{t-1} = \underbrace{\frac{\beta_t^2}{2\,\tilde\beta_t\,\alpha_t\,(1-\bar\alpha_t)}}_{\text{weight}}\;
 #   \big\|\epsilon - \epsilon_\theta(x_t, t)\big\|^2 \qquad \text{(DDPM, eq. 12)}$$
 #
-# We check it with a single number as the picture, one step, and a network whose answer is wrong by 0.3. The KL is
-# computed in three ways: as a sum of $q\,\log(q/p)$ over a fine grid, from the two means, and from the error of the
-# noise.
+# </details>
+#
+# A check, with a single number as the picture, one step, and a network whose answer is wrong by 0.3. The KL divergence
+# between the right step and that of the network is computed in three ways: as a sum of $q\,\log(q/p)$ over a fine grid,
+# from the two means, and from the error of the noise.
 
 # %%
 beta, alpha, alpha_bar = schedule.betas.double(), 1 - schedule.betas.double(), schedule.alphas_cumprod.double()
@@ -591,8 +590,8 @@ for name, value in {"sum over a grid": by_sum, "means, eq. 8": by_means, "noise,
     print(f"KL from the {name:16} {value.item():.7f}")
 
 # %% [markdown]
-# **Predict, then run.** Step 4 replaces the weights of the bound by 1. Where were they largest: where the picture is
-# nearly clean, or where it is nearly noise?
+# **Predict, then run.** The loss in use replaces the weights of the bound by 1. Where were they largest: where the
+# picture is nearly clean, or where it is nearly noise?
 
 # %% tags=["hide-output"]
 times = torch.arange(1, T)
@@ -607,13 +606,13 @@ print(f"half of all the bound's weight lies at t <= {int((share > 0.5).int().arg
 viz.curves(weights, log=list(weights), width=3.4, height=2.4)
 
 # %% [markdown]
-# Where it is nearly clean, by a factor of a hundred. There the step back is narrow, so that a small error is already
+# Where it is nearly clean, by a factor of a hundred. There the step back is narrow, so a small error is already
 # improbable. Nobody sees such faint noise, but to a likelihood each bit of each pixel counts, and more than half of the
 # bits of a picture are such detail (DDPM, section 4.3). $L_{simple}$ leaves the network to care for shapes and colours.
 # DDPM reports better pictures and worse likelihoods (table 1).
 #
-# The weights do not change what the *best possible* network answers: at each $x_t$ and $t$ it is the mean
-# $\mathbb E[\epsilon \mid x_t]$. They say where a real network should spend its effort.
+# Weights do not change the *best possible* answer, which is the mean $\mathbb E[\epsilon \mid x_t]$ for any weights.
+# They say where a real network should spend its effort.
 #
 # ## Optional: why not ask for the picture one step before?
 #
@@ -712,14 +711,14 @@ for t in (800, 300, 100, 20):
 viz.vector_field(fields, noised)
 
 # %% [markdown]
-# The orange arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise. The broad pale ones are the exact answer.
-# Grey are the data, noised to the same $t$. (Long arrows are cut to one length.) At $t = 800$ all arrows point to the
-# middle: the grey mean again. As the noise falls, they turn to the nearer moon. Where there are grey points, the
-# learned arrows agree with the exact ones. Elsewhere they may be wrong, because training never went there.
+# The orange arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise; the broad pale ones are the exact answer;
+# grey are the data, noised to the same $t$. (Long arrows are cut to one length.) At $t = 800$ all arrows point to the
+# middle: the grey mean again. As the noise falls, they turn to the nearer moon. Where there are no grey points, the
+# learned arrows may be wrong, because training never went there.
 #
-# This field has a name. $-\mathbb E[\epsilon \mid x_t]/\sqrt{1-\bar\alpha_t}$ is the **score**, $\nabla_{x_t} \log
-# q(x_t)$: the direction in which the noised data become more probable most quickly. We check it with the gradient of
-# $\log q(x_t)$, computed by PyTorch.
+# This field has a name. $-\mathbb E[\epsilon \mid x_t]/\sqrt{1-\bar\alpha_t}$ is the [score](../docs/glossary.md),
+# $\nabla_{x_t} \log q(x_t)$: the direction in which the noised data become more probable most quickly. We check it with
+# the gradient of $\log q(x_t)$, computed by PyTorch.
 
 # %%
 for t in (800, 300, 100):
@@ -847,10 +846,9 @@ for symbol, (loss, answer) in exact_in.items():
 viz.curves({"what nobody can know": shares}, ylabel="share", width=4, height=2.2)
 
 # %% [markdown]
-# $\epsilon$ is hard at small $t$, where copying $x_t$ says nothing about it. $x_0$ is the opposite. $v$ is $\epsilon$
-# on the left and $-x_0$ on the right, so that copying never helps. With $\epsilon$, the loss is small at large $t$,
-# where sampling suffers the most from errors. It works as long as a little of the picture is left in $x_T$. A schedule
-# that ends in *pure* noise ($\bar\alpha_T = 0$) needs $v$, because with $\epsilon$ one would divide by 0.
+# $\epsilon$ is hard at small $t$, $x_0$ at large $t$. $v$ is like $\epsilon$ on the left and like $-x_0$ on the right,
+# so copying $x_t$ never helps. A schedule that ends in *pure* noise ($\bar\alpha_T = 0$) needs $v$, because with
+# $\epsilon$ one would divide by 0.
 #
 # ## Optional: min-SNR weights
 #
@@ -898,11 +896,11 @@ panels = {
 viz.curves(panels, log=list(panels), width=3.4, height=2.4)
 
 # %% [markdown]
-# Each network is good where its weights are large, and worse elsewhere. The bound is the best at $t = 0$. Min-SNR is as
-# good as $L_{simple}$ at large $t$, and worse at small $t$. The moons gain nothing from it, because they are thin: the
-# distance to them is decided at small $t$. In a picture you see above all what is decided at large $t$ (notebook 01),
-# and there min-SNR has its weight. The bound has a second problem: the few examples at the first timesteps weigh so
-# much that the gradient is noisy (Improved DDPM, section 3.3).
+# Each network is good where its weights are large, and worse elsewhere. Min-SNR is as good as $L_{simple}$ at large
+# $t$, and worse at small $t$. The moons gain nothing from it, because they are thin: the distance to them is decided at
+# small $t$. In a picture you see above all what is decided at large $t$ (notebook 01), where min-SNR has its weight.
+# The bound has another problem: a few examples at the first timesteps weigh so much that the gradient is noisy
+# (Improved DDPM, section 3.3).
 #
 # ## Optional: guidance without text dropout
 #
@@ -943,11 +941,11 @@ for drop in (0.0, 0.2):
 viz.clouds(panels, behind=moons[:300], columns=4, size=1.6, reach=4.5)
 
 # %% [markdown]
-# Without dropout (upper row), the answer to the empty context is arbitrary. Guidance takes the difference from it for
-# the meaning of the prompt and makes it larger. At $s = 1$ the empty answer cancels, so the mistake hides. At $s = 4$
-# nearly all points are far from the data. With dropout (lower row) they stay. There guidance has a price, too: at $s =
-# 4$ only the middle of the moon is left ([`docs/guidance.md`](../docs/guidance.md) shows it in pictures). Stable
-# Diffusion has dropped 10% of the captions from v1.3 on. The model card says so; the public code does not show it.
+# Without dropout (upper row), the answer to the empty context is arbitrary, and guidance exaggerates the difference
+# from it. At $s = 1$ the empty answer cancels, so the mistake hides. At $s = 4$ nearly all points are far from the
+# data. With dropout (lower row) they stay, but only the middle of the moon is left: guidance has a price
+# ([`docs/guidance.md`](../docs/guidance.md)). Stable Diffusion has dropped 10% of the captions from v1.3 on. The model
+# card says so; the public code does not show it.
 #
 # ## Optional: the grey mean, once more
 #
@@ -970,8 +968,8 @@ viz.strip(decoded, [f"t = {t}" for t in columns.tolist()], list(estimates), size
 
 # %% [markdown]
 # At $t = 999$ both answer with a blur: the mean of what is possible. Training can't make this answer sharper. Sampling
-# does, by asking again while the noise falls. Later, the exact denoiser recognises the fox earlier than the network,
-# because it knows the pictures by heart.
+# does, by asking again while the noise falls. The exact denoiser recognises the fox earlier, because it has memorised
+# the pictures.
 #
 # ## Optional: try it, and read CompVis's source
 #
