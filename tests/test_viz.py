@@ -3,6 +3,8 @@
 import io
 import re
 import unicodedata
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -515,6 +517,54 @@ def test_the_step_and_the_guidance_are_drawn_true_to_their_equations(minisd, viz
     uncond, cond, guided, x_t = points("guidance")
     torch.testing.assert_close(uncond + 4 * (cond - uncond), guided, atol=0.5, rtol=0)
     assert x_t[0] < uncond[0] < cond[0] < guided[0]
+
+
+# -- what a notebook shows ----------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_lines_as_svg_and_pictures_at_twice_the_resolution(viz, pictures, monkeypatch):
+    from IPython.core.formatters import DisplayFormatter
+    from matplotlib.figure import Figure
+
+    # As IPython's inline backend leaves it: figures are PNGs, and no kernel is needed to ask what would be shown.
+    shell = SimpleNamespace(display_formatter=DisplayFormatter(), events=MagicMock())
+    shell.display_formatter.active_types = list(shell.display_formatter.formatters)
+    shell.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: b"a PNG of one resolution")
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    lines = viz.curves({"": {"line": (range(100), range(100))}})
+    many = viz.clouds({"": {"": torch.randn(4000, 2)}})
+    strip = viz.strip(pictures)
+
+    data, metadata = shell.display_formatter.format(lines)
+    assert set(data) == {"image/svg+xml", "text/plain"} and not metadata
+    assert ElementTree.fromstring(data["image/svg+xml"]).tag == f"{SVG}svg" and len(data["image/svg+xml"]) < 100_000
+    again = viz.curves({"": {"line": (range(100), range(100))}})
+    assert shell.display_formatter.format(again)[0]["image/svg+xml"] == data["image/svg+xml"]  # no date, no other ids
+
+    for figure in (strip, many):
+        data, metadata = shell.display_formatter.format(figure)
+        assert set(data) == {"image/png", "text/plain"}
+        image = Image.open(io.BytesIO(data["image/png"]))
+        assert metadata == {"image/png": {"width": image.width // 2}}
+        inches = figure.get_size_inches()[0]
+        assert image.width / inches == pytest.approx(200, rel=0.15)  # the margins are cut off
+
+
+def test_no_row_of_panels_is_wider_than_a_page(viz):
+    """A page would show it smaller, with letters that can't be read."""
+    line = {"line": ([0, 1], [0, 1])}
+    for count in (1, 2, 3, 4):
+        figure = viz.curves({str(i): line for i in range(count)})
+        assert figure.get_size_inches()[0] == min(3.1 * count, 7.4)
+    assert viz.ruler({"up": ([981, 1], "to 0")}).get_size_inches()[0] == 7.4
+    assert viz.token_table({"long": ["abcdefgh</w>"] * 2 + ["<|e|>", "ijklmnop</w>"] * 20}).get_size_inches()[0] < 7.6
+
+
+def test_without_a_notebook_a_figure_is_a_plain_one(viz):
+    figure = viz.curves({"": {"line": ([0, 1], [0, 1])}})
+    file = io.BytesIO()
+    figure.savefig(file)
+    assert Image.open(file).width == pytest.approx(310)
 
 
 # -- a toy in two dimensions, and the loss at each t --------------------------------------------------------

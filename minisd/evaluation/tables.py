@@ -45,9 +45,9 @@ def _write(result: Evaluation, setting: Setting, folder: Path) -> None:
         panels = {question: judges for question, judges in panels.items() if judges}
         groups = list(dict.fromkeys(s.split for s in result.scores))
         figure = with_errors(panels, groups, ylabel="score", lines=False, marks=(0, 1))
-        figure.savefig(folder / "scores.png")
+        figure.savefig(folder / "scores.svg")
         panel = {"distance to the nearest training picture": result.to_training}
-        histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.png")
+        histograms(panel, bins=40, width=7.5, height=3.0).savefig(folder / "nearest.svg")
     else:
         write_json(record, folder / "composition.json")
     # A sheet for each group: drawings, and below each the real picture of its caption. Rows are filled up with white.
