@@ -18,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from minisd import pictures
 from minisd.checkpoint import load, load_clip
 from minisd.data import CaptionedPictures, sample, shape_corpus
 from minisd.data.sample_pictures import SAMPLE
@@ -30,7 +31,7 @@ from minisd.training import trainer
 from minisd.training import unet as training_unet
 from minisd.training import vae as training_vae
 from minisd.training.engine import SingleDevice
-from minisd.viz import curves, matrices, sheet, to_pil
+from minisd.viz import curves, matrices, sheet
 from minisd.vq import VectorQuantizer
 
 from .exercise import find, swap
@@ -88,12 +89,12 @@ def drawn_with(
         return PICTURES[kind_of(name)](order)
 
 
-def _labelled(pictures: dict[str, Image.Image], gap: int = 24, above: int = 26) -> Image.Image:
-    """Pictures side by side, each below its label."""
-    width, height = (max(picture.size[i] for picture in pictures.values()) for i in (0, 1))
-    page = Image.new("RGB", (len(pictures) * (width + gap) - gap, height + above), "white")
-    for i, (label, picture) in enumerate(pictures.items()):
-        page.paste(picture, (i * (width + gap), above))
+def _labelled(images: dict[str, Image.Image], gap: int = 24, above: int = 26) -> Image.Image:
+    """Images side by side, each below its label."""
+    width, height = (max(image.size[i] for image in images.values()) for i in (0, 1))
+    page = Image.new("RGB", (len(images) * (width + gap) - gap, height + above), "white")
+    for i, (label, image) in enumerate(images.items()):
+        page.paste(image, (i * (width + gap), above))
         ImageDraw.Draw(page).text((i * (width + gap), 2), label, "black", ImageFont.load_default(16))
     return page
 
@@ -152,15 +153,15 @@ class Order:
 
 
 def _drawn(order: Order) -> Image.Image:
-    pictures = order.sd.txt2img(order.prompts, **order.options).pictures
-    return _beside(pictures, _again(order, pictures))
+    x = order.sd.txt2img(order.prompts, **order.options).pictures
+    return _beside(x, _again(order, x))
 
 
 @torch.no_grad()
-def _again(order: Order, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+def _again(order: Order, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Into the latent space, noised half way, and drawn from there, by the calls that have a name in CompVis."""
     sd, generator = order.sd, order.generator
-    z = sd.get_first_stage_encoding(sd.encode_first_stage(pictures.clamp(-1, 1)), generator)
+    z = sd.get_first_stage_encoding(sd.encode_first_stage(x.clamp(-1, 1)), generator)
     left = make_timesteps(order.steps, sd.schedule.timesteps)[order.steps // 2 :]
     z_t = sd.q_sample(z, torch.full((len(z),), left[0]), randn(z.shape, generator))
     context = sd.get_learned_conditioning(order.prompts)
@@ -271,9 +272,9 @@ def _curve_of_the_loss(order: Order) -> Image.Image:
     return _picture(curves({"the loss by time": {"": ((torch.arange(len(means)) + 0.5) * T / len(means), means)}}, "t"))
 
 
-def _sheet(pictures: Float[Tensor, "b 3 h w"], columns: int, side: int = 128) -> Image.Image:
+def _sheet(x: Float[Tensor, "b 3 h w"], columns: int, side: int = 128) -> Image.Image:
     """Pictures of any size, enlarged to about `side` pixels."""
-    return sheet(to_pil(pictures), columns, scale=max(1, side // pictures.shape[-1]))
+    return sheet(pictures.to_pil(x), columns, scale=max(1, side // x.shape[-1]))  # to_pil may be a student's
 
 
 def _beside(*columns: Float[Tensor, "b 3 h w"], side: int = 128) -> Image.Image:
@@ -360,10 +361,9 @@ def _picture(figure) -> Image.Image:
 # By their names in pictures.toml and in sentences.toml.
 PICTURES = {
     "drawn": _drawn, "exact": _exact, "of_v": _of_v, "guessed_from_v": _guessed_from_v, "drawn_over": _drawn_over,
-    "inpainted": _inpainted, "rescaled": _rescaled, "trained": _trained,
+    "inpainted": _inpainted, "rescaled": _rescaled, "curve_of_the_loss": _curve_of_the_loss, "trained": _trained,
     "trained_with_weights": partial(_trained, gamma=1.0), "trained_on_v": partial(_trained, kind="v"),
-    "curve_of_the_loss": _curve_of_the_loss, "trained_on_vae_loss": _trained_on_vae_loss,
-    "trained_with_kl": _trained_with_kl, "quantised": _quantised,
+    "trained_on_vae_loss": _trained_on_vae_loss, "trained_with_kl": _trained_with_kl, "quantised": _quantised,
     "quantised_and_trained": partial(_quantised, trained=True), "searched_through_codes": _searched_through_codes,
     "matched": _matched, "trained_to_match": partial(_matched, trained=True),
 }  # fmt: skip
