@@ -20,7 +20,7 @@
 # - say why there are a thousand small steps, although one jump gives the same noisy picture;
 # - draw pictures without any network, and explain why that is not enough.
 #
-# About 40 minutes, with two exercises; it runs in about a minute on a laptop. Nothing is trained here.
+# About 50 minutes, with two exercises; it runs in about a minute on a laptop. Nothing is trained here.
 #
 # Before: [00](00_start_here.ipynb), the map. After: [02](02_loss.ipynb), where a network learns to find the noise. The
 # module is [`minisd/noising.py`](../minisd/noising.py). In the browser:

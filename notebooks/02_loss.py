@@ -19,7 +19,7 @@
 # - say which loss is normal, and why it hardly falls while the pictures get better;
 # - explain why captions are left out now and then in training.
 #
-# About 50 minutes, with two exercises; it runs in about two minutes on a laptop.
+# About 55 minutes, with two exercises; it runs in about two minutes on a laptop.
 #
 # Before: [01](01_noising.ipynb), noising and the exact denoiser. After: [03](03_unet.ipynb), the network of Stable
 # Diffusion. The module is [`minisd/loss.py`](../minisd/loss.py). In the browser:
