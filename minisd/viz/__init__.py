@@ -17,14 +17,15 @@
                 feature_maps, attention_maps                    channels of a layer; which pixels attend to a token
     diagrams    unet_diagram                                    a UNet's blocks and skip connections
                 training_diagram, sampling_diagram, class_diagram    the whole model as boxes: SVG files
+                pipeline, diagram                       the whole with one stage lit; single ideas: SVG files
 
-All except for those of `files` and the last three return a matplotlib Figure. A notebook shows it if it is the last
+All except for those of `files` and the last five return a matplotlib Figure. A notebook shows it if it is the last
 line of a cell. In a script, call `figure.savefig("figure.png")`. Pictures are [c h w] in [-1, 1], RGB or grey (c = 1);
 other values are clamped.
 """
 
 from ..pictures import save_sheet, sheet, to_pil
-from .diagrams import class_diagram, sampling_diagram, training_diagram, unet_diagram
+from .diagrams import class_diagram, diagram, pipeline, sampling_diagram, training_diagram, unet_diagram
 from .layers import attention_maps, feature_maps, maps, plane
 from .page import COLOURS, DASHES
 from .pictures import captioned, noising_strip, strip, trajectory

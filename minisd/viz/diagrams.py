@@ -1,11 +1,13 @@
-"""The model as boxes: the UNet's blocks, drawn from its outline, and three diagrams of the whole model as SVG files."""
+"""The model as boxes: the UNet's blocks, drawn from its outline, and diagrams that are SVG files of this folder."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from .page import Axes, Figure, empty_figure
+
+STAGES = ["noising", "loss", "unet", "vae", "clip", "sampling", "latent_diffusion"]  # modules, as they are taught
 
 
 @dataclass(frozen=True)
@@ -13,9 +15,34 @@ class Diagram:
     """An SVG file of this folder. A notebook shows it as a picture."""
 
     name: str
+    lit: str = ""  # the stage that is not pale, in a file whose parts are
 
     def _repr_svg_(self) -> str:
-        return Path(__file__).with_name(f"{self.name}.svg").read_text("utf-8")
+        svg = Path(__file__).with_name(f"{self.name}.svg").read_text("utf-8")
+        # A part is a group of the form <g opacity="0.4" class="unet sampling">, with all stages that it belongs to.
+        return re.sub(rf'opacity="0.4" (?=class="[^"]*\b{self.lit}\b)', 'stroke-width="2.5" ', svg)
+
+
+def pipeline(stage: str) -> Diagram:
+    """The whole pipeline, for training and for drawing, in which all parts are pale except for those of one stage.
+
+    stage: the name of its module, such as "unet". With "latent_diffusion", which joins all stages, nothing is pale.
+    """
+    return Diagram("pipeline", _known(stage, STAGES, "stage"))
+
+
+def diagram(name: str) -> Diagram:
+    """One idea as a drawing.
+
+    name: "chain", "res_block", "spatial_transformer", "heads", "autoencoder", "ddim_step" or "guidance".
+    """
+    return Diagram(_known(name, sorted(file.stem for file in Path(__file__).parent.glob("*.svg")), "diagram"))
+
+
+def _known(name: str, names: Sequence[str], kind: str) -> str:
+    if name not in names:
+        raise ValueError(f"there is no {kind} {name!r}: choose one of {', '.join(names)}")
+    return name
 
 
 def training_diagram() -> Diagram:
@@ -50,8 +77,8 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
     width, head = 2 * wide + 2.7, 0.5 if title else 0.3
     height = head + row * (len(down) + 1)
     figure = empty_figure(width, height)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))  # inches from the lower left corner
-    axes.axis("off")
+    # The axes fill the figure, in inches from the lower left corner, and are invisible.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), frame_on=False, xticks=[], yticks=[])
     axes.text(width / 2, height - 0.15, title, ha="center", va="center", fontsize=9)
     short = {"Conv2d": "conv", "ResBlock": "Res", "SpatialTransformer": "Transformer", "AttentionBlock": "Attention",
              "Downsample": "Down", "Upsample": "Up"}  # fmt: skip
@@ -79,8 +106,7 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
         box(block, inset, y)
         box(up[block.name], right, y)
         _arrow(axes, (left, y + tall / 2), (right, y + tall / 2), dashed=True)
-        label = str(block.shape_out[0])
-        axes.text((left + right) / 2, y + tall / 2 + 0.03, label, ha="center", va="bottom", fontsize=7.5)
+        axes.text((left + right) / 2, y + tall / 2 + 0.03, block.shape_out[0], ha="center", va="bottom", fontsize=7.5)
         if block is not down[-1]:
             _arrow(axes, (inset + 0.3, y), (inset + 0.3, y - row + tall))
             _arrow(axes, (width - inset - 0.3, y - row + tall), (width - inset - 0.3, y))
@@ -93,7 +119,6 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
 
 def _arrow(axes: Axes, *points: Sequence[float], dashed: bool = False) -> None:
     """An arrow through the points."""
-    for a, b in pairwise(points[:-1]):
-        axes.plot(*zip(a, b, strict=True), color="0.25", linewidth=0.9, solid_capstyle="butt")
+    axes.plot(*zip(*points[:-1], strict=True), color="0.25", linewidth=0.9, solid_capstyle="butt")
     style = {"arrowstyle": "-|>", "mutation_scale": 8, "color": "0.25", "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", points[-1], points[-2], arrowprops=style | {"linestyle": "--" if dashed else "-"})

@@ -3,6 +3,7 @@
 The colours are those of Okabe & Ito (2008), which people with colour blindness can also distinguish.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,30 @@ def empty_figure(width: float, height: float, layout: str | None = None) -> Figu
     """An empty figure; width and height are in inches."""
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "minisd"  # so that the same figure is the same SVG, and not one with other ids
     figure = plt.figure(figsize=(width, height), dpi=100, layout=layout)
     # A closed figure can still be changed. A notebook would show an open one twice, because it shows all open figures
     # at the end of a cell.
     plt.close(figure)
+    # Where a notebook would show figures as PNG, let it show them by `sharp`.
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell and shell.display_formatter.formatters["image/png"].pop(type(figure), None):
+        shell.display_formatter.mimebundle_formatter.for_type(type(figure), sharp)
     return figure
+
+
+def sharp(figure: Figure) -> tuple[dict, dict]:
+    """What a notebook shows, with its metadata: lines and text as SVG, and a figure with pictures as PNG.
+
+    The PNG has twice the resolution of the page. So does one of very many points, of which an SVG would be large.
+    """
+    from IPython.core.pylabtools import print_figure, retina_figure
+
+    svg = print_figure(figure, "svg", metadata={"Date": None})
+    if "<image" not in svg and len(svg) < 100_000:
+        return {"image/svg+xml": svg}, {}
+    png, size = retina_figure(figure)
+    return {"image/png": png}, {"image/png": {"width": size["width"]}}  # no height: a phone shows it narrower
 
 
 def place(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
