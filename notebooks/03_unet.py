@@ -71,7 +71,7 @@ print(*[row for row in drawing if row.stage == 3], sep="\n")
 #
 # $x_t$ is a noisy latent and $t$ its timestep. The context $c$ is what the text encoder makes of the prompt: one vector
 # for each token, that is, for each piece of the prompt (notebook 05). The output $\hat\epsilon$ has the shape of $x_t$.
-# Here are some noisy latents with captions, and the error of $\hat\epsilon$:
+# The error, for some pictures with captions:
 
 # %%
 torch.manual_seed(0)
@@ -141,13 +141,11 @@ viz.unet_diagram(blocks, "the UNet of this model")
 
 # %% [markdown]
 # Read it down on the left and up on the right. Each box is a block, with the channels and the size of its output. A
-# *Res* (ResBlock) mixes neighbouring pixels and gets the time. A *Transformer* lets all pixels read each other and
-# the text; blocks with one are blue. The dashed lines are the skip connections, with the number of channels that they
-# carry. Stable Diffusion's UNet has more levels and blocks, but no other parts
-# ([below](#Optional:-the-UNet-of-Stable-Diffusion)).
+# *Res* (ResBlock) mixes neighbouring pixels and gets the time. A *Transformer* (blue) lets all pixels read each other
+# and the text. The dashed lines are the skip connections, with the number of channels that they carry. Stable
+# Diffusion's UNet has more levels and blocks, but no other parts ([below](#Optional:-the-UNet-of-Stable-Diffusion)).
 #
-# This is `UNetModel.forward`, without its checks. Each block gets the feature map `h`, the time as a vector `emb`, and
-# the context:
+# This is `UNetModel.forward`, without its checks (`emb` is the time, as a vector):
 
 
 # %%
@@ -203,9 +201,9 @@ for t in (100, 300, 600, 900):
     print(f"t = {t:3}  {errors(t).mean():12.3f}" + "".join(f"{error_without(name, t):20.3f}" for name in into))
 
 # %% [markdown]
-# The topmost one, from `input_blocks.0`. Without it, the error is about as large as that of always answering 0 (which
-# is 1, the variance of the noise), or larger. That first convolution has seen next to nothing of the picture. What it
-# hands across is the noisy latent itself, at full size, and this is needed to name the noise number by number.
+# The topmost one, from `input_blocks.0`. Without it, the error is about that of always answering 0 (which is 1, the
+# variance of the noise), or larger. That first convolution has seen next to nothing of the picture. What it hands
+# across is the noisy latent itself, at full size, and this is needed to name the noise number by number.
 #
 # The U can see everything. Does it use that? We take the estimate of the clean latent (notebook 01), and ask how much
 # one pixel of it changes if a number of $x_t$ changes a little. That is a derivative, so autograd computes it.
@@ -242,7 +240,7 @@ viz.matrices(panels, cell=(1.36 / len(slope),) * 2, xlabel="x", ylabel="y")
 # ## How does it get the time?
 #
 # The answer depends on how much of $x_t$ is noise. Why not add the number $t$ as an input? Next to channels of size 1,
-# a number up to 999 is far too large. Divided by 1,000, it makes a difference of only 0.001 between 10 and 11.
+# a number up to 999 is far too large. Divided by 1,000, it hardly differs between 10 and 11.
 #
 # Instead, think of many clocks. Each turns $t$ into a point on a circle, two numbers in $[-1, 1]$. The hand of the
 # first turns fast, and each further one more slowly. The fast hands distinguish neighbouring times, the slow ones
@@ -256,8 +254,8 @@ viz.matrices(panels, cell=(1.36 / len(slope),) * 2, xlabel="x", ylabel="y")
 #
 # worth it · about 15 minutes
 #
-# Turn a batch of timesteps [b] into their points on `dim / 2` circles: first all cosines, then all sines. If you swap
-# the two halves, all shapes still fit, but no trained network understands the result.
+# Turn a batch of timesteps [b] into their points on `dim / 2` circles. If you swap cosines and sines, all shapes still
+# fit, but no trained network understands the result.
 
 
 # %% tags=["exercise"]
@@ -300,8 +298,8 @@ viz.matrices(panels, cell=(0.003, 2 / config.model_channels), xlabel="t", ylabel
 
 # %% [markdown]
 # A column is one timestep, a row one channel. Red is positive, blue is negative. Left are the clocks, from fast to
-# slow: the cosines in the upper half, the sines in the lower. Right is what the first ResBlock adds to all pixels of a
-# channel. It changes smoothly with $t$, because the task hardly differs between neighbouring times.
+# slow: the cosines above, the sines below. Right is what the first ResBlock adds to all pixels of a channel. It changes
+# smoothly with $t$, because the task hardly differs between neighbouring times.
 #
 # Does the network rely on this, or does it measure the noise by itself? We give it a wrong time.
 #
@@ -325,11 +323,11 @@ viz.curves({"size of ε̂ (root mean square)": size, "error": error}, xlabel="st
 # Right: each curve is lowest at the true time, or close to it. So the network *uses* the time that it gets. Left: the
 # size of $\hat\epsilon$, which should be 1, like that of the noise.
 #
-# - **Stated too early**, $\hat\epsilon$ is too large. For an early $t$, the factor of $\epsilon$ in $x_t =
-#   \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ is small. So the network divides what looks like
-#   noise by a small number.
-# - **Stated as 999**, $\hat\epsilon$ is nearly $x_t$ itself (see the cosines), because at $t = 999$ nearly all of $x_t$
-#   is noise.
+# - **Stated too early**, $\hat\epsilon$ is too large. For an early $t$, the factor of $\epsilon$ in
+#   $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ is small, so the network divides by a small
+#   number.
+# - **Stated as 999**, $\hat\epsilon$ is nearly $x_t$ itself, because at $t = 999$ nearly all of $x_t$
+#   is noise. Where there is little noise, that is too small.
 #
 # ## The ResBlock
 #
@@ -346,7 +344,7 @@ viz.diagram("res_block")
 #   picture by itself, because the pictures of a batch have different times and so different amounts of noise.
 # - **SiLU** is $x\,\sigma(x)$, a smooth ReLU.
 # - **skip** is the identity, or a 1×1 convolution where the number of channels changes. Because the input is *added*,
-#   the block only has to learn what to change. Its last convolution starts at zero, so that a new block changes nothing
+#   the block only has to learn what to change. The last convolution starts at zero, so that a new block changes nothing
 #   ([more](#Optional:-layers-that-start-at-zero)).
 
 
@@ -393,9 +391,9 @@ with torch.no_grad():
 viz.diagram("spatial_transformer")
 
 # %% [markdown]
-# One weighted mean is not much: a pixel may want to read one word for its colour and another for its shape. So the
-# channels are cut into parts, the [**heads**](../docs/glossary.md). Each head attends with its own weights, and their
-# outputs are put side by side again.
+# A pixel may want to read one word for its colour and another for its shape. So the channels are cut into parts, the
+# [**heads**](../docs/glossary.md). Each head attends with its own weights, and their outputs are put side by side
+# again.
 
 # %%
 viz.diagram("heads")
@@ -406,8 +404,8 @@ viz.diagram("heads")
 # essential · about 25 minutes
 #
 # Project the pixels to queries and the context to keys and values, split the heads, apply the equation, merge the
-# heads, and project back. This is the layer through which a prompt acts on the picture. (`rearrange` of einops, or
-# `unflatten` and `transpose`, split the heads.)
+# heads, and project back. Through this layer a prompt acts on the picture. (To split the heads, use `rearrange` of
+# einops, or `unflatten` and `transpose`.)
 
 # %% tags=["hide-input"]
 Layer = Callable[[Tensor], Tensor]  # a type in the stub below: a function from a tensor to a tensor
@@ -447,7 +445,7 @@ check.cross_attention(cross_attention)
 #
 # </details>
 #
-# The whole SpatialTransformer, step by step, on a small map. The assertion compares it with the class.
+# The whole SpatialTransformer, step by step. The assertion compares it with the class.
 
 # %%
 transformer = next(m for m in unet.modules() if isinstance(m, SpatialTransformer))
@@ -476,9 +474,9 @@ print(f"{block.attn2.heads} heads")
 # <details><summary>Optional: two bugs that raise no error</summary>
 #
 # One program takes the softmax over the $n$ pixels (`dim=-2`) instead of the $m$ tokens. Then the weights of a pixel
-# sum to 1 no longer; in the mean they sum to $m/n$. Another forgets to split the heads. Then each pixel has one long
-# query, although the layers were trained for several short ones, and $\sqrt d$ is wrong, too. All shapes fit in both.
-# So compare with a known result, as the assertion above does.
+# sum to $m/n$ in the mean, not to 1. Another forgets to split the heads. Then each pixel has one long query, although
+# the layers were trained for several short ones. All shapes fit. So compare with a known result, as the assertion above
+# does.
 #
 # </details>
 #
@@ -498,13 +496,16 @@ for t in (100, 300, 600, 900):
         print(f"t = {t:3}  {f'{int(which.sum())} pictures {kind}':22}" + "".join(f"{mean:20.4f}" for mean in means))
 
 # %% [markdown]
-# PLACEHOLDER
+# On pictures that the network was trained on, the right caption helps, and the more noise there is, the more: at
+# $t = 900$ the error is a third of that with the empty prompt. A wrong caption does harm. On held-out pictures, even
+# the right one helps nowhere, and does harm where there is little noise. This small network has memorised its training
+# pictures: it trusts the caption, and expects another picture than this one.
 #
 # ## Where it looks: attention maps
 #
-# `minisd.record_attention` keeps the weights of each cross-attention while a picture is drawn. For one token, the
-# weights of all pixels form an **attention map**. (A drawing asks the UNet many times, from much noise to none.
-# Notebook 06 explains the sampler and the guidance scale.)
+# `minisd.record_attention` keeps the weights of each cross-attention while a picture is drawn, step by step from much
+# noise to none. (Notebook 06 explains the sampler and the guidance scale.) For one token, the weights of all pixels
+# form an **attention map**.
 
 # %%
 prompt = "fox, noto style"
@@ -523,13 +524,13 @@ viz.attention_maps(rows, list(x0), columns, [f"t = {maps.timesteps[i]}" for i in
 # %% [markdown]
 # These are the maps of the middle block, in the mean over its heads. In front of each row stands the network's estimate
 # of the picture at that step. Dark is 0, yellow is the largest weight in the row, and under each map stands its own
-# largest weight. The pixels in the centre look at "fox", those at the edge do not, and this is so from the first step,
-# when $x_t$ is almost pure noise.
+# largest weight. The pixels in the centre look at "fox", those at the edge do not, and this is so from the first step
+# on.
 #
 # ### What a map does not prove
 #
-# It is tempting to say: here the network reads "fox", so this token makes it a fox. We can test that. Build contexts in
-# which some tokens come from the prompt and all others from the *empty* prompt, and draw with them.
+# It is tempting to say: here the network reads "fox", so this token makes it a fox. We can test that with contexts in
+# which some tokens come from the prompt and all others from the *empty* prompt.
 #
 # **Predict, then run.** Which of these still draws a fox: only the token "fox"? Only `<end>`? Only the padding that
 # fills the prompt up to its full length? Everything but "fox"?
@@ -608,9 +609,9 @@ print("\nthe model of this notebook")
 table(blocks)
 
 # %% [markdown]
-# On the right, block 3 gets 1,280 channels from below and 1,280 from the left, so its ResBlock takes 2,560. That is why
-# the largest ResBlocks stand on the right. Each level has one ResBlock more there, because **every** block on the left
-# needs a partner, also the first convolution and the Downsamples.
+# On the right, block 3 gets 1,280 channels from below and 1,280 from the left, so its ResBlock takes 2,560. Each level
+# has one ResBlock more there, because **every** block on the left needs a partner, also the first convolution and the
+# Downsamples.
 #
 # ## Optional: layers that start at zero
 #
@@ -636,13 +637,13 @@ for step in range(4):
     optimizer.step()
 
 # %% [markdown]
-# Exactly 0, with a loss of about 1. Only the last layer gets a gradient (its weight and its bias), because any change
-# before it would be multiplied by zero. After one step this layer is no longer zero, and the gradient reaches the last
-# layer of each branch and what stands beside the branches. After two steps it reaches everything.
+# Exactly 0, with a loss of about 1. Only the last layer gets a gradient, because any change before it would be
+# multiplied by zero. After one step it is no longer zero, and the gradient reaches the last layer of each branch and
+# what stands beside the branches; after two, everything.
 #
-# So every block starts as the identity, and signal and gradient pass through however deep the network is. (For your
-# tests: two fresh networks that differ inside a block give the same output. Fill all layers with random numbers first.)
-
+# So every block starts as the identity, however deep the network is. (For your tests: two fresh networks that differ
+# inside a block give the same output. Fill all layers with random numbers first.)
+#
 # ## Optional: where the parameters are
 
 
@@ -709,9 +710,8 @@ pictures = torch.cat([sd.decode_first_stage(x) for x in (now.x_t, now.x0, again.
 viz.strip([pictures], [f"$x_t$, t = {now.t}", r"$\hat x_0$", "result"])
 
 # %% [markdown]
-# In the first blocks, some channels show the head, under noise. At the smallest size, the maps are no pictures any
-# more. Right after the Upsample, the head is back, with less noise. In the last block the noise is back, too, because
-# it is what the network has to put out. It came along the topmost dashed line.
+# First, some channels show the head, under noise. At the smallest size, the maps are no pictures any more. Right after
+# the Upsample the head is back. In the last block the noise is back, too, because the network has to put it out.
 #
 # ## Optional: more attention maps
 #
@@ -730,11 +730,10 @@ print("\n".join([*lines, f"{'if spread evenly':23}" + "".join(f"{share:9.1%}" fo
 viz.attention_maps(rows, recorded.pictures[0], words, labels, size=0.85)
 
 # %% [markdown]
-# Most of the attention goes to the padding, about as much as an even share. In the middle block the pixels in the
-# centre look at "fox", but they look at `<start>` even more. Its vector is the same in every prompt, so it says nothing
-# about this one. Perhaps it is a place to look at when there is nothing to ask. In the other layers the maps of "fox"
-# show no fox. So does the middle block show the fox, or only the middle of the picture? The same layer, for six
-# prompts:
+# Most of the attention goes to the padding, about as much as an even share. In the middle block the centre looks at
+# "fox", but even more at `<start>`, whose vector is the same in every prompt. (Perhaps it is a place to look at when
+# there is nothing to ask.) In the other layers the maps of "fox" show no fox. Does the middle block show the fox, or
+# only the middle of the picture? The same layer, for six prompts:
 
 # %% tags=["hide-input"]
 names = ["fox", "rocket", "pizza", "panda", "red apple", "crescent moon"]
@@ -751,10 +750,9 @@ viz.attention_maps(rows, list(six.pictures), ["<start>", "the word"], names, siz
 
 # %% [markdown]
 # The word of *fox*, *rocket* and *pizza* is looked at from the centre, whatever is drawn there. *panda* is hardly
-# looked at, *red apple* and *crescent moon* from the edge. So these maps tell the middle from the edge, and one prompt
-# from another, but they do not outline the thing. In Stable Diffusion, with maps of up to 64×64, those of nouns outline
-# things quite well ([Tang et al. 2022](https://arxiv.org/abs/2210.04885)), and editing the maps edits the picture
-# ([Hertz et al. 2022](https://arxiv.org/abs/2208.01626)).
+# looked at, *red apple* and *crescent moon* from the edge. So these maps do not outline the thing. In Stable Diffusion,
+# with maps of up to 64×64, those of nouns do so quite well ([Tang et al. 2022](https://arxiv.org/abs/2210.04885)), and
+# editing the maps edits the picture ([Hertz et al. 2022](https://arxiv.org/abs/2208.01626)).
 #
 # ## Optional: in the CompVis source, and to try
 #
@@ -763,6 +761,4 @@ viz.attention_maps(rows, list(six.pictures), ["<start>", "the word"], names, siz
 # Diffusion's latents are 64×64.
 #
 # - Record a drawing of "panda, noto style". Which layer looks at the word, if the middle block does not?
-# - `outline(UNetConfig(num_res_blocks=3))`: how many blocks are there, and how many parameters?
-# - Draw at twice the model's height and width, with `sd.txt2img(prompt, height=…, width=…)`. The network has no size
-#   built in. Why is the result not one larger fox?
+# - Draw at twice the model's size: `sd.txt2img(prompt, height=…, width=…)`. Why is the result not one larger fox?

@@ -10,7 +10,7 @@
 # # 4 · The autoencoder: from pictures to latents and back
 #
 # Stable Diffusion never adds noise to a picture. It works on **latents**: small stacks of numbers, from which another
-# network, the autoencoder, can draw the picture again. This notebook is about that network.
+# network, the autoencoder, can draw the picture again. This is that network.
 #
 # At the end you can
 #
@@ -105,8 +105,8 @@ viz.diagram("autoencoder")
 # thing is missing: there are no skip connections. When a picture is drawn, there is no encoder beside the decoder, so
 # everything has to be in the latent.
 #
-# Here is the autoencoder of our model, on pictures that it was not trained on. Its encoder returns a distribution. The
-# reason follows below; for now we take its mean.
+# Here is the autoencoder of our model, on held-out pictures. (It was not trained on them, except for a few that its
+# model card names.) Its encoder returns a distribution, for a reason that follows; for now we take the mean.
 
 # %%
 held_out = [i for i, row in enumerate(corpus.rows) if row["split"] != "train"]
@@ -203,7 +203,7 @@ viz.plane({"a plain autoencoder": panel(plain_decoder, plain, plain.mean(0), pla
 # At the dots all is well, because nothing else was asked for. Between them there are **holes**: smears, and whole
 # regions of garbage. The dots also lie on a scale of their own. For diffusion both are bad. A sampler ends *near* a
 # latent and never exactly on it, so the decoder must forgive small errors. And it starts from noise with a standard
-# deviation of 1, so the latents should live on that scale.
+# deviation of 1, so the latents should have that scale.
 #
 # ## The remedy: a variational autoencoder
 #
@@ -256,8 +256,8 @@ viz.plane({"a variational autoencoder": panel(decoder, variational, torch.zeros(
 #
 # $\tilde z$ is random. How can a gradient pass through it to the encoder? Take the randomness from outside:
 #
-# $$\tilde z = \mu + \sigma\,\epsilon, \qquad \epsilon \sim \mathcal N(0, I) \qquad \text{(Kingma \& Welling, section
-# 2.4)}$$
+# $$\tilde z = \mu + \sigma\,\epsilon, \qquad \epsilon \sim \mathcal N(0, I)
+#   \qquad \text{(Kingma \& Welling, section 2.4)}$$
 #
 # Now $\tilde z$ is an ordinary function of $\mu$ and $\sigma$, and $\epsilon$ is an input like any other. This is the
 # [reparametrisation trick](../docs/glossary.md). The network outputs $\log \sigma^2$, which may be any number, so
@@ -327,7 +327,9 @@ print(f"pictures from the mean and from a sample differ by {rms(from_sample - fr
 viz.strip([x, from_mean, from_sample, from_nothing], labels=["picture", "mean", "sample", "random"], size=0.9)
 
 # %% [markdown]
-# PLACEHOLDER-RANDOM
+# The sample changes nothing that one could see, because the encoder is sure of its numbers to about a hundredth. Random
+# latents give coloured scraps. A weak KL term does not turn the latents into $\mathcal N(0, I)$. It makes them smooth
+# *around* pictures, and no more. Which latents are pictures, the UNet has to learn.
 #
 # ### Why are the pictures blurred?
 #
@@ -340,9 +342,9 @@ viz.strip([x, from_mean, from_sample, from_nothing], labels=["picture", "mean", 
 #
 # <details><summary>Optional: a better decoder for a finished model</summary>
 #
-# The decoder alone can be trained further. The encoder stays, so the latents stay, and the UNet that learned to draw
-# them still fits. Stability AI did so for Stable Diffusion v1 (`sd-vae-ft-mse`), and we did it for our model, with a
-# perceptual distance and some noise on the latents, because a sampler ends near a latent and not on it.
+# The decoder alone can be trained further. The encoder stays, so the latents stay, and the UNet still fits. Stability
+# AI did so for Stable Diffusion v1 (`sd-vae-ft-mse`), and we for our model, with a perceptual distance, and noise on
+# the latents because a sampler ends near a latent and not on it.
 # [Training](../docs/training.md#a-better-decoder-for-a-finished-model) has the command and pictures.
 #
 # </details>
@@ -355,8 +357,8 @@ viz.strip([x, from_mean, from_sample, from_nothing], labels=["picture", "mean", 
 # $$z = \text{scale factor} \cdot \tilde z, \qquad \text{scale factor} = \frac{1}{\mathrm{std}(\tilde z)}
 #   \qquad \text{(Rombach et al. 2022, appendix G)}$$
 #
-# This $z$ is what notebooks 01 to 03 called $x_0$: it is noised in training, and the sampler draws it. Before
-# decoding, it is divided by the factor again.
+# This $z$ is the $x_0$ of notebooks 01 to 03: it is noised in training, and the sampler draws it. Before decoding, it
+# is divided by the factor again.
 #
 # ### Write it yourself: `scale_factor`
 #
@@ -398,9 +400,9 @@ print("by channel, after scaling:  mean", [f"{m:.2f}" for m in (sd.scale_factor 
       " std", [f"{s:.2f}" for s in (sd.scale_factor * raw).std((0, 2, 3))])  # fmt: skip
 
 # %% [markdown]
-# The two differ a little, because they were measured on different pictures. That does no harm. What does harm is to
-# use another factor in drawing than in training. There is **one** factor for all channels, so the single channels are
-# not alike after it; only the variance of all numbers together is about 1.
+# The two differ a little, because they were measured on different pictures. That does no harm, as long as training and
+# drawing use the same one. It is **one** factor for all channels, so the single channels are not alike after it; only
+# the variance of all numbers together is about 1.
 #
 # Now suppose that somebody forgets it after drawing. The sampler draws $z$, with a standard deviation of about 1, and
 # the decoder gets it as it is, instead of $z$ divided by the factor.
@@ -420,9 +422,10 @@ print(f"z {list(z.shape)}, std {z.std():.2f}; divided by the factor: {(z / sd.sc
 viz.strip(rows, labels=["divided by the factor", "forgotten", "forgotten, if it were 0.18215"])
 
 # %% [markdown]
-# PLACEHOLDER-FORGOTTEN If a model of yours draws the right
-# things in the wrong colours, look here first. In minisd, `get_first_stage_encoding` multiplies by the factor and
-# `decode_first_stage` divides by it. If you call `vae.encode` and `vae.decode` yourself, you have to apply it.
+# In the second row the decoder gets latents that are too small. The foxes get blotches, and pink in what should be
+# white. In the third row little is left but stripes. If a model of yours draws the right things in the wrong colours,
+# look here first. In minisd, `get_first_stage_encoding` multiplies by the factor and `decode_first_stage` divides by
+# it. If you call `vae.encode` and `vae.decode` yourself, you have to apply it.
 #
 # ## What is lost
 #
@@ -440,12 +443,12 @@ print(f"photograph {list(cat.shape)}, latent {list(raw_cat.shape)}")
 viz.strip([torch.cat([cat, cat_hat])], ["photograph", "encoded and decoded"], size=1.92)
 
 # %% [markdown]
-# PLACEHOLDER-CAT
+# It paints the cat with a broad brush: fur turns into smooth strokes, and a thin frame appears at the edges, where
+# emoji are white. An autoencoder knows what it was trained on.
 #
-# An autoencoder knows what it was trained on. Stable Diffusion's has seen photographs, and is far better at them. But
-# with 48 times fewer numbers it, too, must lose something: small letters, the faces of a crowd, fine texture. **What
-# the first stage can't draw, no prompt will bring back.** To see what a model can draw at best, encode a picture and
-# decode it again.
+# Stable Diffusion's has seen photographs, and is far better at them. But with 48 times fewer numbers it, too, must lose
+# something: small letters, the faces of a crowd, fine texture. **What the first stage can't draw, no prompt will bring
+# back.** To see the best that a model can draw, encode a picture and decode it again.
 #
 # ## What you know now
 #
@@ -467,7 +470,7 @@ viz.strip([torch.cat([cat, cat_hat])], ["photograph", "encoded and decoded"], si
 # %% [markdown]
 # ## Optional: the cost, measured
 #
-# The processor time of one call, which does not count the time that other programs use.
+# The processor time of one call:
 
 
 # %% tags=["hide-input"]
@@ -498,16 +501,16 @@ lines = {name: (torch.tensor(sides).log2(), row) for name, row in cost.items()}
 viz.curves({"one call": lines}, "log2 of the side (3: 8×8, 6: 64×64)", "ms", log=["one call"], width=4.6, height=2.9)
 
 # %% [markdown]
-# Each step to the right doubles the side. The convolution then costs about 4 times as much, attention in the end 16
-# times. The UNet has its attention at half the side, so for a while its convolutions set the price.
+# Where the side doubles, the convolution costs about 4 times as much, attention in the end 16 times. The UNet has its
+# attention on smaller maps, so for a while its convolutions set the price.
 #
 # ## Optional: does it take a network? PCA
 #
-# The best *linear* way to describe pictures by few numbers is principal component analysis (PCA): encode $B^\top (x -
-# \mu)$, decode $\mu + B \tilde z$, where the columns of $B$ are the directions in which the data vary most. We compare
-# two kinds with the VAE, at the same number of numbers for a picture: PCA of patches (each $f \times f$ patch becomes 4
-# numbers) and PCA of whole pictures. The error is measured as the **peak signal-to-noise ratio** in decibels. 10 dB
-# more are a tenth of the squared error; below 20 one sees the loss at once, above 35 hardly.
+# The best *linear* way to describe pictures by few numbers is principal component analysis (PCA): encode
+# $B^\top (x - \mu)$, decode $\mu + B \tilde z$, where the columns of $B$ are the directions in which the data vary
+# most. With equally many numbers for a picture, we compare the VAE with PCA of patches ($f \times f$ pixels become 4
+# numbers) and of whole pictures. The **peak signal-to-noise ratio** in decibels measures the error: 10 dB more are a
+# tenth of the squared error.
 #
 # $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - \hat x)^2}
 #   \qquad \text{(the values span 2, from } -1 \text{ to } 1 \text{)}$$
@@ -567,10 +570,8 @@ viz.strip(rows, labels=["held-out picture", *methods], notes=[[], *notes])
 
 # %% [markdown]
 # PCA of patches draws a mosaic. PCA of pictures does well on what it was made from, and worse on new pictures, because
-# a thousand pictures are too few to fix that many directions. The VAE, with the same few weights at every place, is
-# the best on new emoji. On the photograph it is the other way round: PCA wins by far, because a mean colour and a slope
-# describe fur as well as anything. To know the data is why the VAE wins on emoji, and why it loses on fur. (It was
-# trained on more emoji than are in this sample, and has seen a few of the held-out ones: see its model card.)
+# a thousand pictures are too few to fix that many directions. The VAE is the best on new emoji. On the photograph PCA
+# of patches wins by far: a mean colour and a slope describe fur as well as anything, while the VAE knows only emoji.
 #
 # ## Optional: what the encoder is sure of
 
@@ -599,10 +600,10 @@ panels = {"the posterior's std": some.std.mean((0, 1)), "change of the picture,\
 viz.matrices(panels, cell=(1.6 / side, 1.6 / side))
 
 # %% [markdown]
-# The KL is a size: how many bits this latent says beyond what $\mathcal N(0, I)$ would have said. (A nat is 1/0.693
-# bits.) Unusual numbers cost most, but most of the bits are the price of being sure: a small $\sigma$ costs about
-# $-\log\sigma - \tfrac12$, whatever the mean. The encoder is least sure at the border and in the corners. The last
-# figure shows that an error does less harm there. So precision seems to be spent where it pays.
+# The KL is a size: how many bits this latent says beyond what $\mathcal N(0, I)$ would have said. Unusual numbers cost
+# most, but most of the bits are the price of being sure: a small $\sigma$ costs about $-\log\sigma - \tfrac12$,
+# whatever the mean. The encoder is least sure at the border and in the corners. The last figure shows that an error
+# does less harm there.
 #
 # ## Optional: all layers, and a bug that moves the picture
 
@@ -626,28 +627,23 @@ half = 1 + [row.startswith("quant_conv") for row in passed].index(True)
 print("\n".join([*passed[:half], "", *passed[half:]]))
 
 # %% [markdown]
-# Above the blank line is the encoder. It ends in 8 channels, the means and the log variances of 4. Below is the
-# decoder, with one ResnetBlock more at each level.
+# Above the blank line is the encoder. It ends in 4 means and 4 log variances. Below is the decoder.
 #
 # A Downsample is a 3×3 convolution of stride 2. Here zeros are padded on the right and below only, in the UNet all
 # round. With `padding=1` here, too, the weights load and all shapes agree. But each convolution then looks one pixel
-# further up and to the left than it was trained to, and the picture comes back displaced. If a port of an autoencoder
-# draws everything a little to one side, look here.
+# further up and to the left than it was trained to, and the picture comes back displaced.
 #
 # ## Optional: a codebook instead of a Gaussian
 #
-# **Vector quantisation** (VQ) keeps latents in order in another way. There is a list of vectors, the **codebook**.
-# Each pixel of the encoder's output $h$ is replaced by the nearest of them:
+# **Vector quantisation** (VQ) keeps latents in order in another way. Each pixel of the encoder's output $h$ is replaced
+# by the nearest vector of a list, the **codebook**. So a picture becomes a table of whole numbers.
 #
 # $$e_k, \qquad k = \arg\min_j \lVert h - e_j \rVert^2 \qquad \text{(van den Oord et al. 2017, eq. 1 and 2)}$$
 #
-# So a picture is a table of whole numbers. The choice of the nearest has no gradient. So VQ passes the gradient
-# **straight through**: forwards it uses the code, and backwards the gradient goes to $h$ as if nothing had happened.
-# With $\mathrm{sg}$ for "no gradient through here":
-#
-# $$h + \mathrm{sg}[e_k - h]$$
-#
-# Here it is on a line, with the codes $-1$, $0$ and $1$. $h$ starts at 0.1, and the decoder would like to get 1.
+# The choice of the nearest has no gradient, so VQ passes it **straight through**: forwards it uses the code, backwards
+# the gradient goes to $h$ as if nothing had happened. With $\mathrm{sg}$ for "no gradient through here", this is
+# $h + \mathrm{sg}[e_k - h]$. Here it is on a line, with the codes $-1$, $0$ and $1$. $h$ starts at 0.1, and the decoder
+# would like to get 1.
 
 # %% tags=["hide-input"]
 quantizer = VectorQuantizer(n_embed=3, embed_dim=1, legacy=False)
@@ -674,15 +670,15 @@ for title, on in [("straight-through", True), ("without it", False)]:
 viz.curves(panels, "step", width=3.4, height=2.3)
 
 # %% [markdown]
-# Left: the code 0 is wrong by 1, and $h$ is pushed up. Nothing seems to happen until $h$ is past the middle and the
-# next code is nearer. Right: no gradient reaches $h$ from the code. Only the second term of the quantiser's loss is
-# left, the **commitment**, which pulls $h$ onto the wrong code:
+# Left: $h$ is pushed up. Nothing seems to happen until $h$ is past the middle and the next code is nearer. Right: no
+# gradient reaches $h$ from the code. Only the second term of the quantiser's loss is left, the **commitment**, which
+# pulls $h$ onto the wrong code:
 #
 # $$\lVert \mathrm{sg}[h] - e_k \rVert^2 + \beta\, \lVert h - \mathrm{sg}[e_k] \rVert^2
 #   \qquad \text{(van den Oord et al., eq. 3)}$$
 #
 # The first term moves the codes to the vectors, the second keeps the vectors near their codes. To compare KL and VQ, we
-# take our VAE, put a codebook of 256 codes between encoder and decoder, and train on for a short time.
+# put a codebook of 256 codes into our VAE, and train on for a short time.
 
 
 # %% tags=["hide-input"]
@@ -754,11 +750,10 @@ viz.curves(panels, "step", width=2.5, height=2.2)
 # **Perplexity** is $\exp(-\sum_k p_k \log p_k)$, where $p_k$ is the share of code $k$: 256 if all are chosen equally
 # often, 1 if it is always the same one.
 #
-# The plain run shows **codebook collapse**. All codes start near 0. A few happen to be the nearest to many vectors.
-# These are chosen, get gradients, and move to where the vectors are, so they are chosen again. The others are nobody's
-# nearest, get no gradient, and stay where they are: dead. The remedy in the other run: every 10 steps, each code that
-# was not chosen lately is set onto a random vector of the batch. Others start at the means of k-means, use smaller
-# codes, or let the codes follow their vectors by a running mean.
+# The plain run shows **codebook collapse**. All codes start near 0. A few happen to be the nearest to many vectors, get
+# gradients, and move to where the vectors are, so they are chosen again. The others get no gradient: they are dead. In
+# the other run, every 10 steps each code that was not chosen lately is set onto a random vector of the batch. (Other
+# remedies: start at the means of k-means, use smaller codes, let the codes follow a running mean of their vectors.)
 
 # %% tags=["hide-input"]
 with torch.no_grad():
@@ -774,9 +769,9 @@ viz.strip([shown, *(x_hat[few[:4]] for x_hat in results.values())], labels=["hel
 
 # %% [markdown]
 # A collapsed codebook has too few codes for the colours. With the revived one most of them come back. KL still draws
-# better, but its latents also carry far more bits. Rombach et al. tried both, and Stable Diffusion took KL. With VQ,
-# noise is added to $h$, and the result is moved to its code before it is decoded (`VQModelInterface`). There is no KL
-# term; they found a variance near 1, and left the scale factor out (appendix G).
+# better, but its latents also carry far more bits. Rombach et al. tried both, and Stable Diffusion took KL. With VQ
+# they added noise to $h$, moved the result to its code before decoding (`VQModelInterface`), and left the scale factor
+# out, because they found a variance near 1 (appendix G).
 #
 # ## Optional: training without the scale factor
 #
@@ -811,10 +806,10 @@ viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 
 # %% [markdown]
 # The figure decodes noisy latents of a fox, each brought to a standard deviation of 1, so that the rows differ only in
-# their share of noise. A network that is trained without the factor gets easy questions at most $t$, and never sees
-# what a drawing begins with: nothing but noise.
+# their share of noise. Trained without the factor, a network gets easy questions at most $t$, and never sees what a
+# drawing begins with: nothing but noise.
 #
-# How well must the factor be known? And how does the KL weight change the size of the latents?
+# How well is the factor known? How does the KL weight change the size of the latents?
 
 # %% tags=["hide-input"]
 with torch.no_grad():
@@ -827,8 +822,8 @@ for weight, p in [(0, plain_posterior), (0.01, between), (1, toy_posterior)]:
     print(f"the toy's latents with a KL weight of {weight}: std {p.mean.std():.1f}")
 
 # %% [markdown]
-# CompVis's code can measure the factor on the first batch (`scale_by_std`), so it knows it only roughly. And the
-# weaker the KL term, the larger the latents. Stable Diffusion's term is very weak, so its latents are large.
+# CompVis's code can measure the factor on the first batch (`scale_by_std`), so only roughly. And the weaker the KL
+# term, the larger the latents: those of Stable Diffusion are large.
 #
 # ## Optional: between two pictures
 
@@ -844,16 +839,14 @@ viz.strip([torch.lerp(one, other, weights), in_latents, in_toy], [f"{w:.2f}" for
           ["in pixels", "in latents", "in the toy's two numbers"])  # fmt: skip
 
 # %% [markdown]
-# In pixels, one head shines through the other. In latents it is not so different, because a latent keeps every place
-# where it is, and each place changes by itself. Only in the toy, where two numbers mean the whole picture, is every
-# stop *something*. The smaller a latent, the more it means and the less it keeps. Stable Diffusion's is large: a
-# compressed picture, not an idea. What a fox is, the UNet has to know.
+# In pixels, one head shines through the other. In latents it is not so different, because each place changes by itself.
+# Only in the toy, where two numbers mean the whole picture, is every stop *something*. The smaller a latent, the more
+# it means and the less it keeps. Stable Diffusion's is large: a compressed picture, not an idea.
 #
 # ## Optional: a large picture in tiles
 #
-# To save memory, a large latent can be decoded in **tiles** (`vae.enable_tiling`). But each tile sees only itself: its
-# norms and its attention know nothing of the rest, and a convolution finds zeros beyond its edge. So tiles
-# overlap, and each fades into the next.
+# To save memory, a large latent can be decoded in **tiles** (`vae.enable_tiling`). But norms and attention see only
+# their tile, and a convolution finds zeros beyond its edge. So tiles overlap, and each fades into the next.
 
 # %% tags=["hide-input"]
 with torch.no_grad():
@@ -871,7 +864,10 @@ for name, picture in pictures.items():
 viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 
 # %% [markdown]
-# PLACEHOLDER-TILES
+# Without overlap there is a bright cross. It comes from the zeros: to this decoder they mean that a *picture* ends
+# here, and where emoji end they are white. With overlap the cross is gone, though the colours are not those of the
+# whole. Tiles of half the training size are the farthest from the photograph, so tiles should not be smaller than the
+# pictures of the training (256×256 for Stable Diffusion, the default).
 #
 # ## Optional: in the CompVis source, and to try
 #
@@ -880,6 +876,5 @@ viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 #
 # - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
 # - Give the codebook 16 codes, then 1,024. How do PSNR and perplexity follow?
-# - Is a smaller cat, `photograph(32)`, easier?
-# - Where does the cross between tiles come from? Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder`
-#   that pads, and decode in tiles without overlap again. What else did the zeros tell?
+# - Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads. What becomes of the cross, and of
+#   the cat?
