@@ -154,11 +154,11 @@ class AllSamplerOptions(SamplerOptions, total=False):
 def _draws(method: Callable) -> Callable:
     """Decorator of a method that draws: its errors say which argument was meant, or what to lower for want of memory.
 
-    In the method's signature and help, the options of the sampler stand one by one in place of `**options`.
+    In the method's signature and help, the options of the sampler are listed one by one in place of `**options`.
     """
     signature = inspect.signature(method)
     *parameters, rest = signature.parameters.values()
-    (options,) = get_args(rest.annotation)
+    (options,) = get_args(rest.annotation)  # the class in `Unpack[...]`, which has a name and a type for each option
     for name, kind in options.__annotations__.items():
         parameters.append(inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=kind))
     names = [parameter.name for parameter in parameters if parameter.name != "self"]
