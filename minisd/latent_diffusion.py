@@ -614,6 +614,7 @@ class LatentDiffusion(nn.Module):
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
         """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
+        # The size is checked twice: as it is asked for, before a file is read; and as the picture has it.
         self.latent_shape(height, width)
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])
