@@ -186,6 +186,19 @@ def source_lines():
     return module
 
 
+def test_a_diagram_is_described_to_those_who_cannot_see_it(tmp_path):
+    spec = importlib.util.spec_from_file_location("diagram_words", DOCS / "diagram_words.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    title, desc = '<title>"Heads" &amp; more</title>', "<desc>Four of\nthem.</desc>"
+    (tmp_path / "diagram").write_text(f"<svg>{title}\n{desc}</svg>", "utf-8")
+    (tmp_path / "figure").write_text("<svg><path/></svg>", "utf-8")
+    files = {"a1.svg": tmp_path / "diagram", "b2.svg": tmp_path / "figure"}
+    same = '<img alt="drawn" src="../_images/b2.svg" /> <img alt="drawn" src="../_images/c3.png" />'
+    page = module.with_words(f'<img alt="drawn" src="../_images/a1.svg" /> {same}', files)
+    words = "&quot;Heads&quot; &amp; more. Four of\nthem."
+    assert page == f'<img alt="{words}" src="../_images/a1.svg" /> {same}'
+
+
 def test_compvis_page_leads_to_the_line_of_each_name(source_lines):
     """The line that the build finds is compared with the one that Python names for the object."""
     rows = COMPVIS_ROW.findall(text_of(DOCS / "compvis.md"))

@@ -1,6 +1,10 @@
 """Figures show what they were given: as many pictures, the same pixels, the same numbers, in the right place."""
 
 import io
+import re
+import unicodedata
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -412,20 +416,155 @@ def test_the_diagrams_name_classes_and_methods_that_exist(minisd, viz):
             assert name in classes and hasattr(import_module(f"minisd.{module}"), name)
 
 
+STAGES = ["noising", "loss", "unet", "vae", "clip", "sampling", "latent_diffusion"]
+IDEAS = ["chain", "res_block", "spatial_transformer", "heads", "autoencoder", "ddim_step", "guidance"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def all_diagrams(viz) -> list:
+    whole = [viz.training_diagram(), viz.sampling_diagram(), viz.class_diagram()]
+    return [*whole, *map(viz.diagram, IDEAS), *map(viz.pipeline, STAGES)]
+
+
+def length(text: ElementTree.Element) -> float:
+    """How long a text is drawn, in pixels. Most letters of a sans-serif font are narrower than 0.52 of their height."""
+    size = float(text.get("font-size", 13))
+    mono = text.get("font-family") == "monospace"
+    letters = [letter for letter in "".join(text.itertext()) if not unicodedata.combining(letter)]
+    return size * len(letters) * (0.61 if mono else 0.485)
+
+
 def test_the_diagrams_can_be_read_on_a_phone_and_on_a_dark_page(viz):
-    for diagram in (viz.training_diagram(), viz.sampling_diagram(), viz.class_diagram()):
-        svg, prefix = svg_of(diagram), "{http://www.w3.org/2000/svg}"
+    for diagram in all_diagrams(viz):
+        svg = svg_of(diagram)
         width, height = (float(svg.get(side)) for side in ("width", "height"))
+        assert svg.get("viewBox") == f"0 0 {width:.0f} {height:.0f}"
         assert width <= 480  # so that its smallest letters are still 9 pixels high on a phone that is 390 wide
-        assert min(float(part.get("font-size", 13)) for part in svg.iter(f"{prefix}text")) >= 12
-        page = svg.find(f"{prefix}rect")  # behind everything else
+        assert min(float(part.get("font-size", 13)) for part in svg.iter(f"{SVG}text")) >= 12
+        page = svg.find(f"{SVG}rect")  # behind everything else
         assert (page.get("fill"), float(page.get("width")), float(page.get("height"))) == ("#ffffff", width, height)
-        for text in svg.iter(f"{prefix}text"):
-            length = 6.3 * len("".join(text.itertext()))  # pixels, roughly
-            left = float(text.get("x")) - length * {"middle": 0.5, "end": 1.0}.get(text.get("text-anchor"), 0.0)
-            assert left > 0 and left + length < width and float(text.get("y")) < height
-        assert len(diagram._repr_svg_()) < 5000
+        for text in svg.iter(f"{SVG}text"):
+            left = float(text.get("x")) - length(text) * {"middle": 0.5, "end": 1.0}.get(text.get("text-anchor"), 0.0)
+            assert left > 0 and left + length(text) < width and float(text.get("y")) < height
+        assert len(diagram._repr_svg_()) < 20_000
         assert repr(diagram).startswith("Diagram(name=")  # not the path of the file, which a notebook would keep
+
+
+def test_the_diagrams_can_be_read_aloud_and_need_no_other_file(viz):
+    for diagram in all_diagrams(viz):
+        svg, source = svg_of(diagram), diagram._repr_svg_()
+        assert svg.get("role") == "img" and svg.find(f"{SVG}title").text and len(svg.find(f"{SVG}desc").text) > 60
+        assert all(image.get("href").startswith("data:image/png;base64,") for image in svg.iter(f"{SVG}image"))
+        assert "http" not in source.replace("http://www.w3.org/2000/svg", "") and "@import" not in source
+        assert set(re.findall(r"url\(#(\w+)\)", source)) <= {marker.get("id") for marker in svg.iter(f"{SVG}marker")}
+
+
+def test_in_the_pipeline_the_parts_of_one_stage_are_lit(viz):
+    def parts(stage: str) -> dict[bool, str]:
+        groups = [group for group in svg_of(viz.pipeline(stage)).iter(f"{SVG}g") if group.get("class")]
+        lit = {True: "", False: ""}
+        for group in groups:
+            assert (stage in group.get("class").split()) == ("opacity" not in group.attrib)
+            lit["opacity" not in group.attrib] += " ".join(group.itertext()) + " "
+        return lit
+
+    for stage in STAGES:
+        assert f"{stage}.py" in parts(stage)[True] and f"{stage}.py" not in parts(stage)[False]
+    assert "context c" in parts("unet")[True] and "clip.py" in parts("unet")[False]
+    assert parts("latent_diffusion")[False] == ""
+    every = "".join(parts("latent_diffusion")[True])
+    assert all(f"{stage}.py" in every for stage in STAGES)
+
+
+def test_a_diagram_that_is_not_there_is_answered_by_the_names_that_are(viz):
+    with pytest.raises(ValueError, match="no stage 'training'.*noising, loss, unet, vae, clip, sampling, latent_diff"):
+        viz.pipeline("training")
+    with pytest.raises(ValueError, match="no diagram 'resblock'.*chain,.*heads,.*res_block,.*spatial_transformer"):
+        viz.diagram("resblock")
+
+
+def test_the_diagrams_of_single_ideas_have_the_names_of_the_code(minisd, viz):
+    words_of = {name: " ".join(svg_of(viz.diagram(name)).itertext()) for name in IDEAS}
+    from minisd.attention import CrossAttention, SpatialTransformer
+    from minisd.unet import ResBlock
+
+    def children(module) -> set[str]:
+        return {name for name, _ in module.named_children()}
+
+    assert all(name in words_of["res_block"] for name in children(ResBlock(32, 128, 64)))
+    transformer = SpatialTransformer(32, 2, 16, context_dim=8)
+    names = children(transformer) - {"transformer_blocks"} | children(transformer.transformer_blocks[0])
+    assert all(name in words_of["spatial_transformer"] for name in names)
+    assert "to_out" in words_of["heads"] and "to_out" in children(CrossAttention(32, None, 2, 16))
+    assert all(name in words_of["autoencoder"] for name in ("moments", "mean", "logvar", "scale_factor"))
+
+
+def test_the_step_and_the_guidance_are_drawn_true_to_their_equations(minisd, viz):
+    """The points of both drawings, from the numbers that are in them, by the functions of the package."""
+    from minisd.sampling import predict_x0
+
+    def points(name: str) -> list[torch.Tensor]:
+        circles = svg_of(viz.diagram(name)).iter(f"{SVG}circle")
+        return [torch.tensor([float(circle.get("cx")), -float(circle.get("cy"))]) for circle in circles]
+
+    x_t, x_prev, x_0 = points("ddim_step")
+    up = re.search(r"M(\d+) (\d+)A(\d+)", viz.diagram("ddim_step")._repr_svg_())  # the arc begins at ε
+    left, top, radius = (float(number) for number in up.groups())
+    origin, eps = torch.tensor([left, -top - radius]), torch.tensor([0.0, radius])
+    torch.testing.assert_close(predict_x0(x_t - origin, eps, 0.2), x_0 - origin, atol=0.5, rtol=0)
+    torch.testing.assert_close(0.6**0.5 * (x_0 - origin) + 0.4**0.5 * eps, x_prev - origin, atol=0.5, rtol=0)
+
+    uncond, cond, guided, x_t = points("guidance")
+    torch.testing.assert_close(uncond + 4 * (cond - uncond), guided, atol=0.5, rtol=0)
+    assert x_t[0] < uncond[0] < cond[0] < guided[0]
+
+
+# -- what a notebook shows ----------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_lines_as_svg_and_pictures_at_twice_the_resolution(viz, pictures, monkeypatch):
+    from IPython.core.formatters import DisplayFormatter
+    from matplotlib.figure import Figure
+
+    # As IPython's inline backend leaves it: figures are PNGs, and no kernel is needed to ask what would be shown.
+    shell = SimpleNamespace(display_formatter=DisplayFormatter(), events=MagicMock())
+    shell.display_formatter.active_types = list(shell.display_formatter.formatters)
+    shell.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: b"a PNG of one resolution")
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    lines = viz.curves({"": {"line": (range(100), range(100))}})
+    many = viz.clouds({"": {"": torch.randn(4000, 2)}})
+    strip = viz.strip(pictures)
+
+    data, metadata = shell.display_formatter.format(lines)
+    assert set(data) == {"image/svg+xml", "text/plain"} and not metadata
+    assert ElementTree.fromstring(data["image/svg+xml"]).tag == f"{SVG}svg" and len(data["image/svg+xml"]) < 100_000
+    again = viz.curves({"": {"line": (range(100), range(100))}})
+    assert shell.display_formatter.format(again)[0]["image/svg+xml"] == data["image/svg+xml"]  # no date, no other ids
+
+    for figure in (strip, many):
+        data, metadata = shell.display_formatter.format(figure)
+        assert set(data) == {"image/png", "text/plain"}
+        image = Image.open(io.BytesIO(data["image/png"]))
+        assert metadata == {"image/png": {"width": image.width // 2}}
+        inches = figure.get_size_inches()[0]
+        assert image.width / inches == pytest.approx(200, rel=0.15)  # the margins are cut off
+
+
+def test_no_row_of_panels_is_wider_than_a_page(viz):
+    """A page would show it smaller, with letters that can't be read."""
+    line = {"line": ([0, 1], [0, 1])}
+    for count in (1, 2, 3, 4):
+        figure = viz.curves({str(i): line for i in range(count)})
+        assert figure.get_size_inches()[0] == min(3.1 * count, 7.4)
+    assert viz.ruler({"up": ([981, 1], "to 0")}).get_size_inches()[0] == 7.4
+    assert viz.token_table({"long": ["abcdefgh</w>"] * 2 + ["<|e|>", "ijklmnop</w>"] * 20}).get_size_inches()[0] < 7.6
+
+
+def test_without_a_notebook_a_figure_is_a_plain_one(viz):
+    figure = viz.curves({"": {"line": ([0, 1], [0, 1])}})
+    file = io.BytesIO()
+    figure.savefig(file)
+    assert Image.open(file).width == pytest.approx(310)
 
 
 # -- a toy in two dimensions, and the loss at each t --------------------------------------------------------
@@ -461,10 +600,10 @@ def test_vector_field_keeps_directions_and_caps_lengths(viz):
     assert drawn(figure).std() > 5 and is_closed(figure)
 
 
-def test_loss_by_timestep_draws_the_floor_in_black(viz):
+def test_curves_draws_what_is_exact_in_black(viz):
     t = [0, 500, 999]
     panels = {"toy": {"a": (t, [0.9, 0.5, 0.1])}, "pictures": {"a": (t, torch.tensor([0.8, 0.2, 0.01]))}}
-    figure = viz.loss_by_timestep(panels, {"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
+    figure = viz.curves(panels, exact={"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
     toy, pictures = figure.axes
     assert [line.get_color() for line in toy.lines] == [viz.COLOURS[0], "black"]
     assert list(toy.lines[1].get_ydata()) == pytest.approx([0.8, 0.4, 0.05])

@@ -120,10 +120,7 @@ def rgb(colour: str) -> UInt8[np.ndarray, "3"]:
     return np.uint8(np.round(255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))))
 
 
-Hue = float | Float32[np.ndarray, "h w"]
-
-
-def apart(hue: Hue, other: float) -> Hue:
+def apart(hue: float | Float32[np.ndarray, "h w"], other: float) -> float | Float32[np.ndarray, "h w"]:
     """The angle between two hues, in degrees."""
     return abs((hue - other + 180) % 360 - 180)
 
