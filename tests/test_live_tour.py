@@ -235,6 +235,7 @@ def test_the_address_holds_the_stop_beside_the_drawing(open_stop):
     assert {"prompt=a+star", "tour=guidance"} <= set(page.url.split("#")[1].split("&"))
     page.click(".minisd-tour > .tools:first-child button")
     assert page.evaluate("tour.stop") is None and "tour=" not in page.url
+    assert page.evaluate("document.activeElement.textContent") == TEXTS["ui"]["start"]
     page.get_by_role("button", name=TEXTS["ui"]["start"]).click()
     assert page.evaluate("tour.stop.id") == "overview"
 

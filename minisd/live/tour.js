@@ -305,9 +305,11 @@
 
     // What is left is the button that opens it.
     close() {
+      const focused = this.element.contains(document.activeElement);
       this.stop = null;
       this.writeAddress();
       this.element.replaceChildren(button(this.texts.ui.start, () => this.open()));
+      if (focused) this.element.firstChild.focus();
     }
 
     // A drawing ends at its last step. Those stops that have a slider show more at a middle one.
