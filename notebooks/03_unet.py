@@ -47,6 +47,7 @@ from minisd.instruments.unet_outline import outline
 from minisd.unet import ResBlock, UNetConfig, UNetModel
 
 full = MODE == "full"
+Layer = Callable[[Tensor], Tensor]  # the type of a function from a tensor to a tensor
 
 # %% [markdown]
 # ## Where we are
@@ -406,10 +407,6 @@ viz.diagram("heads")
 # Project the pixels to queries and the context to keys and values, split the heads, apply the equation, merge the
 # heads, and project back. Through this layer a prompt acts on the picture. (To split the heads, use `rearrange` of
 # einops, or `unflatten` and `transpose`.)
-
-# %% tags=["hide-input"]
-Layer = Callable[[Tensor], Tensor]  # a type in the stub below: a function from a tensor to a tensor
-
 
 # %% tags=["exercise"]
 def cross_attention(

@@ -20,7 +20,7 @@
 # - compute the scale factor (0.18215 in Stable Diffusion), and recognise a picture for which it was forgotten;
 # - say what an autoencoder loses, and why its pictures tend to be blurred.
 #
-# About 55 minutes, with two exercises; it runs in about 3 minutes on a laptop.
+# About 45 minutes, with two exercises; it runs in about 3 minutes on a laptop.
 #
 # Before: [notebook 03](03_unet.ipynb), the network that works on latents. After: [notebook 05](05_clip.ipynb), how a
 # prompt becomes numbers. The modules are [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py). To
