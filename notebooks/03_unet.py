@@ -408,6 +408,7 @@ viz.diagram("heads")
 # heads, and project back. Through this layer a prompt acts on the picture. (To split the heads, use `rearrange` of
 # einops, or `unflatten` and `transpose`.)
 
+
 # %% tags=["exercise"]
 def cross_attention(
     x: Float[Tensor, "b n c"],
