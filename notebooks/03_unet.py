@@ -144,7 +144,7 @@ viz.unet_diagram(blocks, "the UNet of this model")
 # Read it down on the left and up on the right. Each box is a block, with the channels and the size of its output. A
 # *Res* (ResBlock) mixes neighbouring pixels and gets the time. A *Transformer* (blue) lets all pixels read each other
 # and the text. The dashed lines are the skip connections, with the number of channels that they carry. Stable
-# Diffusion's UNet has more levels and blocks, but no other parts ([below](#Optional:-the-UNet-of-Stable-Diffusion)).
+# Diffusion's UNet has more levels and blocks, but no other parts (an optional section has it).
 #
 # This is `UNetModel.forward`, without its checks (`emb` is the time, as a vector):
 
@@ -346,7 +346,7 @@ viz.diagram("res_block")
 # - **SiLU** is $x\,\sigma(x)$, a smooth ReLU.
 # - **skip** is the identity, or a 1×1 convolution where the number of channels changes. Because the input is *added*,
 #   the block only has to learn what to change. The last convolution starts at zero, so that a new block changes nothing
-#   ([more](#Optional:-layers-that-start-at-zero)).
+#   (an optional section below shows why).
 
 
 # %%
@@ -564,7 +564,7 @@ viz.strip([draw_with(kept) for kept in kinds.values()], labels=list(kinds), size
 # (notebook 05). So `<end>` and the padding have read the *whole* prompt, and the UNet has learned to read there.
 #
 # A map says where a pixel looks. It does not say what it finds there, nor what it does with it. Take a map as a
-# question, and change something to get the answer. ([More maps](#Optional:-more-attention-maps) are below.)
+# question, and change something to get the answer. (An optional section has more maps.)
 #
 # ## What you know now
 #
