@@ -24,6 +24,10 @@ myst_heading_anchors = 3  # so that a link may say page.md#a-heading
 # The notebooks are shown as they were run. Running them is the business of tests/test_notebooks.py.
 nb_execution_mode = "off"
 nb_output_stderr = "remove"  # progress bars
+nb_merge_streams = True  # what a cell prints in several pieces is one text
+# What unfolds a cell tagged `hide-input` or `hide-output`. MyST-NB's {type} is "source" or "output": see finish_page.
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
 
 html_theme = "furo"
 html_title = "minisd"
@@ -79,11 +83,13 @@ def add_live_page(app, page, template, context, doctree):
 
 
 def finish_page(app, page, template, context, doctree):
-    """In the HTML of a page: names that can break, and figures that have words and open at their full size."""
+    """In the HTML of a page: names that can break, figures that have words and open at their full size, and what folds.
+    """
     body = re.sub(r"<td>.*?</td>", let_names_break, context.get("body", ""), flags=re.DOTALL)
     # MyST-NB takes the name of the file, a checksum, for what stands in it.
     body = re.sub(r'alt="[./]*_images/\w+\.\w+"', 'alt="What the code above draws"', body)
     figure = r'(<a [^>]*>)?<img [^>]*src="([./]*_images/[^"]+)"[^>]*>'  # Sphinx links those that it has made smaller
+    body = re.sub(r"(?<=>)(Show|Hide) the source(?=</p>)", r"\1 the code", body)
     context["body"] = re.sub(figure, lambda m: m[0] if m[1] else f'<a class="figure" href="{m[2]}">{m[0]}</a>', body)
 
 

@@ -166,6 +166,20 @@ def test_no_page_is_wider_than_a_phone(seen):
     assert not findings(seen, "wide")
 
 
+def test_what_is_folded_is_shown_when_a_reader_asks_for_it(page, server):
+    """Code that only measures, and the outputs that a reader is to predict."""
+    folded = {name: (SITE / name).read_text("utf-8").count("admonition hide") for name in PAGES}
+    name = max(folded, key=folded.get)
+    page.goto(f"{server}/{name}")
+    asked = page.query_selector_all("details.hide > summary")
+    assert len(asked) == folded[name] > 0, "no cell of any notebook is tagged hide-output or hide-input"
+    for summary in asked:
+        content = summary.evaluate_handle("summary => summary.nextElementSibling").as_element()
+        assert summary.inner_text().strip() in ("Show the code", "Show the output") and not content.is_visible()
+        summary.click()
+        assert summary.inner_text().strip() in ("Hide the code", "Hide the output") and content.is_visible()
+
+
 @pytest.mark.parametrize("width", [700, 1024, 1280, 1400, 1920])
 def test_no_page_scrolls_sideways(browser, server, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
