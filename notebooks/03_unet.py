@@ -27,6 +27,19 @@
 # [The UNet](../docs/play.md#tour=unet), [The time embedding](../docs/play.md#tour=time) and
 # [Cross-attention](../docs/play.md#tour=attention) of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 
@@ -639,8 +652,8 @@ for step in range(4):
 # multiplied by zero. After one step it is no longer zero, and the gradient reaches the last layer of each branch and
 # what stands beside the branches; after two, everything.
 #
-# So every block starts as the identity, however deep the network is. (For your tests: two fresh networks that differ
-# inside a block give the same output. Fill all layers with random numbers first.)
+# So every block starts as the identity, however deep the network is. (A test that compares two fresh networks therefore
+# sees nothing of what is inside the blocks.)
 #
 # ## Optional: where the parameters are
 
@@ -730,7 +743,7 @@ viz.attention_maps(rows, recorded.pictures[0], words, labels, size=0.85)
 # %% [markdown]
 # Most of the attention goes to the padding, about as much as an even share. In the middle block the centre looks at
 # "fox", but even more at `<start>`, whose vector is the same in every prompt. (Perhaps it is a place to look at when
-# there is nothing to ask.) In the other layers the maps of "fox" show no fox. Does the middle block show the fox, or
+# there is nothing to ask.) Does the middle block show the fox, or
 # only the middle of the picture? The same layer, for six prompts:
 
 # %% tags=["hide-input"]
