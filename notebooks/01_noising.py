@@ -656,7 +656,7 @@ after = (1 - coarse.betas[t]).sqrt() * before + coarse.betas[t].sqrt() * torch.r
 mean, variance, _ = coarse.q_mean_variance(ones[:1], torch.tensor([t - 1]))
 panels, gaussians = {"all": {"$x_{t-1}$": before}}, {"all": (mean.item(), variance.item())}
 for x_t in (-1.0, 0.5, 2.0):
-    title = f"those that went on to $x_t$ = {x_t}"
+    title = f"then $x_t$ = {x_t}"
     chosen = before[(after - x_t).abs() < 0.02]
     mean, variance, _ = coarse.q_posterior(ones[:1], torch.tensor([x_t]), torch.tensor([t]))
     panels[title], gaussians[title] = {"$x_{t-1}$": chosen}, (mean.item(), variance.item())
