@@ -18,7 +18,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
-NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # in an error, beside its kind
+NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # what errors about memory say
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def enough_memory(advice: str) -> Iterator[None]:
         # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
         said = " ".join(f"{type(error).__name__}: {error}".split())
         too_little = re.search(f"{NO_MEMORY}|calculation overflow|OverflowError", said)
-        if not too_little or "there is not enough memory" in said:  # a decorator inside has said it
+        if not too_little or "there is not enough memory" in said:  # an inner one has given its advice
             raise
         raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
 
@@ -134,11 +134,37 @@ MOST = 100_000  # pictures at a time, and pixels along a side: there is no memor
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
-def _suggests_names(method: Callable) -> Callable:
-    """If a method is called with an argument that does not exist, suggest in the error which one was probably meant."""
-    names = [name for name in inspect.signature(method).parameters if name != "self"]
+class SamplerOptions(TypedDict, total=False):
+    """What a drawing leaves to its sampler. If an option is left out or None, the sampler uses its own default."""
+
+    eta: float | None
+    spacing: str | None
+    set_alpha_to_one: bool | None
+    lower_order_final: bool | None
+    clip_denoised: bool | None
+
+
+class AllSamplerOptions(SamplerOptions, total=False):
+    """Also the timesteps, which `img2img` and `inpaint` choose themselves, and `before_step`, which `inpaint` needs."""
+
+    timesteps: sampling.Timesteps | None
+    before_step: sampling.BeforeStep | None
+
+
+def _draws(method: Callable) -> Callable:
+    """Decorator of a method that draws: its errors say which argument was meant, or what to lower for want of memory.
+
+    In the method's signature and help, the options of the sampler are listed one by one in place of `**options`.
+    """
+    signature = inspect.signature(method)
+    *parameters, rest = signature.parameters.values()
+    (options,) = get_args(rest.annotation)  # the class in `Unpack[...]`, which has a name and a type for each option
+    for name, kind in options.__annotations__.items():
+        parameters.append(inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=kind))
+    names = [parameter.name for parameter in parameters if parameter.name != "self"]
 
     @functools.wraps(method)
+    @DRAW_LESS
     def checked(self, *args, **options):
         for name in options:
             if name not in names:
@@ -147,6 +173,7 @@ def _suggests_names(method: Callable) -> Callable:
                 raise TypeError(f"{method.__name__} has no argument {name!r}: {hint}")
         return method(self, *args, **options)
 
+    checked.__signature__ = signature.replace(parameters=parameters)
     return checked
 
 
@@ -272,7 +299,7 @@ class LatentDiffusion(nn.Module):
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
-    @_suggests_names
+    @_draws
     def sample(
         self,
         prompt: Prompt,
@@ -285,18 +312,12 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
-        eta: float | None = None,
-        spacing: str | None = None,
-        timesteps: sampling.Timesteps | None = None,
-        set_alpha_to_one: bool | None = None,
-        lower_order_final: bool | None = None,
-        clip_denoised: bool | None = None,
-        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: Generators | None = None,
+        **options: Unpack[AllSamplerOptions],
     ) -> Iterator[sampling.Step]:
-        """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
+        """Yield the steps from noise to latent, one at a time. `txt2img` uses this, and explains the arguments.
 
         generator: a random generator for each picture, instead of those made from the seed; or a function that is
             called for the noise of each step, with the latent's shape (`editing.py` plays recorded noise back).
@@ -314,18 +335,13 @@ class LatentDiffusion(nn.Module):
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
-        options = {
-            "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
-            "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
-        }  # fmt: skip
         # For an option that is left out, the sampler uses its own default.
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := options.keys() - inspect.signature(draw).parameters.keys():
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def txt2img(
         self,
         prompt: Prompt,
@@ -338,16 +354,10 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
-        eta: float | None = None,
-        spacing: str | None = None,
-        timesteps: sampling.Timesteps | None = None,
-        set_alpha_to_one: bool | None = None,
-        lower_order_final: bool | None = None,
-        clip_denoised: bool | None = None,
-        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         progress: bool = False,
+        **options: Unpack[AllSamplerOptions],
     ) -> Drawing:
         """Draw pictures from prompts.
 
@@ -380,17 +390,15 @@ class LatentDiffusion(nn.Module):
             ValueError: an argument has a value that does not fit. TypeError: an argument does not exist.
         """
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt, eta=eta,
-            spacing=spacing, timesteps=timesteps, set_alpha_to_one=set_alpha_to_one,
-            lower_order_final=lower_order_final, clip_denoised=clip_denoised, before_step=before_step,
-            c_concat=c_concat, start_code=start_code,
+            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt,
+            c_concat=c_concat, start_code=start_code, **options,
         )  # fmt: skip
         # Nothing has been computed yet, because a sampler is a generator. `list` runs its steps.
+        timesteps = options.get("timesteps")
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def img2img(
         self,
         prompt: Prompt,
@@ -406,14 +414,10 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
-        eta: float | None = None,
-        spacing: str | None = None,
-        set_alpha_to_one: bool | None = None,
-        lower_order_final: bool | None = None,
-        clip_denoised: bool | None = None,
         before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         progress: bool = False,
+        **options: Unpack[SamplerOptions],
     ) -> Drawing:
         """Draw over a picture: add noise to its latent up to some timestep, and denoise it with a prompt.
 
@@ -436,18 +440,16 @@ class LatentDiffusion(nn.Module):
         z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators)
         # Noise hides the details first and the layout last. At a middle timestep the layout is still visible, so the
         # remaining steps keep it and draw new details.
-        left, start = self._remaining(sampler, steps, strength, spacing, noise_ahead)
+        left, start = self._remaining(sampler, steps, strength, options.pop("spacing", None), noise_ahead)
         noise = randn(z.shape, generators).to(z)
         x = self.q_sample(z, torch.full((count,), start, device=z.device), noise)
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
-            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
-            clip_denoised=clip_denoised, before_step=before_step, c_concat=c_concat, start_code=x, generator=generators,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
+            timesteps=left, before_step=before_step, c_concat=c_concat, start_code=x, generator=generators, **options,
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def inpaint(
         self,
         prompt: Prompt,
@@ -464,12 +466,8 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
-        eta: float | None = None,
-        spacing: str | None = None,
-        set_alpha_to_one: bool | None = None,
-        lower_order_final: bool | None = None,
-        clip_denoised: bool | None = None,
         progress: bool = False,
+        **options: Unpack[SamplerOptions],
     ) -> Drawing:
         """Draw a part of a picture anew.
 
@@ -498,7 +496,7 @@ class LatentDiffusion(nn.Module):
         pictures = self._pictures(image, count, height, width)
         mask = _repeated(read_mask(mask, *pictures.shape[-2:]).to(pictures), count, "masks")
         latent_mask = self._latent_mask(mask)
-        left, start = self._remaining(sampler, steps, strength, spacing)
+        left, start = self._remaining(sampler, steps, strength, options.pop("spacing", None))
 
         # Random numbers are drawn in the same order as in diffusers: for the latent, the noise, and the latent of the
         # masked picture.
@@ -517,10 +515,9 @@ class LatentDiffusion(nn.Module):
             return self._put_back(x, z, fresh, latent_mask, at(t))
 
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
-            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
-            clip_denoised=clip_denoised, before_step=None if nine else put_back, c_concat=concat, start_code=x,
-            generator=generators,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
+            timesteps=left, before_step=None if nine else put_back, c_concat=concat, start_code=x,
+            generator=generators, **options,
         )  # fmt: skip
         drawn = list(_shown(run, len(left), progress))
         # After the last step the unmasked part is put back once more, this time without noise.
@@ -583,6 +580,7 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The noise ε in x, computed from what the UNet predicts: ε, v or x_0."""
         prediction = self.apply_model(x, t, cond)
+        # ε = √(1-ᾱ_t) x_t + √ᾱ_t v, or ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t): both follow from the definitions of x_t and v.
         if self.config.parameterization == "v":
             return self.schedule.predict_noise_from_v(x, t, prediction)
         if self.config.parameterization == "x0":
@@ -616,6 +614,7 @@ class LatentDiffusion(nn.Module):
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
         """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
+        # The size is checked twice: as it is asked for, before a file is read; and as the picture has it.
         self.latent_shape(height, width)
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])

@@ -7,27 +7,38 @@
 # ---
 
 # %% [markdown]
-# # 4 · The autoencoder: small pictures that mean large ones
+# # 4 · The autoencoder: from pictures to latents and back
 #
-# Stable Diffusion never noises a picture, and never denoises one. It works on a **latent**: a small stack of numbers
-# from which another network, the autoencoder, can draw the picture again. This notebook is about that network.
+# Stable Diffusion never adds noise to a picture. It works on **latents**: small stacks of numbers, from which another
+# network, the autoencoder, can draw the picture again. This is that network.
 #
-# You will understand
+# At the end you can
 #
-# - why diffusion moved from pixels to latents, and what that saves;
-# - why an autoencoder that only reconstructs leaves holes in its latent space, and what fills them;
-# - what the encoder says (a mean and a variance), how one samples from that and still gets gradients, and what the KL
-#   term costs;
-# - the other way: a codebook (VQ), how it collapses, and how to repair it;
-# - where 0.18215 comes from, and what happens without it;
-# - what an autoencoder loses, on a photograph and at the seams of tiles.
+# - say what diffusion saves by working on latents;
+# - explain why a plain autoencoder is not enough, and what its variational form changes;
+# - sample a latent in a way that lets gradients through;
+# - compute the scale factor (0.18215 in Stable Diffusion), and recognise a picture for which it was forgotten;
+# - say what an autoencoder loses, and why its pictures tend to be blurred.
 #
-# About 60 minutes to read; it runs in two or three minutes on a laptop. You need $\bar\alpha_t$ and the
-# signal-to-noise ratio from [notebook 01](01_noising.ipynb). The modules of this stage are
-# [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py).
+# About 45 minutes, with two exercises; it runs in about 3 minutes on a laptop.
 #
-# To change a latent in your browser and see it decoded, open the stop [Decoding](../docs/play.md#tour=decoding) of the
+# Before: [notebook 03](03_unet.ipynb), the network that works on latents. After: [notebook 05](05_clip.ipynb), how a
+# prompt becomes numbers. The modules are [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py). To
+# change a latent in your browser and see it decoded, open the stop [Decoding](../docs/play.md#tour=decoding) of the
 # guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -38,187 +49,112 @@ from dataclasses import asdict
 
 import torch
 from einops import rearrange
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 import minisd
 from minisd import viz
+from minisd.coursework import check
 from minisd.data import photograph, sample
 from minisd.vae import AttnBlock, DiagonalGaussianDistribution, Downsample, ResnetBlock, Upsample
 from minisd.vq import VectorQuantizer, VQConfig, VQModel
 
 full = MODE == "full"
-start = time.time()
 
 # %% [markdown]
-# ## Why a latent at all?
-#
-# How much work is a denoising step? Nearly all of it is in two kinds of layers. Let a map have $n \times n$ places.
-#
-# - A **convolution** does the same work at each place: $n^2$.
-# - **Self-attention** compares each place with each other place: $n^2 \cdot n^2 = n^4$.
-#
-# We measure both, and the UNet that ships, which is made of both. What is measured is the processor's time: it does
-# not count the time in which other programs had the processor.
-
+# ## Where we are
 
 # %%
-@torch.no_grad()
-def milliseconds(f, *inputs):
-    """Processor time of one call: the smallest of some."""
-    times = []
-    for _ in range(4 if full else 1):
-        before = time.process_time()
-        f(*inputs)
-        times.append(1000 * (time.process_time() - before))
-    return min(times[-3:])
+viz.pipeline("vae")
 
+# %% [markdown]
+# The encoder comes first in training, the decoder last in drawing. These are their inputs and outputs in the traces of
+# a training step and of a drawing:
 
+# %% tags=["hide-input"]
 sd = minisd.load()
-unet, vae = sd.model.diffusion_model, sd.first_stage_model
-convolution = nn.Conv2d(96, 96, 3, padding=1)
-context = torch.zeros(1, 24, 192)  # as for a prompt (notebook 05)
-
-sides = [8, 16, 32, 64] if full else [8, 16]
-cost = {"convolution": [], "self-attention": [], "whole UNet": []}
-for n in sides:
-    q = torch.randn(1, 1, n * n, 96)  # [b heads n·n c]
-    cost["convolution"].append(milliseconds(convolution, torch.randn(1, 96, n, n)))
-    cost["self-attention"].append(milliseconds(minisd.attention.attention, q, q, q))
-    cost["whole UNet"].append(milliseconds(unet, torch.randn(1, 4, n, n), torch.tensor([500]), context))
-
-print("side of the map   " + "".join(f"{n:>10}" for n in sides))
-for name, row in cost.items():
-    print(f"{name:15} ms" + "".join(f"{ms:10.2f}" for ms in row))
-lines = {name: (torch.tensor(sides).log2(), row) for name, row in cost.items()}
-viz.curves({"one call": lines}, "log2 of the side (3: 8x8, 6: 64x64)", "ms", log=["one call"], width=4.6, height=2.9)
+vae, unet = sd.first_stage_model, sd.model.diffusion_model
+size = sd.config.image_size  # side of the training pictures
+corpus = sample(size=size)
+fox = corpus.batch([corpus.captions.index("fox, noto style")])[0]  # [3 H W]
+step = minisd.trace(sd, "fox, noto style", image=fox)
+drawing = minisd.trace(sd, "fox, noto style", steps=20, guidance_scale=4.0)
+print("training", *[step[symbol] for symbol in ("x", "E(x)", "z")], sep="\n")
+print("\ndrawing", *[drawing[symbol] for symbol in ("z", "z/s", "x")], sep="\n")
 
 # %% [markdown]
-# What to see: each step to the right doubles the side. The convolution then costs about 4 times as much, attention in
-# the end 16 times. (A very small call has a price of its own.) The UNet does its attention
-# at half the side, so that for a while the convolutions set its price.
+# ## Why latents at all?
 #
-# **Predict, then run.** Stable Diffusion draws 512×512 pixels from a latent of 64×64. By which factor is a
-# convolution cheaper, by which is attention?
+# How much work is one denoising step? Nearly all of it is in two kinds of layers. On a map of $n \times n$ places, a
+# **convolution** does the same work at each place, so its cost grows as $n^2$. **Self-attention** compares each place
+# with each other place, $n^2 \cdot n^2 = n^4$.
 #
-# <details><summary>Answer</summary>
-#
-# $8^2 = 64$ times and $8^4 = 4096$ times. In pixels, one attention layer would compare 262,144 places with each other:
-# 69 billion numbers, for one head of one layer. So DDPM-like models in pixels either stay small, or have no attention
-# where the maps are large.
-#
-# </details>
+# **Predict, then run.** Stable Diffusion draws 512×512 pixels from a latent of 64×64. By which factor does that make
+# a convolution cheaper, and by which self-attention?
 
-# %%
+# %% tags=["hide-output"]
 for name, side in [("pixels", 512), ("latents", 64)]:
-    print(f"{name:8} {side:3}x{side:<3}  {side**2:9,} places, {side**4:18,} pairs of places")
+    print(f"{name:8} {side:3}×{side:<3}  {side**2:9,} places, {side**4:18,} pairs of places")
+print(f"factor   {512**2 // 64**2} for a convolution, {512**4 // 64**4:,} for attention")
 pixels, latents = 512 * 512 * 3, 64 * 64 * 4
 print(f"numbers  {pixels:,} in pixels, {latents:,} in latents: {pixels // latents} times fewer")
-print(f"factor   {512**2 // 64**2} for a convolution, {512**4 // 64**4} for attention")
 
 # %% [markdown]
-# The models that ship do the same in small: 32×32×3 pixels become 8×8×4 latents, 12 times fewer numbers.
-# The downsampling factor is called $f$; here $f = 4$, in Stable Diffusion $f = 8$.
+# In pixels, one head of one attention layer would compare 69 billion pairs. The side of the picture divided by that of
+# the latent is called $f$, so $f = 8$ here. Our small model does the same with $f = 4$.
 #
-# ## The naive idea: PCA
+# ## Encode and decode
 #
-# To describe a picture by fewer numbers, one needs no network. The best *linear* way is known: principal component
-# analysis (PCA). Encode $z = B^\top (x - \mu)$, decode $\hat x = \mu + B z$, where the columns of $B$ are the
-# directions in which the data vary most. Two ways to end up with 256 numbers for each picture:
+# An **encoder** $E$ turns the picture $x$ into a latent, and a **decoder** $D$ turns the latent into a picture
+# $\hat x$. Training makes $\hat x$ like $x$:
 #
-# - **of patches**: each patch of 4×4×3 pixels becomes 4 numbers, the same way everywhere. The latent is 8×8×4.
-# - **of pictures**: the whole picture, 3,072 numbers, becomes 256.
-#
-# The error is measured as the **peak signal-to-noise ratio**, in decibels. Values span 2, from $-1$ to $1$:
-#
-# $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - \hat x)^2}$$
-#
-# 10 dB more are a tenth of the squared error. As a rule of thumb, below 20 one sees the loss at once, above 35 hardly.
+# $$L = \lVert x - \hat x \rVert^2, \qquad \hat x = D(E(x))$$
 
 # %%
-corpus = sample(size=32)
-training = [i for i, row in enumerate(corpus.rows) if row["split"] == "train"]
-held_out = [i for i, row in enumerate(corpus.rows) if row["split"] != "train"]  # kept out of training
-x_train = corpus.batch(training if full else training[:300])  # [n 3 32 32]
-x_test = corpus.batch(held_out[:: 2 if full else 20])
-
-
-def psnr(x, x_hat):
-    return (10 * torch.log10(4 / (x - x_hat.clamp(-1, 1)).square().mean())).item()
-
-
-def patches(x):
-    return rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=4, j=4)  # [b h w 48]
-
-
-def principal_components(rows, k):
-    """Mean [d] and the k directions of largest variance [d k] of rows [n d]."""
-    mean = rows.mean(0)
-    _, _, B = torch.svd_lowrank(rows - mean, q=k, niter=3)
-    return mean, B
-
-
-torch.manual_seed(0)
-patch_mean, patch_B = principal_components(patches(x_train).flatten(0, 2), 4)
-picture_mean, picture_B = principal_components(x_train.flatten(1), 256)
-
-
-def pca_patches(x):
-    z = (patches(x) - patch_mean) @ patch_B  # encode: [b 8 8 4]
-    x_hat = patch_mean + z @ patch_B.T  # decode
-    return rearrange(x_hat, "b h w (c i j) -> b c (h i) (w j)", i=4, j=4, c=3)
-
-
-def pca_pictures(x):
-    z = (x.flatten(1) - picture_mean) @ picture_B  # encode: [b 256]
-    return (picture_mean + z @ picture_B.T).view_as(x)  # decode
-
-
-@torch.no_grad()
-def autoencode(x):
-    z = vae.encode(x).mode()  # [b 4 8 8]; mode: see below
-    return vae.decode(z)  # [b 3 32 32]
-
-
-methods = {"PCA of patches": pca_patches, "PCA of pictures": pca_pictures, "the VAE that ships": autoencode}
-print(f"                     training   held out  (PSNR in dB; {len(x_train)} and {len(x_test)} pictures)")
-few = x_train[::8]
-for name, f in methods.items():
-    print(f"{name:19}   {psnr(few, f(few)):6.1f}     {psnr(x_test, f(x_test)):6.1f}")
-
-few_shown = [i % len(x_test) for i in (11, 44, 55, 77)]
-shown = x_test[few_shown]
-rows = [shown, *(f(shown) for f in methods.values())]
-notes = [[f"{psnr(a, b):.1f} dB" for a, b in zip(shown, row, strict=True)] for row in rows[1:]]
-viz.strip(rows, labels=["held-out picture", *methods], notes=[[], *notes])
+viz.diagram("autoencoder")
 
 # %% [markdown]
-# What to see: with the same 256 numbers, each method fails in its own way.
+# Both are built from the ResBlocks of notebook 03, without the time, and with self-attention at the smallest size. One
+# thing is missing: there are no skip connections. When a picture is drawn, there is no encoder beside the decoder, so
+# everything has to be in the latent.
 #
-# - PCA of patches knows a mean colour and a slope or two for each square of 4×4. The picture is a mosaic.
-# - PCA of pictures does well on what it was made from, 25.8 dB, and loses 4 dB on new pictures: coloured noise. Each of
-#   its 256 directions is a whole picture, and some 1,000 pictures tell too little about so many.
-# - The VAE is a convolutional network with the same few weights at every place. It is as good on its training pictures,
-#   25.9 dB, and the best of the three on new ones. These cost it 2.4 dB, since its decoder has seen the others
-#   some thirty times. It keeps outlines clean and blurs what is small: the spots of the beetle, the hands of the watch.
-#
-# (The VAE was trained on 8,000 emoji, PCA on those of them that are in the sample. A handful of the held-out pictures
-# the VAE did see; its model card (minisd/weights/emoji/README.md) says so.)
-#
-# ## An autoencoder, and the holes in its latents
-#
-# So let a network find the code. An **encoder** $E$ makes $z = E(x)$, a **decoder** $D$ makes $\hat x = D(z)$, and
-# training makes $\hat x$ like $x$:
-#
-# $$L = \lVert x - D(E(x)) \rVert^2$$
-#
-# This is all that is needed to store pictures. But we want to *make* pictures: diffusion will put a **new** $z$
-# into the decoder, one that came from no picture. What is drawn then?
-#
-# To see it, take a latent that fits on paper: two numbers. The pictures are 80 emoji of 16×16 pixels, the networks
-# three linear layers each. The code trains both autoencoders of this section. For now only the first matters, with
-# `kl_weight=0`.
+# Here is the autoencoder of our model, on held-out pictures. (It was not trained on them, except for a few that its
+# model card names.) Its encoder returns a distribution, for a reason that follows; for now we take the mean.
 
 # %%
+held_out = [i for i, row in enumerate(corpus.rows) if row["split"] != "train"]
+x_test = corpus.batch(held_out[:: 2 if full else 20])  # [n 3 H W]
+with torch.no_grad():
+    test_posterior = vae.encode(x_test)
+few = [i % len(x_test) for i in (11, 44, 55, 77, 20, 33)]
+with torch.no_grad():
+    restored = vae.decode(test_posterior.mode()[few])
+viz.strip([x_test[few], restored], labels=["held-out picture", "encoded and decoded"], size=0.9)
+
+# %% [markdown]
+# And this is what latents look like:
+
+# %%
+wanted = ["fox", "watermelon", "rocket"]
+x = corpus.batch([corpus.captions.index(f"{name}, noto style") for name in wanted])
+with torch.no_grad():
+    posterior = vae.encode(x)
+print(f"x {list(x.shape)} -> mean of the posterior {list(posterior.mean.shape)}")
+viz.maps(posterior.mean, [f"channel {i}" for i in range(4)], wanted, pictures=x)
+
+# %% [markdown]
+# A latent is still a kind of picture, with four channels instead of red, green and blue. Shapes stay where they are. No
+# channel is a colour, though: each mixes brightness, hue and edges as encoder and decoder agreed among themselves.
+#
+# ## The holes in a plain autoencoder
+#
+# This is all that is needed to *store* pictures. But we want to *make* pictures: the UNet will give the decoder a
+# **new** latent, one that came from no picture. What is drawn then?
+#
+# To see it, we take a latent that fits on paper: two numbers. The data are 80 emoji of 16×16 pixels, encoder and
+# decoder are three linear layers each. For now `kl_weight` is 0, so this is a plain autoencoder.
+
+# %% tags=["hide-input"]
 toy_names = """red heart, yellow heart, green heart, purple heart, broken heart, red circle, blue circle, full moon,
 crescent moon, sun, star, cloud, droplet, fire, balloon, red apple, green apple, lemon, pear, tomato, banana,
 strawberry, watermelon, peach, cherries, ghost, skull, alien, grinning face, winking face, neutral face, angry face,
@@ -234,6 +170,24 @@ def layers(*widths):
     return nn.Sequential(*[layer for pair in pairs for layer in pair][:-1])
 
 
+def toy_pictures(decoder, latents):
+    """Latents [... 2] to pictures [... 3 16 16]."""
+    return decoder(latents).detach().unflatten(-1, (3, 16, 16))
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def panel(decoder, points, centre, spread, side=9):
+    """The plane between centre ± 2 spread, as viz.plane wants it."""
+    u = torch.linspace(-2, 2, side)
+    grid = torch.stack(torch.meshgrid(u, -u, indexing="xy"), dim=-1)  # [side side 2], the first row on top
+    (x0, y0), (x1, y1) = (centre - 2 * spread).tolist(), (centre + 2 * spread).tolist()
+    return toy_pictures(decoder, centre + spread * grid), (x0, x1, y0, y1), points
+
+
+# %%
 def train_toy(kl_weight, steps=2000 if full else 5):
     torch.manual_seed(0)
     encoder, decoder = layers(768, 128, 128, 4), layers(2, 128, 128, 768)
@@ -242,167 +196,431 @@ def train_toy(kl_weight, steps=2000 if full else 5):
     for _ in range(steps):
         moments = encoder(x_toy.flatten(1))[:, :, None, None]  # [80 4 1 1]: two means and two log variances
         posterior = DiagonalGaussianDistribution(moments)
-        z = posterior.sample() if kl_weight else posterior.mode()  # [80 2 1 1]
-        x_hat = decoder(z.flatten(1)).view_as(x_toy)
+        latents = posterior.sample() if kl_weight else posterior.mode()  # [80 2 1 1]
+        x_hat = decoder(latents.flatten(1)).view_as(x_toy)
         # Σ (x - x̂)² + kl_weight · KL, divided by the numbers in a picture
         loss = (x_toy - x_hat).square().mean() + kl_weight * posterior.kl().mean() / x_toy[0].numel()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rates.step()
-    return decoder, posterior
+    return decoder, posterior.mean.flatten(1).detach(), posterior
 
 
-def draw(decoder, z):
-    """Latents [... 2] to pictures [... 3 16 16]."""
-    return decoder(z).detach().unflatten(-1, (3, 16, 16))
-
-
-def rms(x):
-    return x.square().mean().sqrt().item()
-
-
-plain_decoder, plain_posterior = train_toy(kl_weight=0)
-z = plain_posterior.mean.flatten(1).detach()  # [80 2]
-centre, spread = z.mean(0), z.std(0)
-print(f"latents {list(z.shape)}, mean {centre[0]:.1f} and {centre[1]:.1f}, std {spread[0]:.1f} and {spread[1]:.1f}")
-print(f"error of the reconstructions (root mean square): {rms(draw(plain_decoder, z) - x_toy):.3f}")
-
-
-def panel(decoder, points, centre, spread, side=9):
-    """The plane between centre ± 2 spread, as viz.plane wants it."""
-    u = torch.linspace(-2, 2, side)
-    grid = torch.stack(torch.meshgrid(u, -u, indexing="xy"), dim=-1)  # [side side 2], the first row on top
-    (x0, y0), (x1, y1) = (centre - 2 * spread).tolist(), (centre + 2 * spread).tolist()
-    return draw(decoder, centre + spread * grid), (x0, x1, y0, y1), points
-
-
-viz.plane({"a plain autoencoder": panel(plain_decoder, z, centre, spread)}, width=2.88)
+plain_decoder, plain, plain_posterior = train_toy(kl_weight=0)  # plain: the latents [80 2]
+viz.plane({"a plain autoencoder": panel(plain_decoder, plain, plain.mean(0), plain.std(0))}, width=2.88)
 
 # %% [markdown]
-# What to see: each dot is where the encoder puts one picture; the little pictures are what the decoder makes of
-# each place.
+# Each dot is where the encoder puts one picture. The little pictures are what the decoder draws at each place.
 #
-# At the dots all is well, and nothing else was asked for. Between them there are **holes**: mixtures, smears, whole
-# regions of garbage where no picture ever was. The dots also lie anywhere they like, in a cloud with a scale of its
-# own. Nobody told the encoder otherwise.
+# At the dots all is well, because nothing else was asked for. Between them there are **holes**: smears, and whole
+# regions of garbage. The dots also lie on a scale of their own. For diffusion both are bad. A sampler ends *near* a
+# latent and never exactly on it, so the decoder must forgive small errors. And it starts from noise with a standard
+# deviation of 1, so the latents should have that scale.
 #
-# For diffusion this fails twice. A sampler ends *near* a latent, never quite on it: the decoder must forgive small
-# errors. And a sampler starts from noise of standard deviation 1: the latents should live at that scale.
+# ## The remedy: a variational autoencoder
 #
-# ## The remedy: say how sure you are
+# In a [**variational autoencoder**](../docs/glossary.md) ([Kingma & Welling 2013](https://arxiv.org/abs/1312.6114)),
+# the encoder does not return a point but a Gaussian, the **posterior**. The decoder gets a *sample* of it. So it learns
+# that a whole neighbourhood means the same picture.
 #
-# The **variational** autoencoder (Kingma & Welling 2013) has its encoder answer not with a point, but with a
-# Gaussian, the **posterior** (the distribution of $z$ once $x$ is known):
+# $$q(\tilde z \mid x) = \mathcal N\big(\mu(x),\, \sigma^2(x)\, I\big)$$
 #
-# $$q(z \mid x) = \mathcal N\big(\mu(x),\, \sigma^2(x)\, I\big)$$
+# ($\tilde z$ is the autoencoder's own latent. We keep $z$ for the scaled one that the UNet gets; see below.)
 #
-# The decoder gets a *sample* of it, so it learns that a whole neighbourhood means the same picture. That alone would
-# not last: the encoder would make $\sigma$ tiny and spread the means far apart. So each picture pays for how far its
-# Gaussian is from $\mathcal N(0, I)$:
+# By itself, this would not last: the encoder would make $\sigma$ tiny and spread the means far apart, and the holes
+# would be back. So each picture pays for the distance of its Gaussian from $\mathcal N(0, I)$, measured by the
+# [KL divergence](../docs/glossary.md) of notebook 01, with a weight $\lambda$:
 #
-# $$L = \lVert x - D(z) \rVert^2 + \lambda\, \mathrm{KL}\big(q(z \mid x) \,\Vert\, \mathcal N(0, I)\big),
-#   \qquad z \sim q(z \mid x)$$
+# $$L = \lVert x - D(\tilde z) \rVert^2 + \lambda\, \mathrm{KL}\big(q(\tilde z \mid x) \,\Vert\, \mathcal N(0, I)\big),
+#   \qquad \tilde z \sim q(\tilde z \mid x)$$
 #
-# With $\lambda = 1$ this is, up to a constant, the bound on the likelihood (ELBO) for pixels with a Gaussian noise of
-# variance ½; notebook 02 met the same bound. Same network, same data, same steps, $\lambda = 1$:
+# <details><summary>Optional: what this has to do with the likelihood</summary>
+#
+# With $\lambda = 1$ this is, up to a constant, the bound on the likelihood (ELBO), if the pixels have Gaussian noise of
+# variance ½: then $-\log p(x \mid \tilde z) = \lVert x - D(\tilde z) \rVert^2 + \text{const}$.
+#
+# </details>
+#
+# We train the same network on the same data again, with $\lambda = 1$.
+#
+# **Predict, then run.** What will change in the picture of the plane: the scale of the dots, the holes, the error at
+# the dots?
 
-# %%
-decoder, posterior_toy = train_toy(kl_weight=1)
-z_vae = posterior_toy.mean.flatten(1).detach()
-centre, spread = z_vae.mean(0), z_vae.std(0)
-print(f"latents {list(z_vae.shape)}, mean {centre[0]:.1f} and {centre[1]:.1f}, std {spread[0]:.1f} and {spread[1]:.1f}")
-print(f"error of the reconstructions (root mean square): {rms(draw(decoder, z_vae) - x_toy):.3f}")
-viz.plane({"a variational autoencoder": panel(decoder, z_vae, torch.zeros(2), torch.ones(2))}, width=2.88)
-
-# %% [markdown]
-# What to see: the same 80 pictures, now around 0 at a scale of about 1. Every place draws something like a
-# picture, and neighbours are alike: hearts beside hearts, faces beside faces. The price is a larger error at the dots.
-#
-# Two numbers for the two failures. How far is the drawing of a *random* latent from the nearest real picture? And how
-# far does a drawing move, if its latent is wrong by a tenth of the latents' standard deviation?
-
-# %%
-torch.manual_seed(0)
-print("                 random latent, to the nearest picture    latent off by 0.1 std, change of the drawing")
-for name, D, codes in [("plain", plain_decoder, z), ("variational", decoder, z_vae)]:
-    random = draw(D, codes.mean(0) + codes.std(0) * torch.randn(1000, 2))
+# %% tags=["hide-output"]
+decoder, variational, toy_posterior = train_toy(kl_weight=1)
+print(f"{'':13}{'std of the latents':>20}{'error at the dots':>20}{'random latent':>16}{'latent off by 0.1 std':>24}")
+for name, D, codes in [("plain", plain_decoder, plain), ("variational", decoder, variational)]:
+    torch.manual_seed(0)
+    drawn = toy_pictures(D, codes)
+    random = toy_pictures(D, codes.mean(0) + codes.std(0) * torch.randn(1000, 2))
     nearest = torch.cdist(random.flatten(1), x_toy.flatten(1)).min(1).values.mean() / x_toy[0].numel() ** 0.5
-    moved = rms(draw(D, codes + 0.1 * codes.std(0) * torch.randn_like(codes)) - draw(D, codes))
-    print(f"{name:12}     {nearest:.2f} {'':38} {moved:.2f}")
+    moved = rms(toy_pictures(D, codes + 0.1 * codes.std(0) * torch.randn_like(codes)) - drawn)
+    print(f"{name:13}{codes.std():20.1f}{rms(drawn - x_toy):20.3f}{nearest:16.2f}{moved:24.2f}")
+viz.plane({"a variational autoencoder": panel(decoder, variational, torch.zeros(2), torch.ones(2))}, width=2.88)
 
 # %% [markdown]
-# Both are less than half as large. The neighbours of a picture are pictures too, and that is what diffusion needs.
+# The same 80 pictures now lie around 0 on a scale of about 1. Every place draws something like a picture, and
+# neighbours are alike: hearts beside hearts, faces beside faces. The table measures it. *Random latent*: how far its
+# picture is from the nearest real one. *Latent off by 0.1 std*: how much the picture changes. Both are less than half
+# as large. The price is a larger error at the dots.
 #
-# ## The reparametrisation trick
+# ### A gradient through a random number
 #
-# $z$ is drawn at random. How does a gradient pass through a dice roll? Draw the dice somewhere else:
+# $\tilde z$ is random. How can a gradient pass through it to the encoder? Take the randomness from outside:
 #
-# $$z = \mu + \sigma\,\epsilon, \qquad \epsilon \sim \mathcal N(0, I) \qquad \text{(Kingma \& Welling, section 2.4)}$$
+# $$\tilde z = \mu + \sigma\,\epsilon, \qquad \epsilon \sim \mathcal N(0, I)
+#   \qquad \text{(Kingma \& Welling, section 2.4)}$$
 #
-# Now $z$ is a plain function of $\mu$ and $\sigma$, and the randomness is an input like any other. A check
-# on a case where the answer is known. Let $L = z^2$. Its mean is $\mu^2 + \sigma^2$, so the gradient
-# must be $2\mu$ with respect to $\mu$, and $\sigma^2$ with respect to $\log \sigma^2$, which is what the
-# encoder says. (So $\sigma = \exp(\tfrac12 \log\sigma^2)$. Who forgets the ½ takes the variance for the standard
-# deviation, and no shape tells. In the class, the log variance is also clamped to $[-30, 20]$, so that no
-# exponential can overflow.)
+# Now $\tilde z$ is an ordinary function of $\mu$ and $\sigma$, and $\epsilon$ is an input like any other. This is the
+# [reparametrisation trick](../docs/glossary.md). The network outputs $\log \sigma^2$, which may be any number, so
+# $\sigma = \exp(\tfrac12 \log\sigma^2)$. If you forget the ½, you use the variance as a standard deviation. The shapes
+# are the same, so nothing warns you.
+#
+# ### Write it yourself: `sample_posterior`
+#
+# essential · about 15 minutes
+#
+# The encoder's output `moments` holds $\mu$ and $\log\sigma^2$ one after the other along the channels. Turn it, and
+# noise, into a sample. (The docstring writes $z$, as the papers do, for what is $\tilde z$ here.)
 
-# %%
-torch.manual_seed(0)
-n = 200_000
-mu, logvar = torch.tensor(0.7, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
-sigma = torch.exp(0.5 * logvar)
-sampled = mu + sigma * torch.randn(n)  # z = μ + σ ε
-sampled.square().mean().backward()
-print(f"with respect to μ       {mu.grad:.3f}, exact {2 * mu.item():.3f}")
-print(f"with respect to log σ²  {logvar.grad:.3f}, exact {logvar.exp().item():.3f}")
 
-rolled = torch.distributions.Normal(mu, sigma).sample((n,))  # the same distribution, drawn without the trick
-print(f"drawn without the trick: does a gradient reach μ? {rolled.requires_grad}")
+# %% tags=["exercise"]
+def sample_posterior(
+    moments: Float[Tensor, "b two_c h w"], noise: Float[Tensor, "b c h w"]
+) -> Float[Tensor, "b c h w"]:
+    """A sample of q(z | x) = N(mean, diag(exp(logvar))), by the reparametrisation trick: z = mean + std · ε.
+
+    `moments` is what the encoder returns: along the channels first the mean, then the log variance, which is clamped to
+    [-30, 20]. `noise` is ε ~ N(0, I). Gradients flow to both. (Kingma & Welling 2013, section 2.4; CompVis:
+    distributions.py)
+    """
+    raise NotImplementedError  # your code here
+
+
+check.sample_posterior(sample_posterior)
 
 # %% [markdown]
-# ## The KL term
+# <details><summary>Solution</summary>
 #
-# For two Gaussians the divergence has a closed form. A number with mean $\mu$ and variance $\sigma^2$ pays
+# ```python
+# mean, logvar = moments.chunk(2, dim=1)
+# logvar = logvar.clamp(-30.0, 20.0)
+# return mean + torch.exp(0.5 * logvar) * noise
+# ```
+#
+# </details>
+#
+# ### What the KL term costs
+#
+# For Gaussians there is a closed form. For one number of the latent it is
 #
 # $$\mathrm{KL} = \tfrac12\big(\mu^2 + \sigma^2 - 1 - \log \sigma^2\big) \quad \text{nats}
 #   \qquad \text{(Kingma \& Welling, appendix B)}$$
 #
-# Being off zero costs, and being sure costs. It is free only to say nothing: $\mu = 0$, $\sigma = 1$. In the
-# code of `DiagonalGaussianDistribution.kl` it is summed over all numbers of a latent. (A nat is what a bit is to base
-# $e$ instead of 2: 0.693 nats are a bit.)
+# and these are summed over the latent. A mean away from 0 costs, and so does a small $\sigma$. Only $\mu = 0$,
+# $\sigma = 1$ costs nothing, but then the latent says nothing about the picture.
 #
-# ## The autoencoder that ships
+# ## How variational is ours?
 #
-# Now the real thing, on a few pictures. It is the same class as Stable Diffusion's, `AutoencoderKL`, and was trained
-# with $\lambda = 0.001$ and absolute instead of squared errors: reconstruction comes first.
+# In Stable Diffusion $\lambda$ is only $10^{-6}$, and in our model it is small, too. Good reconstructions come first.
 #
-# When the UNet was done, too, the **decoder alone** was trained further. The encoder stayed, so the latents did, and
-# the UNet that had learned to draw them had nothing to learn anew. Three things were different this time:
+# **Predict, then run.** Decode the posterior's mean, then a sample of the posterior: can one see the difference? And
+# what does the decoder draw from random numbers that have each channel's mean and standard deviation?
+
+# %% tags=["hide-output"]
+torch.manual_seed(0)
+mean = test_posterior.mean.mean((0, 2, 3), keepdim=True)  # [1 4 1 1]
+std = test_posterior.mean.std((0, 2, 3), keepdim=True)
+with torch.no_grad():
+    from_mean, from_sample = vae.decode(posterior.mean), vae.decode(posterior.sample())
+    from_nothing = vae.decode(mean + std * torch.randn_like(posterior.mean))
+print(f"std of the posterior: {posterior.std.mean():.3f}, std of the means: {posterior.mean.std():.3f}")
+print(f"pictures from the mean and from a sample differ by {rms(from_sample - from_mean):.4f} (root mean square)")
+viz.strip([x, from_mean, from_sample, from_nothing], labels=["picture", "mean", "sample", "random"], size=0.9)
+
+# %% [markdown]
+# The sample changes nothing that one could see, because the encoder is sure of its numbers to about a hundredth. Random
+# latents give coloured scraps. A weak KL term does not turn the latents into $\mathcal N(0, I)$. It makes them smooth
+# *around* pictures, and no more. Which latents are pictures, the UNet has to learn.
 #
-# - squared errors, whose pull grows with the mistake;
-# - beside them, 0.1 times a *perceptual* distance: how far picture and reconstruction are apart for another network,
-#   here the image tower of CLIP ([notebook 05](05_clip.ipynb));
-# - in the last third of the steps, noise on the latents. A sampler ends near a latent, not on one, and so the decoder
-#   learned what to overlook.
+# ### Why are the pictures blurred?
 #
-# Stability AI had done the first two for Stable Diffusion v1, with LPIPS in place of CLIP. Their decoder,
-# `sd-vae-ft-mse`, can be put in the place of the one that came with the model, for the same reason.
-# ([Training](../docs/training.md#a-better-decoder-for-a-finished-model) has the command, and pictures from before and
-# after.)
+# A latent has far fewer numbers than a picture, so it can't say everything. If the loss compares pixels, the best that
+# the decoder can do about the rest is to draw the middle of all that is possible, and that is a blur. So CompVis trains
+# with two further losses. A **perceptual loss** ([LPIPS](../docs/glossary.md),
+# [Zhang et al. 2018](https://arxiv.org/abs/1801.03924)) compares the features that a network trained on photographs
+# finds in both pictures, which is closer to what people see. And a **discriminator**, a network that learns to
+# tell real pictures from decoded ones, makes the decoder draw sharp detail, even if it is not the right one.
 #
-# **Predict, then run.** Encoder and decoder are built from the blocks of the UNet (notebook 03), without time and text.
-# One thing of the UNet must be missing. Which, and why?
+# <details><summary>Optional: a better decoder for a finished model</summary>
 #
-# <details><summary>Answer</summary>
-#
-# Nothing is handed across. What the decoder gets must be in the latent, all of it: when a picture is drawn, there is no
-# encoder beside it.
+# The decoder alone can be trained further. The encoder stays, so the latents stay, and the UNet still fits. Stability
+# AI did so for Stable Diffusion v1 (`sd-vae-ft-mse`), and we for our model, with a perceptual distance, and noise on
+# the latents because a sampler ends near a latent and not on it.
+# [Training](../docs/training.md#a-better-decoder-for-a-finished-model) has the command and pictures.
 #
 # </details>
+#
+# ## The scale factor: where 0.18215 comes from
+#
+# Diffusion adds noise of variance 1 and expects data of variance 1 (notebook 01). The latents $\tilde z$ have another
+# variance. So they are multiplied by a **scale factor**, one number for the whole model:
+#
+# $$z = \text{scale factor} \cdot \tilde z, \qquad \text{scale factor} = \frac{1}{\mathrm{std}(\tilde z)}
+#   \qquad \text{(Rombach et al. 2022, appendix G)}$$
+#
+# This $z$ is the $x_0$ of notebooks 01 to 03: it is noised in training, and the sampler draws it. Before decoding, it
+# is divided by the factor again.
+#
+# ### Write it yourself: `scale_factor`
+#
+# worth it · about 5 minutes
+#
+# One number for all latents together: over pictures, channels and pixels. With the wrong one, a model draws the right
+# things in the wrong colours.
+
+
+# %% tags=["exercise"]
+def scale_factor(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """What latents are multiplied by to have a standard deviation of 1 (0.18215 in Stable Diffusion).
+
+    One number for all, measured over pictures, channels and pixels together.
+    (Rombach et al. 2022, appendix G; CompVis: LatentDiffusion.on_train_batch_start)
+    """
+    raise NotImplementedError  # your code here
+
+
+check.scale_factor(scale_factor)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# return 1 / latents.std()
+# ```
+#
+# </details>
+#
+# Stable Diffusion's latents have a standard deviation of about $1 / 0.18215 = 5.49$ (R. Rombach says so in
+# [issue 437 of diffusers](https://github.com/huggingface/diffusers/issues/437)). Now ours:
 
 # %%
-fox = corpus.batch([corpus.captions.index("fox, noto style")])
+raw = test_posterior.sample(generator=torch.Generator().manual_seed(0))  # [n 4 h w], not scaled
+print(f"std of the latents of held-out pictures {raw.std():.3f}, so the factor is {1 / raw.std():.4f}")
+print(f"in the model, measured on its training pictures: {sd.scale_factor:.4f}")
+print("by channel, after scaling:  mean", [f"{m:.2f}" for m in (sd.scale_factor * raw).mean((0, 2, 3))],
+      " std", [f"{s:.2f}" for s in (sd.scale_factor * raw).std((0, 2, 3))])  # fmt: skip
+
+# %% [markdown]
+# The two differ a little, because they were measured on different pictures. That does no harm, as long as training and
+# drawing use the same one. It is **one** factor for all channels, so the single channels are not alike after it; only
+# the variance of all numbers together is about 1.
+#
+# Now suppose that somebody forgets it after drawing. The sampler draws $z$, with a standard deviation of about 1, and
+# the decoder gets it as it is, instead of $z$ divided by the factor.
+#
+# **Predict, then run.** What will the pictures look like? And with Stable Diffusion's factor, where the latents would
+# be 5.5 times too small?
+
+# %% tags=["hide-output"]
+prompt, options = "a fox, noto style", dict(steps=20 if full else 2, guidance_scale=4.0, seed=3, num_images=5)
+*_, last = sd.sample(prompt, **options)  # the generator under txt2img
+z = last.x
+with torch.no_grad():
+    right = vae.decode(z / sd.scale_factor)
+    rows = [right, vae.decode(z), vae.decode(0.18215 * z / sd.scale_factor)]
+    assert torch.equal(right, sd.decode_first_stage(z))
+print(f"z {list(z.shape)}, std {z.std():.2f}; divided by the factor: {(z / sd.scale_factor).std():.2f}")
+viz.strip(rows, labels=["divided by the factor", "forgotten", "forgotten, if it were 0.18215"])
+
+# %% [markdown]
+# In the second row the decoder gets latents that are too small. The foxes get blotches, and pink in what should be
+# white. In the third row little is left but stripes. If a model of yours draws the right things in the wrong colours,
+# look here first. In minisd, `get_first_stage_encoding` multiplies by the factor and `decode_first_stage` divides by
+# it. If you call `vae.encode` and `vae.decode` yourself, you have to apply it.
+#
+# ## What is lost
+#
+# Our autoencoder has seen emoji and nothing else. But it is a convolutional network, so it takes any picture whose
+# sides are divisible by $f$.
+#
+# **Predict, then run.** What will it make of a photograph of a cat?
+
+# %% tags=["hide-output"]
+cat = photograph(2 * size)  # [1 3 H W]
+with torch.no_grad():
+    raw_cat = vae.encode(cat).mode()
+    cat_hat = vae.decode(raw_cat)
+print(f"photograph {list(cat.shape)}, latent {list(raw_cat.shape)}")
+viz.strip([torch.cat([cat, cat_hat])], ["photograph", "encoded and decoded"], size=1.92)
+
+# %% [markdown]
+# It paints the cat with a broad brush: fur turns into smooth strokes, and a thin frame appears at the edges, where
+# emoji are white. An autoencoder knows what it was trained on.
+#
+# Stable Diffusion's has seen photographs, and is far better at them. But with 48 times fewer numbers it, too, must lose
+# something: small letters, the faces of a crowd, fine texture. **What the first stage can't draw, no prompt will bring
+# back.** To see the best that a model can draw, encode a picture and decode it again.
+#
+# ## What you know now
+#
+# - A latent makes convolutions cheaper by $f^2$ and attention by $f^4$.
+# - A plain autoencoder leaves holes between its latents. A variational one returns a mean and a variance, samples
+#   $\mu + \sigma \epsilon$, and pays $\tfrac12(\mu^2 + \sigma^2 - 1 - \log\sigma^2)$ for each number.
+# - In Stable Diffusion the KL term is tiny. It makes the latents smooth *around* pictures. Which latents are pictures
+#   is for the UNet to learn.
+# - The scale factor is $1 / \mathrm{std}(\tilde z)$. Forget it, and the colours are wrong.
+# - What the latent does not say, the decoder draws as a blur.
+#
+# **More exercises**, in [`exercises/04_vae.ipynb`](exercises/04_vae.ipynb): `kl` (15 minutes), `vae_loss` (15),
+# `vae_downsample` (10), and for the optional section on codebooks `nearest_code` (15), `straight_through` (10),
+# `vq_loss` (15).
+#
+# **Next**: pictures have become numbers. The other input of the UNet is the prompt. [Notebook 05](05_clip.ipynb) turns
+# it into the context that cross-attention reads.
+
+# %% [markdown]
+# ## Optional: the cost, measured
+#
+# The processor time of one call:
+
+
+# %% tags=["hide-input"]
+@torch.no_grad()
+def milliseconds(f, *inputs):
+    """Processor time of one call: the smallest of some."""
+    times = []
+    for _ in range(4 if full else 1):
+        before = time.process_time()
+        f(*inputs)
+        times.append(1000 * (time.process_time() - before))
+    return min(times[-3:])
+
+
+convolution = nn.Conv2d(96, 96, 3, padding=1)
+context = sd.get_learned_conditioning([""])
+sides = [8, 16, 32, 64] if full else [8, 16]
+cost = {"convolution": [], "self-attention": [], "whole UNet": []}
+for n in sides:
+    q = torch.randn(1, 1, n * n, 96)  # [b heads n·n c]
+    cost["convolution"].append(milliseconds(convolution, torch.randn(1, 96, n, n)))
+    cost["self-attention"].append(milliseconds(minisd.attention.attention, q, q, q))
+    cost["whole UNet"].append(milliseconds(unet, torch.randn(1, 4, n, n), torch.tensor([500]), context))
+print("side of the map   " + "".join(f"{n:>10}" for n in sides))
+for name, row in cost.items():
+    print(f"{name:15} ms" + "".join(f"{ms:10.2f}" for ms in row))
+lines = {name: (torch.tensor(sides).log2(), row) for name, row in cost.items()}
+viz.curves({"one call": lines}, "log2 of the side (3: 8×8, 6: 64×64)", "ms", log=["one call"], width=4.6, height=2.9)
+
+# %% [markdown]
+# Where the side doubles, the convolution costs about 4 times as much, attention in the end 16 times. The UNet has its
+# attention on smaller maps, so for a while its convolutions set the price.
+#
+# ## Optional: does it take a network? PCA
+#
+# The best *linear* way to describe pictures by few numbers is principal component analysis (PCA): encode
+# $B^\top (x - \mu)$, decode $\mu + B \tilde z$, where the columns of $B$ are the directions in which the data vary
+# most. With equally many numbers for a picture, we compare the VAE with PCA of patches ($f \times f$ pixels become 4
+# numbers) and of whole pictures. The **peak signal-to-noise ratio** in decibels measures the error: 10 dB more are a
+# tenth of the squared error.
+#
+# $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - \hat x)^2}
+#   \qquad \text{(the values span 2, from } -1 \text{ to } 1 \text{)}$$
+
+# %% tags=["hide-input"]
+training = [i for i, row in enumerate(corpus.rows) if row["split"] == "train"]
+x_train = corpus.batch(training if full else training[:300])  # [n 3 H W]
+f = vae.config.downsampling
+
+
+def psnr(x, x_hat):
+    return (10 * torch.log10(4 / (x - x_hat.clamp(-1, 1)).square().mean())).item()
+
+
+def patches(x):
+    return rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=f, j=f)
+
+
+def principal_components(rows, k):
+    """Mean [d] and the k directions of largest variance [d k] of rows [n d]."""
+    mean = rows.mean(0)
+    _, _, B = torch.svd_lowrank(rows - mean, q=k, niter=3)
+    return mean, B
+
+
+torch.manual_seed(0)
+patch_mean, patch_B = principal_components(patches(x_train).flatten(0, 2), 4)
+picture_mean, picture_B = principal_components(x_train.flatten(1), min(4 * (size // f) ** 2, len(x_train)))
+
+
+def pca_patches(x):
+    x_hat = patch_mean + (patches(x) - patch_mean) @ patch_B @ patch_B.T  # encode to 4 numbers a patch, decode
+    return rearrange(x_hat, "b h w (c i j) -> b c (h i) (w j)", i=f, j=f, c=3)
+
+
+def pca_pictures(x):
+    return (picture_mean + (x.flatten(1) - picture_mean) @ picture_B @ picture_B.T).view_as(x)
+
+
+@torch.no_grad()
+def autoencode(x):
+    return vae.decode(vae.encode(x).mode())
+
+
+methods = {"PCA of patches": pca_patches, "PCA of pictures": pca_pictures, "the VAE": autoencode}
+print(f"                     training   held out  (PSNR in dB; {len(x_train)} and {len(x_test)} pictures)")
+for name, method in methods.items():
+    print(f"{name:19}   {psnr(x_train[::8], method(x_train[::8])):6.1f}     {psnr(x_test, method(x_test)):6.1f}")
+for name in ("PCA of patches", "the VAE"):
+    print(f"photograph, {name:14} {psnr(cat, methods[name](cat)):5.1f} dB")
+quarters = rearrange(cat, "1 c (i h) (j w) -> (i j) c h w", i=2, j=2)  # a size that the VAE knows
+print(f"photograph, the VAE on its four quarters, one by one: {psnr(quarters, autoencode(quarters)):.1f} dB")
+shown = x_test[few[:4]]
+rows = [shown, *(method(shown) for method in methods.values())]
+notes = [[f"{psnr(a, b):.1f} dB" for a, b in zip(shown, row, strict=True)] for row in rows[1:]]
+viz.strip(rows, labels=["held-out picture", *methods], notes=[[], *notes])
+
+# %% [markdown]
+# PCA of patches draws a mosaic. PCA of pictures does well on what it was made from, and worse on new pictures, because
+# a thousand pictures are too few to fix that many directions. The VAE is the best on new emoji. On the photograph PCA
+# of patches wins by far: a mean colour and a slope describe fur as well as anything, while the VAE knows only emoji.
+#
+# ## Optional: what the encoder is sure of
+
+# %% tags=["hide-input"]
+kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)  # the formula above, [3 4 h w]
+assert torch.allclose(kl.sum((1, 2, 3)), posterior.kl(), rtol=1e-4)
+precision = 0.5 * (posterior.var - 1 - posterior.logvar)  # what is left of it if the means were 0
+for name, nats, sure in zip(wanted, kl.sum((1, 2, 3)), precision.sum((1, 2, 3)), strict=True):
+    print(f"{name:10}  KL {nats:6.0f} nats = {nats / 0.6931:5.0f} bits, of these for small σ {sure / nats:.0%} "
+          f"(its pixels have {8 * x[0].numel():,} bits)")  # fmt: skip
+rows = [posterior.mean[0], posterior.std[0], kl[0]]
+viz.maps(rows, [f"channel {i}" for i in range(4)], ["mean", "std", "KL (nats)"])
+
+# %% tags=["hide-input"]
+torch.manual_seed(0)
+side = size // f
+with torch.no_grad():
+    some = vae.encode(x_test[:16])
+    drawn, change = vae.decode(some.mean), torch.zeros(side, side)
+    for i in range(side):
+        for j in range(side):
+            off = some.mean.clone()
+            off[:, :, i, j] += 0.2 * torch.randn(len(off), 4)
+            change[i, j] = rms(vae.decode(off) - drawn)
+panels = {"the posterior's std": some.std.mean((0, 1)), "change of the picture,\nif this place is wrong by 0.2": change}
+viz.matrices(panels, cell=(1.6 / side, 1.6 / side))
+
+# %% [markdown]
+# The KL is a size: how many bits this latent says beyond what $\mathcal N(0, I)$ would have said. Unusual numbers cost
+# most, but most of the bits are the price of being sure: a small $\sigma$ costs about $-\log\sigma - \tfrac12$,
+# whatever the mean. The encoder is least sure at the border and in the corners. The last figure shows that an error
+# does less harm there.
+#
+# ## Optional: all layers, and a bug that moves the picture
+
+# %% tags=["hide-input"]
 ends = ["encoder.conv_in", "encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "decoder.conv_out"]
 passed, hooks = [], []  # what each layer put out, in the order in which they ran
 
@@ -415,147 +633,32 @@ for name, layer in vae.named_modules():
     if name in ends or isinstance(layer, (ResnetBlock, AttnBlock, Downsample, Upsample)):
         hooks.append(layer.register_forward_hook(note(f"{name:26}{type(layer).__name__:13}")))
 with torch.no_grad():
-    vae.decode(vae.encode(fox).mode())
+    vae.decode(vae.encode(x[:1]).mode())
 for hook in hooks:
     hook.remove()
 half = 1 + [row.startswith("quant_conv") for row in passed].index(True)
 print("\n".join([*passed[:half], "", *passed[half:]]))
 
 # %% [markdown]
-# Above the blank line is the encoder: three levels, 32, 64 and 96 channels wide, and at the bottom one look of each
-# pixel at all others (`AttnBlock`). It ends in 8 channels, which `quant_conv`, a convolution of 1×1, mixes: 4 means and
-# 4 log variances. Below is the decoder, the same in reverse, with one ResnetBlock more at each level. Stable
-# Diffusion's has four levels, of 128, 256, 512 and 512 channels.
+# Above the blank line is the encoder. It ends in 4 means and 4 log variances. Below is the decoder.
 #
-# **Predict.** A Downsample is a 3×3 convolution of stride 2. Here, zeros are padded on the right and below only; in the
-# UNet, all round. Someone writes `padding=1` here, too. The weights load and all shapes agree. What comes back?
+# A Downsample is a 3×3 convolution of stride 2. Here zeros are padded on the right and below only, in the UNet all
+# round. With `padding=1` here, too, the weights load and all shapes agree. But each convolution then looks one pixel
+# further up and to the left than it was trained to, and the picture comes back displaced.
 #
-# <details><summary>Answer</summary>
+# ## Optional: a codebook instead of a Gaussian
 #
-# Each convolution now looks one pixel further up and to the left than it was trained to. The first Downsample works at
-# the full size, where that is one pixel of the picture, the second at half size, where it is two. So the picture comes
-# back three pixels too far to the right and below: the PSNR falls from 23.5 to 10.6 dB, and if one shifts the picture
-# back by three, to only 17.8. No error is raised. If a port of an autoencoder draws everything a little displaced, look
-# here.
+# **Vector quantisation** (VQ) keeps latents in order in another way. Each pixel of the encoder's output $h$ is replaced
+# by the nearest vector of a list, the **codebook**. So a picture becomes a table of whole numbers.
 #
-# </details>
+# $$e_k, \qquad k = \arg\min_j \lVert h - e_j \rVert^2 \qquad \text{(van den Oord et al. 2017, eq. 1 and 2)}$$
 #
-# What comes out is a `DiagonalGaussianDistribution`: `.mode()` is its mean, `.sample()` draws from it.
+# The choice of the nearest has no gradient, so VQ passes it **straight through**: forwards it uses the code, backwards
+# the gradient goes to $h$ as if nothing had happened. With $\mathrm{sg}$ for "no gradient through here", this is
+# $h + \mathrm{sg}[e_k - h]$. Here it is on a line, with the codes $-1$, $0$ and $1$. $h$ starts at 0.1, and the decoder
+# would like to get 1.
 
-# %%
-wanted = ["fox", "watermelon", "rocket"]
-x_0 = corpus.batch([corpus.captions.index(f"{name}, noto style") for name in wanted])
-with torch.no_grad():
-    posterior = vae.encode(x_0)
-    z = posterior.sample(generator=torch.Generator().manual_seed(0))
-    x_hat = vae.decode(z)
-
-for name, value in [("x", x_0), ("posterior.mean", posterior.mean), ("posterior.logvar", posterior.logvar),
-                    ("posterior.std", posterior.std), ("z", z), ("x_hat", x_hat)]:  # fmt: skip
-    print(f"{name:17} {list(value.shape)!s:16} from {value.min():7.3f} to {value.max():6.3f}")
-channels = [f"channel {i}" for i in range(4)]
-viz.maps(posterior.mean, channels, wanted, pictures=x_0)
-
-# %% [markdown]
-# What to see: a latent is still a picture, 8×8 with four channels instead of red, green and blue. Shapes stay where
-# they are. No channel is a colour, though: each place mixes brightness, hue and edges as the networks agreed among
-# themselves.
-#
-# The rest of what the encoder says, for the fox: how sure it is of each number, and what each number pays.
-
-# %%
-kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar)  # the formula above, [3 4 8 8]
-assert torch.allclose(kl.sum((1, 2, 3)), posterior.kl(), rtol=1e-4)
-
-rows = [posterior.mean[0], posterior.std[0], kl[0]]
-print("channel                     " + "".join(f"{c:>9}" for c in range(4)))
-print("std of the means            " + "".join(f"{s:9.3f}" for s in posterior.mean.std((0, 2, 3))))
-print("mean of the posterior's std " + "".join(f"{s:9.3f}" for s in posterior.std.mean((0, 2, 3))))
-print("KL in nats, mean of a pixel " + "".join(f"{s:9.2f}" for s in kl.mean((0, 2, 3))))
-for name, nats in zip(wanted, posterior.kl().tolist(), strict=True):
-    print(f"{name:10}  KL {nats:6.0f} nats = {nats / 0.6931:5.0f} bits (its pixels have {8 * x_0[0].numel():,} bits)")
-viz.maps(rows, channels, ["mean", "std", "KL (nats)"])
-
-# %% [markdown]
-# What to see:
-#
-# - **mean**: channel 2 tells the figure from the ground, and does most of the work. Its means are spread over a
-#   range more than five times that of channel 0.
-# - **std**: the encoder is very sure, to about 0.01 where the means spread over 0.5 to 2.6. It is least sure at the
-#   border and in the corners, up to 0.05. Would an error do less harm there? See below.
-# - **KL**: what is unusual is dear. The fox's face pays up to 16 nats for a number in channel 2. But the floor is
-#   high too: being sure to $\sigma = 0.012$ costs $-\log \sigma - \tfrac12 \approx 3.9$ nats by itself, and 256
-#   numbers pay it. So about two thirds of the fox's 1,454 nats are the price of precision.
-#
-# One may read the KL as a size: how many bits this latent says beyond what $\mathcal N(0, I)$ would have said. It is
-# some 2,000 bits, for a picture whose raw pixels have 24,576.
-#
-# Where may it be unsure? Make the same error at one place of the latent after the other, and see by how much the
-# picture changes.
-
-# %%
-torch.manual_seed(0)
-with torch.no_grad():
-    some = vae.encode(x_test[:16])
-    drawn, change = vae.decode(some.mean), torch.zeros(8, 8)
-    for i in range(8):
-        for j in range(8):
-            z_off = some.mean.clone()
-            z_off[:, :, i, j] += 0.2 * torch.randn(len(z_off), 4)
-            change[i, j] = rms(vae.decode(z_off) - drawn)
-panels = {"the posterior's std": some.std.mean((0, 1)), "change of the picture,\nif this place is wrong by 0.2": change}
-viz.matrices(panels, cell=(0.2, 0.2))
-
-# %% [markdown]
-# What to see: at the border, and most of all in the corners, an error does less harm, and there the encoder is least
-# sure. Precision costs nats, and it seems to be spent where it pays. (The two figures do not agree everywhere: the
-# network is the surest one pixel away from the border.)
-#
-# **Predict, then run.** Replace the posterior's mean by a sample: by how much does the picture change? And what does
-# the decoder draw from numbers that have each channel's mean and standard deviation, but come from no picture?
-#
-# <details><summary>Answer</summary>
-#
-# The sample changes nothing that one could see: the encoder is sure of itself to a hundredth. Random
-# latents give coloured scraps. This KL term is far too weak to turn the latents into $\mathcal N(0, I)$, and in Stable
-# Diffusion it is a thousand times weaker still. It makes the latents smooth *around* pictures, and no
-# more. Which latents are pictures, the **diffusion model** learns: that is its job.
-#
-# </details>
-
-# %%
-torch.manual_seed(0)
-with torch.no_grad():
-    test_posterior = vae.encode(x_test)
-    means = test_posterior.mean
-    mean, std = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # [1 4 1 1]
-    from_mean, from_sample = vae.decode(posterior.mean), vae.decode(posterior.sample())
-    from_nothing = vae.decode(mean + std * torch.randn(3, 4, 8, 8))
-print(f"drawn from a sample and from the mean: they differ by {rms(from_sample - from_mean):.4f} (root mean square)")
-viz.strip([torch.cat([x_0[:2], from_mean[:2], from_sample[:2], from_nothing[:2]])],
-          [*wanted[:2], *["mean"] * 2, *["sample"] * 2, *["random"] * 2])  # fmt: skip
-
-# %% [markdown]
-# ## The other way: a codebook
-#
-# The KL term is one way to keep latents in order. **Vector quantisation** (VQ) is the other. There is a list of
-# `n_embed` vectors, the **codebook**. Each pixel of the encoder's map $h$ is replaced by the nearest of them:
-#
-# $$z = e_k, \qquad k = \arg\min_j \lVert h - e_j \rVert^2 \qquad \text{(van den Oord et al. 2017, eq. 1 and 2)}$$
-#
-# So a picture is a table of 8×8 whole numbers. No variance, no sampling, no KL: with 256 codes, a pixel costs 8 bits.
-#
-# ### The straight-through gradient
-#
-# The choice of the nearest has no gradient: move $h$ a little, and the same code is chosen. So VQ pretends.
-# Forwards, $z$ is the code; backwards, the gradient at the code is handed to $h$ as if nothing had happened:
-#
-# $$z = h + \mathrm{sg}[e_k - h], \qquad \mathrm{sg}: \text{no gradient through here}$$
-#
-# Here is what this does, on a line. There are three codes, $-1$, $0$ and $1$. The vector $h$ starts at 0.1, and the
-# decoder would like to have $z = 1$: the loss is $(z - 1)^2$.
-
-# %%
+# %% tags=["hide-input"]
 quantizer = VectorQuantizer(n_embed=3, embed_dim=1, legacy=False)
 quantizer.embedding.weight.data = torch.tensor([[-1.0], [0.0], [1.0]])
 
@@ -564,10 +667,10 @@ def push(straight_through, steps=40):
     h, path = torch.full((1, 1, 1, 1), 0.1, requires_grad=True), []
     for _ in range(steps):
         quantized = quantizer(h)
-        z = quantized.z if straight_through else quantizer.lookup(quantized.indices)
-        path.append((h.item(), z.item()))
-        commitment = (h - z.detach()).square().mean()
-        loss = (z - 1).square().mean() + 0.25 * commitment
+        code = quantized.z if straight_through else quantizer.lookup(quantized.indices)
+        path.append((h.item(), code.item()))
+        commitment = (h - code.detach()).square().mean()
+        loss = (code - 1).square().mean() + 0.25 * commitment
         (gradient,) = torch.autograd.grad(loss, h)
         h = (h - 0.02 * gradient).detach().requires_grad_()
     return torch.tensor(path).T  # [2 steps]
@@ -576,34 +679,27 @@ def push(straight_through, steps=40):
 panels = {}
 for title, on in [("straight-through", True), ("without it", False)]:
     vector, code = push(on)
-    panels[title] = {"$h$": (torch.arange(40), vector), "its code $z$": (torch.arange(40), code)}
+    panels[title] = {"$h$": (torch.arange(40), vector), "its code": (torch.arange(40), code)}
 viz.curves(panels, "step", width=3.4, height=2.3)
 
 # %% [markdown]
-# What to see, left: the code 0 is wrong by 1, and says so; $h$ is pushed up. Nothing seems to happen, until $h$ is
-# past the middle and the next code is the nearer one. Right: the code complains as loudly, but $h$ does not hear it,
-# and only the second term of the loss is left, which pulls $h$ onto the wrong code.
-#
-# That second term is the **commitment**. VQModel's loss for the quantiser has two terms:
+# Left: $h$ is pushed up. Nothing seems to happen until $h$ is past the middle and the next code is nearer. Right: no
+# gradient reaches $h$ from the code. Only the second term of the quantiser's loss is left, the **commitment**, which
+# pulls $h$ onto the wrong code:
 #
 # $$\lVert \mathrm{sg}[h] - e_k \rVert^2 + \beta\, \lVert h - \mathrm{sg}[e_k] \rVert^2
 #   \qquad \text{(van den Oord et al., eq. 3)}$$
 #
-# The first moves the codes to the vectors, the second keeps the vectors near their codes.
-#
-# ### KL and VQ side by side
-#
-# To train the autoencoder that ships took 17 minutes on two cores, and its decoder 45 more on one. To see the
-# difference it is enough to start from it. We take its encoder (of the posterior, only the mean) and its decoder, put a
-# codebook of 256 codes between them, and train on. Same size, same pictures, same latent.
+# The first term moves the codes to the vectors, the second keeps the vectors near their codes. To compare KL and VQ, we
+# put a codebook of 256 codes into our VAE, and train on for a short time.
 
 
-# %%
+# %% tags=["hide-input"]
 def with_codebook(vae, n_embed=256):
     """A VQModel that starts with the weights of an AutoencoderKL."""
     model = VQModel(VQConfig(**asdict(vae.config) | {"double_z": False}, n_embed=n_embed, legacy=False))
     weights = {name: w.clone() for name, w in vae.state_dict().items()}
-    # The encoder says 8 numbers a pixel, and quant_conv makes 4 means and 4 log variances of them. Both are linear:
+    # The encoder outputs 8 numbers a pixel, and quant_conv makes 4 means and 4 log variances of them. Both are linear:
     # fold the half of quant_conv that makes the means into the convolution before it.
     to_mean, shift = weights["quant_conv.weight"][:4, :, 0, 0], weights["quant_conv.bias"][:4]
     last, bias = weights["encoder.conv_out.weight"], weights["encoder.conv_out.bias"]
@@ -613,6 +709,15 @@ def with_codebook(vae, n_embed=256):
     weights["quant_conv.bias"] = torch.zeros(4)
     model.load_state_dict(weights, strict=False)  # all but the codebook
     return model
+
+
+@torch.no_grad()
+def revive(model, x, recent):
+    """Set each code that was not chosen recently onto a random vector of the batch."""
+    h = model._encode(x).movedim(1, -1).flatten(0, -2)  # the encoder's output, before the codebook: [b·h·w 4]
+    codebook = model.quantize.embedding.weight
+    dead = model.quantize.usage(torch.cat(recent)) == 0 if recent else torch.ones(len(codebook), dtype=torch.bool)
+    codebook[dead] = h[torch.randint(len(h), (int(dead.sum()),))]
 
 
 steps, batch = (150, 4) if full else (4, 2)
@@ -635,7 +740,7 @@ def train_vq(revive):
         (error + quantizer_loss).backward()
         optimizer.step()
 
-        chosen.append(model.encode(x).indices)  # [batch 8 8]
+        chosen.append(model.encode(x).indices)  # [batch h w]
         recent = torch.cat(chosen[-10:])
         in_use = (model.quantize.usage(recent) > 0).sum().item()
         log.append((error.item(), in_use, model.quantize.perplexity(recent).item()))
@@ -643,341 +748,144 @@ def train_vq(revive):
 
 
 collapsed, collapsed_log = train_vq(revive=None)
-print(f"{steps} steps. Codes in use: {collapsed_log[1, -1]:.0f} of 256; perplexity {collapsed_log[2, -1]:.1f}")
-
-# %% [markdown]
-# **Perplexity** is a fairer count than "in use": $\exp(-\sum_k p_k \log p_k)$, where $p_k$ is the share of code
-# $k$. It is 256 if all are chosen equally often, and 1 if it is always the same one.
-#
-# What we see is **codebook collapse**. Codes start as tiny random vectors, all close to 0, in the middle of nowhere. A
-# few happen to be the nearest to many vectors. These are chosen, get gradients, and move to where the vectors are. So
-# they are chosen again. The others are nobody's nearest, get no gradient, and stay where they are: dead.
-#
-# **Predict.** How would you revive a code that is never chosen?
-#
-# <details><summary>One remedy</summary>
-#
-# Move it to where vectors are. Every 10 steps, each code that was not chosen in the last 10 is set onto a random
-# vector of the batch. From there it is somebody's nearest, and takes part. Others are: a start at the means of
-# k-means, smaller codes (the VQ-f4 of CompVis has vectors of 3 numbers only), codes that follow their vectors by
-# a running mean instead of by gradients.
-#
-# </details>
-
-
-# %%
-@torch.no_grad()
-def revive(model, x, recent):
-    h = model._encode(x).movedim(1, -1).flatten(0, -2)  # what the encoder says, before the codebook: [b·8·8, 4]
-    codebook = model.quantize.embedding.weight
-    dead = model.quantize.usage(torch.cat(recent)) == 0 if recent else torch.ones(len(codebook), dtype=torch.bool)
-    codebook[dead] = h[torch.randint(len(h), (int(dead.sum()),))]
-
-
 revived, revived_log = train_vq(revive)
-print(f"{steps} steps. Codes in use: {revived_log[1, -1]:.0f} of 256; perplexity {revived_log[2, -1]:.1f}")
-few_steps = torch.arange(steps)
+for name, log in [("plain", collapsed_log), ("revived", revived_log)]:
+    print(f"{name:8} after {steps} steps: {log[1, -1]:.0f} of 256 codes in use; perplexity {log[2, -1]:.1f}")
 panels = {}
 for i, title in enumerate(["mean absolute error", "codes in use, last 10 steps", "perplexity, last 10 steps"]):
-    panels[title] = {"plain": (few_steps, collapsed_log[i]), "dead codes revived": (few_steps, revived_log[i])}
+    panels[title] = {
+        "plain": (torch.arange(steps), collapsed_log[i]),
+        "dead codes revived": (torch.arange(steps), revived_log[i]),
+    }
 viz.curves(panels, "step", width=2.5, height=2.2)
 
-# %%
+# %% [markdown]
+# **Perplexity** is $\exp(-\sum_k p_k \log p_k)$, where $p_k$ is the share of code $k$: 256 if all are chosen equally
+# often, 1 if it is always the same one.
+#
+# The plain run shows **codebook collapse**. All codes start near 0. A few happen to be the nearest to many vectors, get
+# gradients, and move to where the vectors are, so they are chosen again. The others get no gradient: they are dead. In
+# the other run, every 10 steps each code that was not chosen lately is set onto a random vector of the batch.
+
+# %% tags=["hide-input"]
 with torch.no_grad():
     results = {"KL": autoencode(x_test)}
     for name, model in [("VQ, collapsed", collapsed), ("VQ, revived", revived)]:
         results[name] = torch.cat([model(part)[0] for part in x_test.split(64)])
-nats = test_posterior.kl().mean().item()
-codes = revived.encode(shown[:1]).indices
-print(f"a picture is {list(codes.shape[1:])} codes, the first row: {codes[0, 0].tolist()}")
-print(f"held-out pictures:  {'KL':14} {psnr(x_test, results['KL']):.1f} dB, {nats / 0.6931:.0f} bits a picture")
+places = revived.encode(x_test[:1]).indices[0].numel()
+print(f"held-out pictures:  {'KL':14} {psnr(x_test, results['KL']):.1f} dB, "
+      f"{test_posterior.kl().mean() / 0.6931:.0f} bits a picture")  # fmt: skip
 for name in ("VQ, collapsed", "VQ, revived"):
-    print(f"{'':20}{name:14} {psnr(x_test, results[name]):.1f} dB, at most {64 * 8} bits a picture")
-rows = [shown, *(x_hat[few_shown] for x_hat in results.values())]
-viz.strip(rows, labels=["held-out picture", *results])
+    print(f"{'':20}{name:14} {psnr(x_test, results[name]):.1f} dB, at most {8 * places} bits a picture")
+viz.strip([shown, *(x_hat[few[:4]] for x_hat in results.values())], labels=["held-out picture", *results])
 
 # %% [markdown]
-# And the two codebooks, as they are used on the held-out pictures: a cell for each of the 256 codes, the most used
-# first, row by row. The darker, the larger its share in percent.
+# A collapsed codebook has too few codes for the colours. With the revived one most of them come back. KL still draws
+# better, but its latents also carry far more bits. Rombach et al. tried both, and Stable Diffusion took KL. With VQ
+# they added noise to $h$, moved the result to its code before decoding (`VQModelInterface`), and left the scale factor
+# out, because they found a variance near 1 (appendix G).
+#
+# ## Optional: training without the scale factor
+#
+# Without the factor, the data have variance $1/\text{factor}^2$ instead of 1. So the curve of the log SNR (notebook 01)
+# moves up by a constant:
+#
+# $$\log \mathrm{SNR} = \log\frac{\bar\alpha_t}{1 - \bar\alpha_t} - 2 \log(\text{factor})$$
 
-# %%
-panels = {}
-for name, model in [("collapsed", collapsed), ("revived", revived)]:
-    with torch.no_grad():
-        usage = model.quantize.usage(torch.cat([model.encode(part).indices for part in x_test.split(64)]))  # [256]
-    share = 100 * usage.float() / usage.sum()
-    title = f"{name}: {int((usage > 0).sum())} codes are used,\nthe first for {share.max():.0f}% of all pixels"
-    panels[title] = share.sort(descending=True).values.view(16, 16)
-viz.matrices(panels, cell=(0.13, 0.13))
-
-# %% [markdown]
-# What to see: the curves first. Reviving the dead brings nearly all codes into use within 20 steps. The error by
-# then is below what the collapsed codebook reaches after 150. (That one does recover, but slowly: it wins a code now
-# and then, when the vectors come by.) In the pictures, some 40 codes are too few for the colours: purple turns blue,
-# the beetle brown and the apple yellow. With 253 codes most colours come back. (44 and 253 were counted in the last ten
-# batches of the training, 47 and 255 in the last figure on the held-out pictures.)
-#
-# KL still draws better, by 2 dB. It also says four times as much: its latents carry some 2,000 bits for a picture, and
-# 64 codes of 8 bits only 512. Also, the VQ model was trained for half a minute. The official VQ-f4 has 64×64 codes out
-# of 8,192 for 256×256 pixels.
-#
-# Which one does diffusion use? Rombach et al. tried both, and Stable Diffusion took KL. With VQ, the codebook
-# belongs to the decoder: noise is added to $h$, and what comes out is moved to its code before it is decoded
-# (`VQModelInterface`).
-#
-# ## Where 0.18215 comes from
-#
-# Diffusion adds noise of variance 1. Notebook 01 showed that data of another variance is not preserved, and
-# that its signal-to-noise ratio is another. So latents are multiplied by a **scale factor** that makes
-# their variance 1:
-#
-# $$s = \frac{1}{\mathrm{std}(z)}, \qquad z \text{ sampled, over all pictures, channels and places}
-#   \qquad \text{(Rombach et al., appendix G)}$$
-#
-# Stable Diffusion's 0.18215 is just that: its latents have a standard deviation of about $1 / 0.18215 = 5.49$ (R.
-# Rombach says so himself, in issue 437 of huggingface/diffusers). CompVis's code can measure it on the first batch of a
-# training run (`scale_by_std`); for Stable Diffusion it is a number in the configuration. Let us measure ours, and see
-# how many of its digits one batch can tell.
-
-# %%
-z_test = test_posterior.sample(generator=torch.Generator().manual_seed(0))  # [n 4 8 8]
-print(f"std of the latents {z_test.std():.3f}, so the factor is {1 / z_test.std():.4f}")
-print(f"in the model, measured on all its training pictures: {sd.scale_factor:.4f}")
-print("by channel, after scaling:  mean", [f"{m:.2f}" for m in (sd.scale_factor * z_test).mean((0, 2, 3))],
-      " std", [f"{s:.2f}" for s in (sd.scale_factor * z_test).std((0, 2, 3))])  # fmt: skip
-
-with torch.no_grad():
-    z_train = torch.cat([vae.encode(part).sample() for part in x_train.split(64)])
-for size in (4, 16, 64):
-    measured = [1 / z_train[torch.randint(len(z_train), (size,))].std().item() for _ in range(100)]
-    print(f"on one batch of {size:2}, 100 times: the factor is between {min(measured):.3f} and {max(measured):.3f}")
-
-_, between = train_toy(kl_weight=0.01)
-stds = [p.mean.std().item() for p in (plain_posterior, between, posterior_toy)]
-print("the toy's latents: std", ", ".join(f"{s:.1f} (KL weight {w})" for s, w in zip(stds, (0, 0.01, 1), strict=True)))
-
-# %% [markdown]
-# Five remarks.
-#
-# - The two factors differ a little, as they were measured on different pictures. A few pictures tell it roughly, and
-#   not to five digits. That does no harm. What does is another factor in drawing than in training: a model keeps the
-#   one of its training.
-# - From here on there are two latents: the autoencoder's own, which this notebook calls $z$, and the scaled one,
-#   $s \cdot z$, which is noised. The latter is the $x_0$ of notebooks 01 to 03, and `z` in notebook 07.
-# - There is **one** factor for all channels. After it, they are not alike: channel 2 has four times the standard
-#   deviation of channel 0, and the means are not 0. Only the variance of all numbers together is about 1.
-# - The weaker the KL term, the larger the latents: the toy shows it. Stable Diffusion's term is very weak,
-#   $\lambda = 10^{-6}$, and its latents are larger than ours, 5.5 against 1.6.
-# - VQ has no KL term, and Rombach et al. found a variance near 1 there, and left the factor out (appendix G).
-#
-# **Predict, then run.** Suppose that somebody forgets the factor. The data has variance $1/s^2$ instead of 1. What
-# becomes of the curve of the log SNR?
-#
-# <details><summary>Answer</summary>
-#
-# It moves up by a constant. The signal $\sqrt{\bar\alpha_t}\,z$ has the variance $\bar\alpha_t / s^2$, so
-# $\log \mathrm{SNR} = \log\frac{\bar\alpha_t}{1 - \bar\alpha_t} - 2 \log s$. For $s = 0.18215$ these are 3.4 nats, at
-# every $t$: the clock of notebook 01 is slow. And at the end, where nothing should be left of the picture,
-# $0.068 \cdot 5.49 = 0.37$ of it is.
-#
-# </details>
-
-# %%
+# %% tags=["hide-input"]
 schedule = sd.schedule
 t = torch.arange(schedule.timesteps)
 factors = {"scaled": 1.0, "ours, unscaled": sd.scale_factor, "Stable Diffusion's, unscaled": 0.18215}
 snr, left = {}, {}
-for name, s in factors.items():
-    snr[name] = (t, schedule.log_snr(t) - 2 * torch.log(torch.tensor(s)))
-    left[name] = (t, schedule.sqrt_alphas_cumprod / s)
-    half = (snr[name][1] < 0).int().argmax()
-    print(f"{name:29} more noise than signal from t = {half}; std of the signal that is left at the end: "
+for name, factor in factors.items():
+    snr[name] = (t, schedule.log_snr(t) - 2 * torch.log(torch.tensor(factor)))
+    left[name] = (t, schedule.sqrt_alphas_cumprod / factor)
+    crossing = (snr[name][1] < 0).int().argmax()
+    print(f"{name:29} more noise than signal from t = {crossing}; std of the signal that is left at the end: "
           f"{left[name][1][-1]:.3f}")  # fmt: skip
 viz.curves({"log SNR": snr, "std of the signal that is left": left}, log=["std of the signal that is left"], width=4.2)
 
-# %% [markdown]
-# How does it look? Below, a fox's latent is noised as training would. What is shown is $x_t$ divided by the standard
-# deviation of its latents, decoded: so the rows differ only in how much noise there is.
-
-# %%
+# %% tags=["hide-input"]
 times = [0, 350, 700, 999]
-noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(len(times), -1, -1, -1)
+noise = torch.randn(1, *raw.shape[1:], generator=torch.Generator().manual_seed(0)).expand(len(times), -1, -1, -1)
 unit = (sd.scale_factor * posterior.mean[:1]).expand_as(noise)  # latents of std 1
 rows = []
-for s in factors.values():
-    z_t = schedule.q_sample(unit / s, torch.tensor(times), noise)  # the data has the standard deviation 1 / s
-    rows.append(sd.decode_first_stage(z_t * s))
+for factor in factors.values():
+    x_t = schedule.q_sample(unit / factor, torch.tensor(times), noise)  # the data have a std of 1 / factor
+    alpha_bar = schedule.alphas_cumprod[times][:, None, None, None]
+    rows.append(sd.decode_first_stage(x_t / (alpha_bar / factor**2 + 1 - alpha_bar).sqrt()))  # at std 1 again
 viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 
 # %% [markdown]
-# In the lowest row the fox can still be seen at $t = 700$, where in the uppermost it is long gone. (It is pink, with
-# stripes: $\sqrt{\bar\alpha_t}$ has shrunk it, and latents so small the decoder was never shown.) A network that is
-# trained so gets easy questions at most $t$, and hardly ever the one that a drawing begins with: nothing but noise.
+# The figure decodes noisy latents of a fox, each brought to a standard deviation of 1, so that the rows differ only in
+# their share of noise. Trained without the factor, a network gets easy questions at most $t$, and never sees what a
+# drawing begins with: nothing but noise.
 #
-# It also goes wrong with a network that was trained *with* the factor, if its user forgets it. The sampler below
-# draws latents of standard deviation 1, as it was taught. The decoder wants them at their own scale, $z / s$.
+# How well is the factor known? How does the KL weight change the size of the latents?
 
-# %%
-prompt, options = "a fox, noto style", dict(steps=20 if full else 2, guidance_scale=4.0, seed=3, num_images=5)
-*_, last = sd.sample(prompt, **options)  # the generator under txt2img
+# %% tags=["hide-input"]
 with torch.no_grad():
-    z = last.x / sd.scale_factor  # as the decoder wants them
-    rows = [vae.decode(z), vae.decode(last.x), vae.decode(0.18215 * z)]
-    assert torch.equal(rows[0], sd.decode_first_stage(last.x))
-print(f"what the sampler drew: {list(last.x.shape)}, std {last.x.std():.2f}; divided by the factor: {z.std():.2f}")
-viz.strip(rows, labels=["divided by the factor", "forgotten", "forgotten, if it were 0.18215"])
+    raw_train = torch.cat([vae.encode(part).sample() for part in x_train.split(64)])
+for count in (4, 16, 64):
+    measured = [1 / raw_train[torch.randint(len(raw_train), (count,))].std().item() for _ in range(100)]
+    print(f"on one batch of {count:2}, 100 times: the factor is between {min(measured):.3f} and {max(measured):.3f}")
+_, _, between = train_toy(kl_weight=0.01)
+for weight, p in [(0, plain_posterior), (0.01, between), (1, toy_posterior)]:
+    print(f"the toy's latents with a KL weight of {weight}: std {p.mean.std():.1f}")
 
 # %% [markdown]
-# What to see: in the second row the decoder is told 0.63 of what was meant, and the foxes get blotches, and pink into
-# their white. In the third it is told 0.18, and little is left but stripes on pink. If a model of yours draws the right
-# things in the wrong colours, look here first. (`get_first_stage_encoding` and `decode_first_stage` are the places that
-# know the factor. Whoever calls `vae.encode` and `vae.decode` has to apply it.)
+# CompVis's code can measure the factor on the first batch (`scale_by_std`), so only roughly. And the weaker the KL
+# term, the larger the latents: those of Stable Diffusion are large.
 #
-# ## Between two pictures
-#
-# Half-way between two pictures lies no picture: in pixels, one shines through the other. In latents?
+# ## Optional: between two pictures
 
-# %%
+# %% tags=["hide-input"]
 weights = torch.linspace(0, 1, 5)[:, None, None, None]  # [5 1 1 1]
-fox, panda = (corpus.batch([corpus.captions.index(f"{name}, noto style")]) for name in ("fox", "panda"))
-in_pixels = torch.lerp(fox, panda, weights)  # (1 - w) · fox + w · panda, [5 3 32 32]
+one, other = (corpus.batch([corpus.captions.index(f"{name}, noto style")]) for name in ("fox", "panda"))
 with torch.no_grad():
-    z_fox, z_panda = vae.encode(fox).mode(), vae.encode(panda).mode()
-    in_latents = vae.decode(torch.lerp(z_fox, z_panda, weights))
+    ends = vae.encode(one).mode(), vae.encode(other).mode()
+    in_latents = vae.decode(torch.lerp(*ends, weights))
 pair = [[small.captions[i] for i in toy].index(f"{name}, noto style") for name in ("fox", "panda")]
-toy_path = draw(decoder, torch.lerp(z_vae[pair[0]], z_vae[pair[1]], weights.flatten()[:, None]))
-print(f"half-way, pixels and latents differ by {rms(in_latents[2] - in_pixels[2]):.3f} (root mean square)")
-viz.strip([in_pixels, in_latents, toy_path], [f"{w:.2f}" for w in weights.flatten()],
-          ["in pixels", "in 8x8x4 latents", "in the toy's two numbers"])  # fmt: skip
+in_toy = toy_pictures(decoder, torch.lerp(variational[pair[0]], variational[pair[1]], weights.flatten()[:, None]))
+viz.strip([torch.lerp(one, other, weights), in_latents, in_toy], [f"{w:.2f}" for w in weights.flatten()],
+          ["in pixels", "in latents", "in the toy's two numbers"])  # fmt: skip
 
 # %% [markdown]
-# What to see: in pixels, two heads shine through each other. In the 8×8×4 latents it is not so different. The
-# picture is cleaner, with one outline at a time, but it is still a dissolve. No wonder: the latent keeps every place
-# where it is, and each place changes by itself. Only in the toy, where two numbers mean the whole picture, is every
-# stop *something*. On its way from the fox to the panda it passes the hearts, because these lie between.
+# In pixels, one head shines through the other. In latents it is not so different, because each place changes by itself.
+# Only in the toy, where two numbers mean the whole picture, is every stop *something*. The smaller a latent, the more
+# it means and the less it keeps. Stable Diffusion's is large: a compressed picture, not an idea.
 #
-# The smaller a latent, the more it means and the less it keeps. Stable Diffusion's is large: it is a compressed
-# picture, not an idea. What a fox is, the UNet has to know.
+# ## Optional: a large picture in tiles
 #
-# ## What is lost on a photograph
-#
-# The autoencoder that ships has seen emoji and nothing else. But it is a convolutional network, so it takes
-# any picture whose sides are divisible by 4. Here is a cat, 64×64 pixels.
-#
-# **Predict, then run.** PCA of patches, made from emoji, had nearly 5 dB less than the VAE on new emoji. Which does
-# better on the photograph?
-#
-# <details><summary>Answer</summary>
-#
-# PCA, and by far. A mean colour and a slope describe fur as well as they describe anything. The VAE learned what
-# *emoji* look like, and what it has never seen, it turns into what it knows. Knowing the data is why it wins there, and
-# why it loses here.
-#
-# </details>
+# To save memory, a large latent can be decoded in **tiles** (`vae.enable_tiling`). But norms and attention see only
+# their tile, and a convolution finds zeros beyond its edge. So tiles overlap, and each fades into the next.
 
-# %%
-cat = photograph(64)  # [1 3 64 64]
+# %% tags=["hide-input"]
 with torch.no_grad():
-    z_cat = vae.encode(cat).mode()  # [1 4 16 16]
-print(f"photograph {list(cat.shape)}, latent {list(z_cat.shape)}")
-versions = {"photograph": cat, "PCA of patches": pca_patches(cat), "the VAE that ships": autoencode(cat)}
-notes = [["", *(f"{psnr(cat, x_hat):.1f} dB" for x_hat in list(versions.values())[1:])]]
-quarters = rearrange(cat, "1 c (i h) (j w) -> (i j) c h w", i=2, j=2)  # [4 3 32 32], a size that the VAE knows
-print(f"the VAE, on the four quarters one by one: {psnr(quarters, autoencode(quarters)):.1f} dB")
-viz.strip([torch.cat(list(versions.values()))], list(versions), notes=notes, size=1.92)
-
-# %% [markdown]
-# What to see: PCA keeps colours and shapes, in a mosaic. The VAE paints the cat with a broad brush: fur turns into
-# smooth strokes, the eyes go out, bright flecks appear where there are none, and a thin frame along the edges, where
-# emoji are white. It is not only the size: on quarters of 32×32 pixels, each encoded by itself, it gains 1 dB, and PCA
-# is still 4 dB better.
-#
-# Stable Diffusion's autoencoder was trained on photographs, and is far better at them. But with 48 times fewer numbers
-# it must lose something too: small letters, the faces of a crowd, fine regular texture. What the first stage can't
-# draw, no prompt will bring back. To see what a model can draw at best, encode a picture and decode it again.
-#
-# ## A large picture in tiles
-#
-# The maps at full resolution are what decoding costs in memory. For a large picture one may decode the latent in
-# **tiles**, one after the other: `vae.enable_tiling`. But each tile sees only itself. `GroupNorm` measures mean and
-# variance over the tile, attention looks around in the tile, and a convolution finds nothing beyond its edge. So tiles
-# do not fit together exactly. The remedy is to let them overlap, and to fade each into the next.
-#
-# **Predict, then run.** The larger the tiles, the nearer to decoding the whole. Does that make them nearer to the
-# photograph, too?
-
-# %%
-with torch.no_grad():
-    pictures = {"whole": vae.decode(z_cat)}
-    for side, overlap in [(32, 0.0), (16, 0.25), (32, 0.25), (48, 0.25)]:
+    pictures = {"whole": cat_hat}
+    for side, overlap in [(size, 0.0), (size // 2, 0.25), (size, 0.25), (3 * size // 2, 0.25)]:
         vae.enable_tiling(tile_size=side, overlap=overlap)
-        pictures[f"tiles of {side},\noverlap {overlap:.0%}"] = vae.decode(z_cat)
+        pictures[f"tiles of {side},\noverlap {overlap:.0%}"] = vae.decode(raw_cat)
     vae.disable_tiling()
-
-print(f"photograph {list(cat.shape)}, latent {list(z_cat.shape)}; tiles of 32x32 pixels are 8x8 in the latent")
-for name, x in pictures.items():
-    across = (x[..., 1:] - x[..., :-1]).abs().mean((0, 1, 2))  # from each column to the next, [63]
-    seam = across[31] / across.median()  # between columns 31 and 32 the tiles of 32 meet, where they do not overlap
-    from_whole, from_cat = rms(x - pictures["whole"]), rms(x.clamp(-1, 1) - cat)
+for name, picture in pictures.items():
+    across = (picture[..., 1:] - picture[..., :-1]).abs().mean((0, 1, 2))  # from each column to the next
+    seam = across[size - 1] / across.median()  # in the middle, where two tiles meet if they do not overlap
+    from_whole, from_cat = rms(picture - cat_hat), rms(picture.clamp(-1, 1) - cat)
     print(f"{name.replace(chr(10), ' '):26} from the whole {from_whole:.2f}, from the photograph {from_cat:.2f}; "
           f"the step in the middle is {seam:.1f} times the usual one")  # fmt: skip
 viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 
 # %% [markdown]
-# What to see: without overlap there is a bright cross, and the step across it is several times the usual one. It comes
-# from the zeros that a convolution pads with at an edge (see *Try it*): they mean that a *picture* ends here, and where
-# emoji end, they are white. With overlap and fading the cross is gone. The colours still are not those of the whole:
-# each tile has norms and attention of its own.
+# Without overlap there is a bright cross. It comes from the zeros: to this decoder they mean that a *picture* ends
+# here, and where emoji end they are white. With overlap the cross is gone, though the colours are not those of the
+# whole. Tiles of half the training size are the farthest from the photograph, so tiles should not be smaller than the
+# pictures of the training (256×256 for Stable Diffusion, the default).
 #
-# The whole is not the nearest to the photograph: tiles of 32 and of 48 with an overlap are a little nearer. 32 is the
-# size of the pictures of the training, and the likely reason is that the norms and the attention find there what they
-# are used to. Tiles of 16 are the farthest. So a tile should not be smaller than those pictures; for Stable Diffusion
-# they have 256×256, which is the default of `enable_tiling`.
-
-# %%
-print(f"This notebook took {time.time() - start:.0f} s.")
-
-# %% [markdown]
-# ## Recap
+# ## Optional: in the CompVis source, and to try
 #
-# - A latent makes each layer cheaper: convolutions by $f^2$, attention by $f^4$.
-# - An autoencoder that only reconstructs leaves holes. A VAE answers with a mean and a variance, samples
-#   $z = \mu + \sigma \epsilon$, and pays $\tfrac12(\mu^2 + \sigma^2 - 1 - \log\sigma^2)$ for each number.
-# - In Stable Diffusion the KL term is tiny. It keeps latents smooth and in reach; to know which latents are pictures
-#   is left to diffusion.
-# - VQ replaces each pixel of the latent by the nearest of a list of codes. Gradients go straight through. Codes that
-#   are never chosen die, and can be revived.
-# - The scale factor is $1 / \mathrm{std}(z)$. Without it, the noise schedule is another one than you think.
-# - A decoder can be trained further by itself. As long as the encoder stays, the latents do, and the UNet fits.
-# - An autoencoder knows what it was trained on, and no more.
-#
-# ## In the CompVis source
-#
-# | here | there | file |
-# |---|---|---|
-# | `AutoencoderKL`, `VQModel`, `VQModelInterface` | the same names | `ldm/models/autoencoder.py` |
-# | `Encoder`, `Decoder`, `ResnetBlock`, `AttnBlock` | the same names | `ldm/modules/diffusionmodules/model.py` |
-# | `DiagonalGaussianDistribution` | the same name | `ldm/modules/distributions/distributions.py` |
-# | `VectorQuantizer` | `VectorQuantizer2`, in taming-transformers | `taming/modules/vqvae/quantize.py` |
-# | `legacy=False` | `legacy=True` is the default there, with $\beta$ on the other term | same |
-# | `sd.scale_factor` | `scale_factor` in the YAML; or measured, with `scale_by_std` | `ldm/models/diffusion/ddpm.py` |
-# | `get_first_stage_encoding` | the same name: `scale_factor * posterior.sample()` | same |
-# | `decode_first_stage` | the same name: divides by `scale_factor`, then decodes | same |
-# | L1 and KL; if asked, more (`training/vae.py`) | `LPIPSWithDiscriminator`: LPIPS, GAN | `ldm/modules/losses/` |
-# | `enable_tiling` | has no counterpart; diffusers has the same | |
-#
-# With an error of pixels alone, what the latent does not say becomes a middle of all that is possible: a blur. CompVis
-# adds a perceptual distance (LPIPS) and a discriminator, which would rather see wrong detail than none.
-#
-# ## Try it
+# [The page of this stage](../docs/vae.md) lists the classes with their files. One trap: `VectorQuantizer2` of
+# taming-transformers has `legacy=True` by default, with $\beta$ on the other term.
 #
 # - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
-# - Give the codebook 16 codes, then 1,024. How do PSNR and perplexity follow?
-# - Try `photograph(32)`: is the cat easier as an icon?
-# - Where does the cross come from? Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads, and
-#   decode in tiles without overlap again. (The bright cross goes, and the cat with it. What else did the zeros tell?)
-# - The exercises of this stage are in [`exercises/04_vae.ipynb`](exercises/04_vae.ipynb): the sample, the KL, the
-#   nearest code, the straight-through gradient, the scale factor and others; a checker names the mistake.
-#
-# Before this: [notebook 03](03_unet.ipynb), the network that reads latents. Next: [notebook 05](05_clip.ipynb), how a
-# sentence becomes numbers.
+# - Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads. What becomes of the cross, and of
+#   the cat?

@@ -600,10 +600,10 @@ def test_vector_field_keeps_directions_and_caps_lengths(viz):
     assert drawn(figure).std() > 5 and is_closed(figure)
 
 
-def test_loss_by_timestep_draws_the_floor_in_black(viz):
+def test_curves_draws_what_is_exact_in_black(viz):
     t = [0, 500, 999]
     panels = {"toy": {"a": (t, [0.9, 0.5, 0.1])}, "pictures": {"a": (t, torch.tensor([0.8, 0.2, 0.01]))}}
-    figure = viz.loss_by_timestep(panels, {"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
+    figure = viz.curves(panels, exact={"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
     toy, pictures = figure.axes
     assert [line.get_color() for line in toy.lines] == [viz.COLOURS[0], "black"]
     assert list(toy.lines[1].get_ydata()) == pytest.approx([0.8, 0.4, 0.05])
