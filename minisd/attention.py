@@ -222,6 +222,7 @@ class SpatialTransformer(nn.Module):
         inner_dim = heads * dim_head
         # The checkpoint was trained with eps 1e-6 here and with 1e-5 in the ResBlocks, which its weights do not show.
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        # Into the blocks and out of them again. Inside, a token has dim_head channels for each head.
         self.proj_in = nn.Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout) for _ in range(depth)

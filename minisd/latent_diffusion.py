@@ -154,11 +154,11 @@ class AllSamplerOptions(SamplerOptions, total=False):
 def _draws(method: Callable) -> Callable:
     """Decorator of a method that draws: its errors say which argument was meant, or what to lower for want of memory.
 
-    In the method's signature and help, the options of the sampler stand one by one in place of `**options`.
+    In the method's signature and help, the options of the sampler are listed one by one in place of `**options`.
     """
     signature = inspect.signature(method)
     *parameters, rest = signature.parameters.values()
-    (options,) = get_args(rest.annotation)
+    (options,) = get_args(rest.annotation)  # the class in `Unpack[...]`, which has a name and a type for each option
     for name, kind in options.__annotations__.items():
         parameters.append(inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=kind))
     names = [parameter.name for parameter in parameters if parameter.name != "self"]
@@ -614,6 +614,7 @@ class LatentDiffusion(nn.Module):
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
         """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
+        # The size is checked twice: as it is asked for, before a file is read; and as the picture has it.
         self.latent_shape(height, width)
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])

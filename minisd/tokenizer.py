@@ -66,6 +66,7 @@ class BPETokenizer:
     def __init__(
         self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END, added: dict[str, int] | None = None
     ):
+        # Some files list start and end among the added words, but these two are part of every vocabulary.
         self.added = {word: i for word, i in (added or {}).items() if word not in (START, END)}
         vocab = vocab | self.added
         unknown = [token for token in (START, END, pad) if token not in vocab]

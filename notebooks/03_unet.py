@@ -27,6 +27,19 @@
 # [The UNet](../docs/play.md#tour=unet), [The time embedding](../docs/play.md#tour=time) and
 # [Cross-attention](../docs/play.md#tour=attention) of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 
@@ -47,6 +60,7 @@ from minisd.instruments.unet_outline import outline
 from minisd.unet import ResBlock, UNetConfig, UNetModel
 
 full = MODE == "full"
+Layer = Callable[[Tensor], Tensor]  # the type of a function from a tensor to a tensor
 
 # %% [markdown]
 # ## Where we are
@@ -143,7 +157,7 @@ viz.unet_diagram(blocks, "the UNet of this model")
 # Read it down on the left and up on the right. Each box is a block, with the channels and the size of its output. A
 # *Res* (ResBlock) mixes neighbouring pixels and gets the time. A *Transformer* (blue) lets all pixels read each other
 # and the text. The dashed lines are the skip connections, with the number of channels that they carry. Stable
-# Diffusion's UNet has more levels and blocks, but no other parts ([below](#Optional:-the-UNet-of-Stable-Diffusion)).
+# Diffusion's UNet has more levels and blocks, but no other parts (an optional section has it).
 #
 # This is `UNetModel.forward`, without its checks (`emb` is the time, as a vector):
 
@@ -345,7 +359,7 @@ viz.diagram("res_block")
 # - **SiLU** is $x\,\sigma(x)$, a smooth ReLU.
 # - **skip** is the identity, or a 1×1 convolution where the number of channels changes. Because the input is *added*,
 #   the block only has to learn what to change. The last convolution starts at zero, so that a new block changes nothing
-#   ([more](#Optional:-layers-that-start-at-zero)).
+#   (an optional section below shows why).
 
 
 # %%
@@ -406,9 +420,6 @@ viz.diagram("heads")
 # Project the pixels to queries and the context to keys and values, split the heads, apply the equation, merge the
 # heads, and project back. Through this layer a prompt acts on the picture. (To split the heads, use `rearrange` of
 # einops, or `unflatten` and `transpose`.)
-
-# %% tags=["hide-input"]
-Layer = Callable[[Tensor], Tensor]  # a type in the stub below: a function from a tensor to a tensor
 
 
 # %% tags=["exercise"]
@@ -566,7 +577,7 @@ viz.strip([draw_with(kept) for kept in kinds.values()], labels=list(kinds), size
 # (notebook 05). So `<end>` and the padding have read the *whole* prompt, and the UNet has learned to read there.
 #
 # A map says where a pixel looks. It does not say what it finds there, nor what it does with it. Take a map as a
-# question, and change something to get the answer. ([More maps](#Optional:-more-attention-maps) are below.)
+# question, and change something to get the answer. (An optional section has more maps.)
 #
 # ## What you know now
 #
@@ -641,8 +652,8 @@ for step in range(4):
 # multiplied by zero. After one step it is no longer zero, and the gradient reaches the last layer of each branch and
 # what stands beside the branches; after two, everything.
 #
-# So every block starts as the identity, however deep the network is. (For your tests: two fresh networks that differ
-# inside a block give the same output. Fill all layers with random numbers first.)
+# So every block starts as the identity, however deep the network is. (A test that compares two fresh networks therefore
+# sees nothing of what is inside the blocks.)
 #
 # ## Optional: where the parameters are
 
@@ -732,7 +743,7 @@ viz.attention_maps(rows, recorded.pictures[0], words, labels, size=0.85)
 # %% [markdown]
 # Most of the attention goes to the padding, about as much as an even share. In the middle block the centre looks at
 # "fox", but even more at `<start>`, whose vector is the same in every prompt. (Perhaps it is a place to look at when
-# there is nothing to ask.) In the other layers the maps of "fox" show no fox. Does the middle block show the fox, or
+# there is nothing to ask.) Does the middle block show the fox, or
 # only the middle of the picture? The same layer, for six prompts:
 
 # %% tags=["hide-input"]

@@ -20,12 +20,25 @@
 # - compute the scale factor (0.18215 in Stable Diffusion), and recognise a picture for which it was forgotten;
 # - say what an autoencoder loses, and why its pictures tend to be blurred.
 #
-# About 55 minutes, with two exercises; it runs in about 3 minutes on a laptop.
+# About 45 minutes, with two exercises; it runs in about 3 minutes on a laptop.
 #
 # Before: [notebook 03](03_unet.ipynb), the network that works on latents. After: [notebook 05](05_clip.ipynb), how a
 # prompt becomes numbers. The modules are [`minisd/vae.py`](../minisd/vae.py) and [`minisd/vq.py`](../minisd/vq.py). To
 # change a latent in your browser and see it decoded, open the stop [Decoding](../docs/play.md#tour=decoding) of the
 # guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -752,8 +765,7 @@ viz.curves(panels, "step", width=2.5, height=2.2)
 #
 # The plain run shows **codebook collapse**. All codes start near 0. A few happen to be the nearest to many vectors, get
 # gradients, and move to where the vectors are, so they are chosen again. The others get no gradient: they are dead. In
-# the other run, every 10 steps each code that was not chosen lately is set onto a random vector of the batch. (Other
-# remedies: start at the means of k-means, use smaller codes, let the codes follow a running mean of their vectors.)
+# the other run, every 10 steps each code that was not chosen lately is set onto a random vector of the batch.
 
 # %% tags=["hide-input"]
 with torch.no_grad():
@@ -875,6 +887,5 @@ viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 # taming-transformers has `legacy=True` by default, with $\beta$ on the other term.
 #
 # - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
-# - Give the codebook 16 codes, then 1,024. How do PSNR and perplexity follow?
 # - Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads. What becomes of the cross, and of
 #   the cat?

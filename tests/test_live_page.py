@@ -541,6 +541,24 @@ def test_minisd_page_writes_a_page_of_any_model(opened, sd, tmp_path, capsys):
     cli.main(["page", "--model", "tiny", "--out", str(out), "--prompts"])  # another in its place, without a recording
 
 
+def test_a_page_of_64x64_pixels_records_and_draws_the_same(opened, randomise, tmp_path):
+    """With the sizes of the preset, whose UNet reads the prompt on maps of three sizes, and random weights."""
+    tokenizer = minisd.BPETokenizer.load(WEIGHTS / "emoji" / "tokenizer")
+    sd = randomise(minisd.LatentDiffusion(minisd.PRESETS["emoji-64"], tokenizer))
+    minisd.save(sd, tmp_path / "mine", dtype=torch.float16)
+    sd = minisd.load(tmp_path / "mine", "cpu")
+    live.write_page(tmp_path / "mine", tmp_path / "page", "mine", [live.record(sd, "a red fox")])
+    page = opened(address=(tmp_path / "page" / "index.html").as_uri())
+    sizes = "Object.values(live.run.steps[9].attention).map(({ h, w, weights }) => [h, w, weights.length / h / w])"
+    assert page.evaluate(sizes) == [[side, side, 32] for side in (16, 8, 4, 8, 8, 16, 16)]
+    case = {"prompt": "a red fox above a heart", "negative": "blue", "seed": 4, "sampler": "euler"}
+    draw(page, **case, steps=3, guidance=3)
+    theirs = sd.txt2img(
+        case["prompt"], negative_prompt="blue", steps=3, guidance_scale=3.0, sampler="euler", seed=4
+    ).images[0]
+    assert shown(page).shape == (64, 64, 3) and off(shown(page), theirs) <= 1
+
+
 @pytest.mark.parametrize("before", ["nothing", "a page"])
 def test_a_page_is_written_whole_or_not_at_all(before, tmp_path, monkeypatch):
     """A full disk leaves nothing that looks like a page, and the page that was there."""

@@ -235,6 +235,7 @@ def test_the_address_holds_the_stop_beside_the_drawing(open_stop):
     assert {"prompt=a+star", "tour=guidance"} <= set(page.url.split("#")[1].split("&"))
     page.click(".minisd-tour > .tools:first-child button")
     assert page.evaluate("tour.stop") is None and "tour=" not in page.url
+    assert page.evaluate("document.activeElement.textContent") == TEXTS["ui"]["start"]
     page.get_by_role("button", name=TEXTS["ui"]["start"]).click()
     assert page.evaluate("tour.stop.id") == "overview"
 
@@ -394,6 +395,19 @@ def test_a_drawing_without_the_tour_is_repeated_for_a_stop_that_needs_more(open_
     page.wait_for_function("live.run.done && live.selected === 4")
     settle(page)
     assert page.evaluate("Object.keys(live.run.steps[0].activations).length") > 3
+
+
+def test_a_drawing_that_lacks_something_is_not_repeated_for_ever(open_stop, page):
+    """Made by the tour itself, but without guidance, and without pictures of its steps."""
+    page.evaluate("tour.draw({ steps: 3, preview: 0, guidance: 1 })")
+    page.evaluate("live.starts = 0; live.addEventListener('start', () => live.starts++)")
+    for name in STOPS:
+        open_stop(name)
+    assert page.evaluate("live.starts") == 0
+    open_stop("guidance").get_by_role("button", name=TEXTS["ui"]["draw"]).click()
+    page.wait_for_selector(".minisd-tour .pair canvas")
+    page.wait_for_function("live.run.done")
+    assert page.evaluate("[live.starts, live.request.guidance]") == [1, 4]
 
 
 def test_a_stop_with_a_slider_opens_in_the_middle_unless_a_step_was_chosen(open_stop, page):

@@ -242,6 +242,11 @@ class Corpus(Dataset):
         """Each caption in the form of every template."""
         return [[template.format(caption) for template in self.templates] for caption in self.captions]
 
+    def identified_by(self, what: str, content: list) -> str:
+        """A fingerprint: how many pictures, or scenes, of which size, and a hash of what they are made from."""
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return f"{len(self)} {what} of {self.size}x{self.size} ({digest[:12]})"
+
 
 class CaptionedPictures(Corpus):
     """The pictures of a folder and their captions.
@@ -363,8 +368,7 @@ class CaptionedPictures(Corpus):
         The pixels are not hashed, because that would take too long for a large corpus.
         """
         named = [(row["file_name"], caption) for row, caption in zip(self.rows, self.captions, strict=True)]
-        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-        return f"{len(self)} pictures of {self.size}x{self.size} ({digest[:12]})"
+        return self.identified_by("pictures", named)
 
     @cached_property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:

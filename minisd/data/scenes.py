@@ -16,8 +16,6 @@ k. So a longer data set begins with the scenes of a shorter one.
 """
 
 import colorsys
-import hashlib
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -272,8 +270,7 @@ class Scenes(Corpus):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.things, self.captions]).encode()).hexdigest()
-        return f"{len(self)} scenes of {self.size}x{self.size} ({digest[:12]})"
+        return self.identified_by("scenes", [self.things, self.captions])
 
 
 # Cutting out ----------------------------------------------------------------------------------------------------------

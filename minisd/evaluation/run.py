@@ -84,8 +84,7 @@ class Evaluator:
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
         if not all("concept" in row for row in data.rows):
             raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as `minisd data emoji` does")
-        splits = [row.get("split", "train") for row in data.rows]
-        members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
+        members = {s: [i for i, row in enumerate(data.rows) if row.get("split", "train") == s] for s in SPLITS}
         for split in ("train", "test_pair"):
             if min(count, len(members[split])) < FEWEST:
                 raise ValueError(

@@ -305,9 +305,11 @@
 
     // What is left is the button that opens it.
     close() {
+      const focused = this.element.contains(document.activeElement);
       this.stop = null;
       this.writeAddress();
       this.element.replaceChildren(button(this.texts.ui.start, () => this.open()));
+      if (focused) this.element.firstChild.focus();
     }
 
     // A drawing ends at its last step. Those stops that have a slider show more at a middle one.
@@ -471,7 +473,7 @@
         this.missing.hidden = Boolean(elements) || Boolean(run && !run.done);
         this.box.replaceChildren(...(elements ?? []));
         // A drawing that was made without the tour lacks what only the tour shows.
-        if (!elements && run?.done && live.about && !stop.missing) this.draw();
+        if (!elements && run?.done && live.about && !stop.missing && !run.request.activations) this.draw();
         this.writeRule(live.request?.sampler);
         if (!step) return;
         Object.assign(this.mirror, { max: run.steps.length, value: step.i + 1 });

@@ -481,12 +481,15 @@ class Trainer:
     # --- log and checkpoints --------------------------------------------------------------------------------------
 
     def _log(self, step: int, figures: dict[str, float]) -> None:
+        """Collect the figures of a step. Every `log_every` steps, write their means to the log."""
+        # The clock also runs while samples are drawn and checkpoints are written.
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._since_log.append(figures)
         if (step + 1) % self.recipe.log_every:
             return
         line = {"step": step + 1, "lr": self.recipe.lr_at(step)}
+        # Not every step has every figure: those of a discriminator begin at disc_start.
         for name in dict.fromkeys(name for f in self._since_log for name in f):
             line[name] = float(np.mean([f[name] for f in self._since_log if name in f]))
         samples = len(self._since_log) * self.recipe.batch_size
@@ -499,7 +502,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Older ones are deleted only after it has been written completely."""
-        self._read()  # a step that has no number raises an error here, before its effects are saved
+        self._read()  # a figure that is NaN or infinite raises an error here, before its effects are saved
         weights = {name: network.state_dict() for name, network in self.networks.items()}
         for name, numbers in [*weights.items(), ("EMA", self.ema.weights)]:
             refuse_no_numbers(numbers, f"the {name} after step {self.step}, which is not saved,")

@@ -14,7 +14,6 @@ al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +87,14 @@ def train_unet(
     torch.manual_seed(recipe.seed)  # the initial weights of a new UNet
     sd = model if isinstance(model, LatentDiffusion) else assemble(model, clip, vae, data, condition, column)
     folder, condition = Path(folder), sd.cond_stage_model
-    _check(sd, recipe, data, keep_at)
+    if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
+        raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
+    if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
+        raise ValueError(
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
+            "no condition of minisd makes these: train a model without them, or one for inpainting"
+        )
+    refuse_another_size(data, sd.config.image_size, "this model draws")
 
     # Only the UNet is trained, and the condition's encoder if it is not frozen (a table of class embeddings). Nothing
     # else gets gradients. The weights are kept in float32: AdamW's small updates would be rounded away in 16 bits.
@@ -136,7 +142,11 @@ def train_unet(
             shown = [prompts[i][0] for i in indices]
             return sd.txt2img(shown, steps=20, guidance_scale=recipe.guidance_scale, seed=0, c_concat=maps).pictures
 
-    with _called_through(sd, trainer.model):
+    with contextlib.ExitStack() as undo:
+        # In the loop, the model calls the UNet through the engine's wrapper, which averages gradients (DDP). So a step
+        # uses the same methods as drawing does, `apply_model` and `p_losses`, as in CompVis.
+        undo.callback(setattr, sd.model, "diffusion_model", sd.model.diffusion_model)
+        sd.model.diffusion_model = trainer.model
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
                 # For each picture of the batch, choose at random one wording of its prompt, a timestep t from
@@ -216,19 +226,6 @@ def train_unet(
     return sd.eval()
 
 
-@contextlib.contextmanager
-def _called_through(sd: LatentDiffusion, prepared: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model calls the UNet through the engine's wrapper, which averages gradients (DDP).
-
-    In this way a training step uses the same methods as drawing does, `apply_model` and `p_losses`, as in CompVis.
-    """
-    unet, sd.model.diffusion_model = sd.model.diffusion_model, prepared
-    try:
-        yield
-    finally:
-        sd.model.diffusion_model = unet
-
-
 class UNetAndCondition(nn.Module):
     """The UNet and a condition that is trained with it, as one module for the optimiser, the EMA and the engine.
 
@@ -241,18 +238,6 @@ class UNetAndCondition(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         return self.model(x, t, context)
-
-
-def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple[int, ...]) -> None:
-    """Raise ValueError if the model cannot be trained on these pictures with this recipe."""
-    if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
-        raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
-    if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
-        raise ValueError(
-            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
-            "no condition of minisd makes these: train a model without them, or one for inpainting"
-        )
-    refuse_another_size(data, sd.config.image_size, "this model draws")
 
 
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
