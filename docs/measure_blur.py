@@ -1,7 +1,7 @@
 """Where the model that ships loses detail, for the table in docs/faq.md:   python docs/measure_blur.py
 
-Detail is what a picture loses when each pixel is replaced by the mean of its 3x3 neighbours, as a standard deviation. It
-is given as a share of that of the real pictures.
+Detail is what a picture loses when each pixel is replaced by the mean of its 3x3 neighbours, as a standard deviation.
+It is given as a share of that of the real pictures.
 """
 
 import torch

@@ -26,6 +26,19 @@
 # module is [`minisd/noising.py`](../minisd/noising.py). In the browser:
 # [What training did](../docs/play.md#tour=training), a stop of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 
@@ -93,7 +106,7 @@ viz.strip([x_0], titles=names)
 #
 # **How we count.** In the code, $t = 0$ is the picture after the first step, and $t = 999$ the one after the
 # thousandth. The papers count from 1, so their last picture is $x_T$ with $T = 1000$. The clean picture is called $x_0$
-# in both.
+# in both (so $x_0$ is not the picture at $t = 0$).
 
 # %%
 schedule = minisd.NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)  # Stable Diffusion's
@@ -314,7 +327,7 @@ while k < 32:
 # Not quite. Under Stable Diffusion's schedule, 7% of the picture (the factor 0.068) is still in the last $x_t$. How far
 # is that from pure noise, from which drawing starts? Such distances are measured by the **Kullback-Leibler divergence**
 # ([KL](../docs/glossary.md)), $D_{KL}(q\,\|\,p) = \mathbb E_q[\log q - \log p]$. It is 0 if two distributions are the
-# same, and the larger the easier they can be told apart. With logarithms to the base 2 it is measured in bits.
+# same, and it grows as they become easier to tell apart. With logarithms to the base 2 it is measured in bits.
 
 # %% tags=["hide-input"]
 table = [f"{'':14}   √ᾱ_T     KL per number    KL per picture"]
@@ -416,7 +429,7 @@ viz.histograms(panels, gaussians, "the Gaussian with their mean and variance", b
 # 300 steps earlier there are three needles: the three numbers. No Gaussian is anything like that. But a *short* way
 # back ends in a bell, and a bell needs only two numbers: its mean, which a network can estimate, and its variance,
 # which is nearly that of the step itself, $\beta_t$. **The thousand steps are needed for the way back.** (If you know
-# $x_0$, the step back is a Gaussian of any length: see the optional section *One step back*.)
+# $x_0$, the step back is a Gaussian, however long it is: see the optional section *One step back*.)
 #
 # ## The best possible estimate
 #
@@ -478,7 +491,7 @@ viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 # Read the upper half from left to right. First the best estimate is the mean of nearly all pictures, then a blur of
 # what is still possible, then one picture. **The blur is not a fault.** It is the right answer as long as many pictures
 # are possible, and a trained network gives it, too. In the lower half, under Stable Diffusion's schedule, only a
-# fraction of the pictures is left even at $t = 999$. These are the bits from above.
+# fraction of the pictures is left even at $t = 999$. This is the work of the 7 bits.
 #
 # ## Drawing without a network
 #
@@ -598,8 +611,8 @@ viz.histograms(panels, gaussians)
 # %% [markdown]
 # ## Optional: one step back
 #
-# Suppose that you know the picture $x_0$. Then Bayes' rule says exactly where $x_{t-1}$ was, and it is one more
-# Gaussian:
+# Suppose that you know the picture $x_0$. Then Bayes' rule gives the exact distribution of $x_{t-1}$, and it is one
+# more Gaussian:
 #
 # $$q(x_{t-1} \mid x_t, x_0) = \mathcal N(\tilde\mu_t,\, \tilde\beta_t I), \qquad
 #   \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0
@@ -643,7 +656,7 @@ after = (1 - coarse.betas[t]).sqrt() * before + coarse.betas[t].sqrt() * torch.r
 mean, variance, _ = coarse.q_mean_variance(ones[:1], torch.tensor([t - 1]))
 panels, gaussians = {"all": {"$x_{t-1}$": before}}, {"all": (mean.item(), variance.item())}
 for x_t in (-1.0, 0.5, 2.0):
-    title = f"those that went on to $x_t$ = {x_t}"
+    title = f"then $x_t$ = {x_t}"
     chosen = before[(after - x_t).abs() < 0.02]
     mean, variance, _ = coarse.q_posterior(ones[:1], torch.tensor([x_t]), torch.tensor([t]))
     panels[title], gaussians[title] = {"$x_{t-1}$": chosen}, (mean.item(), variance.item())

@@ -25,6 +25,19 @@
 # Diffusion. The module is [`minisd/loss.py`](../minisd/loss.py). In the browser:
 # [What training did](../docs/play.md#tour=training), a stop of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 
@@ -335,7 +348,7 @@ figure
 #   $t$ it is all there is.
 #
 # Now the model that ships. We measure it on pictures of its training and on pictures that were held out, with the right
-# caption and with none. (The floor belongs to the training pictures.)
+# caption and with none. (The exact denoiser knows the training pictures only.)
 
 # %% tags=["hide-input"]
 rows = corpus.rows if full else corpus.rows[:60]
@@ -795,7 +808,7 @@ viz.loss_by_timestep(panels, {"loss": (timesteps, floor)}, "the floor")
 # ## Optional: one answer in three forms
 #
 # $\bar\alpha_t$ and $1-\bar\alpha_t$ sum to 1, so their roots are the cosine and the sine of an angle, and $(x_t, v)$
-# is $(x_0, \epsilon)$ turned by it. To turn it back is as short ([Salimans & Ho
+# is $(x_0, \epsilon)$ turned by it. Turning it back is as short ([Salimans & Ho
 # 2022](https://arxiv.org/abs/2202.00512), appendix D):
 #
 # $$x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\,v, \qquad

@@ -119,6 +119,22 @@ def test_ddim_and_plms_equal_compvis(compvis, monkeypatch, name):
     assert_equal(trajectory[-1].x, compvis[f"{name}.x0"])
 
 
+def test_ddpm_is_the_line_of_the_paper_at_every_timestep():
+    """Algorithm 2 in ε̂, the posterior mean with x̂_0 in it, and our rule: docs/faq.md has the algebra."""
+    schedule = NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)
+    generator = torch.Generator().manual_seed(0)
+    x_t, eps = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    for t in range(1000):
+        a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t - 1) if t else 1.0
+        alpha = a_t / a_prev
+        paper = (x_t - (1 - alpha) / math.sqrt(1 - a_t) * eps) / math.sqrt(alpha)
+        ours, x0, _ = sampling.SAMPLERS["ddpm"].rule(x_t, eps, a_t, a_prev, torch.zeros_like(x_t))
+        assert torch.allclose(ours, paper, rtol=1e-9, atol=1e-9)
+        mean, variance, _ = schedule.q_posterior(x0, x_t, torch.tensor([t]))
+        assert torch.allclose(mean, paper, rtol=1e-4, atol=1e-4)  # its table is in float32
+        assert (float(variance) == 0) == (t == 0)  # no noise is added in the last step
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddpm_equals_compvis_over_1000_steps(compvis, monkeypatch, clip):
     replay(monkeypatch, compvis["ddpm.noises"])
