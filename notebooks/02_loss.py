@@ -334,7 +334,7 @@ panels = {
     "after training, by t": {name: (timesteps, by_model[name]) for name in ("copies x_t", "our network")},
 }
 floors = {"after training, by t": (timesteps, by_model["exact (the floor)"])}
-figure = viz.loss_by_timestep(panels, floors, "the floor", log=list(panels), xlabel="step, or t")
+figure = viz.curves(panels, "step, or t", "loss", list(panels), floors, "the floor", width=3.4)
 figure.axes[-1].set_ylim(1e-4, 2)
 figure
 
@@ -382,7 +382,7 @@ for title, indices in {"pictures of the training": seen, "held-out pictures": un
     w = minisd.loss.min_snr_weight(sd.schedule.snr(torch.tensor(timesteps)), 5.0)
     print(f"min-SNR weights: {', '.join(f'{name} {mean_over_t(w * y):.3f}' for name, y in lines.items())}")
 
-figure = viz.loss_by_timestep(panels, floors, "exact, knows the training pictures", log=list(panels))
+figure = viz.curves(panels, "t", "loss", list(panels), floors, "exact, knows the training pictures", width=3.4)
 for axes in figure.axes:
     axes.set_ylim(5e-4, 1e3)
 figure
@@ -799,7 +799,7 @@ panels = {
     "loss": {name: (timesteps, y) for name, y in by_model.items()},
     "squared distance from the exact answer": {name: (timesteps, y) for name, y in above.items()},
 }
-viz.loss_by_timestep(panels, {"loss": (timesteps, floor)}, "the floor")
+viz.curves(panels, exact={"loss": (timesteps, floor)}, exact_label="the floor", width=3.4)
 
 # %% [markdown]
 # (The floor dips at the far left: there the noise is hardly larger than the distance between neighbouring points, and
