@@ -98,10 +98,10 @@ noise = torch.randn_like(x_0)
 
 
 @torch.no_grad()
-def errors(t, stated=None, context=context):
-    """The mean squared error in ε̂ for each picture [b]. The network gets the timestep `stated`, or else the true t."""
+def errors(t, context=context):
+    """The mean squared error of ε̂ at timestep t, for each picture [b]."""
     x_t = schedule.q_sample(x_0, torch.full((count,), t), noise)
-    eps = unet(x_t, torch.full((count,), t if stated is None else stated), context)
+    eps = unet(x_t, torch.full((count,), t), context)
     return (eps - noise).square().mean((1, 2, 3))
 
 
