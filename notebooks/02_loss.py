@@ -153,10 +153,10 @@ print(f"loss of the network {losses[-100:].mean():.3f}, loss of the mean {(world
 viz.strip([eight, painted, mean.expand_as(eight)], labels=["noise", "its answer", "mean of all"], size=0.6)
 
 # %% [markdown]
-# The same grey blur, whatever the noise. It is the mean of the 48 pictures, and its loss is that of the mean. The
-# network is not to blame. The noise does not say which picture it will be compared with, so one answer has to serve for
-# all. The answer with the smallest squared error is their mean. **A squared error asks for a mean.** And the mean of
-# many sharp pictures is a blur.
+# Nearly the same grey blur, whatever the noise. It is close to the mean of the 48 pictures (last row), and so is its
+# loss. The network is not to blame. The noise does not say which picture it will be compared with, so one answer has to
+# serve for all. The answer with the smallest squared error is their mean. **A squared error asks for a mean.** And the
+# mean of many sharp pictures is a blur.
 #
 # ## Second try: find the noise
 #
@@ -216,10 +216,11 @@ labels = ["$x_t$", r"$\hat x_0$, the" "\nestimate", "all eight\ndrawings"]
 viz.strip(rows, [f"step {i + 1}" for i in columns], labels, size=0.6)
 
 # %% [markdown]
-# It draws. The first two rows follow one drawing. The first estimate is the grey mean, as before. Then some pictures
-# become impossible, the blur gets a colour and a shape, and in the end one picture is left. The third row shows what
-# became of the eight noises: pictures of our world, with small faults. That is the whole method. Stable Diffusion does
-# the same with a better network, on latents, and with a text.
+# It draws. The first two rows follow one drawing. At step 1 the estimate is rough, because at $t = 999$ an error of the
+# noise is multiplied by 14.6 (notebook 01). A few steps later it is the grey mean, as before. Then some pictures become
+# impossible, the blur gets a colour and a shape, and in the end one picture is left. The third row shows what became of
+# the eight noises: pictures of our world, with small faults. That is the whole method. Stable Diffusion does the same
+# with a better network, on latents, and with a text.
 #
 # ## The equation
 #
@@ -345,7 +346,7 @@ figure
 # - **Then it seems to stop, and that is normal.** What still improves is small, and the random $t$ of each batch hide
 #   it.
 # - **The loss is largest at small $t$.** Where there is hardly any noise, it is hard to tell from the picture. At large
-#   $t$ it is all there is.
+#   $t$ it is all there is. (Only the exact denoiser finds small $t$ easy, because it knows the 48 pictures by heart.)
 #
 # Now the model that ships. We measure it on pictures of its training and on pictures that were held out, with the right
 # caption and with none. (The exact denoiser knows the training pictures only.)
@@ -420,9 +421,9 @@ for name, checkpoint in {"500": folder / "after_000500_steps.safetensors", "5,00
 viz.strip(drawings, prompts, labels)
 
 # %% [markdown]
-# After 500 steps the loss has fallen from 1 to 0.07, more than nine tenths of the way, and there are only blots. The
-# difference between blots and shapes is in the small numbers after that. And the last loss does not tell that the star
-# is still wrong. **Judge a model by its pictures.**
+# After 500 steps the loss has fallen from 1 to 0.07, more than nine tenths of the way, and there are little more than
+# blots. The difference between blots and shapes is in the small numbers after that. And the last loss does not tell
+# that the star is still wrong. **Judge a model by its pictures.**
 #
 # ## Leave the caption out, now and then
 #
@@ -493,7 +494,8 @@ rows = [draw(conditional, eight[:6], context=c)[1][-1] for c in (context, no_wor
 viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not asked"], size=0.6)
 
 # %% [markdown]
-# The upper row is what we asked for. The lower row comes from the same noise and the empty context: the noise decides.
+# In the upper row, each shape is the one that we asked for, and most colours are (after so short a training, red and
+# orange are still mixed up). The lower row comes from the same noise and the empty context: there the noise decides.
 #
 # ## One answer in three forms
 #
@@ -860,8 +862,8 @@ viz.curves({"what nobody can know": shares}, ylabel="share", width=4, height=2.2
 
 # %% [markdown]
 # $\epsilon$ is hard at small $t$, $x_0$ at large $t$. $v$ is like $\epsilon$ on the left and like $-x_0$ on the right,
-# so copying $x_t$ never helps. A schedule that ends in *pure* noise ($\bar\alpha_T = 0$) needs $v$, because with
-# $\epsilon$ one would divide by 0.
+# so a copy of $x_t$ helps at neither end. A schedule that ends in *pure* noise ($\bar\alpha_T = 0$) needs $v$, because
+# with $\epsilon$ one would divide by 0.
 #
 # ## Optional: min-SNR weights
 #
@@ -956,9 +958,9 @@ viz.clouds(panels, behind=moons[:300], columns=4, size=1.6, reach=4.5)
 # %% [markdown]
 # Without dropout (upper row), the answer to the empty context is arbitrary, and guidance exaggerates the difference
 # from it. At $s = 1$ the empty answer cancels, so the mistake hides. At $s = 4$ nearly all points are far from the
-# data. With dropout (lower row) they stay, but only the middle of the moon is left: guidance has a price
-# ([`docs/guidance.md`](../docs/guidance.md)). Stable Diffusion has dropped 10% of the captions from v1.3 on. The model
-# card says so; the public code does not show it.
+# data. With dropout (lower row) they stay, but at $s = 4$ only that part of the moon is left which is farthest from the
+# other moon: guidance has a price ([`docs/guidance.md`](../docs/guidance.md)). Stable Diffusion has dropped 10% of the
+# captions from v1.3 on. The model card says so; the public code does not show it.
 #
 # ## Optional: the grey mean, once more
 #
