@@ -42,8 +42,6 @@ NOT_YET = {
     "00_start_here",
     "01_noising",
     "02_loss",
-    "03_unet",
-    "04_vae",
     "05_clip",
     "06_sampling",
     "07_latent_diffusion",
