@@ -18,7 +18,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -134,34 +134,9 @@ MOST = 100_000  # pictures at a time, and pixels along a side: there is no memor
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
-class SamplerOptions(TypedDict, total=False):
-    """What a drawing leaves to its sampler. If an option is left out or None, the sampler uses its own default."""
-
-    eta: float | None
-    spacing: str | None
-    set_alpha_to_one: bool | None
-    lower_order_final: bool | None
-    clip_denoised: bool | None
-
-
-class AllSamplerOptions(SamplerOptions, total=False):
-    """Also the timesteps, which `img2img` and `inpaint` choose themselves, and `before_step`, which `inpaint` needs."""
-
-    timesteps: sampling.Timesteps | None
-    before_step: sampling.BeforeStep | None
-
-
 def _draws(method: Callable) -> Callable:
-    """Decorator of a method that draws: its errors say which argument was meant, or what to lower for want of memory.
-
-    In the method's signature and help, the options of the sampler are listed one by one in place of `**options`.
-    """
-    signature = inspect.signature(method)
-    *parameters, rest = signature.parameters.values()
-    (options,) = get_args(rest.annotation)  # the class in `Unpack[...]`, which has a name and a type for each option
-    for name, kind in options.__annotations__.items():
-        parameters.append(inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=kind))
-    names = [parameter.name for parameter in parameters if parameter.name != "self"]
+    """A method whose errors say which argument was probably meant, or what to lower if there is too little memory."""
+    names = [name for name in inspect.signature(method).parameters if name != "self"]
 
     @functools.wraps(method)
     @DRAW_LESS
@@ -173,7 +148,6 @@ def _draws(method: Callable) -> Callable:
                 raise TypeError(f"{method.__name__} has no argument {name!r}: {hint}")
         return method(self, *args, **options)
 
-    checked.__signature__ = signature.replace(parameters=parameters)
     return checked
 
 
@@ -312,10 +286,16 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        timesteps: sampling.Timesteps | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: Generators | None = None,
-        **options: Unpack[AllSamplerOptions],
     ) -> Iterator[sampling.Step]:
         """Yield the steps from noise to latent, one at a time. `txt2img` uses this, and explains the arguments.
 
@@ -335,6 +315,10 @@ class LatentDiffusion(nn.Module):
         x_T = _repeated(start_code, len(prompts), "start codes").to(self.device)
         # The sampler does not know about prompts or guidance. It gets one function, which returns ε for x and t.
         eps_model = self._eps_model(prompts, negative_prompt, guidance_scale, c_concat)
+        options = {
+            "eta": eta, "spacing": spacing, "timesteps": timesteps, "set_alpha_to_one": set_alpha_to_one,
+            "lower_order_final": lower_order_final, "clip_denoised": clip_denoised, "before_step": before_step,
+        }  # fmt: skip
         # For an option that is left out, the sampler uses its own default.
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := options.keys() - inspect.signature(draw).parameters.keys():
@@ -354,10 +338,16 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        timesteps: sampling.Timesteps | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
+        before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         start_code: Float[Tensor, "#b d h w"] | None = None,
         progress: bool = False,
-        **options: Unpack[AllSamplerOptions],
     ) -> Drawing:
         """Draw pictures from prompts.
 
@@ -390,11 +380,12 @@ class LatentDiffusion(nn.Module):
             ValueError: an argument has a value that does not fit. TypeError: an argument does not exist.
         """
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt,
-            c_concat=c_concat, start_code=start_code, **options,
+            prompt, steps, guidance_scale, sampler, seed, num_images, height, width, negative_prompt, eta=eta,
+            spacing=spacing, timesteps=timesteps, set_alpha_to_one=set_alpha_to_one,
+            lower_order_final=lower_order_final, clip_denoised=clip_denoised, before_step=before_step,
+            c_concat=c_concat, start_code=start_code,
         )  # fmt: skip
         # Nothing has been computed yet, because a sampler is a generator. `list` runs its steps.
-        timesteps = options.get("timesteps")
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
@@ -414,10 +405,14 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
         before_step: sampling.BeforeStep | None = None,
         c_concat: Float[Tensor, "#b c h w"] | None = None,
         progress: bool = False,
-        **options: Unpack[SamplerOptions],
     ) -> Drawing:
         """Draw over a picture: add noise to its latent up to some timestep, and denoise it with a prompt.
 
@@ -440,12 +435,13 @@ class LatentDiffusion(nn.Module):
         z = self.get_first_stage_encoding(self.encode_first_stage(pictures), generators)
         # Noise hides the details first and the layout last. At a middle timestep the layout is still visible, so the
         # remaining steps keep it and draw new details.
-        left, start = self._remaining(sampler, steps, strength, options.pop("spacing", None), noise_ahead)
+        left, start = self._remaining(sampler, steps, strength, spacing, noise_ahead)
         noise = randn(z.shape, generators).to(z)
         x = self.q_sample(z, torch.full((count,), start, device=z.device), noise)
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
-            timesteps=left, before_step=before_step, c_concat=c_concat, start_code=x, generator=generators, **options,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
+            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
+            clip_denoised=clip_denoised, before_step=before_step, c_concat=c_concat, start_code=x, generator=generators,
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
@@ -466,8 +462,12 @@ class LatentDiffusion(nn.Module):
         width: int | None = None,
         negative_prompt: Prompt = None,
         *,
+        eta: float | None = None,
+        spacing: str | None = None,
+        set_alpha_to_one: bool | None = None,
+        lower_order_final: bool | None = None,
+        clip_denoised: bool | None = None,
         progress: bool = False,
-        **options: Unpack[SamplerOptions],
     ) -> Drawing:
         """Draw a part of a picture anew.
 
@@ -496,7 +496,7 @@ class LatentDiffusion(nn.Module):
         pictures = self._pictures(image, count, height, width)
         mask = _repeated(read_mask(mask, *pictures.shape[-2:]).to(pictures), count, "masks")
         latent_mask = self._latent_mask(mask)
-        left, start = self._remaining(sampler, steps, strength, options.pop("spacing", None))
+        left, start = self._remaining(sampler, steps, strength, spacing)
 
         # Random numbers are drawn in the same order as in diffusers: for the latent, the noise, and the latent of the
         # masked picture.
@@ -515,9 +515,10 @@ class LatentDiffusion(nn.Module):
             return self._put_back(x, z, fresh, latent_mask, at(t))
 
         run = self.sample(
-            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt,
-            timesteps=left, before_step=None if nine else put_back, c_concat=concat, start_code=x,
-            generator=generators, **options,
+            prompt, steps, guidance_scale, sampler, num_images=num_images, negative_prompt=negative_prompt, eta=eta,
+            timesteps=left, set_alpha_to_one=set_alpha_to_one, lower_order_final=lower_order_final,
+            clip_denoised=clip_denoised, before_step=None if nine else put_back, c_concat=concat, start_code=x,
+            generator=generators,
         )  # fmt: skip
         drawn = list(_shown(run, len(left), progress))
         # After the last step the unmasked part is put back once more, this time without noise.

@@ -252,7 +252,7 @@ print(step)
 # variance that is still picture at $t$, from nearly 1 down to nearly 0. $s$ is the guidance scale, and $t-1$ stands for
 # the next timestep that is visited.
 #
-# The **core path** is 00 to 07. It takes about five hours with the exercises that stand in the text.
+# The **core path**, notebooks 00 to 07, takes about seven hours with the exercises that stand in the text.
 #
 # | notebook | the question that it answers |
 # |---|---|

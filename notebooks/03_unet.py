@@ -98,10 +98,10 @@ noise = torch.randn_like(x_0)
 
 
 @torch.no_grad()
-def errors(t, stated=None, context=context):
-    """The mean squared error in ε̂ for each picture [b]. The network gets the timestep `stated`, or else the true t."""
+def errors(t, context=context):
+    """The mean squared error of ε̂ at timestep t, for each picture [b]."""
     x_t = schedule.q_sample(x_0, torch.full((count,), t), noise)
-    eps = unet(x_t, torch.full((count,), t if stated is None else stated), context)
+    eps = unet(x_t, torch.full((count,), t), context)
     return (eps - noise).square().mean((1, 2, 3))
 
 
@@ -502,9 +502,10 @@ contexts = {"right caption": context, "empty prompt": empty, "caption of another
 held_out = torch.tensor([corpus.rows[i]["split"] != "train" for i in chosen])  # pictures that were not trained on
 print(f"{'':31}" + "".join(f"{name:>20}" for name in contexts))
 for t in (100, 300, 600, 900):
+    measured = [errors(t, context=c) for c in contexts.values()]
     for kind, which in [("trained on", ~held_out), ("held out", held_out)]:
-        means = [errors(t, context=c)[which].mean() for c in contexts.values()]
-        print(f"t = {t:3}  {f'{int(which.sum())} pictures {kind}':22}" + "".join(f"{mean:20.4f}" for mean in means))
+        row = "".join(f"{error[which].mean():20.4f}" for error in measured)
+        print(f"t = {t:3}  {f'{int(which.sum())} pictures {kind}':22}{row}")
 
 # %% [markdown]
 # On pictures that the network was trained on, the right caption helps, and the more noise there is, the more: at

@@ -118,8 +118,8 @@ viz.diagram("autoencoder")
 # thing is missing: there are no skip connections. When a picture is drawn, there is no encoder beside the decoder, so
 # everything has to be in the latent.
 #
-# Here is the autoencoder of our model, on held-out pictures. (It was not trained on them, except for a few that its
-# model card names.) Its encoder returns a distribution, for a reason that follows; for now we take the mean.
+# Here is the autoencoder of our model, on held-out pictures. (A few of these it has seen: see its model card.) Its
+# encoder returns a distribution, for a reason that follows; for now we take the mean.
 
 # %%
 held_out = [i for i, row in enumerate(corpus.rows) if row["split"] != "train"]
@@ -260,7 +260,7 @@ for name, D, codes in [("plain", plain_decoder, plain), ("variational", decoder,
 viz.plane({"a variational autoencoder": panel(decoder, variational, torch.zeros(2), torch.ones(2))}, width=2.88)
 
 # %% [markdown]
-# The same 80 pictures now lie around 0 on a scale of about 1. Every place draws something like a picture, and
+# The same 80 pictures now lie around 0, on a scale near 1. Every place draws something like a picture, and
 # neighbours are alike: hearts beside hearts, faces beside faces. The table measures it. *Random latent*: how far its
 # picture is from the nearest real one. *Latent off by 0.1 std*: how much the picture changes. Both are less than half
 # as large. The price is a larger error at the dots.
@@ -519,9 +519,9 @@ viz.curves({"one call": lines}, "log2 of the side (3: 8×8, 6: 64×64)", "ms", l
 #
 # ## Optional: does it take a network? PCA
 #
-# The best *linear* way to describe pictures by few numbers is principal component analysis (PCA): encode
+# The best *linear* code for pictures is principal component analysis (PCA): encode
 # $B^\top (x - \mu)$, decode $\mu + B \tilde z$, where the columns of $B$ are the directions in which the data vary
-# most. With equally many numbers for a picture, we compare the VAE with PCA of patches ($f \times f$ pixels become 4
+# most. With equally many numbers, we compare the VAE with PCA of patches ($f \times f$ pixels become 4
 # numbers) and of whole pictures. The **peak signal-to-noise ratio** in decibels measures the error: 10 dB more are a
 # tenth of the squared error.
 #
@@ -818,8 +818,8 @@ viz.strip(rows, [f"t = {t}" for t in times], list(factors))
 
 # %% [markdown]
 # The figure decodes noisy latents of a fox, each brought to a standard deviation of 1, so that the rows differ only in
-# their share of noise. Trained without the factor, a network gets easy questions at most $t$, and never sees what a
-# drawing begins with: nothing but noise.
+# their share of noise. In the last row the fox is still there at $t = 700$. A network that is trained like this gets
+# easy questions at most $t$, and never sees what a drawing begins with: nothing but noise.
 #
 # How well is the factor known? How does the KL weight change the size of the latents?
 
@@ -886,6 +886,6 @@ viz.strip([torch.cat(list(pictures.values()))], list(pictures), size=1.28)
 # [The page of this stage](../docs/vae.md) lists the classes with their files. One trap: `VectorQuantizer2` of
 # taming-transformers has `legacy=True` by default, with $\beta$ on the other term.
 #
-# - Train the toy with `kl_weight=30`. What does the plane look like, and why? (It is called posterior collapse.)
+# - Train the toy with `kl_weight=30`. What does the plane look like, and why? (Posterior collapse.)
 # - Set `padding_mode = "replicate"` on each `nn.Conv2d` of `vae.decoder` that pads. What becomes of the cross, and of
 #   the cat?

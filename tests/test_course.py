@@ -46,9 +46,6 @@ NOT_YET = {
     "11_why_is_it_noise",
     "all words together",
     "cells for Colab",
-    "hours in 00_start_here.py",
-    "hours in README.md",
-    "hours in teaching.md",
 }
 
 

@@ -262,8 +262,8 @@ def test_teaching_page_counts_the_exercises_that_there_are():
     from minisd.coursework import EXERCISES
 
     text = text_of(DOCS / "teaching.md")
-    rows = re.findall(r"^\| (\d) \| \[[^|]* \| \d+ \| \d+ \| (\d*) \| (\d*) \|$", text, re.MULTILINE)
-    said = {int(stage): (int(count), int(minutes)) for stage, count, minutes in rows if count}
+    rows = re.findall(r"^\| \[(\d+) [^|]* \| \d+ \| [\d ]*\| [^|]*\| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    said = {int(stage): (int(count), int(minutes)) for stage, count, minutes in rows}
     stages = {exercise.number for exercise in EXERCISES.values()}
     of_stage = {stage: [e for e in EXERCISES.values() if e.number == stage] for stage in stages}
     assert said == {stage: (len(those), sum(e.minutes for e in those)) for stage, those in of_stage.items()}
@@ -283,15 +283,6 @@ def test_coursework_page_counts_the_mistakes_that_are_known():
     said = {name: int(count) for name, count in rows}
     assert said == {name: len(exercise.mistakes) for name, exercise in EXERCISES.items()}
     assert set(re.findall(r"(\d+) mistakes", text)) == {str(sum(said.values()))}
-
-
-def test_teaching_page_repeats_the_times_of_the_notebooks():
-    """"About 45 minutes to read", says the notebook."""
-    rows = re.findall(r"\(notebooks/(\w+)\.ipynb\) \| (\d+) \|", text_of(DOCS / "teaching.md"))
-    assert len(rows) >= 8
-    for notebook, minutes in rows:
-        said = re.search(r"About (.*?)(?: minutes)? to read", text_of(ROOT / "notebooks" / f"{notebook}.py"))
-        assert said and minutes == {"an hour": "60", "an hour and a half": "90"}.get(said[1], said[1]), notebook
 
 
 def test_readme_is_light():

@@ -338,6 +338,17 @@ def test_a_place_of_the_latent_changes_its_surroundings(open_stop):
     assert picture.evaluate(pixels) == drawn
 
 
+@pytest.mark.parametrize("name", ["step", "decoding"])
+def test_the_place_that_is_marked_can_be_moved_by_the_keyboard(open_stop, name):
+    page = open_stop(name)
+    mark = page.locator(".minisd-tour .mark").first
+    before = mark.get_attribute("style")
+    for _ in range(5):  # one may find the same place again
+        page.locator(".minisd-tour .try button").last.press("Enter")
+        settle(page)
+    assert mark.get_attribute("style") != before
+
+
 def test_the_unet_finds_much_of_the_noise_of_an_example(open_stop):
     """The loss of a network that says nothing, 0 everywhere, is 1."""
     page = open_stop("training")

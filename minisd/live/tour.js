@@ -200,6 +200,7 @@
 
     async step(tour, { labels }, { start, steps, done }, { i, x_t, eps, x0, x, pictures }) {
       const choose = (index) => ((tour.index = index), tour.refresh());
+      tour.deeds.another = () => choose(floor(Math.random() * x.length));
       const latents = [x_t, eps, x0, x].map((values) => numbered(values, start.shape, tour.index, choose));
       const decoded = await tour.decode([x_t, x0, x]);
       // A recording has them already.
@@ -233,7 +234,8 @@
       if (tour.changed?.done !== done) tour.changed = { done, index: w * floor(height / 2) + floor(w / 2), by: 0 };
       const { index, by } = tour.changed;
       const poke = (index, by = 3) => (Object.assign(tour.changed, { index, by }), tour.refresh());
-      tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0) };
+      const another = () => poke(floor(Math.random() * size));
+      tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0), another };
       const z = steps.at(-1).x.map((v, k) => (k % size === index % size ? v + by : v));
       const [made] = by ? await tour.decode([z]) : [];
       return [cells(labels, [numbered(z, start.shape, index, poke), painted(picture, made ?? done.picture)], "pair")];
