@@ -490,12 +490,19 @@ train(conditional, with_context)
 
 asked = ["red circle", "orange square", "green triangle", "blue diamond", "orange star", "black heart"]
 context = words[[named.index(tuple(name.split())) for name in asked]]
-rows = [draw(conditional, eight[:6], context=c)[1][-1] for c in (context, no_words.expand(6, -1, -1))]
-viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not asked"], size=0.6)
+guided = minisd.classifier_free_guidance(conditional, context, no_words, 3.0)  # the equation above, with s = 3
+rows = {
+    "empty context": draw(conditional, eight[:6], context=no_words.expand(6, -1, -1)),
+    "context": draw(conditional, eight[:6], context=context),
+    "guidance, s = 3": draw(lambda x, t, _: guided(x, t).eps, eight[:6]),
+}
+drawings = [estimates[-1] for _, estimates in rows.values()]
+viz.strip(drawings, [name.replace(" ", "\n") for name in asked], list(rows), size=0.6)
 
 # %% [markdown]
-# In the upper row, each shape is the one that we asked for, and most colours are (after so short a training, red and
-# orange are still mixed up). The lower row comes from the same noise and the empty context: there the noise decides.
+# All three rows start from the same noise. With the empty context, the noise decides what is drawn. With the context,
+# the shapes are those that we asked for, and the colours nearly. Guidance exaggerates what the context changes, and now
+# the colours are right, too.
 #
 # ## One answer in three forms
 #
@@ -622,12 +629,12 @@ viz.curves(weights, log=list(weights), width=3.4, height=2.4)
 
 # %% [markdown]
 # Where it is nearly clean, by a factor of a hundred. There the step back is narrow, so a small error is already
-# improbable. Nobody sees such faint noise, but to a likelihood each bit of each pixel counts, and more than half of the
-# bits of a picture are such detail (DDPM, section 4.3). $L_{simple}$ leaves the network to care for shapes and colours.
-# DDPM reports better pictures and worse likelihoods (table 1).
+# improbable. Nobody sees such faint noise, but to a likelihood each bit of each pixel counts. $L_{simple}$ leaves the
+# network to care for shapes and colours. DDPM reports better pictures and worse likelihoods (table 1; section 4.3: more
+# than half of the bits of a picture are detail that nobody sees).
 #
-# Weights do not change the *best possible* answer, which is the mean $\mathbb E[\epsilon \mid x_t]$ for any weights.
-# They say where a real network should spend its effort.
+# Weights do not change the *best possible* answer, which is always the mean $\mathbb E[\epsilon \mid x_t]$. They say
+# where a real network should spend its effort.
 #
 # ## Optional: why not ask for the picture one step before?
 #
@@ -650,14 +657,14 @@ for t in (10, 100, 400, 800):
     print(f"{t:3d}    {target:.4f}      {copied:.6f}        {floor:.6f}            {gain:6.1%}")
 
 # %% [markdown]
-# ("target²" is what it would cost to answer 0.) At large $t$, a network that has learned *nothing* is within a percent
-# of the best. Nearly all of $x_{t-1}$ can be read off $x_t$, and most of the rest is fresh noise, which nobody can
-# guess. What can be learned is a small part in between. To ask for the noise is to ask for this part alone.
+# ("target²" is what the answer 0 would cost.) At large $t$, a network that has learned *nothing* is within a percent of
+# the best. Nearly all of $x_{t-1}$ can be read off $x_t$, and most of the rest is fresh noise, which nobody can know.
+# To ask for the noise is to ask only for the small part in between.
 #
 # ## Optional: points in the plane
 #
-# Let the "pictures" be points in the plane: two moons. A batch has the shape `[b 2]`, and nothing in `minisd` has to
-# change. Then we can see everything that the network has learned.
+# Let the "pictures" be points in the plane, `[b 2]`: two moons. Nothing in `minisd` has to change, and we can see
+# everything that the network has learned.
 
 
 # %%
@@ -911,11 +918,10 @@ panels = {
 viz.curves(panels, log=list(panels), width=3.4, height=2.4)
 
 # %% [markdown]
-# Each network is good where its weights are large, and worse elsewhere. Min-SNR is as good as $L_{simple}$ at large
-# $t$, and worse at small $t$. The moons gain nothing from it, because they are thin: the distance to them is decided at
-# small $t$. In a picture you see above all what is decided at large $t$ (notebook 01), where min-SNR has its weight.
-# The bound has another problem: a few examples at the first timesteps weigh so much that the gradient is noisy
-# (Improved DDPM, section 3.3).
+# Each network is good where its weights are large, and worse elsewhere. The moons gain nothing from min-SNR, because
+# they are thin: the distance to them is decided at small $t$. In a picture you see above all what is decided at large
+# $t$ (notebook 01), where min-SNR has its weight. The bound has another problem: a few examples at the first timesteps
+# weigh so much that the gradient is noisy (Improved DDPM, section 3.3).
 #
 # ## Optional: guidance without text dropout
 #
@@ -992,10 +998,9 @@ viz.strip(decoded, [f"t = {t}" for t in columns.tolist()], list(estimates), size
 # - Train `PointNetwork` with `minisd.v_loss`, and draw with it. Which conversion is needed before the sampler?
 # - Leave out $t$ (put `0 * t` into `Network.forward`). How much does the loss rise, and why not more?
 #
-# In CompVis's `ldm/models/diffusion/ddpm.py`, `p_losses` is this loss, `loss_simple` its mean, and `lvlb_weights` are
-# the weights of the bound, multiplied by `original_elbo_weight = 0`. `logvar` is 0 and stays 0 unless `learn_logvar` is
-# set. The weights for `parameterization="x0"` read `2. * 1 - alphas_cumprod`, where brackets are missing; they are
-# multiplied by 0.
+# CompVis's `p_losses` (in `ldm/models/diffusion/ddpm.py`) is this loss. Its `lvlb_weights` are the weights of the
+# bound, multiplied by 0. In those for `parameterization="x0"`, `2. * 1 - alphas_cumprod`, brackets are missing. More is
+# in [`docs/loss.md`](../docs/loss.md).
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
