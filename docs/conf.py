@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from code_pages import anchor_lines, to_code_pages, write_code_pages
+from diagram_words import with_words
 from source_lines import with_lines
 from sphinx.search.en import SearchEnglish
 from tour_links import to_tour_links, write_tour_texts
@@ -93,6 +94,11 @@ def finish_page(app, page, template, context, doctree):
     context["body"] = re.sub(figure, lambda m: m[0] if m[1] else f'<a class="figure" href="{m[2]}">{m[0]}</a>', body)
 
 
+def describe_diagrams(app, page, template, context, doctree):
+    files = {name: Path(app.srcdir, source) for source, name in app.builder.images.items()}
+    context["body"] = with_words(context.get("body", ""), files)
+
+
 def let_names_break(cell: re.Match) -> str:
     """In a narrow column a name breaks behind a dot, a slash, an underscore or before a capital, and nowhere else."""
     names = r'(?<=<span class="pre">)[^<]*'
@@ -114,3 +120,4 @@ def setup(app):
     app.connect("doctree-read", anchor_lines)
     app.connect("html-page-context", add_live_page)
     app.connect("html-page-context", finish_page)
+    app.connect("html-page-context", describe_diagrams)

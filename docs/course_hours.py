@@ -117,8 +117,8 @@ def table(notebooks: list[Notebook]) -> str:
         theirs = [e.minutes for e in EXERCISES.values() if e.stage == stage] if stage in STAGES else []
         link = f"[{notebook.number} {stage.replace('_', ' ')}](notebooks/{notebook.name}.ipynb)"
         names = ", ".join(f"`{name}`" for name in notebook.exercises)
-        cells = [link, notebook.minutes, notebook.run, names, len(theirs) or "", sum(theirs) or ""]
-        lines.append(f"| {' | '.join(map(str, cells))} |".replace("|  |", "| |"))
+        cells = [link, notebook.minutes, notebook.run or "", names, len(theirs) or "", sum(theirs) or ""]
+        lines.append("|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells))
     return "\n".join(lines)
 
 

@@ -9,11 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from draw_play import PROMPTS as PLAYED
 from PIL import Image
+from resvg_py import svg_to_bytes
 
 import minisd
+from minisd import viz
 from minisd.data import Scenes
 from minisd.data.scenes import KINDS
 from minisd.viz import captioned, sheet
@@ -57,7 +58,8 @@ def scenes() -> None:
     figure.savefig(PICTURES / "scenes.png", dpi=110)
 
 
-# README's map: for each notebook, a figure of it (known by a piece of the cell that draws it), and the part to show.
+# README's map: for each notebook, a figure of it (known by a piece of the cell that draws it), and the part to show, in
+# pixels of the page.
 THUMBNAILS = {
     "00_start_here": ("viz.sheet(drawing.images", (0, 0, 518, 128)),
     "01_noising": ("viz.noising_strip(", (88, 20, 492, 120)),
@@ -80,23 +82,33 @@ def thumbnails(width: int = 200) -> None:
     for name, (piece, box) in THUMBNAILS.items():
         cells = json.loads((PICTURES.parents[1] / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
         outputs = [out for cell in cells if piece in "".join(cell["source"]) for out in cell.get("outputs", [])]
-        png = next(out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {}))
-        figure = Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("RGB").crop(box)
+        shown = next(out for out in outputs if {"image/svg+xml", "image/png"} & set(out.get("data", {})))
+        figure, scale = as_picture(shown["data"], shown.get("metadata", {}))
+        figure = figure.crop([round(scale * side) for side in box])
         small = figure.resize((width, round(width * figure.height / figure.width)), Image.Resampling.LANCZOS)
         small.quantize(64).save(PICTURES / "stages" / f"{name}.png", optimize=True)
 
 
+def as_picture(data: dict, metadata: dict) -> tuple[Image.Image, float]:
+    """A figure of a notebook, and how many of its pixels are one pixel of the page."""
+    if "image/svg+xml" in data:
+        # matplotlib measures in points, of which an inch has 72, and a page has 96 pixels.
+        drawn = svg_to_bytes(svg_string="".join(data["image/svg+xml"]), dpi=2 * 96)
+        return Image.open(io.BytesIO(bytes(drawn))).convert("RGB"), 2
+    figure = Image.open(io.BytesIO(base64.b64decode("".join(data["image/png"])))).convert("RGB")
+    return figure, figure.width / metadata.get("image/png", {}).get("width", figure.width)
+
+
 def curves(run: Path) -> None:
     """Loss over steps of the three trainings."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     losses = {"clip": "contrastive loss", "vae": "reconstruction |x - x̂|", "unet": "weighted ε loss"}
-    for axis, (name, what) in zip(axes, losses.items(), strict=True):
+    panels = {}
+    for name, what in losses.items():
         lines = [json.loads(line) for line in (run / name / "log.jsonl").read_text().splitlines()]
         steps, values = [line["step"] for line in lines], [line.get("rec", line["loss"]) for line in lines]
-        axis.plot(steps, values, lw=1, color="#0072B2")
-        axis.set(title=name, xlabel="step", ylabel=what, yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    figure.savefig(PICTURES / f"{run.name}_curves.png", dpi=100)
+        panels[f"{name}: {what}"] = {"": (steps, values)}
+    figure = viz.curves(panels, "step", log=list(panels))
+    figure.savefig(PICTURES / f"{run.name}_curves.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ def to_tour_links(text: str, page: str) -> str:
 
 
 def tour_texts() -> dict:
-    """tour.json, with the way from the page `play` to the docs, and the line of each stop's code."""
+    """tour.json, with the way from the page `play` to the docs, and the line of each stop's code, for each sampler."""
     texts = json.loads((PACKAGE / "live" / "tour.json").read_text("utf-8"))
-    for code in (stop["code"] for stop in texts["stops"] if "code" in stop):
+    rules = [rule for stop in texts["stops"] for rule in (stop, *stop.get("by_sampler", {}).values())]
+    for code in (rule["code"] for rule in rules if "code" in rule):
         file, start = where(code["name"]).split(":")
         lines = (PACKAGE / file).read_text("utf-8").splitlines()
         number = next(i for i in range(int(start), len(lines)) if lines[i].split("  #")[0].strip() == code["line"]) + 1

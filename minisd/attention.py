@@ -2,10 +2,10 @@
 
     attention(Q, K, V) = softmax(Q Kᵀ / √d) V                                             (Transformer, eq. 1)
 
-A convolution reaches only the neighbours of a pixel, and it has no place for a text. Attention has both. It works
-on tokens, which are vectors in a sequence: here the h·w pixels of a feature map, or the words of the prompt. Each
-token that reads sends out a query; each token that is read has a key, which says what it can be found by, and a
-value, which is what it gives. Where query and key match, much of the value is taken over.
+In a convolution, a pixel sees only its neighbours, and there is no input for a text. Attention solves both problems. It
+works on tokens, which are vectors in a sequence: here the h·w pixels of a feature map, or the words of the prompt. Each
+token that reads has a query, which says what it looks for. Each token that is read has a key, which says what it can be
+found by, and a value, which is what it passes on. The better a key matches the query, the more of its value is taken.
 
     self-attention     queries, keys and values from the pixels: distant parts of the picture can agree
     cross-attention    queries from the pixels, keys and values from the prompt: this is where the text comes in
@@ -53,7 +53,7 @@ def attention(
         # the weight, and the gradient of the softmax would vanish (Transformer, section 3.2.1).
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
-            # Above the diagonal stand the tokens that come later. exp(-∞) = 0, so they get no weight.
+            # Above the diagonal are the tokens that come later. exp(-∞) = 0, so they get no weight.
             n, m = scores.shape[-2:]
             scores = scores.masked_fill(torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
         # Each row becomes positive weights that sum to 1: how much of each value this query takes.
@@ -75,9 +75,9 @@ def _plain_is_faster(q: Tensor) -> bool:
 
 
 class _Recording(threading.local):
-    """What looks at attention weights, or changes them, in this thread: a function for each of some layers.
+    """The functions that record or change attention weights in this thread, by the layers that they belong to.
 
-    It is not kept in the layers themselves, because other threads use them too, and a copy of the model would copy it.
+    They are not kept in the layers, because other threads use these too, and a copy of the model would copy them.
     """
 
     def __init__(self):
@@ -109,14 +109,15 @@ class CrossAttention(nn.Module):
         # to the width of the queries, so that the two can be compared.
         self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
         self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim))  # in the checkpoint, it is to_out.0
 
     @property
     def record(self) -> Callable[[Tensor], Tensor] | None:
-        """The function that receives the weights, if somebody records or changes those of this layer in this thread."""
+        """The function that receives this layer's weights; None if nothing records or changes them in this thread."""
         recorders = [recorder[self] for recorder in RECORDING.recorders if self in recorder]
 
         def in_turn(weights: Tensor) -> Tensor:
+            # Each function gets the weights that the one before it returned.
             for record in recorders:
                 weights = record(weights)
             return weights
@@ -165,6 +166,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
+        # The dropout is in the middle even if it is 0, because in the checkpoint the last layer is net.2.
         self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
@@ -191,7 +193,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        # Each line computes a correction and adds it to x [b n c]. The norm stands inside the branch, so the sum runs
+        # Each line computes a correction and adds it to x [b n c]. The norm is inside the branch, so the sum runs
         # from the input to the output untouched, which keeps deep transformers trainable ("pre-norm": Xiong et al.,
         # "On Layer Normalization in the Transformer Architecture", 2020).
         x = x + self.attn1(self.norm1(x))  # pixels read pixels
@@ -220,6 +222,7 @@ class SpatialTransformer(nn.Module):
         inner_dim = heads * dim_head
         # The checkpoint was trained with eps 1e-6 here and with 1e-5 in the ResBlocks, which its weights do not show.
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        # Into the blocks and out of them again. Inside, a token has dim_head channels for each head.
         self.proj_in = nn.Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout) for _ in range(depth)

@@ -328,7 +328,8 @@ def train_unet(
     data = run.pictures(config.image_size, captions)
     sd = training.train_unet(model, recipe, data, folder, engine, keep_at=keep_at, **given)
     prompt = shlex.quote(str(sd.cond_stage_model.prompts(data)[0][0]))
-    what = f"inpaint {prompt} PICTURE MASK" if sd.config.concat_channels else f"txt2img {prompt}"
+    inpaints = isinstance(sd.cond_stage_model, CONDITIONS["inpainting"])
+    what = f"inpaint {prompt} PICTURE MASK" if inpaints else f"txt2img {prompt}"
     _wrote(f"{folder / 'model'}: try `minisd {what} --model {folder / 'model'}`", engine)
 
 
@@ -342,9 +343,7 @@ def train_lora(
         rank: how many dimensions each change has; the file grows with it
         alpha: the changes are multiplied by alpha / rank; if left out, that is 1
     """
-    engine = run.engine()
-    sd = load(init, engine.device)
-    _train_adapter("lora", LoRA.new(sd, rank, alpha, seed=recipe.seed), sd, init, run, recipe, engine)
+    _train_adapter("lora", lambda sd: LoRA.new(sd, rank, alpha, seed=recipe.seed), init, run, recipe)
 
 
 def train_token(
@@ -357,14 +356,15 @@ def train_token(
         init: the finished model, which is not changed: "emoji", or anything else that --model of txt2img takes
         like: words that the model knows, from whose meaning the training starts
     """
-    engine = run.engine()
-    sd = load(init, engine.device)
-    _train_adapter("token", NewToken(sd, word, like), sd, init, run, recipe, engine)
+    _train_adapter("token", lambda sd: NewToken(sd, word, like), init, run, recipe)
 
 
 def _train_adapter(
-    name: str, adapter: Adapter, sd: LatentDiffusion, init: str, run: Run, recipe: training.UNetRecipe, engine: Engine
+    name: str, new: Callable[[LatentDiffusion], Adapter], init: str, run: Run, recipe: training.UNetRecipe
 ) -> None:
+    engine = run.engine()
+    sd = load(init, engine.device)
+    adapter = new(sd)
     data, file = run.pictures(sd.config.image_size), run.out / name / adapter.file_name
     prompt = next((words[0] for words in sd.cond_stage_model.prompts(data) if adapter.reads(words[0])), None)
     if prompt is None:

@@ -259,8 +259,8 @@ class _TransformersTokenizer:
         options = {"truncation": True, "max_length": max_length, "padding": "max_length", "return_tensors": "pt"}
         ids = self.tokenizer(prompts, **options)["input_ids"]
         # transformers does not say what it cuts off, so a second pass without a limit finds what was lost.
-        whole = self.tokenizer(prompts)["input_ids"]
-        lost = [self.tokenizer.decode(w[max_length - 1 : -1]) if len(w) > max_length else "" for w in whole]
+        uncut = self.tokenizer(prompts)["input_ids"]
+        lost = [self.tokenizer.decode(row[max_length - 1 : -1]) if len(row) > max_length else "" for row in uncut]
         return Tokens(ids, lost)
 
     def pieces(self, ids: list[int]) -> list[str]:
@@ -331,12 +331,14 @@ class CLIPModel(nn.Module):
         self.text_config, self.vision_config, self.end_token = text, vision, end_token
         self.text_model = CLIPTextTransformer(text)
         self.vision_model = CLIPVisionTransformer(vision)
-        # Two linear maps without bias bring the vectors of both towers, of 768 and 1024 numbers in ViT-L/14, to one
-        # space of 768, where a cosine compares a picture with a sentence.
+        # In ViT-L/14, the text tower ends in vectors of 768 numbers and the image tower in vectors of 1024. Two linear
+        # maps without bias bring both to one space of 768, where a cosine compares a picture with a sentence.
         self.text_projection = nn.Linear(text.width, text.projection_dim, bias=False)
         self.visual_projection = nn.Linear(vision.width, vision.projection_dim, bias=False)
         # The temperature τ = 0.07 to begin with, learned as log(1/τ), which keeps it positive (section 2.5).
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # PyTorch would draw the embeddings of tokens from N(0, 1), and beside these, what a new layer adds would hardly
+        # count. OpenAI's are 50 times smaller.
         initialise(self)
 
     def get_text_features(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b p"]:
@@ -350,7 +352,7 @@ class CLIPModel(nn.Module):
 
     def get_image_features(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b p"]:
         """Pictures in [-1, 1], of the config's image_size → unit vectors."""
-        return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+        return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)  # [b 3 H W] -> [b d] -> [b p]
 
     def forward(self, input_ids: Int[Tensor, "b n"], pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b b"]:
         """Logits of all pairs: row i says how well picture i fits each of the captions."""

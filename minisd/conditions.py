@@ -4,7 +4,8 @@ A condition turns prompts into a context [b n d], which the UNet reads by cross-
 which are concatenated to the noisy latent as further channels (`DiffusionWrapper`), or both. To add one, write a class
 with `@condition("its name")` before it. Its name is then a choice of `minisd train unet --condition`, its `Config` is
 written into config.json and read from it, and `txt2img` takes its prompts. `tests/test_training_conditions.py` has an
-example, which conditions the model on the main colour of the picture.
+example, which conditions the model on the main colour of the picture. In training, a batch gets its maps from `maps`.
+`txt2img` is given them as `c_concat`.
 
 Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis `ldm/modules/encoders/modules.py`.
 """
@@ -43,7 +44,10 @@ class Condition(nn.Module):
 
     @classmethod
     def fits(cls, config) -> bool:
-        """Whether a model of this `LatentDiffusionConfig` has this condition."""
+        """Whether a model of this `LatentDiffusionConfig` has this condition.
+
+        A condition that shares its `Config` with another, as a subclass does, has to look at something else as well.
+        """
         return isinstance(config.cond_stage, cls.Config)
 
     @classmethod

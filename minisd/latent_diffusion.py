@@ -113,7 +113,7 @@ Cond = Tensor | Mapping[str, Tensor | Sequence[Tensor] | None] | None
 FIRST_STAGES = {AutoencoderConfig: AutoencoderKL, VQConfig: VQModelInterface, IdentityConfig: IdentityFirstStage}
 
 
-NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # in an error, beside its kind
+NO_MEMORY = "out of memory|n.t allocate|not enough memory|MemoryError"  # what errors about memory say
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def enough_memory(advice: str) -> Iterator[None]:
         # On a GPU, PyTorch raises OutOfMemoryError. On a CPU it is a RuntimeError, as for many other reasons.
         said = " ".join(f"{type(error).__name__}: {error}".split())
         too_little = re.search(f"{NO_MEMORY}|calculation overflow|OverflowError", said)
-        if not too_little or "there is not enough memory" in said:  # a decorator inside has said it
+        if not too_little or "there is not enough memory" in said:  # an inner one has given its advice
             raise
         raise torch.OutOfMemoryError(f"there is not enough memory: {advice} ({said[:120]})") from error
 
@@ -134,11 +134,12 @@ MOST = 100_000  # pictures at a time, and pixels along a side: there is no memor
 DRAW_LESS = enough_memory("draw fewer pictures at a time (num_images), or smaller ones (height, width)")
 
 
-def _suggests_names(method: Callable) -> Callable:
-    """If a method is called with an argument that does not exist, suggest in the error which one was probably meant."""
+def _draws(method: Callable) -> Callable:
+    """A method whose errors say which argument was probably meant, or what to lower if there is too little memory."""
     names = [name for name in inspect.signature(method).parameters if name != "self"]
 
     @functools.wraps(method)
+    @DRAW_LESS
     def checked(self, *args, **options):
         for name in options:
             if name not in names:
@@ -272,7 +273,7 @@ class LatentDiffusion(nn.Module):
 
     # --- drawing ---------------------------------------------------------------------------------------------------
 
-    @_suggests_names
+    @_draws
     def sample(
         self,
         prompt: Prompt,
@@ -296,7 +297,7 @@ class LatentDiffusion(nn.Module):
         start_code: Float[Tensor, "#b d h w"] | None = None,
         generator: Generators | None = None,
     ) -> Iterator[sampling.Step]:
-        """Yields the steps from noise to latent one at a time. `txt2img` uses it, and explains the arguments.
+        """Yield the steps from noise to latent, one at a time. `txt2img` uses this, and explains the arguments.
 
         generator: a random generator for each picture, instead of those made from the seed; or a function that is
             called for the noise of each step, with the latent's shape (`editing.py` plays recorded noise back).
@@ -324,8 +325,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"the sampler {sampler!r} has no {', '.join(sorted(unknown))}: leave it out")
         return draw(eps_model, x_T, self.schedule, steps, generator=generators, **options)
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def txt2img(
         self,
         prompt: Prompt,
@@ -389,8 +389,7 @@ class LatentDiffusion(nn.Module):
         count = steps if timesteps is None else len(timesteps)
         return Drawing(Trajectory(list(_shown(run, count, progress)), self.decode_first_stage))
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def img2img(
         self,
         prompt: Prompt,
@@ -446,8 +445,7 @@ class LatentDiffusion(nn.Module):
         )  # fmt: skip
         return Drawing(Trajectory(list(_shown(run, len(left), progress)), self.decode_first_stage))
 
-    @_suggests_names
-    @DRAW_LESS
+    @_draws
     def inpaint(
         self,
         prompt: Prompt,
@@ -583,6 +581,7 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The noise ε in x, computed from what the UNet predicts: ε, v or x_0."""
         prediction = self.apply_model(x, t, cond)
+        # ε = √(1-ᾱ_t) x_t + √ᾱ_t v, or ε = (x_t - √ᾱ_t x_0) / √(1-ᾱ_t): both follow from the definitions of x_t and v.
         if self.config.parameterization == "v":
             return self.schedule.predict_noise_from_v(x, t, prediction)
         if self.config.parameterization == "x0":
@@ -616,6 +615,7 @@ class LatentDiffusion(nn.Module):
 
     def _pictures(self, image, count: int, height: int | None, width: int | None) -> Float[Tensor, "b c H W"]:
         """`count` pictures in [-1, 1] on the model's device. Raises ValueError if their size cannot be encoded."""
+        # The size is checked twice: as it is asked for, before a file is read; and as the picture has it.
         self.latent_shape(height, width)
         pictures = read_picture(image, height, width)
         self.latent_shape(*pictures.shape[-2:])

@@ -50,7 +50,11 @@ LORA_FILE, PEFT_FILE, TOKEN_FILE = (
 
 
 class Adapter(nn.Module):
-    """New parameters that are trained while the model's own stay as they are. It is called like the UNet."""
+    """New parameters that are trained while the model's own stay as they are. It is called like the UNet.
+
+    A subclass has these parameters, puts them into effect in the UNet, such as by forward hooks, and has a method
+    `save(path)`, which writes them to a file.
+    """
 
     file_name: str  # of what it saves, in the folder of a run
 

@@ -124,7 +124,7 @@ def remaining_timesteps(timesteps: list[int], strength: float) -> list[int]:
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, but it is {strength}")
     steps = len(timesteps)
-    left = int(strength * steps)
+    left = int(strength * steps)  # rounded down, as in CompVis: 37 of 50 at strength 0.75
     if left == 0:
         raise ValueError(f"at strength {strength}, none of {steps} steps is made: raise one of them")
     return timesteps[-left:]
@@ -277,8 +277,11 @@ def sampler(
         ask           x -> Guided. It calls the model once more, for an x at the timestep of the next step
         i, steps      the number of the step, 0, 1, ... steps-1, and how many there are
 
-    Parameters after a `*` are the rule's own options, and become arguments of the sampler. A rule returns x_prev, the
-    x̂_0 that the step aims at, and the ε that it uses; or x_prev alone. Its docstring becomes that of the sampler.
+    Parameters after a `*` are the rule's own options, and become arguments of the sampler. `txt2img` does not have them
+    among its own arguments, so pass it the sampler with the option in it: `sampler=functools.partial(mine, option=2)`.
+
+    A rule returns x_prev, the x̂_0 that the step aims at, and the ε that it uses; or x_prev alone. Its docstring becomes
+    that of the sampler.
     """
     defaults = {"steps": steps, "eta": eta, "spacing": spacing, "set_alpha_to_one": set_alpha_to_one}
     absent = {name for name in ("eta", "set_alpha_to_one") if defaults[name] is None}
@@ -295,6 +298,7 @@ def sampler(
 
         @wraps(rule, assigned=["__module__", "__name__", "__qualname__", "__doc__"])
         def sample(*args, **named):
+            # A wrong argument raises an error now, and not only when the first step is asked for.
             try:
                 given = signature.bind(*args, **named).arguments
             except TypeError as error:
@@ -327,9 +331,8 @@ def _check_eta(name: str, eta: float, takes: list[str]) -> None:
     if "eta" in takes and not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (no fresh noise) and 1 (as in ddpm), but it is {eta}.")
     if "eta" not in takes and eta != 0:
-        raise ValueError(
-            f"{name} draws no noise, so eta must be 0, but it is {eta}; ddim and euler_ancestral take an eta."
-        )
+        able = " and ".join(other for other, made in SAMPLERS.items() if "eta" in _taken_from_the_loop(made.rule))
+        raise ValueError(f"{name} draws no noise, so eta must be 0, but it is {eta}; {able} take an eta.")
 
 
 # -- the rules ------------------------------------------------------------------------------------------------

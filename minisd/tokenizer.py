@@ -66,6 +66,7 @@ class BPETokenizer:
     def __init__(
         self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END, added: dict[str, int] | None = None
     ):
+        # Some files list start and end among the added words, but these two are part of every vocabulary.
         self.added = {word: i for word, i in (added or {}).items() if word not in (START, END)}
         vocab = vocab | self.added
         unknown = [token for token in (START, END, pad) if token not in vocab]
@@ -140,31 +141,34 @@ class BPETokenizer:
             ValueError: its files are broken, or are no CLIP vocabulary.
         """
         folder = Path(folder)
-        in_two = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-        if not in_two and not (folder / "tokenizer.json").is_file():
+        two_files = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+        if not two_files and not (folder / "tokenizer.json").is_file():
             raise FileNotFoundError(
                 f"there is no tokenizer in {folder}: it has neither vocab.json and merges.txt nor tokenizer.json"
             )
         try:
-            whole, config, added = (
+            # What all files together say beside the vocabulary. A file that is not there says nothing: {}.
+            one_file, config, added = (
                 json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
                 for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
             )
-            pad = config.get("pad_token")  # without one, the end token, as in Stable Diffusion v1
-            pad = (pad["content"] if isinstance(pad, dict) else pad) or END  # some versions write a dict
-            # Each version of transformers writes the words that were added to a vocabulary elsewhere.
-            decoder, in_whole = config.get("added_tokens_decoder", {}), whole.get("added_tokens", [])
-            added |= {token["content"]: int(i) for i, token in decoder.items()}
-            added |= {token["content"]: token["id"] for token in in_whole}
-            if in_two:
+            # The padding: a string, or a dict in some versions. Without one, the end token, as in Stable Diffusion v1.
+            pad = config.get("pad_token")
+            pad = (pad["content"] if isinstance(pad, dict) else pad) or END
+            # Words that were added to a vocabulary. Each version of transformers writes them to another place, so all
+            # three are read.
+            added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+            added |= {token["content"]: token["id"] for token in one_file.get("added_tokens", [])}
+            # The vocabulary and the merges, in two files ...
+            if two_files:
                 vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
                 return cls(vocab, _read_merges(folder / "merges.txt"), pad, added)
-            model = whole["model"]
-            if model["type"] != "BPE":
-                raise ValueError(f"its model is {model['type']}, not BPE")
-            # Old versions of the library write a merge as "a b", new ones as ["a", "b"].
-            pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-            return cls(model["vocab"], pairs, pad, added)
+            # ... or in one. Old versions of the library write a merge as "a b" in it, new ones as ["a", "b"].
+            bpe = one_file["model"]
+            if bpe["type"] != "BPE":
+                raise ValueError(f"its model is {bpe['type']}, not BPE")
+            pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in bpe["merges"]]
+            return cls(bpe["vocab"], pairs, pad, added)
         except Exception as error:  # a damaged file may cause an error of any kind
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise ValueError(f"the tokenizer in {folder} can't be used: {reason}") from None
@@ -237,6 +241,6 @@ def _single_bytes() -> list[str]:
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    """A pair of pieces from each line, after a line with the version."""
+    """The pair of pieces in each line. The first line, with the version, and empty lines are left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]

@@ -85,9 +85,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        # The norm comes first, so that the layers behind it see numbers of one scale however deep the block stands.
-        # GroupNorm takes mean and variance over 32 groups of channels, within one picture. BatchNorm would take them
-        # over the batch, where pictures of different timesteps, and so of different noise, stand side by side.
+        # The norm comes first, so that the layers after it get numbers of one scale, however deep in the network the
+        # block is. GroupNorm takes mean and variance over each of 32 groups of channels, within one picture. BatchNorm
+        # would take them over the batch, in which pictures have different timesteps, and so different amounts of noise.
         self.in_layers = nn.Sequential(
             nn.GroupNorm(32, channels),  # PyTorch's default eps, 1e-5, is the one that the checkpoint was trained with
             nn.SiLU(),  # x · sigmoid(x)
@@ -109,8 +109,8 @@ class ResBlock(nn.Module):
         # Normalise, activate, convolve: [b c h w] -> [b c_out h w].
         h = self.in_layers(x)
         # [b e] -> [b c_out 1 1]: one number for each channel is added to all pixels alike. It says how noisy the input
-        # is, and through the activation behind it, it turns detectors up or down accordingly. SD v1 only shifts; ADM
-        # also scales ("adaptive group normalization", section 3.1).
+        # is, and so the activation that follows lets more or less of a channel through. SD v1 only shifts; ADM also
+        # scales ("adaptive group normalization", section 3.1).
         h = h + self.emb_layers(emb)[:, :, None, None]
         # A second round at the new width. Two 3×3 convolutions let each pixel see 5×5 of the input.
         h = self.out_layers(h)
@@ -124,8 +124,8 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # A convolution that moves by two pixels learns what to keep, where pooling would decide it beforehand. It pads
-        # one pixel on each side; the VAE's Downsample pads on the right and at the bottom only.
+        # A convolution with stride 2 learns what to keep. Pooling would decide that beforehand. One pixel is padded on
+        # each side; the VAE's Downsample pads only on the right and at the bottom.
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
@@ -218,11 +218,12 @@ class UNetModel(nn.Module):
             return ResBlock(in_channels, time_embed_dim, out_channels, config.dropout)
 
         def transformer(channels: int) -> SpatialTransformer | AttentionBlock:
+            # The channels are divided among the heads: in SD v1, 8 heads with 40, 80 or 160 channels each.
             heads = config.heads(channels)
             if heads < 1 or channels % heads:
                 raise ValueError(f"{channels} channels can't be divided among {heads} heads")
             if not config.use_spatial_transformer:
-                return AttentionBlock(channels, heads)
+                return AttentionBlock(channels, heads)  # the pixels read each other, and there is no text
             head_channels = channels // heads
             return SpatialTransformer(
                 channels, heads, head_channels, config.transformer_depth, config.context_dim, config.dropout

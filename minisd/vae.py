@@ -42,8 +42,8 @@ class AutoencoderConfig:
     z_channels: int = 4  # channels between encoder or decoder and their 1x1 convolution
     embed_dim: int = 4  # channels of the latent
     double_z: bool = True  # the encoder predicts a mean and a log variance for each of z_channels, not one number
-    resolution: int = 256  # side of the training pictures; only attn_resolutions is measured by it
-    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps, of such a picture, that get self-attention
+    resolution: int = 256  # side of the training pictures; it only gives attn_resolutions a meaning
+    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps of such a picture that get self-attention
 
     def __post_init__(self):
         sides = [self.resolution // 2**level for level in range(len(self.ch_mult))]
@@ -99,7 +99,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = Normalize(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
+        if in_channels != out_channels:  # "nin" is CompVis's name for a 1x1 convolution: network in network
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c_out h w"]:
@@ -121,6 +121,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = Normalize(channels)
+        # 1x1 convolutions: each maps the channels of a pixel, as a linear layer does, and leaves the pixels apart.
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -188,7 +189,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The lowest resolution of both halves, where attention over all pixels is cheap enough to have always."""
+    """The lowest resolution of both halves. Attention over all pixels is cheap here, so it is always there."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -208,19 +209,24 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        c = config.ch
-        self.conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
+        # From the 3 channels of the picture to the width of the first level, 128 in SD v1.
+        channels = config.ch
+        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        # The levels, from the full resolution down. In SD v1 they have 128, 256, 512 and 512 channels. Each but the
+        # last ends by halving height and width, so f = 2³ = 8.
         self.down = nn.ModuleList()
         for i, width in enumerate(config.widths):
-            level = Level(c, width, config.num_res_blocks, config.attends(i))
-            if i < len(config.widths) - 1:  # the last level stays at its resolution
+            level = Level(channels, width, config.num_res_blocks, config.attends(i))
+            if i < len(config.widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-            c = width
-        self.mid = Middle(c)
-        self.norm_out = Normalize(c)
-        # Mean and log variance are two halves of the channels.
-        self.conv_out = nn.Conv2d(c, (2 if config.double_z else 1) * config.z_channels, 3, padding=1)
+            channels = width
+        # At the lowest resolution, every pixel is compared with every other.
+        self.mid = Middle(channels)
+        # The end: few channels, because these are all that is kept. With double_z there are twice as many, for a mean
+        # and a log variance.
+        self.norm_out = Normalize(channels)
+        self.conv_out = nn.Conv2d(channels, (2 if config.double_z else 1) * config.z_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b z h w"]:
         h = self.conv_in(x)  # [b 3 H W] -> [b ch H W]
@@ -240,19 +246,22 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        c = config.widths[-1]
-        self.conv_in = nn.Conv2d(config.z_channels, c, 3, padding=1)
-        self.mid = Middle(c)
+        # From the 4 channels of the latent to the width of the lowest level, 512 in SD v1.
+        channels = config.widths[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels)
+        # The levels, from the lowest resolution up. Each but the last ends by doubling height and width.
         levels = []
         for i, width in reversed(list(enumerate(config.widths))):
-            level = Level(c, width, config.num_res_blocks + 1, config.attends(i))
+            level = Level(channels, width, config.num_res_blocks + 1, config.attends(i))
             if i > 0:
                 level.upsample = Upsample(width)
             levels.append(level)
-            c = width
-        self.up = nn.ModuleList(reversed(levels))  # numbered from the full resolution, so up.0 runs last
-        self.norm_out = Normalize(c)
-        self.conv_out = nn.Conv2d(c, config.out_ch, 3, padding=1)
+            channels = width
+        # The checkpoint numbers the levels from the full resolution, so up.0 runs last.
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = Normalize(channels)
+        self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c H W"]:
         # The layout of the whole picture is settled first, at the lowest resolution, where attention sees all of it.
@@ -352,7 +361,10 @@ class FirstStage(nn.Module):
         return self._in_parts(lambda part: self.decoder(self.post_quant_conv(part)), z, scale_in=1, scale_out=f)
 
     def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-        """network(x), in slices and tiles if asked. The scales: pixels of input and output per pixel of the latent."""
+        """network(x), in slices and tiles if these are switched on.
+
+        scale_in, scale_out: how many pixels of its input and of its output belong to a pixel of the latent.
+        """
 
         def run(part: Tensor) -> Tensor:
             if self.tiling is None or max(part.shape[-2:]) <= self.tiling[0] * scale_in:
@@ -409,6 +421,8 @@ class AutoencoderKL(FirstStage):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        # Two 1x1 convolutions, one on each side of the latent, lead from z_channels to embed_dim and back. In SD v1
+        # both are 4, so they only mix the channels.
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
@@ -518,8 +532,10 @@ def fade(
 ) -> Float[Tensor, "b c h2 w2"]:
     """b, with its first `extent` pixels along `dim` faded in over the last ones of a. `dim` is -1 or -2."""
     extent = min(b.shape[dim], extent)  # a tile at the edge of the picture may be smaller than the overlap
-    # Pixel k is (1 - k / extent) · a + (k / extent) · b.
+    # Along the overlap, the weight of b rises from 0 in a straight line. It is a row [extent] or a column [extent 1].
     weight = torch.arange(extent, dtype=b.dtype, device=b.device) / max(extent, 1)
     weight = weight if dim == -1 else weight[:, None]
+    # Both tiles show the same part of the picture here: the last pixels of a are the first of b. Pixel k of it becomes
+    # (1 - k / extent) · a + (k / extent) · b. The rest of b stays.
     end, start = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
     return torch.cat([torch.lerp(end, start, weight), b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)

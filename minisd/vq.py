@@ -76,7 +76,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Float[Tensor, "b d h w"]) -> Quantized:
         indices = self.nearest(z)  # k = argmin_j ‖z - e_j‖, one for each pixel: [b d h w] -> [b h w] (eq. 1)
         codes = self.embedding(indices).movedim(-1, 1)  # e_k: [b h w] -> [b h w d] -> [b d h w] (eq. 2)
-        # The argmin passes no gradient on, so two others replace it. The decoder's error reaches the encoder straight
+        # The argmin has no gradient, so two others replace it. The decoder's error reaches the encoder straight
         # through the codes, and the loss below trains the codebook, which that error does not reach.
         return Quantized(straight_through(z, codes), self.loss(z, codes), indices)
 
@@ -152,6 +152,7 @@ class VQModel(FirstStage):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta, config.legacy)
+        # From the channels of the encoder to the numbers of a code, and back to those of the decoder.
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 

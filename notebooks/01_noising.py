@@ -7,32 +7,37 @@
 # ---
 
 # %% [markdown]
-# # 1 · Noising: a picture dissolves
+# # 1 · Noising: how a picture dissolves
 #
-# A diffusion model learns to undo one particular kind of damage. This notebook is about the damage: how it is done,
-# why just so, and how it could be undone by somebody who knew all pictures by heart.
+# A diffusion model learns to remove noise from pictures. This notebook shows how the noisy pictures are made on which
+# it practises, and what it takes to get back to the clean picture.
 #
-# You will understand
+# At the end you can
 #
-# - what $\beta_t$, $\alpha_t$ and $\bar\alpha_t$ are, and why a picture is shrunk before noise is added;
-# - how to jump to any timestep in one line, $q(x_t \mid x_0)$;
-# - what a schedule decides, and what Stable Diffusion's leaves undone at its end;
-# - what one step back looks like, $q(x_{t-1} \mid x_t, x_0)$, and why the steps must be small;
-# - that the best denoiser of all needs no network and no training, and why nobody would want it.
+# - add noise to a picture as Stable Diffusion does, for any timestep, in one line;
+# - explain $\beta_t$, $\bar\alpha_t$ and the signal-to-noise ratio;
+# - compute the clean picture from a noisy one and its noise;
+# - say why there are a thousand small steps, although one jump gives the same noisy picture;
+# - draw pictures without any network, and explain why that is not enough.
 #
-# About 45 minutes to read; it runs in about a minute on a laptop. Nothing is trained here. The module of this stage is
-# [`minisd/noising.py`](../minisd/noising.py): a few lines for each equation below.
+# About 50 minutes, with two exercises; it runs in about a minute on a laptop. Nothing is trained here.
 #
-# Before: [notebook 00](00_start_here.ipynb), the map of the whole. Next: [notebook 02](02_loss.ipynb), where a network
-# learns to undo the damage.
+# Before: [00](00_start_here.ipynb), the map. After: [02](02_loss.ipynb), where a network learns to find the noise. The
+# module is [`minisd/noising.py`](../minisd/noising.py). In the browser:
+# [What training did](../docs/play.md#tour=training), a stop of the guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
 #
-# The papers are cited by these names: **DDPM**, [Ho et al. 2020](https://arxiv.org/abs/2006.11239); **Improved DDPM**,
-# [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672); **Variational Diffusion Models**,
-# [Kingma et al. 2021](https://arxiv.org/abs/2107.00630); **EDM**,
-# [Karras et al. 2022](https://arxiv.org/abs/2206.00364).
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
 #
-# To see a picture and noise mixed in your browser first, open the stop [What training
-# did](../docs/play.md#tour=training) of the guided tour.
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -41,24 +46,42 @@ MODE = "full"  # "smoke": every line runs, on so little that the figures mean no
 import time
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 import minisd
 from minisd import viz
+from minisd.coursework import check
 from minisd.data import sample
 
 full = MODE == "full"
 start = time.time()
 
 # %% [markdown]
-# ## A picture is a point
-#
-# minisd ships with a small corpus of captioned emoji. A network sees a picture as numbers in $[-1, 1]$: $-1$ is black,
-# $1$ is white. A picture of 32×32 pixels is 3,072 of them, so it is one point in a space of 3,072 dimensions. All that
-# follows happens to points. The same formulas will work for latents, where Stable Diffusion uses them, and for single
-# numbers, where we can plot them.
+# ## Where we are
 
 # %%
+viz.pipeline("noising")
+
+# %% [markdown]
+# In training, noising comes between the autoencoder and the UNet. It mixes a clean latent with noise $\epsilon$, and
+# gives the UNet the result $x_t$. These are its two rows in the trace of a training step (the table of notebook 00):
+
+# %% tags=["hide-input"]
 corpus = sample(size=32)
+sd = minisd.load()
+fox = corpus.batch([corpus.captions.index("fox, noto style")])[0]  # [3 32 32]
+step = minisd.trace(sd, "fox, noto style", image=fox, t=500)
+print(*[row for row in step if row.stage == 1], sep="\n")
+
+# %% [markdown]
+# ## A picture is a point
+#
+# A network sees a picture as numbers from $-1$ (black) to $1$ (white). 32×32 pixels in three colours are 3,072 numbers,
+# so a picture is one point in a space of 3,072 dimensions. All formulas below work for any points: for latents, where
+# Stable Diffusion uses them, and for single numbers, which we can plot.
+
+# %%
 names = ["fox", "tropical fish", "rocket", "watermelon", "panda", "house", "sunflower", "guitar"]
 x_0 = corpus.batch([corpus.captions.index(f"{name}, noto style") for name in names])
 
@@ -67,145 +90,499 @@ print(f"x_0     {x_0.dtype} {list(x_0.shape)}, from {x_0.min():.2f} to {x_0.max(
 viz.strip([x_0], titles=names)
 
 # %% [markdown]
-# ## The naive idea: add noise, again and again
+# ## Shrink a little, then add a little noise
 #
-# To ruin a picture, add a little Gaussian noise. Then a little more. A thousand times:
+# The simplest way to ruin a picture is to add a little Gaussian noise, a thousand times. But then the numbers grow with
+# every step. So we do it in two moves: first **shrink** the picture a little, then **add** just enough noise to make up
+# for it. Multiplying $x$ by $\sqrt{1-\beta}$ multiplies its variance by $1-\beta$. Noise of variance $\beta$ brings a
+# variance of 1 back to $(1-\beta) + \beta = 1$. This is one step of DDPM
+# ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)), and of Stable Diffusion:
 #
-# $$x_t = x_{t-1} + 0.1\,\epsilon_t, \qquad \epsilon_t \sim \mathcal N(0, I)$$
+# $$x_t = \sqrt{1-\beta_t}\;x_{t-1} + \sqrt{\beta_t}\;\epsilon, \qquad \epsilon \sim \mathcal N(0, I)
+# \qquad \text{(DDPM, eq. 2)}$$
 #
-# To be shown, each picture below is clamped to $[-1, 1]$. The number under it is the standard deviation of what is
-# really there. We count as the code does, from 0: $t = 0$ is the picture after the first step, $t = 999$ the one after
-# the thousandth. The clean picture is $x_0$ in the papers, and has no timestep in the code. So the papers' $t$ is our
-# $t + 1$, and what they call $x_T$ and $\bar\alpha_T$, the last ones, stand at $t = 999$ here. (A sampler calls the
-# noise that it begins with $x_T$ too, even if its first timestep is an earlier one, such as 981.)
+# $\beta_t$ is the variance of the noise that step $t$ adds. All $\beta_t$ together are the
+# [noise schedule](../docs/glossary.md).
+#
+# **How we count.** In the code, $t = 0$ is the picture after the first step, and $t = 999$ the one after the
+# thousandth. The papers count from 1, so their last picture is $x_T$ with $T = 1000$. The clean picture is called $x_0$
+# in both (so $x_0$ is not the picture at $t = 0$).
 
 # %%
+schedule = minisd.NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)  # Stable Diffusion's
+T = schedule.timesteps
+print(f"betas  {list(schedule.betas.shape)}, from {schedule.betas[0]:.5f} to {schedule.betas[-1]:.5f}")
+
+# %% [markdown]
+# **Predict, then run.** No step takes away more than 1.2% of the variance of the picture. How much of the picture is
+# left after a thousand steps, and which standard deviation do the numbers have then?
+
+# %% tags=["hide-output"]
 torch.manual_seed(0)
 shown = [0, 10, 50, 100, 250, 500, 999]
-
-x, naive = x_0[0], [x_0[0]]
-for t in range(1000):
-    x = x + 0.1 * torch.randn_like(x)
+added = shrunk = x_0[0]
+rows = [[added], [shrunk]]
+for t in range(T):
+    beta, epsilon = schedule.betas[t], torch.randn_like(x_0[0])
+    added = added + 0.1 * epsilon  # noise is added, and nothing is shrunk
+    shrunk = (1 - beta).sqrt() * shrunk + beta.sqrt() * epsilon  # one step of DDPM, eq. 2
     if t in shown:
-        naive.append(x)
+        rows[0].append(added)
+        rows[1].append(shrunk)
 
-naive = torch.stack(naive)  # [columns 3 32 32]
+left = (1 - schedule.betas).prod()
+print(f"left of the picture: {left:.4f} of its variance, so a factor of {left.sqrt():.3f}")
+notes = [[f"std {x.std():.2f}" for x in row] for row in rows]
 titles = ["$x_0$", *(f"t = {t}" for t in shown)]
-viz.strip([naive], titles, ["add"], notes=[[f"std {x.std():.2f}" for x in naive]])
+viz.strip([torch.stack(row) for row in rows], titles, ["add", "shrink,\nthen add"], notes)
 
 # %% [markdown]
-# It works, and it fails us twice.
+# Next to nothing is left, because many small losses multiply. Remember the factor of 0.068; it comes back.
 #
-# 1. **It grows.** Each step adds 0.01 to the variance, and nothing takes any away. A network would have to read
-#    numbers of size 0.7 at one end and 3 at the other.
-# 2. **It arrives nowhere.** To draw a picture, we want to start from noise that *no* picture was needed to make. But
-#    the picture is still in there at full strength, under noise whose size depends on how long we went on.
+# In the upper row the standard deviation grows to more than 3. In the lower row it goes to 1, from any picture. So the
+# end is always the same: noise of mean 0 and standard deviation 1. Drawing will start from there. (If the data have
+# variance 1, it stays exactly 1 at every step. Our pixels have less. Latents are scaled to have it: notebook 04.)
 #
-# (One can live with that: the "variance-exploding" models do. EDM divides by the size before the network looks, which
-# comes to the same as what follows. Stable Diffusion follows DDPM, which never lets the numbers grow.)
+# <details><summary>Optional: models that only add</summary>
 #
-# The remedy: **shrink first, then add**, and shrink just so much that the noise makes up for the variance that is lost.
-#
-# ## One small step
-#
-# $$q(x_t \mid x_{t-1}) = \mathcal N\!\big(\sqrt{1-\beta_t}\;x_{t-1},\; \beta_t I\big) \qquad \text{(DDPM, eq. 2)}$$
-#
-# $\beta_t$ is the variance of the noise that step $t$ adds. Multiplying by $\sqrt{1-\beta_t}$ leaves the share
-# $1-\beta_t$ of the variance that was there. If that was 1, it is $(1-\beta_t) + \beta_t = 1$ again.
-#
-# The thousand $\beta_t$ together are the **schedule**. Here is Stable Diffusion's.
-
-# %%
-schedule = minisd.NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)
-T = schedule.timesteps
-print(schedule)
-print(f"betas   {list(schedule.betas.shape)}, from {schedule.betas[0]:.5f} to {schedule.betas[-1]:.5f}")
-
-# %% [markdown]
-# **Predict, then run.** No step takes away more than 1.2% of the variance. How much of the picture is left after a
-# thousand of them?
-#
-# <details><summary>Answer</summary>
-#
-# Next to nothing. The mean $\beta_t$ is about 0.00535, and $0.99465^{1000} \approx 0.0047$: small losses, one upon
-# the other, multiply. In amplitude, that is $\sqrt{0.0047} \approx 0.07$ of the picture. Keep this number in
-# mind, it comes back.
+# "Variance exploding" models, such as EDM ([Karras et al. 2022](https://arxiv.org/abs/2206.00364)), let the numbers
+# grow, and divide $x_t$ by its size before the network sees it. This comes to the same.
 #
 # </details>
+#
+# ## The chain, and its way back
 
 # %%
-torch.manual_seed(0)
-x, kept = x_0[0], [x_0[0]]
-for t in range(T):
-    beta, epsilon = schedule.betas[t], torch.randn_like(x)
-    # x_t = √(1-β_t) x_{t-1} + √β_t ε                                                           (DDPM, eq. 2)
-    x = (1 - beta).sqrt() * x + beta.sqrt() * epsilon
-    if t in shown:
-        kept.append(x)
-
-kept = torch.stack(kept)
-notes = [[f"std {x.std():.2f}" for x in row] for row in (naive, kept)]
-viz.strip([naive, kept], titles, ["add", "shrink, add"], notes)
+viz.diagram("chain")
 
 # %% [markdown]
-# Now the end is a known place: mean about 0, standard deviation about 1, whatever picture we came from.
-#
-# The picture itself starts below 1, and rises to it. "Variance-preserving" is exact for data of variance 1 only. Our
-# pixels have less; latents are scaled to have just that (the famous 0.18215, notebook 04).
+# To the right goes the [forward process](../docs/glossary.md) $q$: the steps that we have just taken. It is fixed. To
+# the left goes the [reverse process](../docs/glossary.md) $p_\theta$, which removes a little noise in each step. It
+# needs a network with weights $\theta$. Notebook 02 trains one, and notebook 06 walks back with it.
 #
 # ## All steps in one jump
 #
-# Training needs pictures at random timesteps, millions of them. Nobody walks a thousand steps for each. Put two steps
-# into one another, with $\alpha_t = 1 - \beta_t$:
+# Training needs noisy pictures at random timesteps. Nobody walks there step by step, because two steps in a
+# row do the same as one larger step: shrinking twice is shrinking once by the product of the factors, and two
+# independent Gaussian noises add up to one whose variance is the sum of theirs.
+#
+# The same holds for any number of steps. Write $\alpha_t = 1-\beta_t$ for the share of the variance that step $t$
+# keeps, and $\bar\alpha_t$ ("alpha bar") for the product of all shares up to $t$:
+#
+# $$x_t = \sqrt{\bar\alpha_t}\;x_0 + \sqrt{1-\bar\alpha_t}\;\epsilon, \qquad
+#   \bar\alpha_t = \alpha_0\,\alpha_1 \cdots \alpha_t \qquad \text{(DDPM, eq. 4)}$$
+#
+# So $\bar\alpha_t$ is the share of the picture's variance that is left at $t$, and $1-\bar\alpha_t$ is the variance of
+# the noise. Written as a distribution:
+# $q(x_t \mid x_0) = \mathcal N\big(\sqrt{\bar\alpha_t}\,x_0,\,(1-\bar\alpha_t)I\big)$. No other formula is used as
+# often in this course.
+#
+# <details><summary>Optional: the algebra for two steps</summary>
 #
 # $$x_t = \sqrt{\alpha_t}\,
 #   \big(\underbrace{\sqrt{\alpha_{t-1}}\,x_{t-2} + \sqrt{1-\alpha_{t-1}}\;\epsilon_{t-1}}_{x_{t-1}}\big)
 #   + \sqrt{1-\alpha_t}\;\epsilon_t$$
 #
-# There are two Gaussian noises in it. Their sum is Gaussian again (this is why the noise is Gaussian and not, say,
-# uniform), and the variances add up:
-# $\alpha_t(1-\alpha_{t-1}) + (1-\alpha_t) = 1 - \alpha_t\alpha_{t-1}$. So two steps look like one step with
-# $\alpha_t\alpha_{t-1}$ in place of $\alpha_t$, and so do three, and so do all:
+# The two noises are independent, so their variances add up:
+# $\alpha_t(1-\alpha_{t-1})+(1-\alpha_t)=1-\alpha_t\alpha_{t-1}$. This is one step with $\alpha_t\alpha_{t-1}$ in place
+# of $\alpha_t$. (The sum of two uniform noises is not uniform. This is one reason why the noise is Gaussian.)
 #
-# $$q(x_t \mid x_0) = \mathcal N\!\big(\sqrt{\bar\alpha_t}\;x_0,\; (1-\bar\alpha_t) I\big),
-#   \qquad \bar\alpha_t = \prod_{s \le t} \alpha_s \qquad \text{(DDPM, eq. 4)}$$
-#
-# No other formula is used as often in this project. It is two lines.
-
-
-# %%
-def q_sample(x_0, t, noise):
-    alpha_bar = torch.cumprod(1 - schedule.betas, dim=0)[t][:, None, None, None]  # ᾱ_t, [b 1 1 1]
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
-
-
-t = torch.tensor([0, 20, 60, 120, 250, 400, 600, 999])  # [b]: each picture of a batch has a timestep of its own
-noise = torch.randn_like(x_0)
-x_t = q_sample(x_0, t, noise)
-assert torch.allclose(x_t, schedule.q_sample(x_0, t, noise), atol=1e-4)  # minisd computes ᾱ in float64
-
-print(f"x_0 {list(x_0.shape)}, t {list(t.shape)}, noise {list(noise.shape)}  ->  x_t {list(x_t.shape)}")
-titles = [f"t = {i}" for i in t.tolist()]
-viz.strip([x_0, noise, x_t], titles, ["$x_0$", r"$\epsilon$", "$x_t$"])
+# </details>
 
 # %% [markdown]
-# **Predict.** Two programs are wrong, and neither stops with an error. One has forgotten the roots: its factors are
-# $\bar\alpha_t$ and $1-\bar\alpha_t$. The other leaves out `[:, None, None, None]`, and its batch happens to have
-# 32 pictures of 32×32 pixels. What do their $x_t$ look like?
+# ### Write it yourself: `q_sample`
 #
-# <details><summary>Answer</summary>
+# essential · about 10 minutes
 #
-# Variances add up, standard deviations do not. Without the roots the variance is $\bar\alpha_t^2 + (1-\bar\alpha_t)^2$
-# (if that of the data is 1): 1 at both ends, and only ½ in the middle. Such an $x_t$ is too dim, and holds less noise
-# than a sampler believes. In the second, `[32]` meets `[32 3 32 32]` and is spread along the *last* axis: every
-# picture gets its first column of pixels at the first picture's $t$, its second at the second's, and so on: stripes.
-# With any other number of pictures (but 1) there would have been an error. Test with sizes that all differ.
+# Noise a batch of pictures by this formula. Each picture has a timestep of its own, so `t` has the shape `[b]`.
+
+# %% tags=["exercise"]
+def q_sample(
+    x_0: Float[Tensor, "b c h w"],
+    t: Int[Tensor, "b"],
+    noise: Float[Tensor, "b c h w"],
+    alphas_cumprod: Float[Tensor, "T"],
+) -> Float[Tensor, "b c h w"]:
+    """Noise each picture to its own timestep, in one go: a sample of q(x_t | x_0).
+
+        q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I)                            (DDPM, eq. 4)
+
+    `noise` is ε ~ N(0, I), to be used as it is; ᾱ_t is alphas_cumprod[t].
+    """
+    raise NotImplementedError  # your code here
+
+
+check.q_sample(q_sample)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# # x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
+# alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
+# return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+# ```
+#
+# </details>
+
+# %% [markdown]
+# In the package it is a method of the schedule, which knows $\bar\alpha_t$:
+
+# %%
+t = torch.tensor([0, 20, 60, 120, 250, 400, 600, 999])  # [b]
+noise = torch.randn_like(x_0)
+x_t = schedule.q_sample(x_0, t, noise)
+print(f"x_0 {list(x_0.shape)}, t {list(t.shape)}, noise {list(noise.shape)}  ->  x_t {list(x_t.shape)}")
+viz.strip([x_0, noise, x_t], [f"t = {i}" for i in t.tolist()], ["$x_0$", r"$\epsilon$", "$x_t$"])
+
+# %% [markdown]
+# <details><summary>Optional: two mistakes that no error message reports</summary>
+#
+# **Without the roots**, the factors are $\bar\alpha_t$ and $1-\bar\alpha_t$. For data of variance 1, the variance is
+# then $\bar\alpha_t^2 + (1-\bar\alpha_t)^2$: right at both ends, and only ½ in the middle. Such an $x_t$ is too pale,
+# and contains less noise than a sampler believes.
+#
+# **Without `[:, None, None, None]`**, and with 32 pictures of 32×32 pixels, `[32]` multiplies `[32 3 32 32]` along the
+# *last* axis. Each column of pixels gets the $t$ of another picture, which looks like stripes. With other numbers
+# PyTorch would have complained. So test with sizes that all differ.
 #
 # </details>
 #
-# Is the jump really the same as the walk? Not for a single picture: they draw different noise. What must agree is the
-# **distribution**. Take one pixel, $x_0 = 0.9$. Walk many copies of it through all steps, jump with as many others, and
-# compare both with the Gaussian of eq. 4.
+# ## The whole process, on a line
+#
+# With numbers instead of pictures, we can see everything at once. Let the data set be three numbers. Grey shows the
+# density of $x_t$ at every $t$: the sum of three bells, one from each number. The lines are two walks from each number.
+
+# %% tags=["hide-input"]
+torch.manual_seed(3)
+toy = torch.tensor([-1.4, 0.35, 1.05])
+points = toy.repeat(2)
+walks = []
+for beta in schedule.betas:
+    points = (1 - beta).sqrt() * points + beta.sqrt() * torch.randn(len(points))
+    walks.append(points)
+walks = torch.stack(walks)  # [T 6]
+
+viz.density_over_time(toy, schedule, {"a thousand small random steps": (range(T), walks)}, width=6)
+
+# %% [markdown]
+# Early on, you can tell from $x_t$ which number it came from. Later the bells overlap. The two numbers that are close
+# to each other merge first: noise destroys **small differences before large ones**. At the end there is one bell,
+# nearly $\mathcal N(0, 1)$.
+#
+# ## How much noise is that? The signal-to-noise ratio
+#
+# $\beta_t$ does not show how noisy $x_t$ is. The **signal-to-noise ratio** ([SNR](../docs/glossary.md)) does. It is the
+# variance of what is left of the picture, divided by the variance of the noise:
+#
+# $$\mathrm{SNR}(t) = \frac{\bar\alpha_t}{1-\bar\alpha_t}$$
+#
+# At an SNR of 1 there is as much picture as noise. Three schedules are in use: DDPM's `linear`, Stable Diffusion's
+# `scaled_linear` and the `cosine` of [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672). The names say what
+# grows linearly ($\beta$, or $\sqrt\beta$) or falls like a squared cosine ($\bar\alpha$).
+
+# %%
+schedules = {
+    "scaled_linear": minisd.NoiseSchedule.scaled_linear(),
+    "linear": minisd.NoiseSchedule.linear(),
+    "cosine": minisd.NoiseSchedule.cosine(),
+}
+for name, s in schedules.items():
+    half = (s.alphas_cumprod < 0.5).int().argmax()
+    print(f"{name:14} more noise than signal from t = {half}; at the end, √ᾱ_T = {s.alphas_cumprod[-1].sqrt():.5f}")
+viz.schedule_curves(schedules)
+
+# %%
+viz.noising_strip(x_0[1:2], schedules, [99, 199, 299, 399, 599, 799, 999])
+
+# %% [markdown]
+# (All rows have the same noise, so that only its amount differs.) A schedule is a **clock**: it decides at which $t$
+# each SNR comes, and so how much time training and sampling spend there. At equal SNR, all three give the same noisy
+# picture.
+#
+# What does noise destroy first? Here the pictures are split into details of five sizes. Each line ends with the
+# timestep from which the noise is larger than the detail.
+
+# %% tags=["hide-input"]
+everything = corpus.batch(range(len(corpus)))  # [1280 3 32 32]
+level, k = everything, 1
+snr = schedule.snr(torch.arange(T))
+while k < 32:
+    # A square of 2k × 2k pixels has four quarters: how much do they differ from the mean of the square?
+    coarser = torch.nn.functional.avg_pool2d(level, 2)  # the mean of each square, [1280 3 16/k 16/k]
+    detail = level - coarser.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    variance = detail.square().mean()
+    # The mean over k² pixels of noise has the variance 1/k². Subtracting the mean of the square leaves ¾ of it.
+    gone = (snr * variance / (0.75 / k**2) < 1).int().argmax()
+    print(f"details of {k:2} × {k:2} pixels: std {variance.sqrt():.2f}, below the noise from t = {gone}")
+    level, k = coarser, 2 * k
+
+# %% [markdown]
+# Over a large area the noise averages out, so large details survive longer. Noise takes the texture first, then the
+# outline, and in the end what is dark and what is light. A model that removes noise works in the opposite order: it
+# decides on the large shapes first.
+#
+# ## Is the end really pure noise?
+#
+# Not quite. Under Stable Diffusion's schedule, 7% of the picture (the factor 0.068) is still in the last $x_t$. How far
+# is that from pure noise, from which drawing starts? Such distances are measured by the **Kullback-Leibler divergence**
+# ([KL](../docs/glossary.md)), $D_{KL}(q\,\|\,p) = \mathbb E_q[\log q - \log p]$. It is 0 if two distributions are the
+# same, and it grows as they become easier to tell apart. With logarithms to the base 2 it is measured in bits.
+
+# %% tags=["hide-input"]
+table = [f"{'':14}   √ᾱ_T     KL per number    KL per picture"]
+for name, s in schedules.items():
+    a = s.alphas_cumprod[-1].double()
+    # KL of N(√ᾱ x_0, 1-ᾱ) from N(0, 1): ½ (ᾱ x_0² - ᾱ - log(1-ᾱ)), called L_T in DDPM, eq. 5
+    L_T = (a * everything.square().mean() - a - torch.log1p(-a)) / 2
+    bits = L_T / torch.log(torch.tensor(2.0))
+    table.append(f"{name:14}  {a.sqrt():.5f}   {bits:.1e} bits     {bits * x_0[0].numel():.5f} bits")
+print("\n".join(table))
+
+# %% [markdown]
+# Two thousandths of a bit for each number look like nothing, but 3,072 of them make 7 bits. A network can use them, and
+# this is why Stable Diffusion hardly ever draws very dark or very bright pictures
+# ([Lin et al. 2023](https://arxiv.org/abs/2305.08891)). The optional section *The leak at the end* shows how.
+#
+# ## If you know the noise, you know the picture
+#
+# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ is one equation. Suppose that you know $x_t$ and
+# the noise in it. Then only $x_0$ is unknown, and you can solve for it. So it is enough to find the noise, which is
+# what the network of the next notebook learns.
+
+# %% [markdown]
+# ### Write it yourself: `predict_start_from_noise`
+#
+# essential · about 10 minutes
+#
+# Solve the formula of `q_sample` for $x_0$. Every sampler does this in each step, with the network's estimate of the
+# noise.
+
+# %% tags=["exercise"]
+def predict_start_from_noise(
+    x_t: Float[Tensor, "b c h w"],
+    t: Int[Tensor, "b"],
+    noise: Float[Tensor, "b c h w"],
+    alphas_cumprod: Float[Tensor, "T"],
+) -> Float[Tensor, "b c h w"]:
+    """The picture x_0 that x_t was made from, if `noise` is the noise in it: q_sample, solved for x_0. (DDPM, eq. 15)
+    """
+    raise NotImplementedError  # your code here
+
+
+check.predict_start_from_noise(predict_start_from_noise)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
+# return (x_t - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Predict, then run.** A network never finds the noise exactly. Below, the noise is wrong by 10% at every $t$ (random
+# errors with a standard deviation of 0.1). At which $t$ is the computed picture $\hat x_0$ worst?
+
+# %% tags=["hide-output"]
+t = torch.tensor([50, 300, 600, 850, 999])
+clean, noise = x_0[:1].expand(5, -1, -1, -1), torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+noise = noise.expand_as(clean)  # the same noise five times
+wrong = noise + 0.1 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1))
+x_t = schedule.q_sample(clean, t, noise)
+x0_exact = schedule.predict_start_from_noise(x_t, t, noise)
+x0_wrong = schedule.predict_start_from_noise(x_t, t, wrong)
+
+notes = [[f"error {e:.2f}" for e in (x - clean).square().mean((1, 2, 3)).sqrt()] for x in (x0_exact, x0_wrong)]
+labels = ["$x_t$", r"$\hat x_0$, from" "\nthe exact noise", r"$\hat x_0$, from" "\nwrong noise"]
+viz.strip([x_t, x0_exact, x0_wrong], [f"t = {i}" for i in t.tolist()], labels, [[], *notes])
+
+# %% [markdown]
+# At large $t$. There the formula divides by $\sqrt{\bar\alpha_t}$, down to 0.068. The error of the noise is multiplied
+# by $\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t} = 1/\sqrt{\mathrm{SNR}}$: by 14.6 at $t = 999$. At $t = 50$ you hardly
+# see the same error. So one jump from noise to picture does not work, even with a good network.
+#
+# ## Why the steps must be small
+#
+# Forwards, one jump does what a thousand steps do. Backwards it does not, because $x_0$ is not known. Take the three
+# numbers from above, and suppose that all you know is that $x_{300} = 0$. Where was the walk 300, 150, 40 and 4 steps
+# earlier? We simulate many walks, and keep those that arrive there.
+
+# %% tags=["hide-input"]
+torch.manual_seed(0)
+n = 4_000_000 if full else 20_000
+origin = toy[torch.randint(len(toy), (n,))]
+t, panels, gaussians = 300, {}, {}
+for back_by in (300, 150, 40, 4):
+    s = t - back_by
+    x_s = schedule.q_sample(origin, torch.full((n,), s), torch.randn(n))
+    alpha = schedule.alphas_cumprod[t] / schedule.alphas_cumprod[s]  # α_{s+1} ⋯ α_t: those steps as one
+    x_t = alpha.sqrt() * x_s + (1 - alpha).sqrt() * torch.randn(n)
+    chosen = x_s[x_t.abs() < 0.02]
+    title = f"{back_by} steps earlier"
+    panels[title], gaussians[title] = {"where they were": chosen}, (chosen.mean().item(), chosen.var().item())
+viz.histograms(panels, gaussians, "the Gaussian with their mean and variance", bins=80)
+
+# %% [markdown]
+# 300 steps earlier there are three needles: the three numbers. No Gaussian is anything like that. But a *short* way
+# back ends in a bell, and a bell needs only two numbers: its mean, which a network can estimate, and its variance,
+# which is nearly that of the step itself, $\beta_t$. **The thousand steps are needed for the way back.** (If you know
+# $x_0$, the step back is a Gaussian, however long it is: see the optional section *One step back*.)
+#
+# ## The best possible estimate
+#
+# What is missing is an estimate of $x_0$. If the data set is small, the best one can be computed, without a network.
+# Compare $x_t$ with each picture of the data set, shrunk as it would be by now. A picture that is close is a likely
+# origin. The best estimate (the one with the smallest mean squared error) is the mean of all pictures, weighted by how
+# likely each of them is:
+#
+# $$w_i = \mathrm{softmax}_i\!\left(-\frac{|x_t - \sqrt{\bar\alpha_t}\,x_i|^2}{2\,(1-\bar\alpha_t)}\right), \qquad
+# \hat x_0 = \sum_i w_i\,x_i$$
+#
+# (This is Bayes' rule for $n$ equally likely pictures; [Karras et al. 2022](https://arxiv.org/abs/2206.00364), appendix
+# B.3.)
+
+
+# %%
+def best_estimate(x_t, t, data):
+    a = schedule.alphas_cumprod[t]
+    squared_distances = (x_t[:, None] - a.sqrt() * data).flatten(2).square().sum(-1)  # [b n]
+    w = torch.softmax(-squared_distances / (2 * (1 - a)), dim=1)  # [b n], each row sums to 1
+    return torch.einsum("bn,nchw->bchw", w, data)  # x̂_0, [b 3 32 32]
+
+
+data = everything if full else everything[:: len(everything) // 100]
+exact = minisd.ExactDenoiser(data, schedule)  # the same in the package
+
+t = torch.full((2,), 960)
+x_t = schedule.q_sample(x_0[:2], t, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+assert torch.allclose(best_estimate(x_t, 960, data), exact.x0(x_t, t), atol=1e-2)  # minisd computes in float64
+
+w = exact.posterior(x_t, t)  # [b n]
+print(f"x_t {list(x_t.shape)}, weights {list(w.shape)}, x̂_0 {list(exact.x0(x_t, t).shape)}")
+top = w[0].topk(6).indices  # the six pictures that weigh most, [6]
+titles = ["$x_t$", r"$\hat x_0$", *(f"$w$ = {w[0, i]:.3f}" for i in top)]
+viz.strip([torch.cat([x_t[:1], exact.x0(x_t, t)[:1], data[top]])], titles, ["t = 960"])
+
+# %% [markdown]
+# From left to right: a noisy fox, the best estimate, and the six pictures with the largest weights. `ExactDenoiser`
+# will be our yardstick, because no network can be better on its data.
+#
+# Below is its estimate of the same fox at several $t$. Under each stands the number of pictures that share the weight
+# ($1/\sum_i w_i^2$).
+
+# %% tags=["hide-input"]
+timesteps = [999, 900, 800, 700, 650, 600, 400, 200]
+t = torch.tensor(timesteps)
+noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(len(t), -1, -1, -1)
+rows, labels, notes = [], [], []
+for name in ("linear", "scaled_linear"):
+    denoiser = minisd.ExactDenoiser(data, schedules[name])
+    x_t = schedules[name].q_sample(x_0[0].expand(len(t), -1, -1, -1), t, noise)
+    effective = 1 / denoiser.posterior(x_t, t).square().sum(1)
+    rows += [x_t, denoiser.x0(x_t, t)]
+    labels += [f"{name}\n$x_t$", r"$\hat x_0$"]
+    notes += [[], [f"{k:.1f} pictures" if k < 9.95 else f"{k:.0f} pictures" for k in effective.tolist()]]
+viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
+
+# %% [markdown]
+# Read the upper half from left to right. First the best estimate is the mean of nearly all pictures, then a blur of
+# what is still possible, then one picture. **The blur is not a fault.** It is the right answer as long as many pictures
+# are possible, and a trained network gives it, too. In the lower half, under Stable Diffusion's schedule, only a
+# fraction of the pictures is left even at $t = 999$. This is the work of the 7 bits.
+#
+# ## Drawing without a network
+#
+# A sampler needs only an estimate of the noise, and here is one:
+# $\hat\epsilon = (x_t - \sqrt{\bar\alpha_t}\,\hat x_0)/\sqrt{1-\bar\alpha_t}$. So the exact denoiser can draw. We let
+# the sampler DDIM (notebook 06) draw 96 pictures from pure noise, under the linear schedule.
+#
+# **Predict, then run.** How many of them are new, that is, not in the corpus?
+
+# %% tags=["hide-output"]
+linear = schedules["linear"]
+draws = 96 if full else 8
+x_T = torch.randn(draws, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def drawn_from(x_T, s, steps=25 if full else 5):
+    return list(minisd.sampling.ddim(minisd.ExactDenoiser(data, s), x_T, s, steps=steps, spacing="trailing"))
+
+
+def nearest(pictures):
+    """Which picture of the corpus is nearest to each, and how far it is (root mean square)."""
+    distances = torch.cdist(pictures.flatten(1).double(), data.flatten(1).double()) / pictures[0].numel() ** 0.5
+    return distances.min(1).indices, distances.min(1).values
+
+
+drawn = drawn_from(x_T, linear)[-1].x0
+index, distance = nearest(drawn)
+print(f"{draws} drawn, {len(index.unique())} different; at most {distance.max():.0e} from a picture of the corpus")
+viz.trajectory(drawn_from(x_T[:2], linear, steps=50 if full else 5), pictures=(1,))
+
+# %% [markdown]
+# None. Each is a copy of a picture in the corpus. The figure shows the steps of one: a picture out of noise, and
+# nothing was trained. In the row of $\hat x_0$ you can watch it decide: all pictures, then a few, then one.
+#
+# **Predict, then run.** Now we take all foxes out of the data. Then we show the denoiser a fox with very little noise.
+# What does it answer?
+
+# %% tags=["hide-output"]
+kept = [i for i, row in enumerate(corpus.rows) if row["concept"] != "fox"]
+timesteps = [600, 400, 200, 100, 50, 20, 5, 0]
+t = torch.tensor(timesteps)
+foxes = x_0[0].expand(len(t), -1, -1, -1)
+x_t = schedule.q_sample(foxes, t, torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand_as(foxes))
+estimates = {
+    "$x_t$": x_t,
+    r"$\hat x_0$, knows foxes": minisd.ExactDenoiser(everything, schedule).x0(x_t, t),
+    r"$\hat x_0$, no foxes": minisd.ExactDenoiser(everything[kept], schedule).x0(x_t, t),
+}
+errors = {name: (estimate - foxes).square().mean((1, 2, 3)).sqrt() for name, estimate in estimates.items()}
+notes = [[f"error {error:.2f}" for error in row] for row in errors.values()]
+viz.strip(list(estimates.values()), [f"t = {t}" for t in timesteps], list(estimates), notes)
+
+# %% [markdown]
+# At $t = 5$ there is hardly any noise, and a child sees the fox. The denoiser answers with the nearest picture that it
+# knows. Its error (root mean square) is six times as large as if it had returned its input.
+#
+# **The perfect denoiser only remembers its data.** A network with the smallest possible training loss would be this
+# denoiser, and could draw nothing new. A real network draws new pictures *because it is not perfect*.
+#
+# <details><summary>Optional: what keeps a network from being perfect?</summary>
+#
+# This is a matter of research. One answer: convolutions judge each part of a picture by itself and by the same rules,
+# so they can combine parts of different pictures ([Kamb & Ganguli 2024](https://arxiv.org/abs/2412.20292)). But real
+# networks do remember some training pictures, above all those that occur many times
+# ([Carlini et al. 2023](https://arxiv.org/abs/2301.13188)).
+#
+# </details>
+#
+# ## What you know now
+#
+# - One step of noising shrinks by $\sqrt{1-\beta_t}$ and adds noise of variance $\beta_t$. The end is nearly
+#   $\mathcal N(0, I)$.
+# - All steps at once are `q_sample`. If you know the noise, you know the picture.
+# - A schedule is a clock for the SNR.
+# - A step back is nearly a Gaussian if it is small. Its mean needs an estimate of $x_0$.
+# - The best estimate is a weighted mean of the training pictures. It can draw, but only what it has seen.
+#
+# **More exercises** in [`exercises/01_noising.ipynb`](exercises/01_noising.ipynb): `scaled_linear_betas` (10 minutes),
+# `alphas_cumprod` (5), `q_step` (10), `snr` (5), `q_posterior_mean` (20), `q_posterior_variance` (10), `exact_x0` (25);
+# after notebook 02 also `get_v` (10) and `predict_start_from_v` (15). To look something up, see
+# [`docs/noising.md`](../docs/noising.md), which has the names in the CompVis source, too.
+#
+# **Next**: the exact denoiser needs the whole data set at every step, and only repeats it. In
+# [02 · Loss](02_loss.ipynb), a network learns to estimate the noise from examples: `q_sample` makes the examples.
+
+# %% [markdown]
+# ## Optional: the jump and the walk agree
+#
+# For a single picture they give different results, because they draw different noise. But their **distributions**
+# agree. We take one pixel, $x_0 = 0.9$, walk many copies of it through all steps, jump with as many others, and compare
+# both with the Gaussian of eq. 4.
 
 # %%
 torch.manual_seed(0)
@@ -232,98 +609,69 @@ print("\n".join(table))
 viz.histograms(panels, gaussians)
 
 # %% [markdown]
-# The bell starts as a needle at 0.9, gets wider, and slides towards 0.
+# ## Optional: one step back
 #
-# ## The whole process, on a line
+# Suppose that you know the picture $x_0$. Then Bayes' rule gives the exact distribution of $x_{t-1}$, and it is one
+# more Gaussian:
 #
-# A picture is a point, and a data set is a cloud of points. With numbers instead of pictures, we can see all of
-# it at once. Let the data set be three numbers. In grey: the density of $q(x_t)$ at every $t$, a sum of three
-# bells. In colour: two walks from each of the numbers.
-
-# %%
-torch.manual_seed(3)
-toy = torch.tensor([-1.4, 0.35, 1.05])
-points = toy.repeat(2)
-walks = []
-for beta in schedule.betas:
-    points = (1 - beta).sqrt() * points + beta.sqrt() * torch.randn(len(points))
-    walks.append(points)
-walks = torch.stack(walks)  # [T 6]
-
-viz.density_over_time(toy, schedule, {"a thousand small random steps": (range(T), walks)}, width=6)
-
-# %% [markdown]
-# Three things to see.
+# $$q(x_{t-1} \mid x_t, x_0) = \mathcal N(\tilde\mu_t,\, \tilde\beta_t I), \qquad
+#   \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0
+#   + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t, \qquad
+#   \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t \qquad \text{(DDPM, eq. 6, 7)}$$
 #
-# - Early on, $x_t$ tells from which number it came. Later the bells overlap, and it does not.
-# - The two numbers that are close to each other melt together first. Noise wipes out **small differences before large
-#   ones**.
-# - At the end there is one bell, $\mathcal N(0, 1)$. Nearly.
+# Its mean is a weighted sum: a little of where the picture is, and most of where we are. (At $t = 0$,
+# $\bar\alpha_{t-1}$ is 1, so $\tilde\mu_0 = x_0$ and $\tilde\beta_0 = 0$.) In the package it is `q_posterior`.
 #
-# Does the second hold for pictures? Cut them into squares of $2k \times 2k$ pixels, and ask how much the four quarters
-# of a square differ from its mean. For $k = 1$ this is the finest texture, for $k = 16$ whether the picture is
-# brighter on the left or at the top. In the mean over $k^2$ pixels most of the noise cancels: its variance is $1/k^2$
-# of that of a pixel, and three quarters of this are left once the mean of the whole square is subtracted.
+# **Predict, then run.** We noise the fox, and walk back with `q_posterior`, but claim that $x_0$ is the watermelon.
+# Which picture comes out?
 
-# %%
-level, k = corpus.batch(range(len(corpus))), 1  # [1280 3 32 32]
-snr = schedule.snr(torch.arange(T))
-while k < 32:
-    coarser = torch.nn.functional.avg_pool2d(level, 2)  # the mean of each square, [1280 3 16/k 16/k]
-    detail = level - coarser.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    variance = detail.square().mean()
-    gone = (snr * variance / (0.75 / k**2) < 1).int().argmax()  # 0.75 / k²: the variance if it were pure noise
-    print(f"quarters of {k:2} × {k:2} pixels: std {variance.sqrt():.2f}, drowned in noise from t = {gone}")
-    level, k = coarser, 2 * k
+# %% tags=["hide-output"]
+torch.manual_seed(0)
+claimed = x_0[[0, 3]]  # [2 3 32 32]: the truth, and a lie
+x = schedule.q_sample(x_0[[0, 0]], torch.tensor([T - 1, T - 1]), torch.randn(3, 32, 32).expand(2, -1, -1, -1))
+shown, back = [999, 600, 400, 200, 100, 30], []
+for t in reversed(range(T)):
+    if t in shown:
+        back.append(x)
+    mean, variance, _ = schedule.q_posterior(claimed, x, torch.tensor([t, t]))
+    x = mean + variance.sqrt() * torch.randn_like(x)
+back = torch.stack([*back, x], dim=1)  # [2 columns 3 32 32]
+print(f"largest difference between the result and what was claimed: {(x - claimed).abs().max():.1e}")
+viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["claim: fox", "claim: melon"])
 
 # %% [markdown]
-# The differences themselves are of much the same size at all scales, 0.15 to 0.29. But a large square has little noise.
-# So noise takes the texture first, then the outline, and at last what is dark and what is light.
+# The watermelon, exactly. Each step moves towards the claimed $x_0$, and the last step lands on it. Whoever supplies
+# $x_0$ decides what is drawn. In DDPM's sampler this is the network, with its estimate $\hat x_0$ (notebook 06).
 #
-# ## Which schedule?
-#
-# Three are in use.
-#
-# - **linear**, DDPM: $\beta$ grows linearly from 0.0001 to 0.02.
-# - **scaled_linear**, Stable Diffusion: $\sqrt\beta$ grows linearly, so that $\beta$ goes from 0.00085 to 0.012.
-# - **cosine**, Improved DDPM: $\bar\alpha_t$ falls like a squared cosine, and $\beta_t$ is what that takes (eq. 17).
-#
-# Looking at $\beta$, one would hardly guess what they do. The **signal-to-noise ratio** tells:
-#
-# $$\mathrm{SNR}(t) = \frac{\bar\alpha_t}{1-\bar\alpha_t} \qquad \text{(Variational Diffusion Models, eq. 2)}$$
+# A check without Bayes' rule: we send many numbers forwards from $x_0 = 1$, on a schedule of 8 large steps. Then we
+# keep those that arrive at a given $x_t$, and look where they were one step before.
 
 # %%
-schedules = {
-    "scaled_linear": minisd.NoiseSchedule.scaled_linear(),
-    "linear": minisd.NoiseSchedule.linear(),
-    "cosine": minisd.NoiseSchedule.cosine(),
-}
-for name, s in schedules.items():
-    half = (s.alphas_cumprod < 0.5).int().argmax()
-    print(f"{name:14} more noise than signal from t = {half}; at the end, ᾱ_T = {s.alphas_cumprod[-1]:.2g}")
-viz.schedule_curves(schedules)
+torch.manual_seed(0)
+coarse = minisd.NoiseSchedule.linear(0.05, 0.5, timesteps=8)
+t, ones = 4, torch.ones(n)
+before = coarse.q_sample(ones, torch.full((n,), t - 1), torch.randn(n))  # x_{t-1}
+after = (1 - coarse.betas[t]).sqrt() * before + coarse.betas[t].sqrt() * torch.randn(n)  # x_t, one step later
 
-# %%
-viz.noising_strip(x_0[1:2], schedules, [99, 199, 299, 399, 599, 799, 999])
+mean, variance, _ = coarse.q_mean_variance(ones[:1], torch.tensor([t - 1]))
+panels, gaussians = {"all": {"$x_{t-1}$": before}}, {"all": (mean.item(), variance.item())}
+for x_t in (-1.0, 0.5, 2.0):
+    title = f"then $x_t$ = {x_t}"
+    chosen = before[(after - x_t).abs() < 0.02]
+    mean, variance, _ = coarse.q_posterior(ones[:1], torch.tensor([x_t]), torch.tensor([t]))
+    panels[title], gaussians[title] = {"$x_{t-1}$": chosen}, (mean.item(), variance.item())
+    print(f"x_t = {x_t:4.1f}: {len(chosen):6} of {n}, mean before {chosen.mean():6.3f}, exact {mean.item():6.3f}")
+viz.histograms(panels, gaussians, bins=40)
 
 # %% [markdown]
-# One noise serves the whole figure, so that only the amounts differ. DDPM's linear schedule is done with these pictures
-# early, and spends nearly half of its time on what looks like noise anyway. The cosine schedule was made to destroy
-# information more slowly (Improved DDPM, section 3.2). Stable Diffusion's is in between, and it stops early, as we
-# shall see.
+# If you know $x_t$, the bell moves, and it becomes narrower.
+#
+# ## Optional: a schedule is a clock
 #
 # **Predict, then run.** For each schedule, take the $t$ at which the SNR has a given value. How do the three noisy
 # pictures differ?
-#
-# <details><summary>Answer</summary>
-#
-# Hardly at all. $\bar\alpha_t$ follows from the SNR, and $x_t$ from $\bar\alpha_t$ and the noise. Only whole timesteps
-# leave a little rounding. A schedule is a **clock**: it decides when each amount of noise comes, and so how much time
-# training and sampling spend on it. It does not decide what there is to see.
-#
-# </details>
 
-# %%
+# %% tags=["hide-output"]
 noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
 log_snrs = [4, 2, 0, -2, -4]
 rows, notes = [], []
@@ -334,219 +682,58 @@ for s in schedules.values():
 viz.strip(rows, [f"log SNR = {wanted}" for wanted in log_snrs], list(schedules), notes)
 
 # %% [markdown]
-# ## Is the end really pure noise?
+# Hardly at all. $\bar\alpha_t$ follows from the SNR, and $x_t$ from $\bar\alpha_t$ and the noise. (The timesteps are
+# whole numbers, so the SNRs are not exactly equal.)
 #
-# Drawing starts from $\mathcal N(0, I)$; training ends at $q(x_T \mid x_0)$. The two should be the same. But
-# under Stable Diffusion's schedule,
+# ## Optional: the leak at the end
 #
-# $$x_T = \underbrace{\sqrt{\bar\alpha_T}}_{0.068}\,x_0 + \underbrace{\sqrt{1-\bar\alpha_T}}_{0.998}\,\epsilon$$
-#
-# and 7% of the picture is still there. How far one Gaussian is from another is measured by the Kullback-Leibler
-# divergence (notebook 02 explains it). Here it is called $L_T$ (DDPM, eq. 5), and for each dimension it is
-# $\tfrac12\big(\bar\alpha_T\,x_0^2 - \bar\alpha_T - \log(1-\bar\alpha_T)\big)$; divided by $\log 2$, it is in bits.
-
-# %%
-everything = corpus.batch(range(len(corpus)))  # [n 3 32 32]
-table = [f"{'':14}   √ᾱ_T     L_T per dimension    per picture"]
-for name, s in schedules.items():
-    a = s.alphas_cumprod[-1].double()
-    L_T = (a * everything.square().mean() - a - torch.log1p(-a)) / 2
-    bits = L_T / torch.log(torch.tensor(2.0))
-    table.append(f"{name:14}  {a.sqrt():.5f}   {bits:.1e} bits         {bits * x_0[0].numel():.5f} bits")
-print("\n".join(table))
-
-# %% [markdown]
-# Two thousandths of a bit for each number look like nothing. But there are 3,072 numbers, and that makes 7 bits.
-# Average them all: the noise averages out, and its standard deviation falls to $1/\sqrt{3072} = 0.018$. The leak does
-# not. The mean brightness of the picture is still there, times 0.068. (DDPM chose its schedule so that this would not
-# happen: $L_T \approx 10^{-5}$ bits per dimension, says section 4.)
+# Take the mean of all 3,072 numbers of $x_T$, the last $x_t$. The noise averages out: its standard deviation falls to
+# $1/\sqrt{3072} = 0.018$. What is left of the picture does not average out: its mean brightness is there, times 0.068.
 
 # %%
 torch.manual_seed(0)
 t = torch.full((len(everything),), T - 1)
 panels = {}
 for name, s in schedules.items():
-    x_T = s.q_sample(everything, t, torch.randn_like(everything))
-    panels[name] = {"mean of $x_T$, made from a picture": x_T.mean((1, 2, 3))}
+    noised = s.q_sample(everything, t, torch.randn_like(everything))
+    panels[name] = {"mean of $x_T$, made from a picture": noised.mean((1, 2, 3))}
 variance = 1 / x_0[0].numel()  # of the mean of d numbers from N(0, 1)
 viz.histograms(panels, {name: (0.0, variance) for name in panels}, "mean of pure noise", bins=40, width=3.2)
 
 # %% [markdown]
-# Under Stable Diffusion's schedule, most of the emoji (they stand on white) can be told from pure noise by their mean
-# alone. A network that is trained on it learns to **trust the mean of $x_T$**. When drawing, it is
-# given pure noise, with a mean of about 0, and takes that for a picture of middling brightness. Lin et al. (2023,
-# ["Common Diffusion Noise Schedules and Sample Steps are Flawed"](https://arxiv.org/abs/2305.08891)) found that
-# Stable Diffusion hardly draws anything very bright or very dark, and that this is why. We shall catch it in the act
-# further down, with no network at all.
+# Most emoji stand on white, so most of these $x_T$ can be told from pure noise by their mean alone. A model that is
+# trained on them learns to **trust the mean of $x_T$**.
 #
-# ## One step back, if you know where you came from
-#
-# Forwards is easy. To go back from $x_t$ to $x_{t-1}$, one would have to know the picture. Suppose that
-# somebody tells us $x_0$. Then Bayes' rule makes of the Gaussians above one more:
-#
-# $$q(x_{t-1} \mid x_t, x_0) = \mathcal N(\tilde\mu_t,\, \tilde\beta_t I) \qquad \text{(DDPM, eq. 6, 7)}$$
-# $$\tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\,x_0
-#   + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\,x_t,
-# \qquad \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$$
-#
-# A mixture of two: a little of where the picture is, most of where we are. (At our $t = 0$, the step before is the
-# clean picture: $\bar\alpha_{t-1}$ is 1 there. So $\tilde\beta_0 = 0$, and $\tilde\mu_0 = x_0$.) Check it without
-# Bayes, by counting.
-# Send many numbers from $x_0 = 1$ forwards, on a coarse schedule of 8 large steps, so that there is something
-# to see. Then keep only those that arrived at a given $x_t$, and look where they had been one step before.
+# **Predict, then run.** When drawing, $x_T$ is pure noise, and its mean is about 0. What will the pictures look like?
 
-# %%
+# %% tags=["hide-output"]
 torch.manual_seed(0)
-coarse = minisd.NoiseSchedule.linear(0.05, 0.5, timesteps=8)
-t, n = 4, 4_000_000 if full else 20_000
-ones = torch.ones(n)
-before = coarse.q_sample(ones, torch.full((n,), t - 1), torch.randn(n))  # x_{t-1}
-after = (1 - coarse.betas[t]).sqrt() * before + coarse.betas[t].sqrt() * torch.randn(n)  # x_t, one step later
-
-mean, variance, _ = coarse.q_mean_variance(ones[:1], torch.tensor([t - 1]))
-panels, gaussians = {"all": {"$x_{t-1}$": before}}, {"all": (mean.item(), variance.item())}
-for x_t in (-1.0, 0.5, 2.0):
-    title = f"those that went on to $x_t$ = {x_t}"
-    chosen = before[(after - x_t).abs() < 0.02]
-    mean, variance, _ = coarse.q_posterior(ones[:1], torch.tensor([x_t]), torch.tensor([t]))
-    panels[title], gaussians[title] = {"$x_{t-1}$": chosen}, (mean.item(), variance.item())
-    print(f"x_t = {x_t:4.1f}: {len(chosen):6} of {n}, mean before {chosen.mean():6.3f}, exact {mean.item():6.3f}")
-viz.histograms(panels, gaussians, bins=40)
-
-# %% [markdown]
-# Knowing $x_t$ moves the bell and narrows it.
-#
-# **Predict, then run.** Noise the fox to $x_T$. Then walk back, step by step, with `q_posterior`, but say that
-# $x_0$ was the watermelon. Which picture comes out?
-#
-# <details><summary>Answer</summary>
-#
-# The watermelon, exactly. Each step pulls towards the $x_0$ that it is told, and the last one lands on it
-# ($\tilde\beta = 0$). Of where the walk began, nothing is left. All that is drawn comes from what the walker is
-# told about $x_0$. In a diffusion model, the one who tells is the network: it puts a guess $\hat x_0(x_t, t)$
-# into this formula. That is DDPM (notebook 06).
-#
-# </details>
-
-# %%
-torch.manual_seed(0)
-told = x_0[[0, 3]]  # [2 3 32 32]: the truth, and a lie
-x = schedule.q_sample(x_0[[0, 0]], torch.tensor([T - 1, T - 1]), torch.randn(3, 32, 32).expand(2, -1, -1, -1))
-shown, back = [999, 600, 400, 200, 100, 30], []
-for t in reversed(range(T)):
-    if t in shown:
-        back.append(x)
-    mean, variance, _ = schedule.q_posterior(told, x, torch.tensor([t, t]))
-    x = mean + variance.sqrt() * torch.randn_like(x)
-back = torch.stack([*back, x], dim=1)  # [2 columns 3 32 32]
-print(f"largest difference from what was told: {(x - told).abs().max():.1e}")
-viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["told: fox", "told: melon"])
+chosen = torch.randperm(len(data))[:draws]
+noised = schedule.q_sample(data[chosen], torch.full((draws,), T - 1), x_T)
+results = {
+    "linear, from pure noise": drawn,
+    "scaled_linear, from noised pictures": drawn_from(noised, schedule)[-1].x0,
+    "scaled_linear, from pure noise": drawn_from(x_T, schedule)[-1].x0,
+}
+table = [f"mean brightness of the corpus:        {data.mean():.2f}"]
+for name, pictures in results.items():
+    brightness, different = pictures.mean((1, 2, 3)), len(nearest(pictures)[0].unique())
+    error = brightness.std() / draws**0.5  # of the mean
+    table.append(f"{name + ':':36}  {brightness.mean():.2f} ± {error:.2f}   {different} different")
+print("\n".join(table))
+viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(", ", ",\n") for n in results], size=0.64)
 
 # %% [markdown]
-# ## Why the steps must be small
+# Too dark. A mean of 0 is what a mid-grey picture would have left, while an emoji on white leaves about
+# $0.068 \cdot 0.6 = 0.04$. So the denoiser draws darker pictures. From noised pictures (second row), the brightness is
+# close to that of the corpus. No network is to blame.
 #
-# And if nobody tells us $x_0$? Forwards, one jump does what a thousand steps do. Why not go back in one jump, too? Let
-# us count again, now with the three numbers of the toy, and with $x_t$ as all that is known. We keep the walks that
-# come by $x_{300} = 0$, and look where they were 300, 150, 40 and 4 steps earlier.
-
-# %%
-torch.manual_seed(0)
-origin = toy[torch.randint(len(toy), (n,))]
-t, panels, gaussians = 300, {}, {}
-for back_by in (300, 150, 40, 4):
-    s = t - back_by
-    x_s = schedule.q_sample(origin, torch.full((n,), s), torch.randn(n))
-    alpha = schedule.alphas_cumprod[t] / schedule.alphas_cumprod[s]  # α_{s+1} ⋯ α_t: those steps as one
-    x_t = alpha.sqrt() * x_s + (1 - alpha).sqrt() * torch.randn(n)
-    chosen = x_s[x_t.abs() < 0.02]
-    title = f"{back_by} steps earlier"
-    panels[title], gaussians[title] = {"where they were": chosen}, (chosen.mean().item(), chosen.var().item())
-viz.histograms(panels, gaussians, "the Gaussian with their mean and variance", bins=80)
-
-# %% [markdown]
-# 300 steps back, three needles: the three numbers. No Gaussian is anything like it. But a *short* way back ends in a
-# bell, and two numbers say all about it, mean and variance. This is what a network can give. (That small steps back
-# have the form of the steps forwards is what DDPM builds on, after Sohl-Dickstein et al. 2015.) So the thousand steps
-# are not for the way there. They are for the way back.
+# ## Optional: larger pictures survive longer
 #
-# ## The best possible guess
-#
-# The mean of that bell follows from a guess at $x_0$, as in `q_posterior`. What is the best guess? If the data are $n$
-# pictures, each as likely as the next, then nothing need be learned. Bayes' rule says how probable it is that $x_t$ was
-# made from picture $x_i$, and the mean under these probabilities is the guess with the smallest squared error:
-#
-# $$w_i = \mathrm{softmax}_i\!\left(-\frac{|x_t - \sqrt{\bar\alpha_t}\,x_i|^2}{2\,(1-\bar\alpha_t)}\right), \qquad
-# \hat x_0 = \sum_i w_i\,x_i \qquad \text{(EDM, appendix B.3)}$$
-#
-# How far is $x_t$ from each picture, shrunk as that would be by now, in units of the noise? Then a softmax. (A close
-# relative of attention, by the way: the query is $x_t$, keys and values are the data.)
+# **Predict, then run.** The same schedule and the same $t$, but pictures of 16, 32 and 64 pixels. In which size does
+# the picture survive the longest?
 
-
-# %%
-def best_guess(x_t, t, data):
-    a = schedule.alphas_cumprod[t]
-    squared_distances = (x_t[:, None] - a.sqrt() * data).flatten(2).square().sum(-1)  # [b n]
-    w = torch.softmax(-squared_distances / (2 * (1 - a)), dim=1)  # [b n], each row sums to 1
-    return torch.einsum("bn,nchw->bchw", w, data)  # x̂_0, [b 3 32 32]
-
-
-data = everything if full else everything[:: len(everything) // 100]
-exact = minisd.ExactDenoiser(data, schedule)
-
-t = torch.full((2,), 960)
-x_t = schedule.q_sample(x_0[:2], t, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
-assert torch.allclose(best_guess(x_t, 960, data), exact.x0(x_t, t), atol=1e-2)  # minisd computes in float64
-
-w = exact.posterior(x_t, t)  # [b n]
-print(f"x_t {list(x_t.shape)}, weights {list(w.shape)}, x̂_0 {list(exact.x0(x_t, t).shape)}")
-top = w[0].topk(6).indices  # the six pictures that weigh most, [6]
-titles = ["$x_t$", r"$\hat x_0$", *(f"$w$ = {w[0, i]:.3f}" for i in top)]
-viz.strip([torch.cat([x_t[:1], exact.x0(x_t, t)[:1], data[top]])], titles, ["t = 960"])
-
-# %% [markdown]
-# From left to right: what the denoiser is given (a noised fox), its answer, and the six pictures that weigh most in it.
-#
-# How many pictures weigh in? If $k$ of them shared the weight equally, $1/\sum_i w_i^2$ would be $k$. So take
-# that as the **effective number** of pictures. Below, it stands under each answer.
-
-# %%
-timesteps = [999, 900, 800, 700, 650, 600, 400, 200]
-t = torch.tensor(timesteps)
-noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(len(t), -1, -1, -1)
-rows, labels, notes = [], [], []
-for name in ("linear", "scaled_linear"):
-    denoiser = minisd.ExactDenoiser(data, schedules[name])
-    x_t = schedules[name].q_sample(x_0[0].expand(len(t), -1, -1, -1), t, noise)
-    effective = 1 / denoiser.posterior(x_t, t).square().sum(1)
-    rows += [x_t, denoiser.x0(x_t, t)]
-    labels += [f"{name}\n$x_t$", r"$\hat x_0$"]
-    notes += [[], [f"{k:.1f} pictures" if k < 9.95 else f"{k:.0f} pictures" for k in effective.tolist()]]
-viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
-
-# %% [markdown]
-# Read the upper half from left to right. At first the best guess is the mean of everything. Then it is a blur
-# of what is still possible. Then one picture. The blur is not a flaw of the denoiser: it is the right answer to
-# the question that it was asked, and a trained network will show the same blur (notebooks 02 and 06).
-#
-# Where the denoiser is already sure, you and I still see nothing but noise. Its task is easier than ours. It
-# need not see a fox, only tell some 1,300 known points apart, and each of 3,072 numbers helps.
-#
-# Now compare the first columns. Under Stable Diffusion's schedule there is a shortlist at the very last timestep, where
-# nothing should be known. That is the leak.
-#
-# **Predict, then run.** The same schedule, the same $t$, but pictures of 16, 32 and 64 pixels. In which size does the
-# picture survive the longest?
-#
-# <details><summary>Answer</summary>
-#
-# In the largest. Shrink a noisy picture by 2: each new pixel is the mean of four, so that the noise is halved
-# while the picture stays. A noised picture of 64 pixels therefore contains one of 32, with 4 times the SNR. At
-# 64 pixels the denoiser names the right picture even at $t = 999$ in about half of the trials. There is no
-# schedule for all sizes, and this is one more reason to diffuse small latents rather than large pictures.
-#
-# </details>
-
-# %%
+# %% tags=["hide-output"]
 torch.manual_seed(0)
 probes = 96 if full else 4
 times = torch.arange(T - 1, -1, -45 if full else -333)
@@ -578,178 +765,15 @@ panels = {"by size, under scaled_linear": by_size, "by schedule, at 32 pixels": 
 viz.curves(panels, ylabel="pictures that weigh in", log=list(panels), width=4.2, height=2.8)
 
 # %% [markdown]
-# ## Drawing without a network
+# In the largest. Shrink a noisy picture to half its side: each new pixel is the mean of four, so the noise is halved,
+# and the picture stays. So a noised picture of 64 pixels contains one of 32 with four times the SNR. No schedule fits
+# all sizes: one more reason to diffuse small latents.
 #
-# A sampler asks one thing of a model: which noise is in $x_t$? The exact denoiser can answer that,
-# $\epsilon = (x_t - \sqrt{\bar\alpha_t}\,\hat x_0)/\sqrt{1-\bar\alpha_t}$. So it can draw. How samplers work is the
-# matter of notebook 06; here we only watch two of them.
+# ## Optional: try it
 #
-# First on the line. DDPM goes back in small random steps, DDIM without any randomness. Both start from
-# $\mathcal N(0, 1)$, and both end in the data.
-
-# %%
-torch.manual_seed(1)
-line = minisd.ExactDenoiser(toy, schedule)
-x_T = torch.erfinv(torch.linspace(-0.96, 0.96, 9)) * 2**0.5  # 9 points, spread as N(0, 1) is
-panels = {}
-for name, sampler in [("DDPM", minisd.sampling.ddpm), ("DDIM", minisd.sampling.ddim)]:
-    steps = list(sampler(line, x_T, schedule, T if full else 20))
-    panels[name] = ([step.t for step in steps], torch.stack([step.x_t for step in steps]))
-viz.density_over_time(toy, schedule, panels)
-
-# %% [markdown]
-# Read them from right to left. A path's colour tells where it ends.
-#
-# Now the same in 3,072 dimensions: DDIM, 50 steps, from pure noise. Let us take DDPM's linear schedule, which leaks a
-# hundred times less.
-
-# %%
-linear = schedules["linear"]
-draws = 96 if full else 8
-x_T = torch.randn(draws, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-steps = list(minisd.sampling.ddim(minisd.ExactDenoiser(data, linear), x_T[:2], linear, steps=50 if full else 5))
-print(f"{len(steps)} steps; step.x_t {list(steps[0].x_t.shape)}, step.x0 {list(steps[0].x0.shape)}")
-viz.trajectory(steps, pictures=(1,))
-
-# %% [markdown]
-# A picture out of noise, and nothing was trained. In $\hat x_0$ one can watch the decision: everything, a shortlist,
-# one picture. From there on, it is only cleaning.
-#
-# Are they *new* pictures? Draw more, and look up the nearest of the corpus for each.
-
-
-# %%
-def draw(x_T, s):
-    *_, last = minisd.sampling.ddim(minisd.ExactDenoiser(data, s), x_T, s, steps=25 if full else 5, spacing="trailing")
-    return last.x0
-
-
-def nearest(pictures):
-    """Which picture of the corpus is nearest to each, and how far it is (root mean square)."""
-    distances = torch.cdist(pictures.flatten(1).double(), data.flatten(1).double()) / pictures[0].numel() ** 0.5
-    return distances.min(1).indices, distances.min(1).values
-
-
-drawn = draw(x_T, linear)
-index, distance = nearest(drawn)
-print(f"{draws} drawn, {len(index.unique())} different; at most {distance.max():.0e} from a picture of the corpus")
-viz.strip(drawn[:28].unflatten(0, (2, 14)) if full else [drawn], size=0.64)
-
-# %% [markdown]
-# Not one of them is new.
-#
-# **Predict, then run.** Now with Stable Diffusion's schedule. What will the pictures look like, if they start from pure
-# noise, where this schedule would have left 7% of a picture?
-#
-# <details><summary>Answer</summary>
-#
-# Too dark. The emoji mostly stand on white, and their $x_T$ have a mean of about $0.068 \cdot 0.6 = 0.04$. Pure
-# noise has a mean of 0, as only the $x_T$ of mid-grey pictures would. The denoiser does its sums right, and
-# draws what fits. Start from honest $x_T$ instead, made from pictures, and all is well.
-#
-# </details>
-
-# %%
-torch.manual_seed(0)
-chosen = torch.randperm(len(data))[:draws]
-noised = schedule.q_sample(data[chosen], torch.full((draws,), T - 1), x_T)
-results = {
-    "linear, from pure noise": drawn,
-    "scaled_linear, from noised pictures": draw(noised, schedule),
-    "scaled_linear, from pure noise": draw(x_T, schedule),
-}
-table = [f"mean brightness of the corpus:        {data.mean():.2f}"]
-for name, pictures in results.items():
-    brightness, different = pictures.mean((1, 2, 3)), len(nearest(pictures)[0].unique())
-    error = brightness.std() / draws**0.5  # of the mean
-    table.append(f"{name + ':':36}  {brightness.mean():.2f} ± {error:.2f}   {different} different")
-print("\n".join(table))
-viz.strip([pictures[:12] for pictures in results.values()], labels=[n.replace(", ", ",\n") for n in results], size=0.64)
-
-# %% [markdown]
-# The leak, caught in the act, and no network to blame for it. (The first two rows are as bright as the corpus, but for
-# what 96 draws leave to chance.)
-#
-# ## The lesson
-#
-# One last experiment. Take all foxes out of the corpus. Noise the fox *only a little*, and ask the denoiser
-# that never saw one.
-
-# %%
-kept = [i for i, row in enumerate(corpus.rows) if row["concept"] != "fox"]
-timesteps = [600, 400, 200, 100, 50, 20, 5, 0]
-t = torch.tensor(timesteps)
-fox = x_0[0].expand(len(t), -1, -1, -1)
-x_t = schedule.q_sample(fox, t, torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand_as(fox))
-guesses = {
-    "$x_t$": x_t,
-    r"$\hat x_0$, knows foxes": minisd.ExactDenoiser(everything, schedule).x0(x_t, t),
-    r"$\hat x_0$, no foxes": minisd.ExactDenoiser(everything[kept], schedule).x0(x_t, t),
-}
-errors = {name: (guess - fox).square().mean((1, 2, 3)).sqrt() for name, guess in guesses.items()}  # [columns] each
-notes = [[f"error {error:.2f}" for error in row] for row in errors.values()]
-viz.strip(list(guesses.values()), [f"t = {t}" for t in timesteps], list(guesses), notes)
-
-# %% [markdown]
-# (Error: the root mean square of the difference from the fox.)
-#
-# At $t = 5$ there is hardly any noise. A child can see the fox. The best possible denoiser *for its data* sees
-# the nearest thing that it knows. Its error would be far smaller if it returned what it was given.
-#
-# **The exact optimum only recalls.** Whoever minimises the training loss perfectly has learned the training set by
-# heart, and can draw nothing else. So a real network draws new things *because it is not exact*. What keeps it from
-# being exact is a matter of research. One answer: it is built from convolutions, which judge each corner of a picture
-# by itself and by the same rules, so that it can put together corners of different pictures (Kamb & Ganguli 2024,
-# ["An analytic theory of creativity in convolutional diffusion models"](https://arxiv.org/abs/2412.20292)). What it
-# lacks to the optimum is what we want from it. And real networks do recall some of their training pictures, above all
-# those that the training set contains many times (Carlini et al. 2023,
-# ["Extracting Training Data from Diffusion Models"](https://arxiv.org/abs/2301.13188)).
-#
-# The exact denoiser stays useful all the same. It runs every sampler before there is a network, and it tells
-# the tests of this project what the right answer is.
+# - Set `beta_end=0.05` in `scaled_linear`. What becomes of the leak?
+# - Put a fourth number, 1.2, into `toy`. From which $t$ on can you no longer tell it from its neighbour?
+# - Draw with the exact denoiser of two pictures only, one all black and one all white. What decides which one you get?
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
-
-# %% [markdown]
-# ## Recap
-#
-# - One step: shrink by $\sqrt{1-\beta_t}$, add noise of variance $\beta_t$. The numbers keep their size, and end in
-#   $\mathcal N(0, I)$.
-# - All steps: $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$. No loop, and each picture of
-#   a batch may have a $t$ of its own.
-# - A schedule is a clock for the signal-to-noise ratio. Stable Diffusion's stops at
-#   $\sqrt{\bar\alpha_T} = 0.068$: a leak.
-# - Whoever knows $x_0$ can step back exactly. A model puts a guess in its place. That its steps may be Gaussians, it
-#   owes to their being small.
-# - The best guess is a weighted mean of the training pictures. It can draw, but only what it has seen.
-#
-# ## In the CompVis source
-#
-# `ddpm.py` stands in `ldm/models/diffusion/`, `util.py` in `ldm/modules/diffusionmodules/`.
-#
-# | here | there | file |
-# |---|---|---|
-# | `NoiseSchedule(betas)` | `DDPM.register_schedule` | `ddpm.py` |
-# | `NoiseSchedule.scaled_linear` | `make_beta_schedule("linear", …)`: "linear" means $\sqrt\beta$ | `util.py` |
-# | `NoiseSchedule.linear` | `make_beta_schedule("sqrt_linear", …)` | `util.py` |
-# | `NoiseSchedule.cosine` | `make_beta_schedule("cosine", …)` | `util.py` |
-# | `extract_into_tensor` | `extract_into_tensor` | `util.py` |
-# | `q_sample(x_0, t, noise)` | `DDPM.q_sample(x_start, t, noise)` | `ddpm.py` |
-# | `q_mean_variance`, `q_posterior` | `DDPM.q_mean_variance`, `DDPM.q_posterior` | `ddpm.py` |
-# | `predict_start_from_noise` | `DDPM.predict_start_from_noise` | `ddpm.py` |
-# | `sampling.ddim` | `DDIMSampler` | `ddim.py`, beside `ddpm.py` |
-# | `ExactDenoiser` | has no counterpart | |
-#
-# ## Try it
-#
-# - Set `beta_end=0.05` in `scaled_linear`. What becomes of the leak, and of the time that is spent on pictures that one
-#   can still recognise?
-# - Put a fourth number, 1.2, into `toy`. From which $t$ on can you no longer tell it from its neighbour?
-# - Draw with the exact denoiser of two pictures only, one all black and one all white. What decides which one you get?
-# - Exercises: [`exercises/01_noising.ipynb`](exercises/01_noising.ipynb), where you write `q_step`, `q_sample`,
-#   `q_posterior_mean`, `exact_x0` and more from their equations, and are told which mistake it is.
-#
-# Before: [00 · Start here](00_start_here.ipynb). Next: [02 · Loss](02_loss.ipynb), how to *learn* a guess at the noise,
-# and why the loss is so simple. To look something up: [`docs/noising.md`](../docs/noising.md).

@@ -7,33 +7,36 @@
 # ---
 
 # %% [markdown]
-# # 2 · Loss: guess the noise
+# # 2 · Loss: a network finds the noise
 #
-# A diffusion model is trained with one line: add noise to a picture, ask the network which noise it was, square the
-# error. This notebook is about that line: why this question and no other, and what the number that it prints means.
+# A diffusion model is trained with one line: add noise to a picture, let a network find it, square the error. In this
+# notebook you train such a model in seconds, see it draw, and learn to read its loss.
 #
-# You will understand
+# At the end you can
 #
-# - why a network that is asked for a picture answers with grey;
-# - how the bound on the likelihood becomes $\|\epsilon-\epsilon_\theta\|^2$, what is dropped on the way, and why;
-# - algorithm 1 of DDPM, line by line, on points that we can see;
-# - why $\epsilon$, $v$ and $x_0$ are one answer in three forms, and where each is hard;
-# - which loss is normal, and why it hardly falls while the pictures get better;
-# - what min-SNR weights do, and why guidance needs training without text.
+# - explain why a network that has to find noise can draw, and one that has to draw can't;
+# - write Stable Diffusion's training loss;
+# - say which loss is normal, and why it hardly falls while the pictures get better;
+# - explain why captions are left out now and then in training.
 #
-# About an hour to read; it runs in about a minute on two cores. Small networks are trained on the way, each in seconds.
-# The module of this stage is [`minisd/loss.py`](../minisd/loss.py), a hundred lines.
+# About 55 minutes, with two exercises; it runs in about two minutes on a laptop.
 #
-# Before: [notebook 01](01_noising.ipynb), where $\bar\alpha_t$, $q(x_t \mid x_0)$ and the exact denoiser are
-# explained. Next: [notebook 03](03_unet.ipynb).
+# Before: [01](01_noising.ipynb), noising and the exact denoiser. After: [03](03_unet.ipynb), the network of Stable
+# Diffusion. The module is [`minisd/loss.py`](../minisd/loss.py). In the browser:
+# [What training did](../docs/play.md#tour=training), a stop of the guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
 #
-# The papers: **DDPM**, [Ho et al. 2020](https://arxiv.org/abs/2006.11239), whose equations are counted as there;
-# [Nichol & Dhariwal 2021](https://arxiv.org/abs/2102.09672) (Improved DDPM);
-# [Salimans & Ho 2022](https://arxiv.org/abs/2202.00512) ($v$); [Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)
-# (guidance without a classifier); [Hang et al. 2023](https://arxiv.org/abs/2303.09556) (min-SNR).
+# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
 #
-# To see one training example in your browser first, open the stop [What training did](../docs/play.md#tour=training) of
-# the guided tour.
+# ```text
+# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -41,13 +44,16 @@ MODE = "full"  # "smoke": every line runs, on so little that the figures mean no
 # %%
 import copy
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 import minisd
 from minisd import viz
-from minisd.data import sample
+from minisd.coursework import check
+from minisd.data import sample, shapes
 
 full = MODE == "full"
 start = time.time()
@@ -55,166 +61,524 @@ schedule = minisd.NoiseSchedule.scaled_linear()  # Stable Diffusion's
 T = schedule.timesteps
 
 # %% [markdown]
-# ## The naive idea: noise in, picture out
+# ## Where we are
+
+# %%
+viz.pipeline("loss")
+
+# %% [markdown]
+# The loss is the last row in the trace of a training step. It compares the noise that was added with the noise that the
+# UNet found:
+
+# %% tags=["hide-input"]
+sd = minisd.load()
+corpus = sample(size=32)
+fox = corpus.batch([corpus.captions.index("fox, noto style")])[0]  # [3 32 32]
+print(*[row for row in minisd.trace(sd, "fox, noto style", image=fox, t=500) if row.stage == 2], sep="\n")
+
+# %% [markdown]
+# ## A world of 48 pictures
 #
-# We want a machine that turns noise into a picture. So take a network, feed it noise, and ask for a picture. Let
-# us do that, with pictures of 16×16 pixels: each time fresh noise, each time a picture of the corpus as the target.
+# To train in seconds, we need a small world: 48 pictures of 10×10 pixels, eight colours times six shapes.
+
+# %%
+named = [(colour, shape) for shape in shapes.SHAPES for colour in shapes.COLOURS]
+scenes = [shapes.Scene("", "size", (shapes.Item(c, s, 0.5, 0.5, shapes.SIZES["large"]),)) for c, s in named]
+world = torch.stack([torch.tensor(shapes.render(scene, 10)).permute(2, 0, 1) / 127.5 - 1 for scene in scenes])
+print(f"world {list(world.shape)}, from {world.min():.0f} to {world.max():.0f}")
+viz.strip(world.unflatten(0, (6, 8)), list(shapes.COLOURS), list(shapes.SHAPES), size=0.5)
+
+# %% [markdown]
+# We also need a network. It has three layers, and does not know what it will be used for: a picture and a timestep go
+# in, something in the shape of a picture comes out. (`context` is for later.)
+
+
+# %%
+class Network(nn.Module):
+    """x [b 3 10 10], t [b], context [b 1 d] or None -> [b 3 10 10]"""
+
+    def __init__(self, context_size=0, width=256):
+        super().__init__()
+        sizes = [300 + 64 + context_size, width, width]
+        hidden = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, 300))
+        self.gain = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 1))
+
+    def forward(self, x, t, context=None):
+        # 64 sines and cosines of t, because a network can hardly read a single number up to 999 (notebook 03): [b 64]
+        time = minisd.unet.timestep_embedding(t, 64)
+        inputs = [x.flatten(1), time] + ([] if context is None else [context.flatten(1)])
+        # The layers are narrower than a picture. So we add the input itself, times a number that depends on t.
+        return self.layers(torch.cat(inputs, dim=1)).view_as(x) + self.gain(time)[..., None, None] * x
+
+
+def train(network, loss_of, steps=1000):
+    """The loop of every training: take some pictures, compute the loss, change the weights. Returns all losses."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps if full else 3):
+        chosen = torch.randint(len(world), (48,))  # which pictures
+        loss = loss_of(network, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+# %% [markdown]
+# ## First try: noise in, picture out
 #
-# **Predict, then run.** What will it draw when the training is over?
+# We want a machine that turns noise into a picture. The obvious way is to train just that: each time fresh noise goes
+# in, and a picture of our world is the target. The loss is the squared error.
 #
-# <details><summary>Answer</summary>
+# **Predict, then run.** What does this network draw after training, from eight different noises?
+
+
+# %% tags=["hide-output"]
+def noise_to_picture(network, chosen):
+    noise = torch.randn_like(world[chosen])
+    no_time = torch.zeros(len(chosen), dtype=torch.long)
+    return (world[chosen] - network(noise, no_time)).square().mean()
+
+
+torch.manual_seed(0)
+painter = Network()
+losses = train(painter, noise_to_picture)
+eight = torch.randn(8, 3, 10, 10)
+with torch.no_grad():
+    painted = painter(eight, torch.zeros(8, dtype=torch.long))
+mean = world.mean(0)  # [3 10 10]
+print(f"loss of the network {losses[-100:].mean():.3f}, loss of the mean {(world - mean).square().mean():.3f}")
+viz.strip([eight, painted, mean.expand_as(eight)], labels=["noise", "its answer", "mean of all"], size=0.6)
+
+# %% [markdown]
+# The same grey blur, whatever the noise. It is the mean of the 48 pictures, and its loss is that of the mean. The
+# network is not to blame. The noise does not say which picture it will be compared with, so one answer has to serve for
+# all. The answer with the smallest squared error is their mean. **A squared error asks for a mean.** And the mean of
+# many sharp pictures is a blur.
 #
-# The same grey blur, whatever noise it is given. The noise says nothing about the picture that it will be compared
-# with. One answer has to serve for all 1,280 pictures, and the one with the smallest squared error is their **mean**.
+# ## Second try: find the noise
+#
+# Now we turn the task around. Take a picture, add noise to it, and ask the network **which noise that was**. Why is
+# this enough to draw?
+#
+# 1. **Examples cost nothing.** We add the noise ourselves with `q_sample`, so we know the right answer. One picture
+#    gives as many examples as we like.
+# 2. **If you know the noise, you know the picture** (notebook 01). So the answer is an estimate of the picture, too.
+# 3. **We can ask again.** The answer is still a mean: the mean of all pictures that are possible for this $x_t$. Under
+#    much noise that is a blur again. But we do not stop there. We remove a *little* of the noise and ask again, and
+#    then fewer pictures are possible. Step by step, the blur becomes one picture.
+#
+# The network, the pictures, the training loop and the squared error stay the same. Only the question is new:
+
+
+# %%
+def find_the_noise(network, chosen):
+    x_0 = world[chosen]  # [b 3 10 10]
+    t = torch.randint(0, T, (len(x_0),))  # for each picture a random timestep, [b]
+    noise = torch.randn_like(x_0)
+    x_t = schedule.q_sample(x_0, t, noise)  # notebook 01
+    return (noise - network(x_t, t)).square().mean()
+
+
+torch.manual_seed(0)
+model = Network()
+losses = train(model, find_the_noise)
+print(f"loss: {losses[0]:.2f} at the first step, {losses[-100:].mean():.3f} at the end")
+
+# %% [markdown]
+# To draw, we start from pure noise at $t = 999$ and repeat three lines: ask for the noise, compute the picture that it
+# means, and add the same noise to this picture again, but a little less of it. (This is the sampler DDIM; notebook 06.)
+#
+# **Predict, then run.** Same network, same pictures, same squared error. Does it draw a blur again?
+
+
+# %% tags=["hide-output"]
+@torch.no_grad()
+def draw(network, x, steps=25, context=None):
+    """Returns x_t and the estimate of the picture at each step, [steps b 3 10 10] each."""
+    timesteps = torch.linspace(T - 1, 0, steps if full else 3).long()
+    path, estimates = [], []
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        path.append(x)
+        noise = network(x, t.expand(len(x)), context)  # ask for the noise,
+        x_0 = schedule.predict_start_from_noise(x, t.expand(len(x)), noise)  # compute the picture that it means,
+        x = x_0 if t_next is None else schedule.q_sample(x_0, t_next.expand(len(x)), noise)  # add less noise again
+        estimates.append(x_0)
+    return torch.stack(path), torch.stack(estimates)
+
+
+path, estimates = draw(model, eight)
+columns = [0, 3, 6, 9, 12, 15, 18, 21, 24] if full else [0, 1, 2]
+rows = [path[columns, 0], estimates[columns, 0], estimates[-1]]
+labels = ["$x_t$", r"$\hat x_0$, the" "\nestimate", "all eight\ndrawings"]
+viz.strip(rows, [f"step {i + 1}" for i in columns], labels, size=0.6)
+
+# %% [markdown]
+# It draws. The first two rows follow one drawing. The first estimate is the grey mean, as before. Then some pictures
+# become impossible, the blur gets a colour and a shape, and in the end one picture is left. The third row shows what
+# became of the eight noises: pictures of our world, with small faults. That is the whole method. Stable Diffusion does
+# the same with a better network, on latents, and with a text.
+#
+# ## The equation
+#
+# Now we can write it down. $\epsilon_\theta(x_t, t, c)$ is the network's output for the noisy picture $x_t$ at timestep
+# $t$; $\theta$ are its weights, and $c$ is the context (the text, if there is one). The loss of DDPM and of Stable
+# Diffusion is
+#
+# $$L_{simple} = \mathbb E_{x_0, t, \epsilon}\,\Big\|\epsilon - \epsilon_\theta\big(
+#   \underbrace{\sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon}_{x_t},\; t,\; c\big)\Big\|^2
+#   \qquad \text{(DDPM, eq. 14)}$$
+#
+# $\mathbb E$ means: the mean over random pictures, timesteps and noises. In code it is the mean over a batch, and over
+# all numbers of a picture. This is algorithm 1 of [the paper](https://arxiv.org/abs/2006.11239), beside our code:
+#
+# | DDPM, algorithm 1 | in the code above |
+# |---|---|
+# | repeat | `for _ in range(steps)` |
+# | $x_0 \sim q(x_0)$ | `chosen = torch.randint(…)`, `x_0 = world[chosen]` |
+# | $t \sim \mathrm{Uniform}(\{1, \dots, T\})$ | `t = torch.randint(0, T, …)` (we count from 0) |
+# | $\epsilon \sim \mathcal N(0, I)$ | `noise = torch.randn_like(x_0)` |
+# | gradient step on $\lVert\epsilon - \epsilon_\theta(x_t, t)\rVert^2$ | `loss.backward()`, `optimizer.step()` |
+#
+# Where does this loss come from? We did not need a derivation, but there is one: see the section *Optional: from the
+# bound to the loss*.
+
+# %% [markdown]
+# ### Write it yourself: `epsilon_loss`
+#
+# essential · about 15 minutes
+#
+# Write the loss for any model and any pictures, with $\bar\alpha_t$ in `alphas_cumprod`. Here `t` and `noise` come in
+# as arguments, so that the check can compare.
+
+# %% tags=["exercise"]
+def epsilon_loss(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_0: Float[Tensor, "b c h w"],
+    context: Float[Tensor, "b n d"],
+    t: Int[Tensor, "b"],
+    noise: Float[Tensor, "b c h w"],
+    alphas_cumprod: Float[Tensor, "T"],
+) -> Float[Tensor, ""]:
+    """The training loss of Stable Diffusion: the mean squared error of the predicted noise.
+
+        L_simple = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, c)‖²              (DDPM, eq. 14)
+
+    model(x_t, t, context) predicts the noise. Returns one number, the mean over everything, from which gradients flow
+    back to the model.
+    """
+    raise NotImplementedError  # your code here
+
+
+check.epsilon_loss(epsilon_loss)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
+# x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+# prediction = model(x_t, t, context)
+# return (noise - prediction).square().mean()
+# ```
 #
 # </details>
 
-# %%
-corpus = sample(size=16)
-pictures = corpus.batch(range(len(corpus)))  # [1280 3 16 16], in [-1, 1]
+# %% [markdown]
+# ## Which loss is normal?
+#
+# People often ask: "My loss sticks at 0.1 (or 0.3, or 1.0). Is that normal?" In our world we can answer, because we
+# know the best possible loss: that of the exact denoiser (notebook 01). It is not 0. Several pictures and noises can
+# lead to the same $x_t$, and nobody can know which it was. We call the best possible loss the **floor**.
+#
+# **Predict, then run.** What is the loss of a network that always answers 0? And at which $t$ is our network's loss
+# largest?
 
-torch.manual_seed(0)
-painter = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.SiLU(), nn.Linear(256, 768), nn.Unflatten(1, (3, 16, 16)))
-optimizer = torch.optim.Adam(painter.parameters(), lr=1e-3)
-steps = 800 if full else 3
-decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)  # at the end, the learning rate is 0
-for _ in range(steps):
-    x_0 = pictures[torch.randint(len(pictures), (256,))]  # [256 3 16 16]
-    loss = (x_0 - painter(torch.randn_like(x_0))).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    decay.step()
+# %% tags=["hide-output"]
+exact = minisd.ExactDenoiser(world, schedule)
+generator = torch.Generator().manual_seed(2)
+probe_0 = world.repeat(10, 1, 1, 1)  # [480 3 10 10]
+probe_noise = torch.randn(probe_0.shape, generator=generator)  # the same for all models and all t
+timesteps = [0, 10, 25, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999] if full else [0, 999]
 
-names = ["fox", "panda", "rocket", "sunflower", "house", "tiger"]
-noise = torch.randn(len(names), 3, 16, 16)
-answers = painter(noise).detach()
-mean = pictures.mean(0)  # [3 16 16]
-told = [torch.stack([pictures[i] for i, row in enumerate(corpus.rows) if row["concept"] == name]) for name in names]
-told = torch.stack([same.mean(0) for same in told])  # [6 3 16 16]: for each name, the mean of its pictures
 
-print(f"loss of the trained network        {loss:.3f}")
-print(f"loss of answering with the mean    {(pictures - mean).square().mean():.3f}")
-rows = [noise, answers, mean.expand_as(noise), told]
-viz.strip(rows, names, ["noise", "its answer", "mean of all", "mean of these"], size=0.64)
+@torch.no_grad()
+def loss_by_t(model, x_0=probe_0, noise=probe_noise, context=None, schedule=schedule):
+    """The package's loss of a model at each of `timesteps`."""
+    at = [torch.full((len(x_0),), t) for t in timesteps]
+    return torch.stack([minisd.epsilon_loss(model, schedule, x_0, context, t, noise) for t in at])
+
+
+def mean_over_t(values):
+    """What the mean over all t would be, from straight lines between `timesteps`."""
+    return torch.trapezoid(values, torch.tensor(timesteps).float()) / (T - 1)
+
+
+def copies_x_t(x, t, context):
+    return (1 - schedule.alphas_cumprod[t, None, None, None]).sqrt() * x  # the best multiple of x_t
+
+
+def answers_0(x, t, context):
+    return torch.zeros_like(x)
+
+
+by_model = {"answers 0": answers_0, "copies x_t": copies_x_t, "our network": model, "exact (the floor)": exact}
+by_model = {name: loss_by_t(answer) for name, answer in by_model.items()}
+for name, values in by_model.items():
+    print(f"{name:18} mean loss over all t: {mean_over_t(values):.3f}")
+smooth = losses.unfold(0, min(25, len(losses)), 1).mean(1)
+panels = {
+    "while training (mean of 25 steps)": {"loss": (torch.arange(len(smooth)), smooth)},
+    "after training, by t": {name: (timesteps, by_model[name]) for name in ("copies x_t", "our network")},
+}
+floors = {"after training, by t": (timesteps, by_model["exact (the floor)"])}
+figure = viz.curves(panels, "step, or t", "loss", list(panels), floors, "the floor", width=3.4)
+figure.axes[-1].set_ylim(1e-4, 2)
+figure
 
 # %% [markdown]
-# Second row: six different noises, and nearly one answer. It is the third row, the mean of the corpus, a brownish grey;
-# and the loss is what that mean would cost.
+# - **1.0 is the loss of a network that answers 0**, because the noise has variance 1. If your loss stays there, the
+#   network learns nothing: a wrong learning rate, or a target that does not belong to the input.
+# - **It falls fast at first.** Under much noise, $x_t$ is nearly the noise. To copy it is quickly learned.
+# - **Then it seems to stop, and that is normal.** What still improves is small, and the random $t$ of each batch hide
+#   it.
+# - **The loss is largest at small $t$.** Where there is hardly any noise, it is hard to tell from the picture. At large
+#   $t$ it is all there is.
 #
-# The network is not to blame. Among all numbers $c$, the mean of $x$ is the one with the smallest
-# $\mathbb E\,(x-c)^2$. **A squared error asks for a mean**, and many sharp pictures have a blurred mean. Keep this in
-# mind: every loss below is a squared error, so every answer below is a mean.
-#
-# Would it help to say what is wanted? The fourth row is the best possible answer to a caption such as "a fox": the
-# mean of all foxes of the corpus. There are only five of each, one in each style, and rocket and tiger are ghosts
-# already. A caption of real life fits millions of pictures.
-#
-# ## The second naive idea: the picture before
-#
-# One step from noise to picture is too long: too many pictures are possible. So let us take the thousand small
-# steps of notebook 01 backwards, and ask for the picture one step before: $x_t$ in, $x_{t-1}$ out. Of two
-# neighbours, little is open. The table compares the best possible answer (we have the exact denoiser) with a
-# network that has learned nothing at all, and hands back what it was given.
+# Now the model that ships. We measure it on pictures of its training and on pictures that were held out, with the right
+# caption and with none. (The exact denoiser knows the training pictures only.)
 
-# %%
-exact = minisd.ExactDenoiser(pictures, schedule)
-torch.manual_seed(0)
-chosen = torch.randint(len(pictures), (512 if full else 8,))
-print("  t    target²     copying x_t    the best possible    to be gained")
-for t in (10, 100, 400, 800):
-    here, before = torch.full_like(chosen, t), torch.full_like(chosen, t - 1)
-    x_prev = schedule.q_sample(pictures[chosen], before, torch.randn(len(chosen), 3, 16, 16))  # x_{t-1}
-    beta = schedule.betas[t]
-    x_t = (1 - beta).sqrt() * x_prev + beta.sqrt() * torch.randn_like(x_prev)  # one small step
-    # the best: the mean of x_{t-1}, from x_t and from the best guess at x_0 (notebook 01)
-    best, _, _ = schedule.q_posterior(exact.x0(x_t, here), x_t, here)
-    copied, floor = (x_prev - x_t).square().mean(), (x_prev - best).square().mean()
-    target, gain = x_prev.square().mean(), 1 - floor / copied
-    print(f"{t:3d}    {target:.4f}      {copied:.6f}        {floor:.6f}            {gain:6.1%}")
+# %% tags=["hide-input"]
+rows = corpus.rows if full else corpus.rows[:60]
+seen = [i for i, row in enumerate(rows) if row["split"] == "train"]
+unseen = [i for i, row in enumerate(rows) if row["split"] != "train"]
+small = sample(size=sd.config.image_size)
+
+
+def latents(indices):
+    return sd.get_first_stage_encoding(sd.encode_first_stage(small.batch(indices)).mode())  # no noise of its own
+
+
+z_all = torch.cat([latents(range(i, min(i + 128, len(rows)))) for i in range(0, len(rows), 128)])  # [n 4 h w]
+knows_all = minisd.ExactDenoiser(z_all[seen], sd.schedule)  # knows the training pictures of the sample, and no others
+
+n, timesteps = (64, [0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]) if full else (4, [0, 999])
+panels, floors = {}, {}
+for title, indices in {"pictures of the training": seen, "held-out pictures": unseen}.items():
+    indices = indices[:: max(1, len(indices) // n)][:n]
+    z = z_all[indices]
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    lines = {}
+    for name, texts in {"with its caption": [corpus.captions[i] for i in indices], "no caption": [""] * n}.items():
+        lines[name] = loss_by_t(sd.apply_model, z, noise, sd.get_learned_conditioning(texts[: len(z)]), sd.schedule)
+    floors[title] = (timesteps, loss_by_t(knows_all, z, noise, None, sd.schedule))
+    panels[title] = {name: (timesteps, y) for name, y in lines.items()}
+    print(f"\n{title}\n{'t':>16}  " + "  ".join(f"{t:5d}" for t in timesteps))
+    for name, y in [*lines.items(), ("exact", floors[title][1])]:
+        print(f"{name:>16}  " + "  ".join(f"{v:5.3f}" if v < 10 else f"{v:5.0f}" for v in y.tolist()))
+    print(f"mean over t:     {', '.join(f'{name} {mean_over_t(y):.3f}' for name, y in lines.items())}")
+    w = minisd.loss.min_snr_weight(sd.schedule.snr(torch.tensor(timesteps)), 5.0)
+    print(f"min-SNR weights: {', '.join(f'{name} {mean_over_t(w * y):.3f}' for name, y in lines.items())}")
+
+figure = viz.curves(panels, "t", "loss", list(panels), floors, "exact, knows the training pictures", width=3.4)
+for axes in figure.axes:
+    axes.set_ylim(5e-4, 1e3)
+figure
 
 # %% [markdown]
-# ("target²" is the mean square of $x_{t-1}$: what it would cost to answer 0.) At $t = 400$, a network that has
-# learned *nothing* is within half a percent of the best. Nearly all of $x_{t-1}$ stands in
-# $x_t$ already. Nearly all of the rest is fresh noise, which nobody can guess. What can be learned is a crumb
-# between the two.
+# - **Nobody wants to reach the floor.** Up to $t = 300$ the exact denoiser recognises the training picture without
+#   fail. A network that does so has memorised its data. On held-out pictures (right) the exact denoiser fails: it takes
+#   the difference from the nearest picture that it knows for noise. The network knows what pictures look like in
+#   general.
+# - **With its caption, the network gets below the floor at large $t$** (left). That is possible because the exact
+#   denoiser does not know the caption.
+# - **Captions help on the training pictures and hurt on the held-out ones.** With a caption the network believes that
+#   it knows which picture is meant, and on the right it is another one. This gap is what memorising looks like in a
+#   loss.
+# - **Weights change the number.** The last line is the same model, with each $t$ weighted as in its training (see
+#   *Optional: min-SNR weights*). So before you compare two losses, ask for the weights.
 #
-# The second idea is better than the first all the same. The answer is a mean again, but a mean of neighbours is not
-# grey. What it lacks is noise of a known size, and that can be put back. So we keep the small steps, and **ask for
-# the crumb and nothing else**. Which crumb, and with which weight? That follows from what we want.
+# Does a lower loss mean better pictures? The small model `tiny` ships as it was after 500 and after 5,000 steps.
+
+# %% tags=["hide-input"]
+pixels, captions = minisd.data.shape_corpus(64 if full else 4)  # uint8 [64 32 32 3]: pictures of its training
+pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+prompts = ["a green triangle", "a blue square", "a yellow star", "a red circle", "a pink heart"]
+folder = minisd.checkpoint.SHIPPED / "tiny"
+drawings, labels = [], []
+for name, checkpoint in {"500": folder / "after_000500_steps.safetensors", "5,000": "tiny"}.items():
+    tiny = minisd.load(checkpoint)
+    z = tiny.get_first_stage_encoding(tiny.encode_first_stage(pictures).mode())
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    context = tiny.get_learned_conditioning(captions)
+    value = mean_over_t(loss_by_t(tiny.apply_model, z, noise, context, tiny.schedule))
+    drawing = tiny.txt2img(prompts, steps=20 if full else 2, guidance_scale=3.0, sampler="dpmpp_2m")
+    drawings.append(drawing.pictures)  # [5 3 32 32]
+    labels.append(f"{name} steps\nloss {value:.3f}")
+viz.strip(drawings, prompts, labels)
+
+# %% [markdown]
+# After 500 steps the loss has fallen from 1 to 0.07, more than nine tenths of the way, and there are only blots. The
+# difference between blots and shapes is in the small numbers after that. And the last loss does not tell that the star
+# is still wrong. **Judge a model by its pictures.**
 #
-# ## What we want: make the data probable
+# ## Leave the caption out, now and then
 #
-# The model draws by a walk from noise to picture. It starts from $p(x_T) = \mathcal N(0, I)$, and each of its steps
-# is a Gaussian, with a mean from a network with weights $\theta$:
+# Until now our network drew what it liked. To ask for something, we give it a context $c$: here a vector with a 1 for
+# the colour and a 1 for the shape. In Stable Diffusion it is the text encoder's output (notebook 05).
+#
+# There is one more trick. When drawing, [guidance](../docs/glossary.md) asks the network twice, with the context and
+# with an empty one, written $\varnothing$, and exaggerates the difference (notebook 06):
+#
+# $$\hat\epsilon = \epsilon_\theta(x_t, t, \varnothing) +
+#   s\,\big(\epsilon_\theta(x_t, t, c) - \epsilon_\theta(x_t, t, \varnothing)\big)$$
+#
+# So the network needs an answer to the empty context, and it has one only if it was trained with it. This is why one
+# context in ten is replaced by the empty one in training ([Ho & Salimans 2022](https://arxiv.org/abs/2207.12598)).
+
+# %% [markdown]
+# ### Write it yourself: `text_dropout`
+#
+# worth it · about 10 minutes
+#
+# Replace the context by the empty one for those pictures where `drop` is true.
+
+# %% tags=["exercise"]
+def text_dropout(
+    context: Float[Tensor, "b n d"], empty_context: Float[Tensor, "1 n d"], drop: Bool[Tensor, "b"]
+) -> Float[Tensor, "b n d"]:
+    """Forget some captions: where `drop` is set, the context of the empty prompt takes the place of the caption's.
+
+    The network so learns to draw without a prompt, too, as guidance needs. (Ho & Salimans 2022, algorithm 1)
+    """
+    raise NotImplementedError  # your code here
+
+
+check.text_dropout(text_dropout)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# return torch.where(drop[:, None, None], empty_context, context)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# Now the package's version at work. The training is the same as before, with a context.
+
+# %%
+colours, kinds = list(shapes.COLOURS), list(shapes.SHAPES)
+words = torch.zeros(48, 1, 14)  # [48 1 14]: a context of one token for each picture
+for i, (colour, shape) in enumerate(named):
+    words[i, 0, colours.index(colour)] = words[i, 0, 8 + kinds.index(shape)] = 1
+no_words = torch.zeros(1, 1, 14)
+
+
+def with_context(network, chosen):
+    context = minisd.text_dropout(words[chosen], no_words, torch.rand(len(chosen)) < 0.1)
+    return minisd.epsilon_loss(network, schedule, world[chosen], context)  # draws t and noise itself
+
+
+torch.manual_seed(0)
+conditional = Network(context_size=14)
+train(conditional, with_context)
+
+asked = ["red circle", "orange square", "green triangle", "blue diamond", "orange star", "black heart"]
+context = words[[named.index(tuple(name.split())) for name in asked]]
+rows = [draw(conditional, eight[:6], context=c)[1][-1] for c in (context, no_words.expand(6, -1, -1))]
+viz.strip(rows, [name.replace(" ", "\n") for name in asked], ["asked for", "not asked"], size=0.6)
+
+# %% [markdown]
+# The upper row is what we asked for. The lower row comes from the same noise and the empty context: the noise decides.
+#
+# ## One answer in three forms
+#
+# A network can be asked for something else than the noise: for the picture $x_0$, or for the
+# [velocity](../docs/glossary.md) $v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$. Because $x_t$ is
+# known, each of the three can be computed from each other one. They differ in how errors count: a wrong $\epsilon$
+# ruins the picture at large $t$ (notebook 01), a wrong $x_0$ ruins the noise at small $t$, and $v$ has neither problem.
+# Stable Diffusion v1 predicts $\epsilon$, the 768-pixel version of v2 predicts $v$.
+#
+# ## What you know now
+#
+# - A squared error asks for a mean. From pure noise, that is a blur.
+# - A network that finds the noise can draw, because it is asked again and again while the noise falls.
+# - The loss is the mean squared error of the noise, at random timesteps.
+# - A loss of 1 is that of the answer 0. The floor is above 0. Losses can be compared only if everything else is the
+#   same.
+# - Guidance needs the answer to the empty context. So some captions are left out in training.
+#
+# **More exercises** in [`exercises/02_loss.ipynb`](exercises/02_loss.ipynb): `min_snr_weight` (10 minutes),
+# `predict_noise_from_v` (15) and `loss_by_time` (10). To look something up, see [`docs/loss.md`](../docs/loss.md),
+# which has the names in the CompVis source, too.
+#
+# **Next**: three layers are enough for 48 tiny pictures. For real ones the network must see edges and shapes wherever
+# they are, and connect them with words. That is the UNet, in [03 · UNet](03_unet.ipynb).
+
+# %% [markdown]
+# ## Optional: from the bound to the loss
+#
+# A good model makes the real pictures probable. That probability can't be computed, because a picture can be reached by
+# infinitely many walks. But there is a bound for it, the evidence lower bound ([ELBO](../docs/glossary.md)). For
+# Gaussian steps the bound is our squared error, with another weight for each $t$. DDPM dropped the weights, because the
+# pictures got better.
+#
+# <details><summary>Optional: the derivation</summary>
+#
+# The model starts from $p(x_T) = \mathcal N(0, I)$, and each step is a Gaussian whose mean comes from the network:
 #
 # $$p_\theta(x_{t-1} \mid x_t) = \mathcal N\big(\mu_\theta(x_t, t),\; \sigma_t^2 I\big) \qquad \text{(DDPM, eq. 1)}$$
 #
-# We want this model to draw real pictures with a high probability: $-\log p_\theta(x_0)$ should be small. It can't be
-# computed, since a picture is reached by infinitely many walks, and one would have to integrate over all of them:
+# We want $-\log p_\theta(x_0)$ to be small for real pictures. It is an integral over all walks that lead to $x_0$. We
+# can write it as a mean over the walks of notebook 01, from the picture to the noise, which are easy to sample. The
+# logarithm of a mean is at least the mean of the logarithm (Jensen's inequality), so
 #
-# $$p_\theta(x_0) = \int p_\theta(x_{0:T})\;dx_{1:T} = \mathbb E_{q(x_{1:T} \mid x_0)}\!\left[
-#   \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right]$$
+# $$-\log p_\theta(x_0) = -\log \mathbb E_q\!\left[\frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right]
+#   \;\le\; \mathbb E_q\!\left[-\log \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right] =: L
+#   \qquad \text{(DDPM, eq. 3)}$$
 #
-# The second form is a mean over the walks of notebook 01, from the picture to the noise; those we *can* draw. The
-# logarithm of a mean is at least the mean of the logarithm (Jensen's inequality). So
-#
-# $$-\log p_\theta(x_0) \;\le\; \mathbb E_q\!\left[-\log \frac{p_\theta(x_{0:T})}{q(x_{1:T} \mid x_0)}\right]
-#   =: L \qquad \text{(DDPM, eq. 3)}$$
-#
-# $-L$ is the **ELBO**, the evidence lower bound. Pushing $L$ down pushes the probability of the data up, or at
-# least its bound.
-#
-# Both walks are products of $T$ steps. Write each forward step by Bayes' rule as one that goes back:
-#
-# $$q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\;\frac{q(x_t \mid x_0)}{q(x_{t-1} \mid x_0)}$$
-#
-# The two factors of the fraction cancel from step to step, all but the first and the last. What remains is a sum:
+# Both walks are products of $T$ steps. By Bayes' rule, each forward step is
+# $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$. The last two factors cancel
+# between neighbouring steps, except the first and the last. What remains is a sum of KL divergences (notebook 01):
 #
 # $$L = \mathbb E_q\Big[\underbrace{D_{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{L_T}
 #  + \sum_{t>1} \underbrace{D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)}_{L_{t-1}}
 #  \underbrace{{}-\log p_\theta(x_0 \mid x_1)}_{L_0}\Big] \qquad \text{(DDPM, eq. 5)}$$
 #
-# $D_{KL}(q\,\|\,p) = \mathbb E_q[\log q - \log p]$, the Kullback-Leibler divergence, says how far $p$ is from $q$:
-# 0 if they are the same, else more. So each term compares one step of the model with the step back of *somebody who
-# knows the picture*. This is what `q_posterior` of notebook 01 was good for.
+# Each term compares a step of the model with the step back of somebody who knows the picture (`q_posterior`, notebook
+# 01, *Optional: one step back*). Six steps lead from here to the loss in use:
 #
-# From here to the loss in use there are six steps. Each drops something.
+# 1. Drop $L_T$: nothing in it can be learned.
+# 2. Fix the variance, $\sigma_t^2 = \tilde\beta_t$. With many small steps it hardly matters (Improved DDPM,
+#    [section 3.1](https://arxiv.org/abs/2102.09672)).
+# 3. Compute $\mu_\theta$ from $x_t$ and an estimate of the noise, because $x_t$ is known.
+# 4. Set the weight of each $t$ to 1. Then it is no bound any more, but the pictures get better.
+# 5. Treat $L_0$ like the others.
+# 6. Replace the sum over $t$ by one random $t$. On average it is the same, except for a factor.
 #
-# | | step | what goes | why it may |
-# |---|---|---|---|
-# | 1 | drop $L_T$ | how far $x_T$ is from pure noise | nothing in it can be learned |
-# | 2 | fix $\sigma_t^2 = \tilde\beta_t$ | the model's own say in its width | in many small steps, the mean decides |
-# | 3 | build $\mu_\theta$ from $x_t$ and $\epsilon_\theta$ | what $x_t$ shows already | it need not be learned |
-# | 4 | set the weight of each $t$ to 1 | the bound | the pictures get better |
-# | 5 | treat $L_0$ like the others | the last step's own formula | it is one step of a thousand ($t = 0$ in the code) |
-# | 6 | replace the sum over $t$ by one random $t$ | the other 999 | in the mean it is the same |
-#
-# (To step 2: DDPM tried $\tilde\beta_t$ and $\beta_t$, with similar results (section 3.2 there). Nichol & Dhariwal
-# (2021, section 3.1) say why: the more steps, the less the width matters.)
-#
-# Steps 2 and 3 are calculations; let us do them. For two Gaussians of the same variance,
-#
-# $$D_{KL}\big(\mathcal N(\tilde\mu, \sigma^2 I)\,\|\,\mathcal N(\mu_\theta, \sigma^2 I)\big) =
-# \frac{\|\tilde\mu-\mu_\theta\|^2}{2\sigma^2}:$$
-#
-# all but the distance of the means cancels (DDPM, eq. 8). Now put
-# $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01:
+# Steps 2 and 3 are a calculation. The KL of two Gaussians with the same variance is
+# $\|\tilde\mu-\mu_\theta\|^2/2\sigma^2$ (DDPM, eq. 8). Put
+# $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01, and give the
+# network the same form:
 #
 # $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\Big), \qquad
 #   \mu_\theta = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t, t)\Big)
 #   \qquad \text{(DDPM, eq. 10, 11)}$$
 #
-# The left one is a fact. The right one is a choice: $x_t$ is known, so only $\epsilon$ is left to guess. Here is
-# the crumb: the factor before
-# $\epsilon$ is small, and it is taken out of the network's hands. In the difference, $x_t$ cancels:
+# In the difference, $x_t$ cancels, and the error of the noise is left:
 #
 # $$L_{t-1} = \underbrace{\frac{\beta_t^2}{2\,\tilde\beta_t\,\alpha_t\,(1-\bar\alpha_t)}}_{\text{weight}}\;
 #   \big\|\epsilon - \epsilon_\theta(x_t, t)\big\|^2 \qquad \text{(DDPM, eq. 12)}$$
 #
-# Don't believe it, compute it. Take a single number for a picture, one step of the walk, and a network whose guess is
-# wrong by 0.3. Compute the KL in three ways: by adding up $q\,\log(q/p)$ over a fine grid; from the two means; from
-# the error of the noise.
+# </details>
+#
+# A check, with a single number as the picture, one step, and a network whose answer is wrong by 0.3. The KL divergence
+# between the right step and that of the network is computed in three ways: as a sum of $q\,\log(q/p)$ over a fine grid,
+# from the two means, and from the error of the noise.
 
 # %%
 beta, alpha, alpha_bar = schedule.betas.double(), 1 - schedule.betas.double(), schedule.alphas_cumprod.double()
@@ -223,88 +587,75 @@ bound[1:] = (beta**2 / (2 * schedule.posterior_variance.double() * alpha * (1 - 
 
 x_0, noise, t = torch.tensor([0.6]).double(), torch.tensor([-0.8]).double(), torch.tensor([100])
 x_t = schedule.q_sample(x_0, t, noise)
-guess = noise + 0.3  # what a network might say
+answer = noise + 0.3  # what a network might say
 
 mean, variance, _ = schedule.q_posterior(x_0, x_t, t)  # of the step by somebody who knows x_0
-mean_theta, _, _ = schedule.q_posterior(schedule.predict_start_from_noise(x_t, t, guess), x_t, t)  # ... by the network
+mean_theta, _, _ = schedule.q_posterior(schedule.predict_start_from_noise(x_t, t, answer), x_t, t)  # by the network
 eq_10 = (x_t - beta[t] / (1 - alpha_bar[t]).sqrt() * noise) / alpha[t].sqrt()
 torch.testing.assert_close(mean, eq_10, rtol=1e-5, atol=0)
 
 q, p = (torch.distributions.Normal(m, variance.sqrt()) for m in (mean, mean_theta))
 x = mean + variance.sqrt() * torch.linspace(-12, 12, 100_001, dtype=torch.float64)
-by_integral = (q.log_prob(x).exp() * (q.log_prob(x) - p.log_prob(x))).sum() * (x[1] - x[0])  # Σ q log(q/p) Δx
+by_sum = (q.log_prob(x).exp() * (q.log_prob(x) - p.log_prob(x))).sum() * (x[1] - x[0])  # Σ q log(q/p) Δx
 by_means = (mean - mean_theta) ** 2 / (2 * variance)  # eq. 8
-by_noise = bound[t] * (noise - guess) ** 2  # eq. 12
-
-print(f"q(x_t-1 | x_t, x_0): mean {mean.item():.5f}, standard deviation {variance.sqrt().item():.5f}")
-print(f"p_θ(x_t-1 | x_t):    mean {mean_theta.item():.5f}, the same standard deviation")
-for name, value in {"sum over a grid": by_integral, "means, eq. 8": by_means, "noise, eq. 12": by_noise}.items():
+by_noise = bound[t] * (noise - answer) ** 2  # eq. 12
+for name, value in {"sum over a grid": by_sum, "means, eq. 8": by_means, "noise, eq. 12": by_noise}.items():
     print(f"KL from the {name:16} {value.item():.7f}")
 
 # %% [markdown]
-# Three times the same number. For a picture, one adds up over its pixels, and for the whole bound, over $t$.
-#
-# (`q_posterior` stands for both sides: with the true $x_0$ it is $q$; with the $\hat x_0$ that follows from
-# $\epsilon_\theta$ it is $p_\theta$. This is how DDPM draws, too.)
-#
-# ## The weight that is dropped
-#
-# Step 4 is the bold one. How large are the weights that $L_{simple}$ replaces by 1?
-#
-# **Predict, then run.** A network's $\epsilon_\theta$ is wrong by 0.3 at all timesteps. Where does the bound punish
-# it the most: where the picture is nearly clean, or where it is nearly noise?
-#
-# <details><summary>Answer</summary>
-#
-# Where it is nearly clean, and by far. There the step back is narrow ($\tilde\beta_t$ is small, and it stands below
-# the line), so that a small error is already improbable.
-#
-# </details>
+# **Predict, then run.** The loss in use replaces the weights of the bound by 1. Where were they largest: where the
+# picture is nearly clean, or where it is nearly noise?
 
-# %%
+# %% tags=["hide-output"]
 times = torch.arange(1, T)
 snr = schedule.snr(times).double()
-errors = {  # the same loss, told as a weight of the error of ε, and of the error of x_0
+weights = {  # the same loss, written as a weight of the error of ε, and of the error of x_0
     "weight of the error of $\\epsilon$": {"the bound": (times, bound[1:]), "$L_{simple}$": (times, torch.ones(T - 1))},
     "weight of the error of $x_0$": {"the bound": (times, bound[1:] * snr), "$L_{simple}$": (times, snr)},
 }
 share = bound[1:].cumsum(0) / bound[1:].sum()
 print(f"weights of the bound: {bound[1]:.3f} at t = 1, {bound[100]:.4f} at t = 100, {bound[600]:.4f} at t = 600")
 print(f"half of all the bound's weight lies at t <= {int((share > 0.5).int().argmax()) + 1}")
-viz.curves(errors, log=list(errors), width=3.4, height=2.4)
+viz.curves(weights, log=list(weights), width=3.4, height=2.4)
 
 # %% [markdown]
-# What to see, left: the bound weighs the first timesteps a hundred times as much as the middle. There, the noise is
-# so faint that nobody sees it. But to a likelihood each last bit of each pixel counts, and most bits of a picture
-# are just such faint detail (more than half of them, DDPM finds in section 4.3). $L_{simple}$ takes this emphasis away.
-# It leaves the network to care for what one *sees*: shapes and colours, decided at larger $t$. It is no longer a bound
-# on anything. DDPM reports that its pictures are better and its likelihoods worse (table 1 there). Stable Diffusion was
-# trained with it.
+# Where it is nearly clean, by a factor of a hundred. There the step back is narrow, so a small error is already
+# improbable. Nobody sees such faint noise, but to a likelihood each bit of each pixel counts, and more than half of the
+# bits of a picture are such detail (DDPM, section 4.3). $L_{simple}$ leaves the network to care for shapes and colours.
+# DDPM reports better pictures and worse likelihoods (table 1).
 #
-# $$L_{simple} = \mathbb E_{t, x_0, \epsilon}\,\Big\|\epsilon - \epsilon_\theta\big(\sqrt{\bar\alpha_t}\,x_0 +
-#   \sqrt{1-\bar\alpha_t}\,\epsilon,\; t\big)\Big\|^2 \qquad \text{(DDPM, eq. 14)}$$
+# Weights do not change the *best possible* answer, which is the mean $\mathbb E[\epsilon \mid x_t]$ for any weights.
+# They say where a real network should spend its effort.
 #
-# (The right panel shows the same two losses, told for $x_0$: an error of $\epsilon$ is $\sqrt{\mathrm{SNR}}$ times an
-# error of $x_0$. Even $L_{simple}$ weighs small $t$ heavily if one looks at it so. This comes back under "min-SNR".)
+# ## Optional: why not ask for the picture one step before?
 #
-# **Predict.** Does dropping the weights change what the best possible network answers?
+# That would be a small step, too: $x_t$ in, $x_{t-1}$ out. The table compares the best possible answer with a network
+# that has learned nothing and returns its input.
+
+# %%
+torch.manual_seed(0)
+chosen = torch.randint(len(world), (512 if full else 8,))
+print("  t    target²     copying x_t    the best possible    to be gained")
+for t in (10, 100, 400, 800):
+    here, before = torch.full_like(chosen, t), torch.full_like(chosen, t - 1)
+    x_prev = schedule.q_sample(world[chosen], before, torch.randn(len(chosen), 3, 10, 10))  # x_{t-1}
+    beta_t = schedule.betas[t]
+    x_t = (1 - beta_t).sqrt() * x_prev + beta_t.sqrt() * torch.randn_like(x_prev)  # one small step
+    # the best: the mean of x_{t-1}, from x_t and from the best estimate of x_0 (notebook 01)
+    best, _, _ = schedule.q_posterior(exact.x0(x_t, here), x_t, here)
+    copied, floor = (x_prev - x_t).square().mean(), (x_prev - best).square().mean()
+    target, gain = x_prev.square().mean(), 1 - floor / copied
+    print(f"{t:3d}    {target:.4f}      {copied:.6f}        {floor:.6f}            {gain:6.1%}")
+
+# %% [markdown]
+# ("target²" is what it would cost to answer 0.) At large $t$, a network that has learned *nothing* is within a percent
+# of the best. Nearly all of $x_{t-1}$ can be read off $x_t$, and most of the rest is fresh noise, which nobody can
+# guess. What can be learned is a small part in between. To ask for the noise is to ask for this part alone.
 #
-# <details><summary>Answer</summary>
+# ## Optional: points in the plane
 #
-# No. At each $x_t$ and $t$, the best answer to a squared error is the mean $\mathbb E[\epsilon \mid x_t]$, whatever
-# positive number stands before it. Weights matter because a real network is not the best possible: they say where it
-# should spend its effort.
-#
-# </details>
-#
-# ## Algorithm 1
-#
-# Now train. So that we can see what is learned, let the "pictures" be points in the plane: two moons. A batch of
-# points has the shape `[b 2]`, where pictures have `[b 3 h w]`; not a line of `minisd` minds.
-#
-# The network is three layers that are told $x_t$ and $t$. $t$ comes as sines and cosines of 16 frequencies, because
-# one number between 0 and 999 is hard to read for a network (notebook 03). `context` is what it is told besides:
-# nothing as yet.
+# Let the "pictures" be points in the plane: two moons. A batch has the shape `[b 2]`, and nothing in `minisd` has to
+# change. Then we can see everything that the network has learned.
 
 
 # %%
@@ -318,8 +669,8 @@ def two_moons(n, generator):
     return (points - torch.tensor([0.5, 0.25])) / torch.tensor([0.87, 0.5]), which
 
 
-class Guesser(nn.Module):
-    """ε_θ(x_t, t, context) for points: x [b 2], t [b], context [b n d] or None -> [b 2]."""
+class PointNetwork(nn.Module):
+    """x [b 2], t [b], context [b n d] or None -> [b 2]"""
 
     def __init__(self, context_size=0, width=128):
         super().__init__()
@@ -330,77 +681,37 @@ class Guesser(nn.Module):
 
     def forward(self, x, t, context=None):
         phase = t[:, None] / T * self.frequencies  # [b 16]
-        told = [x, phase.sin(), phase.cos()] + ([] if context is None else [context.flatten(1)])
-        return self.net(torch.cat(told, dim=1))
+        inputs = [x, phase.sin(), phase.cos()] + ([] if context is None else [context.flatten(1)])
+        return self.net(torch.cat(inputs, dim=1))
 
 
-moons, which = two_moons(2000 if full else 100, torch.Generator().manual_seed(0))
-print(f"moons {list(moons.shape)}, mean {moons.mean():.2f}, variance {moons.var(0).mean():.2f}")
-
-# %% [markdown]
-# Algorithm 1 of the paper, and beside each line what stands for it in the code below:
-#
-# | | DDPM, algorithm 1 | in the code |
-# |---|---|---|
-# | 1 | repeat | `for step in range(1, steps + 1):` |
-# | 2 | $\quad x_0 \sim q(x_0)$ | `chosen = torch.randint(len(moons), (512,))` |
-# | 3 | $\quad t \sim \mathrm{Uniform}(\{1, \dots, T\})$ | `t = torch.randint(0, T, (len(x_0),))` |
-# | 4 | $\quad \epsilon \sim \mathcal N(0, I)$ | `noise = torch.randn_like(x_0)` |
-# | 5 | $\quad$ take a gradient descent step on | `loss.backward()`, `optimizer.step()` |
-# | | $\qquad \nabla_\theta \lVert\epsilon - \epsilon_\theta(x_t, t)\rVert^2$, | `(noise - model(…)).square().mean()` |
-# | | $\qquad x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ | `x_t = alpha_bar.sqrt() * x_0 + …` |
-# | 6 | until converged | until `steps` are done |
-
-
-# %%
-def L_simple(model, x_0):
-    t = torch.randint(0, T, (len(x_0),))  # line 3: for each point a t of its own (counted from 0), [b]
-    noise = torch.randn_like(x_0)  # line 4, [b 2]
-    alpha_bar = schedule.alphas_cumprod[t][:, None]  # [b 1]
-    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise  # [b 2]
-    return (noise - model(x_t, t, None)).square().mean()  # line 5
-
-
-def train(model, loss_of, steps, keep=()):
-    """Lines 1, 2 and 6. Returns the loss of each step, and copies of the model as it was after the steps in `keep`."""
+def train_points(model, loss_of, steps=3000, keep=()):
+    """Returns the loss of each step, and copies of the model as it was after the steps in `keep`."""
     steps = steps if full else 5
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # smaller and smaller steps, down to 0
     losses, kept = [], {}
-    for step in range(1, steps + 1):  # line 1
-        chosen = torch.randint(len(moons), (512,))  # line 2: which points, [b]
-        loss = loss_of(model, chosen)
+    for step in range(1, steps + 1):
+        loss = loss_of(model, torch.randint(len(moons), (512,)))
         optimizer.zero_grad()
-        loss.backward()  # line 5: the gradient
+        loss.backward()
         optimizer.step()
         decay.step()
         losses.append(loss.item())
         if step in keep:
-            kept[step] = copy.deepcopy(model)
-    return torch.tensor(losses), kept  # line 6: converged, or out of patience
+            kept[f"after {step} steps"] = copy.deepcopy(model)
+    return torch.tensor(losses), kept
 
 
+moons, which = two_moons(2000 if full else 100, torch.Generator().manual_seed(0))
+print(f"moons {list(moons.shape)}, mean {moons.mean():.2f}, variance {moons.var(0).mean():.2f}")
 torch.manual_seed(0)
-model = Guesser()
-print(f"before training: loss {L_simple(model, moons).item():.3f}")
+model = PointNetwork()
 keep = (100, 500) if full else (1, 2)
-losses, kept = train(model, lambda model, chosen: L_simple(model, moons[chosen]), 3000, keep)
-print(f"after {len(losses)} steps: loss {losses[-500:].mean():.3f}, the mean of the last 500")
+losses, kept = train_points(model, lambda m, chosen: minisd.epsilon_loss(m, schedule, moons[chosen]), keep=keep)
+kept[f"after {len(losses)} steps"] = model
+print(f"loss: {losses[0]:.3f} at the first step, {losses[-500:].mean():.3f} in the last 500")
 
-# the same in the package, given the same t and noise
-torch.manual_seed(1)
-ours = L_simple(model, moons)
-torch.manual_seed(1)
-theirs = minisd.epsilon_loss(model, schedule, moons)
-torch.testing.assert_close(ours, theirs)
-
-# %% [markdown]
-# One could be disappointed: from 1.0 to about a third, and there it stuck. Before we judge the number, look at what
-# was learned. The orange arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise, over the whole plane.
-# Beneath them, pale blue and broad, the exact answer of `minisd.ExactDenoiser`; in grey, the data noised to the same
-# $t$. (Long arrows are cut to one length.)
-
-# %%
 exact = minisd.ExactDenoiser(moons, schedule)
 grid = torch.arange(-2.4, 2.5, 0.6)
 places = torch.cartesian_prod(grid, grid)  # [81 2]
@@ -413,29 +724,28 @@ for t in (800, 300, 100, 20):
 viz.vector_field(fields, noised)
 
 # %% [markdown]
-# What to see: at $t = 800$ all arrows point to the middle. This is the grey mean again, and here it is right. As
-# the noise falls, they turn to the nearer moon. Where there are grey points, the learned arrows lie on the exact
-# ones. Where there are none, as at the right edge at $t = 20$, they may be wrong, and it costs nothing: training
-# never went there.
+# The orange arrows are $-\epsilon_\theta(x_t, t)$, the way out of the noise; the broad pale ones are the exact answer;
+# grey are the data, noised to the same $t$. (Long arrows are cut to one length.) At $t = 800$ all arrows point to the
+# middle: the grey mean again. As the noise falls, they turn to the nearer moon. Where there are no grey points, the
+# learned arrows may be wrong, because training never went there.
 #
-# The field has a second name. With the best guess for $\epsilon$, $-\epsilon/\sqrt{1-\bar\alpha_t}$ is the **score**,
-# $\nabla_{x_t} \log q(x_t)$: the direction in which the density of the noised data rises most steeply. So whoever can
-# guess the noise knows the way to where data are (Vincent 2011; Song & Ermon 2019). Don't believe it: $q(x_t)$ is a
-# Gaussian around each shrunk point of the data, so let `torch` take the gradient of its logarithm.
+# This field has a name. $-\mathbb E[\epsilon \mid x_t]/\sqrt{1-\bar\alpha_t}$ is the [score](../docs/glossary.md),
+# $\nabla_{x_t} \log q(x_t)$: the direction in which the noised data become more probable most quickly. We check it with
+# the gradient of $\log q(x_t)$, computed by PyTorch.
 
 # %%
 for t in (800, 300, 100):
     a = schedule.alphas_cumprod[t].double()
     x = places.double().requires_grad_()
     squares = (x[:, None] - a.sqrt() * moons).square().sum(-1)  # [81 2000]
-    log_q = torch.logsumexp(-squares / (2 * (1 - a)), dim=1)  # log q(x_t), but for a constant, [81]
+    log_q = torch.logsumexp(-squares / (2 * (1 - a)), dim=1)  # log q(x_t), except for a constant, [81]
     (score,) = torch.autograd.grad(log_q.sum(), x)  # [81 2]
     from_noise = -exact(places, torch.full((len(places),), t)) / (1 - a).sqrt()
     apart = (score - from_noise).abs().max()
     print(f"t = {t}: the score is up to {score.norm(dim=1).max():5.2f} long; the two differ by {apart:.0e} at most")
 
 # %% [markdown]
-# Can one draw with it? A sampler asks for nothing but $\epsilon_\theta(x_t, t)$ (notebook 06).
+# And it draws moons:
 
 # %%
 torch.manual_seed(0)
@@ -457,38 +767,21 @@ print(f"                                           drawn by the exact denoiser  
 viz.clouds(panels, behind=moons[:300])
 
 # %% [markdown]
-# (In grey, the data.) A loss that sticks near a third, and it draws moons. Not perfect ones: a few points stray,
-# and the mean distance to the data is 0.033, where new points of the true moons have 0.027. But the same kind of
-# question that gave us grey at the start works now, because it is asked fifty times, each time after a small step,
-# each time with less left open. (Why the exact denoiser's points lie even closer to the data than new ones: it
-# recalls them, notebook 01.)
-#
-# ## Which loss is normal?
-#
-# People have asked for years: "the loss sticks at 0.3 (0.15, 1.0): is that normal?" We can answer, because we know
-# the best possible loss. The answer of the exact denoiser is the mean of all noises that are possible at $x_t$; the
-# true one is just one of them. The rest can't be guessed by anybody. That rest is the **floor**.
+# For the moons the floor is high, so that the loss seems not to move at all. Yet it is **the floor plus the squared
+# distance from the exact answer**, and only the second part can be learned:
 
 # %%
 probes = 2000 if full else 20
 timesteps = [0, 3, 8, 15, 30, 60, 100, 200, 300, 400, 500, 650, 800, 999] if full else [0, 999]
 probe = torch.Generator().manual_seed(2)
 probe_0 = moons[torch.randint(len(moons), (probes,), generator=probe)]
-probe_noise = torch.randn(probes, 2, generator=probe)  # the same for all models and all t
-probe_noise = probe_noise / probe_noise.square().mean().sqrt()  # of variance 1 exactly, so that to answer 0 costs 1.000
-
-
-@torch.no_grad()
-def by_timestep(model, loss=minisd.epsilon_loss):
-    """The loss at each of `timesteps`, [timesteps]: everything is the same but the model."""
-    return torch.stack(
-        [loss(model, schedule, probe_0, t=torch.full((probes,), t), noise=probe_noise) for t in timesteps]
-    )
+probe_noise = torch.randn(probes, 2, generator=probe)
+probe_noise = probe_noise / probe_noise.square().mean().sqrt()  # variance 1, so that the answer 0 costs 1.000
 
 
 @torch.no_grad()
 def above_the_floor(model):
-    """What a model could still learn: its squared distance from the exact answer, at each of `timesteps`."""
+    """The squared distance of a model from the exact answer, at each of `timesteps`."""
     distances = []
     for t in (torch.full((probes,), t) for t in timesteps):
         x_t = schedule.q_sample(probe_0, t, probe_noise)
@@ -496,194 +789,118 @@ def above_the_floor(model):
     return torch.stack(distances)
 
 
-def mean_over_t(values):
-    """What the mean over all t would be, from straight lines between `timesteps`."""
-    return torch.trapezoid(values, torch.tensor(timesteps).float()) / (T - 1)
-
-
-floor = by_timestep(exact)
-landmarks = {
-    "answers 0": lambda x, t, context: torch.zeros_like(x),
-    "answers x_t": lambda x, t, context: x,
-    "√(1-ᾱ_t) x_t: the best multiple of x_t": lambda x, t, context: (1 - schedule.alphas_cumprod[t, None]).sqrt() * x,
-    **{f"trained for {step} steps": model for step, model in kept.items()},
-    f"trained for {len(losses)} steps": model,
-}
-by_model = {name: by_timestep(answer) for name, answer in landmarks.items()}
-print("mean loss over all t")
-for name, values in [*by_model.items(), ("the floor", floor)]:
-    print(f"  {name:40} {mean_over_t(values):.3f}")
-
-smooth = losses.unfold(0, min(50, len(losses)), 1).mean(1)  # the mean of 50 steps
-step = torch.arange(len(losses))
-lines = {"each 10th step": (step[::10], losses[::10]), "mean of 50": (step[-len(smooth) :], smooth)}
-bottom = {"while training": (step[[0, -1]], mean_over_t(floor).expand(2))}
-viz.loss_by_timestep({"while training": lines}, bottom, "the floor", xlabel="step", width=4.4, height=2.1)
-
-# %%
-trained = [name for name in by_model if name.startswith("trained")]
-models = [*kept.values(), model]
-above = {name: (timesteps, above_the_floor(m)) for name, m in zip(trained, models, strict=True)}
-difference, distance = mean_over_t(by_model[trained[-1]] - floor), mean_over_t(above[trained[-1]][1])
-print(f"{trained[-1]}: loss - floor = {difference:.4f}, squared distance from the exact answer {distance:.4f}")
+floor = loss_by_t(exact, probe_0, probe_noise)
+by_model = {name: loss_by_t(m, probe_0, probe_noise) for name, m in kept.items()}
+above = {name: above_the_floor(m) for name, m in kept.items()}
+print(f"{'the floor':18} mean loss {mean_over_t(floor):.3f}")
+for name, values in by_model.items():
+    print(f"{name:18} mean loss {mean_over_t(values):.3f}, squared distance {mean_over_t(above[name]):.3f}")
 panels = {
-    "loss": {name: (timesteps, by_model[name]) for name in trained},
-    "loss above the floor": above,
+    "loss": {name: (timesteps, y) for name, y in by_model.items()},
+    "squared distance from the exact answer": {name: (timesteps, y) for name, y in above.items()},
 }
-viz.loss_by_timestep(panels, {"loss": (timesteps, floor)})
+viz.curves(panels, exact={"loss": (timesteps, floor)}, exact_label="the floor", width=3.4)
 
 # %% [markdown]
-# What to see, left: the loss is high at small $t$ and low at large $t$, for the best possible model as for ours.
-# Where there is hardly any noise, it is hard to say which (it drowns in the data); where there is nothing else, it
-# is plain to see. (The floor's dip at the far left: there, the noise is hardly larger than the distance between
-# neighbouring points of the data, and the exact denoiser begins to know which point it is.) Right: what is left to
-# learn, nearly all of it at small $t$.
+# (The floor dips at the far left: there the noise is hardly larger than the distance between neighbouring points, and
+# the exact denoiser begins to recognise each point.)
 #
-# The line above the figure shows a handy fact. A squared error splits in two: the loss is the floor plus the squared
-# distance from the exact answer. (For the mean over all noise. Here we have 2,000 draws, and it holds but for the last
-# digit.) The first part can't be changed, the second is what training works on.
+# ## Optional: one answer in three forms
 #
-# This answers the question.
-#
-# - **1.0 is the loss of a network that answers 0.** A loss that stays there means that nothing is learned: wrong
-#   learning rate, broken gradient, or a target that does not belong to the input.
-# - **It falls fast at first.** That $x_t$ is mostly noise at large $t$ is quick to learn. The best multiple of
-#   $x_t$, which knows nothing of moons, is at 0.38 already, and our network after 100 steps at 0.36.
-# - **Then it sticks, and that is normal.** The curve is the floor plus a little, and the floor does not move. What
-#   improves is the little. It fell from 0.048 to 0.003 between steps 100 and 3000, and the eye misses it
-#   under the jitter that comes from drawing $t$ and $\epsilon$ at random.
-# - **There is no normal number.** The floor belongs to the data, the schedule and the weights of the loss. For our
-#   moons it is 0.32. For pictures it is far lower, as we shall see. Compare losses of the same data, at the same
-#   $t$, with the same noise; else look at samples.
-#
-# ## One answer, three forms
-#
-# $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$ is one equation. Whoever is given
-# $x_t$ and knows one of $x_0$ and $\epsilon$ knows the other. A third form mixes both: the velocity
-#
-# $$v = \sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0
-#   \qquad \text{(Salimans \& Ho 2022, section 4 and appendix D)}$$
-#
-# Stable Diffusion v1 predicts $\epsilon$, the 768-pixel version of v2 predicts $v$.
-#
-# The way back is as short. $\bar\alpha_t$ and $1-\bar\alpha_t$ sum to 1, so their roots are the cosine and the sine of
-# an angle, and $(x_t, v)$ is $(x_0, \epsilon)$ turned by it. Turn it back:
+# $\bar\alpha_t$ and $1-\bar\alpha_t$ sum to 1, so their roots are the cosine and the sine of an angle, and $(x_t, v)$
+# is $(x_0, \epsilon)$ turned by it. Turning it back is as short ([Salimans & Ho
+# 2022](https://arxiv.org/abs/2202.00512), appendix D):
 #
 # $$x_0 = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\,v, \qquad
 #   \epsilon = \sqrt{1-\bar\alpha_t}\,x_t + \sqrt{\bar\alpha_t}\,v$$
+#
+# **Predict, then run.** Let a network be wrong by the same small amount in each form (noise with a standard deviation
+# of 0.1). Which form gives the worst picture at $t = 999$?
 
-# %%
-corpus = sample(size=32)
-fox = corpus.batch([corpus.captions.index("fox, noto style")])  # [1 3 32 32]
+# %% tags=["hide-output"]
 columns = torch.tensor([50, 300, 600, 850, 999])  # timesteps
 x_0 = fox.expand(len(columns), -1, -1, -1)  # [5 3 32 32]
 noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).expand_as(x_0)
 x_t = schedule.q_sample(x_0, columns, noise)
 v = schedule.get_v(x_0, noise, columns)
-
-torch.testing.assert_close(schedule.predict_start_from_noise(x_t, columns, noise), x_0, rtol=0, atol=1e-4)
-torch.testing.assert_close(schedule.predict_noise_from_start(x_t, columns, x_0), noise, rtol=0, atol=1e-4)
 torch.testing.assert_close(schedule.predict_start_from_v(x_t, columns, v), x_0, rtol=0, atol=1e-4)
 torch.testing.assert_close(schedule.predict_noise_from_v(x_t, columns, v), noise, rtol=0, atol=1e-4)
-print(f"x_t, noise, v, x_0: {list(x_t.shape)} each")
-viz.strip([x_t, v], [f"t = {t}" for t in columns.tolist()], ["$x_t$", "$v$"], size=0.64)
 
-# %% [markdown]
-# $x_t$ turns from the picture into noise. $v$ turns from noise into the *negative* of the picture.
-#
-# The three carry the same information, but not the same errors. Let a network be wrong by the same small amount in
-# each form (noise of standard deviation 0.1 on its answer), and look at the picture that it means.
-#
-# **Predict, then run.** Which of the three gives the worst picture at $t = 999$? And which gives the worst *noise* at
-# $t = 0$?
-#
-# <details><summary>Answer</summary>
-#
-# $\epsilon$ at $t = 999$: the picture is $(x_t -
-# \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$, and to divide by 0.068 makes 14.6 times the error. $x_0$ at
-# $t = 0$: the noise is $(x_t - \sqrt{\bar\alpha_t}\,x_0)/\sqrt{1-\bar\alpha_t}$, and to divide by 0.029 makes 34
-# times the error. $v$ is never multiplied by more than 1.
-#
-# </details>
-
-# %%
 wrong = 0.1 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1))
-pictures_meant = {
+rows = {
+    "$x_t$": x_t,
+    "$v$": v,
     r"from $\epsilon$": schedule.predict_start_from_noise(x_t, columns, noise + wrong),
     "from $v$": schedule.predict_start_from_v(x_t, columns, v + wrong),
     "from $x_0$": x_0 + wrong,
 }
-notes = [[f"error {e:.2f}" for e in (p - x_0).square().mean((1, 2, 3)).sqrt()] for p in pictures_meant.values()]
-viz.strip(list(pictures_meant.values()), [f"t = {t}" for t in columns.tolist()], list(pictures_meant), notes, size=0.64)
+errors = [[f"error {e:.2f}" for e in (p - x_0).square().mean((1, 2, 3)).sqrt()] for p in list(rows.values())[2:]]
+viz.strip(list(rows.values()), [f"t = {t}" for t in columns.tolist()], list(rows), [[], [], *errors], size=0.64)
 
 # %% [markdown]
-# To the picture, an error of $\epsilon$ hardly matters at small $t$, and matters a lot at large $t$.
+# The form $\epsilon$: its error is multiplied by 14.6. From $x_0$ it is the noise that suffers: at $t = 0$, an error of
+# $x_0$ is multiplied by 34. $v$ is never multiplied by more than 1. ($v$ turns from noise into the *negative* of the
+# picture.)
 #
-# Now from the other side: how hard is each to guess? A network that is given $x_t$ has part of the answer before its
-# eyes. The floors of the moons, in the three forms, each as a share of what the answer 0 would cost:
+# And how hard is each to find? The floors of the moons, each as a share of what the answer 0 would cost:
 
 # %%
 exact_in = {
-    "eps": (minisd.epsilon_loss, exact),
-    "v": (minisd.v_loss, lambda x, t, context: schedule.get_v(exact.x0(x, t), exact(x, t), t)),
-    "x0": (minisd.x0_loss, lambda x, t, context: exact.x0(x, t)),
+    r"$\epsilon$": (minisd.epsilon_loss, exact),
+    "$v$": (minisd.v_loss, lambda x, t, context: schedule.get_v(exact.x0(x, t), exact(x, t), t)),
+    "$x_0$": (minisd.x0_loss, lambda x, t, context: exact.x0(x, t)),
 }
-floors = {name: by_timestep(answer, loss) for name, (loss, answer) in exact_in.items()}
-zero = {name: by_timestep(lambda x, t, context: torch.zeros_like(x), loss) for name, (loss, _) in exact_in.items()}
-ratio = (1 - schedule.alphas_cumprod[timesteps]).double()  # the error of x_0, from that of v: 1-ᾱ_t times its square
-torch.testing.assert_close(floors["x0"].double(), floors["v"].double() * ratio, rtol=1e-3, atol=1e-5)
-symbols = {"eps": r"$\epsilon$", "v": "$v$", "x0": "$x_0$"}
-lines = {symbol: (timesteps, floors[name] / zero[name]) for name, symbol in symbols.items()}
-viz.curves({"what nobody can guess": lines}, ylabel="share", width=4, height=2.2)
+shares = {}
+for symbol, (loss, answer) in exact_in.items():
+    at = [torch.full((probes,), t) for t in timesteps]
+    best = torch.stack([loss(answer, schedule, probe_0, None, t, probe_noise) for t in at])
+    zero = torch.stack([loss(answers_0, schedule, probe_0, None, t, probe_noise) for t in at])
+    shares[symbol] = (timesteps, best / zero)
+viz.curves({"what nobody can know": shares}, ylabel="share", width=4, height=2.2)
 
 # %% [markdown]
-# - $\epsilon$ is hard at small $t$. At large $t$, copying $x_t$ nearly does.
-# - $x_0$ is the opposite. At small $t$, copying $x_t$ nearly does; at large $t$ there is only the mean.
-# - $v$ is $\epsilon$ on the left and $-x_0$ on the right: copying never does.
+# $\epsilon$ is hard at small $t$, $x_0$ at large $t$. $v$ is like $\epsilon$ on the left and like $-x_0$ on the right,
+# so copying $x_t$ never helps. A schedule that ends in *pure* noise ($\bar\alpha_T = 0$) needs $v$, because with
+# $\epsilon$ one would divide by 0.
 #
-# With $\epsilon$, training spends little on large $t$ (the loss is small there), and sampling suffers the most from
-# errors there. It works all the same, as long as something of the picture is left in
-# $x_T$. A schedule that ends in *pure* noise ($\bar\alpha_T = 0$) makes $\epsilon$ useless at its end, since one
-# would divide by 0: then $v$ is needed.
+# ## Optional: min-SNR weights
 #
-# ## Min-SNR: weights again
+# $L_{simple}$ gives the error of $\epsilon$ the weight 1 at each $t$. For the error of $x_0$, that is the weight
+# $\mathrm{SNR}(t)$: 1175 at $t = 0$, 0.0047 at the end. [Hang et al. 2023](https://arxiv.org/abs/2303.09556) (section
+# 3.4) limit it to $\gamma = 5$, by the weight
 #
-# $L_{simple}$ gives each $t$ the weight 1 for the error of $\epsilon$. For the error of $x_0$ that is the weight
-# $\mathrm{SNR}(t)$: 1175 at $t = 0$, 0.0047 at the end. Hang et al. (2023) cap it at $\gamma = 5$:
+# $$w_t = \min(\mathrm{SNR}(t),\, \gamma)\,/\,\mathrm{SNR}(t) \quad\text{for}\quad \|\epsilon-\epsilon_\theta\|^2$$
 #
-# $$w_t = \frac{\min(\mathrm{SNR}(t),\, \gamma)}{\mathrm{SNR}(t)} \quad\text{before}\quad \|\epsilon-\epsilon_\theta\|^2
-#   \qquad \text{(Min-SNR, section 3.4)}$$
-#
-# Where the picture is nearly clean, the weight falls; elsewhere it stays 1. The effort goes to where the picture is
-# decided. The authors report that training converges 3.4 times faster than with the weights before theirs, and `minisd`
-# trains its models so. Do the moons gain from it? We train three networks alike, but for the weights: none, the
-# bound's, and min-SNR's. All are measured alike, without weights, by their distance from the exact answer.
+# The weight falls where the picture is nearly clean, and is 1 elsewhere. The authors report 3.4 times faster
+# convergence than with earlier weights, and `minisd` trains its models so. We train three networks on the moons that
+# differ only in their weights. All are measured without weights.
 
 
 # %%
-def bound_loss(model, schedule, x_0, context=None):
+def bound_loss(model, chosen):
     """The weights of eq. 12, scaled to a mean of 1."""
-    t, noise = torch.randint(1, T, (len(x_0),)), torch.randn_like(x_0)
-    squares = (noise - model(schedule.q_sample(x_0, t, noise), t, context)).square().mean(1)  # [b]
+    x_0, t = moons[chosen], torch.randint(1, T, (len(chosen),))
+    noise = torch.randn_like(x_0)
+    squares = (noise - model(schedule.q_sample(x_0, t, noise), t)).square().mean(1)  # [b]
     return (bound[t] / bound[1:].mean() * squares).mean().float()
 
 
-def min_snr_loss(model, schedule, x_0, context=None):
-    return minisd.epsilon_loss(model, schedule, x_0, context, min_snr_gamma=5.0)
+def min_snr_loss(model, chosen):
+    return minisd.epsilon_loss(model, schedule, moons[chosen], min_snr_gamma=5.0)
 
 
 by_weight = {"no weights": model}  # L_simple
 for name, loss_of in {"the bound": bound_loss, "min-SNR": min_snr_loss}.items():
     torch.manual_seed(0)
-    by_weight[name] = Guesser()
-    train(by_weight[name], lambda model, chosen, f=loss_of: f(model, schedule, moons[chosen]), 3000)
+    by_weight[name] = PointNetwork()
+    train_points(by_weight[name], loss_of)
 
 weights = {"no weights": torch.ones(T - 1), "the bound": bound[1:], "min-SNR": minisd.loss.min_snr_weight(snr)}
-above = {name: (timesteps, above_the_floor(trained_so)) for name, trained_so in by_weight.items()}
+above = {name: (timesteps, above_the_floor(trained)) for name, trained in by_weight.items()}
 shown = [0, 2, 5, 7, 10, 12] if full else [0, 1]  # of `timesteps`
 print("above the floor:  " + "".join(f"t = {timesteps[i]:<6}" for i in shown) + " samples: distance to the data")
-for name, trained_so in by_weight.items():
-    *_, last = minisd.sampling.ddim(trained_so, x_T, schedule, steps=50 if full else 5)
+for name, trained in by_weight.items():
+    *_, last = minisd.sampling.ddim(trained, x_T, schedule, steps=50 if full else 5)
     print(f"{name:16}  " + "".join(f"{above[name][1][i]:<10.4f}" for i in shown) + f" {to_data(last.x):.3f}")
 panels = {
     "weight (mean 1)": {name: (times, w / w.mean()) for name, w in weights.items()},
@@ -692,44 +909,19 @@ panels = {
 viz.curves(panels, log=list(panels), width=3.4, height=2.4)
 
 # %% [markdown]
-# What to see: each gets what its weights ask for, and pays elsewhere. The bound is the best at $t = 0$, where its
-# weight is the largest, and the worst at large $t$. Min-SNR is level with $L_{simple}$ or better at large $t$, and
-# behind at small $t$, which it hardly weighs. The samples of both are further from the data than those of
-# $L_{simple}$: 0.055 and 0.054 against 0.033.
+# Each network is good where its weights are large, and worse elsewhere. Min-SNR is as good as $L_{simple}$ at large
+# $t$, and worse at small $t$. The moons gain nothing from it, because they are thin: the distance to them is decided at
+# small $t$. In a picture you see above all what is decided at large $t$ (notebook 01), where min-SNR has its weight.
+# The bound has another problem: a few examples at the first timesteps weigh so much that the gradient is noisy
+# (Improved DDPM, section 3.3).
 #
-# So the moons gain nothing. They are thin, and what we measured, the distance to them, is decided at small $t$. Of a
-# picture one sees, above all, what is decided at large $t$ (notebook 01: texture drowns first), where min-SNR has its
-# weight. No weights are right without saying what is wanted. The bound's have a second problem: the few points of a
-# batch that fall on the first timesteps weigh so much that the gradient is noisy (Nichol & Dhariwal 2021, section 3.3).
+# ## Optional: guidance without text dropout
 #
-# ## Text dropout, and why guidance needs it
-#
-# So far the network draws what it likes. Let it be told *what* to draw: the context. For the moons it is one of
-# two vectors, upper or lower, in the shape of a prompt with one word, `[b 1 2]`.
-#
-# At drawing time, **guidance** asks the network twice, with the context and without, and exaggerates the difference:
-#
-# $$\hat\epsilon = \epsilon_\theta(x_t, t, \varnothing) +
-#   s\,\big(\epsilon_\theta(x_t, t, c) - \epsilon_\theta(x_t, t, \varnothing)\big)$$
-#
-# (Ho & Salimans 2022; notebook 06 draws with it.) For this the network must have an answer to "nothing said",
-# $\varnothing$. It has one only if it was trained on it. So in training, one context in ten is replaced by the
-# empty one: `minisd.text_dropout`. (Stable Diffusion has done so from v1.3 on; it is in the model card, but in no
-# line of the public code. We drop two in ten here: the moons have few steps to learn from.)
-#
-# **Predict, then run.** Train without dropout, then ask the network for its answer to $\varnothing$ all the same.
-# What will guidance do?
-#
-# <details><summary>Answer</summary>
-#
-# The answer to a context that it never saw is arbitrary. Guidance takes the difference to it for what the prompt
-# means, and makes it larger. The result drifts off, the further the larger $s$ is. At $s = 1$ nothing is wrong:
-# there the empty answer cancels. So the mistake hides until guidance is turned up.
-#
-# </details>
+# **Predict, then run.** We train one network on the moons without dropout and one with it. The context says "upper" or
+# "lower". What does guidance do with a network that has never seen the empty context?
 
-# %%
-contexts = torch.eye(2)[:, None]  # [2 1 2]: "upper" and "lower", each a prompt of one word
+# %% tags=["hide-output"]
+contexts = torch.eye(2)[:, None]  # [2 1 2]: "upper" and "lower", each a context of one token
 empty = torch.zeros(1, 1, 2)
 
 
@@ -745,11 +937,14 @@ def conditional_loss(drop):
 panels = {}
 for drop in (0.0, 0.2):
     torch.manual_seed(0)
-    told = Guesser(context_size=2)
-    train(told, conditional_loss(drop), 3000)
+    conditional = PointNetwork(context_size=2)
+    train_points(conditional, conditional_loss(drop))
     guided = {
-        "told nothing": minisd.classifier_free_guidance(told, empty, empty, 1.0),
-        **{f"upper, s = {s}": minisd.classifier_free_guidance(told, contexts[:1], empty, float(s)) for s in (1, 2, 4)},
+        "empty context": minisd.classifier_free_guidance(conditional, empty, empty, 1.0),
+        **{
+            f"upper, s = {s}": minisd.classifier_free_guidance(conditional, contexts[:1], empty, float(s))
+            for s in (1, 2, 4)
+        },
     }
     for name, eps_model in guided.items():
         *_, last = minisd.sampling.ddim(eps_model, x_T, schedule, steps=50 if full else 5)
@@ -759,188 +954,46 @@ for drop in (0.0, 0.2):
 viz.clouds(panels, behind=moons[:300], columns=4, size=1.6, reach=4.5)
 
 # %% [markdown]
-# What to see, first column: the network that never heard "nothing" (upper row) draws nonsense when told nothing, two
-# bars where no moon is. (They lie between the moons, so that the number above does not notice.) The other one draws
-# both moons, a little loosely. Second column: at $s = 1$ both are fine, and the mistake hides. Then it shows: above,
-# the points drift off; at $s = 4$, nearly all of them are far from all data, and many have left the panel. Below, they
-# stay.
+# Without dropout (upper row), the answer to the empty context is arbitrary, and guidance exaggerates the difference
+# from it. At $s = 1$ the empty answer cancels, so the mistake hides. At $s = 4$ nearly all points are far from the
+# data. With dropout (lower row) they stay, but only the middle of the moon is left: guidance has a price
+# ([`docs/guidance.md`](../docs/guidance.md)). Stable Diffusion has dropped 10% of the captions from v1.3 on. The model
+# card says so; the public code does not show it.
 #
-# Below, guidance has a price too. At $s = 4$, only the middle of the upper moon is drawn, the part that is the
-# least like the lower one. Guidance buys "more like what was asked for" with variety
-# ([`docs/guidance.md`](../docs/guidance.md) shows it in pictures).
+# ## Optional: the grey mean, once more
 #
-# ## Real pictures
-#
-# Now the model that ships. It works on latents $z$ `[b 4 8 8]`, which its autoencoder makes of pictures (notebook
-# 04); to the loss they are points like all others. We compare its loss with the floor of the sample, with the
-# caption and without, and do so twice: for pictures of its training, and for pictures that were held out (kept back, so
-# that training never saw them).
-
-# %%
-sd = minisd.load()
-rows = corpus.rows if full else corpus.rows[:60]
-seen = [i for i, row in enumerate(rows) if row["split"] == "train"]
-unseen = [i for i, row in enumerate(rows) if row["split"] != "train"]
-
-
-def latents(indices):
-    return sd.get_first_stage_encoding(sd.encode_first_stage(corpus.batch(indices)).mode())  # no noise of its own
-
-
-z_all = torch.cat([latents(range(i, min(i + 128, len(rows)))) for i in range(0, len(rows), 128)])  # [1280 4 8 8]
-exact = minisd.ExactDenoiser(z_all[seen], sd.schedule)  # knows the training pictures of the sample, and no others
-print(f"z_all {list(z_all.shape)}; {len(seen)} training pictures, {len(unseen)} held out")
-
-
-@torch.no_grad()
-def measure(model, z, noise, context=None):
-    """The mean loss of all z at each of `timesteps`."""
-    at = [torch.full((len(z),), t) for t in timesteps]
-    return torch.stack([minisd.epsilon_loss(model, sd.schedule, z, context, t, noise) for t in at])
-
-
-n, timesteps = (64, [0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]) if full else (4, [0, 999])
-panels, floors = {}, {}
-for title, indices in {"pictures of the training": seen, "held-out pictures": unseen}.items():
-    indices = indices[:: max(1, len(indices) // n)][:n]
-    z = z_all[indices]  # [n 4 8 8]
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
-    caption = sd.get_learned_conditioning([corpus.captions[i] for i in indices])  # [n 24 192]
-    no_caption = sd.get_learned_conditioning([""] * len(indices))
-    lines = {
-        "with its caption": measure(sd.apply_model, z, noise, caption),
-        "no caption": measure(sd.apply_model, z, noise, no_caption),
-    }
-    floors[title] = (timesteps, measure(exact, z, noise))
-    panels[title] = {name: (timesteps, y) for name, y in lines.items()}
-    print(f"\n{title}\n{'t':>16}  " + "  ".join(f"{t:5d}" for t in timesteps))
-    for name, y in [*lines.items(), ("exact", floors[title][1])]:
-        print(f"{name:>16}  " + "  ".join(f"{v:5.3f}" if v < 10 else f"{v:5.0f}" for v in y.tolist()))
-    print(f"mean over t:     {', '.join(f'{name} {mean_over_t(y):.3f}' for name, y in lines.items())}")
-    w = minisd.loss.min_snr_weight(sd.schedule.snr(torch.tensor(timesteps)), 5.0)
-    print(f"min-SNR weights: {', '.join(f'{name} {mean_over_t(w * y):.3f}' for name, y in lines.items())}")
-
-figure = viz.loss_by_timestep(panels, floors, "exact, knows the training pictures", log=list(panels))
-for axes in figure.axes:
-    axes.set_ylim(5e-4, 1e3)
-figure
-
-# %% [markdown]
-# What to see, left: the shape of the curves is that of the moons. It starts near 0.9, *in a finished model*, and
-# falls below 0.01. The mean over $t$ is 0.078 with the caption. With min-SNR weights, the same model has 0.045, and
-# these are the weights that it was trained with: its training ended at 0.0438. So before you compare your loss with
-# somebody else's, ask for the weights.
-#
-# - **The floor is nearly 0, and nobody wants to reach it.** Up to $t = 300$ the exact denoiser knows without fail
-#   which of the 1,081 training pictures it is looking at. A network that did so would have learned them by heart.
-# - **Right: on pictures that it does not know, the exact denoiser fails.** At $t = 0$ its loss is 418, against 1
-#   for answering 0. It sees the nearest picture that it knows, and takes the difference for noise. The network,
-#   with 0.97, knows what pictures look like in general. Only from $t = 600$ on, where no picture can be told any
-#   more, are they alike.
-# - **With its caption, the network gets below the floor at large $t$** (left, from 700 on). Is that possible? The
-#   exact denoiser was not told the caption. Each floor belongs to what is known: with the caption, it would be
-#   lower still.
-# - **Captions help on the left and do harm on the right** (0.118 down to 0.078; 0.118 up to 0.149). Without a
-#   caption the network is as good on held-out pictures as on its own. With one, it believes to know which picture
-#   is meant, and on the right that picture is another. This gap is what learning by heart looks like in a loss:
-#   measure it on held-out pictures.
-#
-# And how does the loss fall while the pictures get better? The small model `tiny`, which draws coloured shapes,
-# ships as it was after 500 and after 5,000 steps. Both draw from the same noise.
-
-# %%
-pixels, captions = minisd.data.shape_corpus(64 if full else 4)  # uint8 [64 32 32 3]: pictures of its training
-shapes = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-prompts = ["a green triangle", "a blue square", "a yellow star", "a red circle", "a pink heart"]
-folder = minisd.checkpoint.SHIPPED / "tiny"
-drawings, labels = [], []
-for name, path in {"500": folder / "after_000500_steps.safetensors", "5,000": "tiny"}.items():
-    tiny = minisd.load(path)
-    z = tiny.get_first_stage_encoding(tiny.encode_first_stage(shapes).mode())
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    value = mean_over_t(measure(tiny.apply_model, z, noise, tiny.get_learned_conditioning(captions)))
-    drawing = tiny.txt2img(prompts, steps=20 if full else 2, guidance_scale=3.0, sampler="dpmpp_2m")
-    drawings.append(drawing.pictures)  # [5 3 32 32]
-    labels.append(f"{name} steps\nloss {value:.3f}")
-viz.strip(drawings, prompts, labels)
-
-# %% [markdown]
-# In its first 500 steps the loss has gone from 1 to 0.070, more than nine tenths of the way, and there is nothing to
-# see but blots. What tells blots from shapes are the small numbers after that. And the loss does not say what is still
-# wrong at 0.036: the yellow star is pale, and no star. A loss is a bad judge of pictures: look at samples.
-#
-# ## The grey mean, once more
-#
-# One last look at the naive idea. Ask the model for $\hat x_0$, the whole picture in one step, from a noised fox at
-# each $t$. Then ask the exact denoiser the same.
+# We ask the model that ships for the whole picture in one step, $\hat x_0$, from a noised fox at each $t$; and the
+# exact denoiser of its training pictures, too.
 
 # %%
 columns = torch.tensor([999, 900, 800, 700, 600, 400, 200, 50])
 z = z_all[corpus.captions.index("fox, noto style") if full else 0].expand(len(columns), -1, -1, -1)
-z_t = sd.schedule.q_sample(z, columns, torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)).expand_as(z))
+noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(5)).expand_as(z)
+z_t = sd.schedule.q_sample(z, columns, noise)
 with torch.no_grad():
     eps = sd.apply_model(z_t, columns, sd.get_learned_conditioning([""] * len(columns)))
-guesses = {
+estimates = {
     "network,\nno caption": sd.schedule.predict_start_from_noise(z_t, columns, eps),
-    "exact": exact.x0(z_t, columns),
+    "exact": knows_all.x0(z_t, columns),
 }
-shown = [sd.decode_first_stage(guess) for guess in guesses.values()]
-viz.strip(shown, [f"t = {t}" for t in columns.tolist()], list(guesses), size=0.64)
+decoded = [sd.decode_first_stage(estimate) for estimate in estimates.values()]
+viz.strip(decoded, [f"t = {t}" for t in columns.tolist()], list(estimates), size=0.64)
 
 # %% [markdown]
-# At $t = 999$ both answer with a blur: the mean of what is possible, as at the start of this notebook. Training has
-# not made that answer any sharper, and it can't. Sampling does, by asking again and again while the noise falls.
+# At $t = 999$ both answer with a blur: the mean of what is possible. Training can't make this answer sharper. Sampling
+# does, by asking again while the noise falls. The exact denoiser recognises the fox earlier, because it has memorised
+# the pictures.
 #
-# Two differences are worth a look. At $t = 999$ the network's blur has dark strokes, and the exact one's has hardly
-# any: this is a small error of $\epsilon$, multiplied by 14.6. And at $t = 700$ the exact denoiser shows the fox, where
-# the network still shows a blur. It does not know the 1,081 pictures by heart, and that is why it can draw others.
+# ## Optional: try it, and read CompVis's source
+#
+# - Give the moons ten times the noise (0.8 instead of 0.08 in `two_moons`). What becomes of the floor?
+# - Train `PointNetwork` with `minisd.v_loss`, and draw with it. Which conversion is needed before the sampler?
+# - Leave out $t$ (put `0 * t` into `Network.forward`). How much does the loss rise, and why not more?
+#
+# In CompVis's `ldm/models/diffusion/ddpm.py`, `p_losses` is this loss, `loss_simple` its mean, and `lvlb_weights` are
+# the weights of the bound, multiplied by `original_elbo_weight = 0`. `logvar` is 0 and stays 0 unless `learn_logvar` is
+# set. The weights for `parameterization="x0"` read `2. * 1 - alphas_cumprod`, where brackets are missing; they are
+# multiplied by 0.
 
 # %%
 print(f"This notebook took {time.time() - start:.0f} s.")
-
-# %% [markdown]
-# ## Recap
-#
-# - A squared error asks for a mean. From pure noise, the mean of all pictures is grey; small steps leave less open.
-# - The bound compares each step of the model with the step of somebody who knows
-#   $x_0$. For Gaussians of one width, that is the distance of two means, and with $x_t$ taken out, the error of the
-#   noise.
-# - $L_{simple}$ drops the bound's weights, which look after detail that nobody sees.
-# - $\epsilon$, $v$ and $x_0$ are one answer. $\epsilon$ is hard at small $t$, $x_0$ at large $t$, $v$ nowhere free.
-# - The loss has a floor above 0. A loss that sticks a little above it is a trained model; 1.0 is a model that
-#   answers 0.
-# - Weights such as min-SNR's say where a network should spend its effort. Losses with different weights can't be
-#   compared.
-# - Guidance subtracts the answer to the empty prompt. It must have been trained, hence text dropout.
-#
-# ## In the CompVis source
-#
-# All of it stands in `ldm/models/diffusion/ddpm.py`.
-#
-# | here | there |
-# |---|---|
-# | `epsilon_loss` | `DDPM.p_losses`, `LatentDiffusion.p_losses` with `parameterization="eps"`, `loss_type="l2"` |
-# | `x0_loss` | the same with `parameterization="x0"` |
-# | `v_loss` | has no counterpart; it came with Stable Diffusion 2 |
-# | $t$ drawn for each picture | `DDPM.forward`, `LatentDiffusion.forward` |
-# | `bound`, the weights of eq. 12 | `lvlb_weights` in `DDPM.register_schedule`; times `original_elbo_weight`, 0 |
-# | $L_{simple}$ | `loss_simple`, times `l_simple_weight`, 1 |
-# | `min_snr_gamma` | has no counterpart |
-# | `text_dropout` | has no counterpart; the model card says 10% |
-# | `LatentDiffusion.p_losses(x_start, cond, t, noise)` | the same name |
-#
-# One line there divides by $e^{\log\sigma_t^2}$ with `logvar` and adds it again. `logvar` is 0 and stays 0 unless
-# `learn_logvar` is set: it changes nothing. The weights for `parameterization="x0"` read `2. * 1 - alphas_cumprod`, a
-# missing pair of brackets; they are multiplied by 0.
-#
-# ## Try it
-#
-# - Give the moons ten times the noise (0.8 for 0.08 in `two_moons`). What becomes of the floor? And of its dip at
-#   $t = 0$, if the data are ten times as many points?
-# - Train `Guesser` with `minisd.v_loss`, and draw with it: which conversion must stand before the sampler?
-# - Leave out $t$ (put `0 * t` into `phase`). How much does the loss rise, and why not more?
-# - Exercises: [`exercises/02_loss.ipynb`](exercises/02_loss.ipynb), where you write `epsilon_loss`, `text_dropout`,
-#   `min_snr_weight`, `predict_noise_from_v` and `loss_by_time`, and are told which mistake it is.
-#
-# Before: [01 · Noising](01_noising.ipynb). Next: [03 · UNet](03_unet.ipynb), the network that guesses the noise of
-# a picture.

@@ -9,31 +9,22 @@
 # %% [markdown]
 # # 9 · Stable Diffusion v1: the official file, and the official source
 #
-# So far, all models were ours. This notebook is about the real one: what lies in `sd-v1-4.ckpt` or `v1-5-pruned.ckpt`,
-# why it loads here without being converted, how we know that the networks are the same to the last decimals, and how to
-# read the source that it was trained with.
+# This notebook is about the real model: what is in `sd-v1-4.ckpt` or `v1-5-pruned.ckpt`, why it loads here without a
+# converter, and how to read the source that it was trained with. At the end you can
 #
-# You will understand
+# - say what a `.ckpt` consists of, and why loading one carelessly can run a program;
+# - tell which of its tensors are weights, and what the others are for;
+# - find the layer in which two networks begin to differ;
+# - find any line of the CompVis source in minisd, and the other way round.
 #
-# - what a `.ckpt` is, byte by byte: a zip, a pickle, tensors; and why reading one may run a program;
-# - which of its names are weights, and what the others are: the schedule, the running means, the places of the tokens;
-# - what goes wrong, without any error, if names are translated by hand or loaded with `strict=False`;
-# - how to find the layer in which two networks part, on faults that we plant ourselves;
-# - the CompVis source, file by file, in the order in which a reader meets it: its equations, where each stands here,
-#   what in it is dead, and what in it is odd.
-#
-# About an hour and a half to read; it runs in about a minute on a laptop. The modules of this stage are
+# About 35 minutes; it runs in about a minute on a laptop. The modules are
 # [`minisd/checkpoint/`](../minisd/checkpoint/__init__.py) and
-# [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py). The page
-# [`docs/checkpoint.md`](../docs/checkpoint.md) has the commands. Before this:
-# [notebook 08](08_training.ipynb), on training at full scale.
+# [`minisd/instruments/comparison.py`](../minisd/instruments/comparison.py);
+# [`docs/checkpoint.md`](../docs/checkpoint.md) has the commands. The [guided tour](../docs/play.md#tour=overview) names
+# the class of CompVis at each stop.
 #
-# **No file of Stable Diffusion is needed.** Without one, the notebook makes a small file in the same layout, from the
-# model that ships. If you have one, put its path below (`.ckpt` or `.safetensors`), or the folder or hub name of a
-# model in diffusers' layout. With it, draw on a GPU, or have patience: 512×512 pixels take minutes on a CPU.
-#
-# The [guided tour](../docs/play.md#tour=overview) in your browser names, at each of its stops, the class or method of
-# CompVis that does the same.
+# **You need no file of Stable Diffusion.** Without one, the notebook writes a small file in the same layout. If you
+# have one, put its path below: a `.ckpt`, a `.safetensors`, or a folder in the layout of diffusers.
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
@@ -77,20 +68,13 @@ folder = Path(work.name)
 # %% [markdown]
 # ## A file to look into
 #
-# The official files were written by PyTorch Lightning, the library that CompVis trained with. We write one as it would,
-# from the model that ships. It holds what the official ones hold:
-#
-# - `state_dict`: the weights, and more (below);
-# - beside it what Lightning wants to remember: an epoch, a step, its version, the state of its callbacks. A callback is
-#   an object that is called at each step, to save or to draw. Lightning files its state **under its class**. So there
-#   is a class in the file, and we shall see what that means.
-#
-# One thing we have to make up. The weights that ship are running means over training (EMA, notebook 07). The weights
-# "of the last step", from before they were averaged, were not kept. In their place we take the means plus a little
-# noise.
+# The official files were written by PyTorch Lightning, the library that CompVis trained with. The next cell writes one
+# in the same way, from the model that comes with minisd. It holds a `state_dict` with the weights and more, and beside
+# it what Lightning wants to remember: an epoch, a step, the state of its callbacks. (The weights that come with minisd
+# are running means over training, see notebook 08. The weights before averaging were not kept, so the cell makes some
+# up by adding a little noise.)
 
-
-# %%
+# %% tags=["hide-input"]
 def official(sd, path):
     """Write a model as Lightning would have written CompVis's: with EMA, schedule, and a class of Lightning's."""
     g = torch.Generator().manual_seed(0)
@@ -123,12 +107,11 @@ file = Path(CHECKPOINT) if given else folder / "emoji.ckpt"
 print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB, {'a zip' if zipfile.is_zipfile(file) else 'no zip'}")
 
 # %% [markdown]
-# ## It is a zip
+# ## It is a zip, and the zip contains a program
 #
-# Since PyTorch 1.6, `torch.save` writes an ordinary zip, without compression. (Older files are one
-# long pickle, and a `.safetensors` is neither.)
+# Since PyTorch 1.6, `torch.save` writes an ordinary zip without compression.
 
-# %%
+# %% tags=["hide-input"]
 if zipfile.is_zipfile(file):
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -142,16 +125,11 @@ else:
     print("no zip, so there is nothing to see here: look with CHECKPOINT = None")
 
 # %% [markdown]
-# Nearly all of it is bare numbers, one entry for each tensor. `data.pkl` says what they are: their names, shapes and
-# kinds. That is the interesting part, and the dangerous one.
-#
-# ## A pickle is a program
-#
-# `pickle` is Python's way to write objects down. It does not describe them, as JSON does. It writes a **program** for a
-# small machine with a stack, which builds them when it is run. Here are its first instructions, and those that fetch
-# something by its name from a Python module:
+# Nearly all of it is numbers, one entry for each tensor. `data.pkl` says what they are: names, shapes and types. It is
+# a `pickle`, and a pickle does not describe objects, as JSON does. It is a **program** for a small machine, and the
+# program builds the objects when it is run. Here are its first instructions, and what it fetches from Python modules:
 
-# %%
+# %% tags=["hide-input"]
 if zipfile.is_zipfile(file):
     operations = list(pickletools.genops(program))
     print(f"{len(operations):,} instructions. The first:", " ".join(code.name for code, *_ in operations[:14]), "…")
@@ -159,14 +137,13 @@ if zipfile.is_zipfile(file):
     print("What it asks Python for:", *(name.replace(" ", ".") for name in fetched), sep="\n    ")
 
 # %% [markdown]
-# `torch._utils._rebuild_tensor_v2` builds a tensor around the numbers of an entry. `OrderedDict` is harmless. But the
-# machine has an instruction, REDUCE, that **calls** what was fetched, with any arguments. Nothing in the format keeps a
-# file from fetching something else.
+# `_rebuild_tensor_v2` builds a tensor, and `OrderedDict` is harmless. But the machine has an instruction, REDUCE, that
+# **calls** what was fetched, with any arguments, and nothing in the format restricts what a file may fetch.
 #
-# **Predict, then run.** Below is a pickle that holds a model of one number. What else happens on `pickle.loads`? Is
-# anything printed? Could you have seen it from the result?
+# **Predict, then run.** Below is a pickle with a model of one number. What else happens on `pickle.loads`? Can you see
+# it in the result?
 
-# %%
+# %% tags=["hide-output"]
 class Innocent:
     def __reduce__(self):  # what pickle writes down in place of the object: call this, with these arguments
         return exec, (f"import pathlib; pathlib.Path({str(folder / 'I was here')!r}).mkdir()",)
@@ -185,19 +162,12 @@ except minisd.CheckpointError as error:
 print("a folder more on the disk:", (folder / "I was here").exists())
 
 # %% [markdown]
-# <details><summary>Answer</summary>
-#
-# The program ran: a folder was made. It could as well have sent your files away. The result shows a `None` where the
-# object was, and only somebody who looks for it would see that. A file of weights that somebody put on the web is a
-# program that somebody put on the web.
-#
-# </details>
+# The program ran: it made a folder. It could as well have sent your files away, and the result shows nothing but a
+# `None`. A file of weights from the web is a program from the web.
 #
 # `torch.load(…, weights_only=True)` runs the same machine with a short list of what may be fetched: tensors and plain
-# containers. Everything else ends in an error, before it is called. minisd always reads so. CompVis's scripts, of 2022,
-# say `torch.load(ckpt, map_location="cpu")`, and that ran anything in the PyTorch of the time.
-#
-# And the official files? They name a class of Lightning's, `ModelCheckpoint`, which is not on the list.
+# containers. minisd always loads in this way. CompVis's scripts of 2022 did not. The official files name a class of
+# Lightning that is not on the list:
 
 # %%
 try:
@@ -210,18 +180,15 @@ state = read_weights(file)  # {name: tensor}
 print(f"minisd:  {len(state)} tensors, the first is {next(iter(state))}")
 
 # %% [markdown]
-# minisd does not fetch that class either. Where a file asks for something of Lightning's, it gets a stand-in, that
-# makes an empty dictionary and can do nothing (`Inert` in [`files.py`](../minisd/checkpoint/files.py)). What else a
-# file asks for is refused, by its name, as above.
-#
-# A `.safetensors` has none of this: eight bytes give the length of a header, the header is JSON with names, shapes and
-# places, then come the numbers. Take that where you have the choice.
+# Where a file asks for something of Lightning's, minisd provides a stand-in that makes an empty dictionary and can do
+# nothing else (`Inert` in [`files.py`](../minisd/checkpoint/files.py)). Everything else is refused by name. A
+# `.safetensors` file has none of this: it is a header in JSON, followed by the numbers. Use it where you can.
 #
 # ## The names
 #
-# A `state_dict` is flat. The path through the modules is in the name.
+# A `state_dict` is flat. Each name is the path through the modules.
 
-# %%
+# %% tags=["hide-input"]
 def part(name):
     for prefix in ("model.diffusion_model", "first_stage_model", "cond_stage_model", "model_ema"):
         if name.startswith(prefix) and not name.endswith("position_ids"):
@@ -246,36 +213,10 @@ for kind in parts:
     print(f"{kind:34}{cells}".rstrip())
 
 # %% [markdown]
-# The right half was counted on a model without memory. In it are the famous figures: a UNet of **859.5 million**
-# numbers, a VAE of **83.7 million**, a text encoder of **123.1 million**. In float32 that is 3.44 + 0.33 + 0.49 = 4.27
-# GB, which is the size of the smaller download. With the running means of the UNet come 3.44 GB more: 7.7 GB, the
-# larger one.
-#
-# Where in the file is what? Add up the numbers in the order of the names.
-
-# %%
-weights = v1.state_dict()
-gigabytes = torch.tensor([tensor.numel() * 4e-9 for tensor in weights.values()]).cumsum(0)
-lines = {}
-for prefix, label in {"model.": "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text"}.items():
-    n = [i for i, name in enumerate(weights) if name.startswith(prefix)]
-    lines[label] = (n, gigabytes[n])
-by_block = Counter()
-for name, tensor in v1.model.diffusion_model.state_dict().items():
-    place = name.split(".")
-    by_block[".".join(place[:2]) if place[0].endswith("blocks") else place[0]] += tensor.numel() / 1e6
-blocks = {"UNet": (range(len(by_block)), list(by_block.values()))}
-titles = ["GB up to the n-th tensor", "millions of numbers in the n-th block of the UNet"]
-viz.curves(dict(zip(titles, (lines, blocks), strict=True)), xlabel="n", width=4.2)
-
-# %% [markdown]
-# Left: the UNet has the first 686 tensors and four fifths of the file. It rises in jumps: few tensors are large. (The
-# jump before the text encoder is its table of 49,408 tokens.) Right, the blocks in the order in which they run:
-# `time_embed`, 12 on the way down, the middle, 12 on the way up, `out`. The largest is the middle one. It and its
-# neighbours have 1,280 channels, and on the way up those that are joined on besides (notebook 03). The first and last
-# blocks, on full-size maps, are small.
-#
-# Some names, by their shapes. All of them are names of minisd's modules, too:
+# The right half was counted on a model without memory. It has the well-known sizes: a UNet of **859.5 million**
+# parameters, an autoencoder of **83.7 million** and a text encoder of **123.1 million**. In float32 that is 4.27 GB,
+# the smaller download. The running means of the UNet add 3.44 GB, which makes 7.7 GB, the larger one. Some of the
+# names, which are also the names of minisd's modules:
 
 # %%
 shown = [
@@ -293,22 +234,23 @@ for name in shown:
     print(f"{name:82}{list(names_v1[name].shape)}")
 
 # %% [markdown]
-# **Predict, then run.** From these shapes alone: how wide is the context, and how many numbers does the encoder put out
-# for each pixel of the latent, before `quant_conv` and after? Why is `ff.net.0.proj` of size 10,240?
+# **Predict.** From these shapes alone: how wide is the context? How many numbers does the encoder produce for each
+# pixel of the latent? Why has `ff.net.0.proj` 10,240 outputs?
 #
 # <details><summary>Answer</summary>
 #
-# `attn2.to_k` takes 768 in: the width of the context. `quant_conv` is [8, 8, 1, 1]: 8 numbers in and 8 out, mean and
-# log variance of 4 channels. 10,240 = 2 · 4 · 1,280: the feed-forward widens by four, and GEGLU needs two halves, value
-# and gate.
+# `attn2.to_k` has 768 inputs, the width of the context. `quant_conv` is [8, 8, 1, 1]: 8 numbers, the mean and log
+# variance of 4 channels. 10,240 = 2 · 4 · 1,280: the feed-forward layer widens by four, and GEGLU needs a value and a
+# gate.
 #
 # </details>
 #
 # ## What is not a weight
 #
-# **The schedule.** CompVis keeps β, ᾱ and what follows from them as buffers of the module, so that they move to the GPU
-# with it. So they are saved with it. They add nothing, since they follow from three numbers of the YAML. But they
-# are a check: weights that were trained with another noise would draw rubbish.
+# **The schedule.** CompVis keeps $\beta$, $\bar\alpha$ and what follows from them as buffers, so they are saved. They
+# follow from three numbers of the YAML file, so they add nothing. But they are a check, because weights that were
+# trained with another schedule draw badly. At the end of this cell, one word of the YAML is changed, and minisd refuses
+# to load.
 
 # %%
 sd = minisd.load(CHECKPOINT or file, config=None if CHECKPOINT else folder / "emoji.yaml", use_ema=None)
@@ -327,15 +269,9 @@ except minisd.CheckpointError as error:
     say(error)
 
 # %% [markdown]
-# (That the differences are 0 says little here: we wrote the file ourselves. The tests compare ours with numbers
-# recorded from CompVis's code.) At the end we changed one word of the YAML, and the file itself protested. (Both
-# schedules begin and end alike. The figure at station 2 below shows how they differ.)
+# **`position_ids`** is 0, 1, …, 76. The text tower of transformers kept it as a buffer until 2023.
 #
-# **`position_ids`** is 0, 1, 2, …, 76. The text tower of transformers kept it as a buffer until 2023; then it left the
-# state_dict. (Files from before have a name too many for a newer transformers, and files from after one too few for an
-# older one.) minisd counts for itself.
-#
-# **The running means**, `model_ema.…`. There the names look odd.
+# **The running means** are called `model_ema.…`, and their names look odd:
 
 # %%
 ema = [name for name in state if name.startswith("model_ema.")]
@@ -345,21 +281,12 @@ flat = [name.replace(".", "") for name in names_v1 if name.startswith("model.dif
 print(f"SD v1's {len(flat)} names of the UNet without their dots: {len(set(flat))} different ones")
 
 # %% [markdown]
-# The dots are gone. PyTorch allows none in the name of a buffer, so `LitEma` deletes them.
+# PyTorch allows no dots in the name of a buffer, so CompVis's `LitEma` deletes them. The dots cannot be put back from
+# the name alone: `input_blocks111…` could be `input_blocks.1.1.1…` or `input_blocks.11.1…`. But you need not. Delete
+# the dots of the UNet's own names, and look up the result. No two of the 686 names become equal. (`ema_names` in
+# [`compvis.py`](../minisd/checkpoint/compvis.py))
 #
-# **Predict, then run.** Can one put the dots back? Take a name that goes on `input_blocks111…`. And how does one load
-# the means then?
-#
-# <details><summary>Answer</summary>
-#
-# Not from the name alone: that could be `input_blocks.1.1.1…`, `input_blocks.11.1…` or `input_blocks.1.11…`. But one
-# need not. Go through the names of the UNet, delete *their* dots, and look up what comes out. This works as long as no
-# two names become the same, and the line above says that none of the 686 do. That is `ema_names` in
-# [`compvis.py`](../minisd/checkpoint/compvis.py).
-#
-# </details>
-#
-# Does it matter which of the two one draws with? Here, the same prompt and seed from both halves of our file.
+# Does it matter which of the two you use? Here are the same prompts and seed with each.
 
 # %%
 few = {"steps": 25 if full else 2, "guidance_scale": 4.0, "sampler": "dpmpp_2m", "seed": 0}
@@ -375,13 +302,10 @@ assert difference < 1e-3
 viz.strip(rows, [p.split(",")[0] for p in prompts], ["ships", "use_ema=True", "use_ema=False"])
 
 # %% [markdown]
-# The first two rows are the same model, once from a folder of minisd and once from the `.ckpt`. The third has the rough
-# weights. (How rough was our choice. How much it is in Stable Diffusion, a file with both would show. For drawing one
-# takes the means. A file with both is meant for training further.)
-#
-# The official files that are called "EMA-only" hold the means *under the names of the UNet*, and no `model_ema`. So
-# `use_ema: False` in CompVis's YAML does not say that the weights are no means. It says that there is nothing to swap
-# in.
+# The first two rows are the same model, once from a folder of minisd and once from the `.ckpt`. The third has the
+# weights before averaging. (How rough they are was our choice.) Use the means for sampling; a file with both is meant
+# for training on. The official "EMA-only" files hold the means *under the names of the UNet*. So `use_ema: False` in
+# CompVis's YAML does not say that the weights are no means. It says that there is nothing to swap in.
 
 # %%
 if CHECKPOINT:
@@ -392,31 +316,23 @@ if CHECKPOINT:
 # %% [markdown]
 # ## The YAML beside it
 #
-# Weights do not say how they are to be put together: how many heads, which schedule, which scale factor. CompVis keeps
-# that in a YAML file (for v1: `v1-inference.yaml`), with a simple scheme. `target` is the path of a class, `params` are
-# the arguments of its constructor, and these may be such pairs again. This is ours, without the networks' own numbers:
+# Weights do not say how many heads there are, which schedule was used, or what the scale factor is. CompVis keeps that
+# in a YAML file. `target` is the path of a class, and `params` are the arguments of its constructor, which may be such
+# pairs again. CompVis imports whatever class is named there and calls it (`instantiate_from_config`), so a YAML from
+# the web is a program, too. minisd knows a list of targets and refuses others by name.
 
-# %%
+# %% tags=["hide-input"]
 for line in (folder / "emoji.yaml").read_text().splitlines():
     depth = len(line) - len(line.lstrip())
     if depth <= 4 or (depth == 6 and "target" in line):
         print(line)
 
 # %% [markdown]
-# CompVis imports whatever class is named there and calls it (`instantiate_from_config`). That is handy, and a YAML from
-# the web is then a program, too. minisd knows a list of targets, takes their numbers into a config of its own, and
-# refuses others by name. A `.ckpt` without a YAML is taken for Stable Diffusion v1, if its shapes are.
+# ## Strict loading, and what converters get wrong
 #
-# Note what is *not* there: the tokenizer. In CompVis it comes with transformers, under the name of a CLIP model on the
-# hub. In minisd that of Stable Diffusion ships; ours is in a folder beside the file, which `version` names.
-#
-# ## Strictly
-#
-# minisd's modules have the names of the file. So nothing is translated, and loading can be *strict*: each name of the
-# model is in the file with the right shape, and each name of the file is in the model or is one of those above.
-#
-# PyTorch has a switch for the impatient, `strict=False`. Then what does not fit is skipped. CompVis's scripts load
-# so, and print what was missing only if asked to (`verbose`). Here is one typing error in one name.
+# minisd's modules have the names of the file, so nothing is translated and loading can be *strict*: every name of the
+# model is in the file with the right shape, and every name of the file is in the model or is one of those above. With
+# `strict=False`, as in CompVis's scripts, what does not fit is skipped. Here is one typing error in one name:
 
 # %%
 victim = "model.diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_out.0.weight"
@@ -434,23 +350,18 @@ except minisd.CheckpointError as error:
     say("minisd: " + str(error).partition(". By its names")[0])
 
 # %% [markdown]
-# ## What a converter can get wrong
-#
-# The other way is a converter: a script that translates the names of one library to those of another. It must
-# know some 1,100 names. Where two tensors have the same shape, nothing tells it that it has swapped them.
-#
-# Let us make such mistakes, each in the whole model. All shapes fit, and the first four load strictly.
+# The alternative is a converter: a script that translates the names of one library into those of another. It has to
+# know some 1,100 names, and where two tensors have the same shape, nothing tells it that it has swapped them. The next
+# cell makes four such mistakes in the whole model, and adds the typing error.
 #
 # - `to_k` and `to_v` of the cross-attention, swapped;
-# - the two halves of GEGLU, swapped (a library may have the gate first);
+# - the two halves of GEGLU, swapped (some libraries have the gate first);
 # - `norm1` and `norm3` of each transformer block, swapped;
-# - q and k of the VAE's attention, swapped;
-# - and the typing error from above.
+# - q and k of the autoencoder's attention, swapped.
 #
-# **Predict, then run.** Which are seen at once, and which not at all?
+# **Predict, then run.** Which mistakes do you see at once, and which not at all?
 
-
-# %%
+# %% tags=["hide-output"]
 def swapped(sd, one, other):
     """A copy in which each tensor that has `one` in its name, and its sibling with `other` there, changed places."""
     new = copy.deepcopy(sd)
@@ -483,27 +394,15 @@ notes = [[f"differs by {(a - b).abs().mean():.3f}" for a, b in zip(row, rows[0],
 viz.strip(rows, [p.split(",")[0] for p in prompts], list(models), notes)
 
 # %% [markdown]
-# <details><summary>Answer</summary>
-#
-# The first two are seen at once: with keys for values, or with the gate for the value, what is drawn has nothing to do
-# with the prompt. With two norms swapped, one sees a fox, a panda, a rocket. If one did not have the first row, one
-# would think: "not well trained". And the last two are as good as invisible. The VAE looks at itself with questions and
-# answers swapped, and differs by 0.02 or 0.03, where values go from −1 to 1. One layer of the UNet has random numbers
-# in place of its weights, and nobody would know.
-#
-# </details>
-#
-#
-# So a converter is tested with numbers, not with pictures. How, comes next.
+# You see the first two at once. With two norms swapped, the pictures still show what was asked for; without the first
+# row you would think that the model is not well trained. The last two are practically invisible, although one layer of
+# the UNet has random weights. So test a converter with numbers, and not with pictures.
 #
 # ## Equal, layer by layer
 #
 # diffusers is another implementation of the same networks, by other people. If both compute the same, both are probably
-# right. `minisd.save(…, layout="diffusers")` writes a folder that diffusers reads. `minisd.compare` runs both networks
-# on the same input, pairs their layers, and compares what comes out of each.
-#
-# (diffusers is not needed by minisd. If it is not installed, these cells compare the network with a copy of itself.
-# `pip install diffusers` brings it.)
+# right. `minisd.compare` runs both networks on the same input, pairs their layers, and compares the outputs. (If
+# diffusers is not installed, these cells compare the network with a copy of itself.)
 
 # %%
 minisd.save(emoji, folder / "emoji for diffusers", layout="diffusers")
@@ -533,8 +432,8 @@ comparisons = {
 print(comparisons["UNet"])
 
 # %% [markdown]
-# Each row is a pair: our layer, which has CompVis's name, and theirs. In the UNet all names differ, and so does the
-# numbering: CompVis counts blocks through, diffusers counts by level and kind. The same for all four:
+# Each row is a pair: our layer, which has CompVis's name, and theirs. In the UNet all names differ. Here is the same
+# for all four networks:
 
 # %%
 print(f"{'':14}{'pairs':>6}{'agree':>7}{'largest difference':>20}{'of':>8}    in")
@@ -545,25 +444,21 @@ for name, comparison in comparisons.items():
     assert comparison.equal
 
 # %% [markdown]
-# Zero means: the same operations in the same order, to the last bit. Where it is not zero, the sums were added up in
-# another order. In the tests, this is done with random weights in all layers, since trained or fresh ones may be zero
-# somewhere and hide what is before them.
+# Zero means the same operations in the same order, to the last bit. Otherwise the sums were added in another order.
 #
 # ## Find the fault
 #
-# Now the other case: somebody wrote a UNet, it runs, the shapes are right, and the pictures are bad. Three faults that
-# people do make:
+# Now suppose that somebody wrote a UNet. It runs, the shapes are right, and the pictures are bad. Three faults that
+# people really make:
 #
-# - **gate first** in GEGLU: `x, gate` taken the wrong way round, in the code;
-# - **eps**: GroupNorm's small number under the root, $(x - \mu) / \sqrt{\sigma^2 + \mathrm{eps}}$. The transformers
-#   have 1e-6, PyTorch's default is 1e-5;
-# - **eps, larger**: 1e-3, which is TensorFlow's default.
+# - **gate first** in GEGLU: `gate, x` instead of `x, gate`;
+# - **eps** of GroupNorm, $(x - \mu) / \sqrt{\sigma^2 + \mathrm{eps}}$: 1e-5, PyTorch's default, where the transformers
+#   have 1e-6;
+# - **eps, larger**: 1e-3, TensorFlow's default.
 #
-# **Predict, then run.** In which layer does each show first? How large is it there, and how large at the output? Is
-# one of them invisible?
+# **Predict, then run.** In which layer does each show first? Which one would you never see in a picture?
 
-
-# %%
+# %% tags=["hide-output"]
 class GateFirst(attention.GEGLU):
     def forward(self, x):
         gate, x = self.proj(x).chunk(2, dim=-1)  # the wrong way round
@@ -608,79 +503,25 @@ for name, comparison in found.items():
 viz.curves(panels, xlabel="layer, in the order in which they run", log=list(panels), width=6.5, height=2.8)
 
 # %% [markdown]
-# (What is exactly equal is drawn at 1e-9.) Up to the first transformer, all is exactly equal. There the curves leave
-# the floor, and what comes after differs *because of it*. So the first one is the place to look. The notches, where all
-# curves fall back to the floor, are layers that do not look at the picture at all: `emb_layers` see only the time, and
-# `to_k` and `to_v` of the cross-attention only the text.
+# (Exact equality is drawn at 1e-9.) Up to the first transformer everything is equal. There the curves leave the floor,
+# and what comes after differs *because of it*. So look at the first layer that differs.
 #
-# - **gate first**: the Linear layer `ff.net.0.proj` agrees and the next one, `ff.net.2`, does not, and its *input*
-#   differs already. Nine tenths of the largest number are wrong there, and three tenths at the output. So the fault is
-#   between them, where there is no module: in GEGLU's own line. `compare` tries a few such operations, and names the
-#   one that fits.
-# - **eps 1e-3**: the norm itself differs, and its input agrees. Its weights agree, too, so it is its settings. It is
-#   6e-4 of the largest number there, and less than a tenth of that at the output. In the five pictures above it would
-#   change no number by more than 0.002, a quarter of a step of 255: nobody would see it.
-# - **eps 1e-5** changes numbers of size 3 in the sixth digit. It is below any sensible tolerance.
-#   `compare` names it all the same, since it looks at the settings as well. It *can* be large: where the variance of a
-#   group is small, eps is no longer small beside it.
+# - **gate first**: the layer `ff.net.0.proj` agrees, and the *input* of the next one, `ff.net.2`, already differs. So
+#   the fault is between them, in GEGLU's own line. `compare` tries a few such operations and names the one that fits.
+# - **eps 1e-3**: the norm's input and weights agree and its output does not, so the fault is in its settings. No
+#   picture would show it.
+# - **eps 1e-5** changes the sixth digit, which is below any sensible tolerance. `compare` finds it because it compares
+#   settings, too. It matters only where the variance of a group is small.
 #
-# Such silent faults are why these tests exist. CompVis itself uses 1e-5 in the ResBlocks (`GroupNorm32`, PyTorch's
-# default) and 1e-6 in the transformers and the VAE (`Normalize`).
-
-# %%
-def norm(x, eps):
-    return F.group_norm(x, 32, eps=eps)
-
-
-print("size of the input, and how much 1e-5 in place of 1e-6 changes the output (of size about 3):")
-for size in (1, 0.1, 0.01, 0.001):
-    h = size * torch.randn(1, 192, 4, 4, generator=g)
-    print(f"{size:10}{(norm(h, 1e-5) - norm(h, 1e-6)).abs().max().item():12.1e}")
-
-# %% [markdown]
-# ## Three layouts
+# The notches in the curves are layers that do not depend on the picture: `emb_layers` see only the time, and `to_k` and
+# `to_v` of the cross-attention only the text.
 #
-# The same tensor, as each library calls it. minisd has CompVis's name, less the prefix of the part.
-
-# %%
-unet_names, vae_names = diffusers.unet_names(v1.model.diffusion_model), diffusers.vae_names(v1.first_stage_model)
-chosen = ["input_blocks.1.0.in_layers.0.weight", "input_blocks.1.0.emb_layers.1.weight", "input_blocks.3.0.op.weight",
-          "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "middle_block.1.proj_in.weight",
-          "output_blocks.5.2.conv.weight", "out.2.weight"]  # fmt: skip
-for name in chosen:
-    print(f"unet   {name:58}{unet_names[name]}")
-for name in ["encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.0.block.0.conv1.weight",
-             "decoder.mid.attn_1.q.weight"]:  # fmt: skip
-    print(f"vae    {name:58}{vae_names[name]}")
-same = sum(a == b for names in (unet_names, vae_names) for a, b in names.items())
-print(f"{same} of {len(unet_names) + len(vae_names)} names are the same in both")
-
-# %% [markdown]
-# Two traps for converters. The VAE's `decoder.up.0` is the *last* to run in CompVis (it is numbered by resolution), and
-# diffusers' `up_blocks.0` the first. And CompVis's attention of the VAE projects by 1×1 convolutions, [512, 512, 1, 1],
-# where diffusers has Linear layers, [512, 512].
-#
-# The way round, through all three:
-
-# %%
-reference = emoji.state_dict()
-now = emoji
-for layout, target in {"diffusers": "a", "compvis": "b.ckpt", "minisd": "c"}.items():
-    minisd.save(now, folder / target, layout=layout)
-    yaml = (folder / target).with_suffix(".yaml")
-    now = minisd.load(folder / target, device="cpu", config=yaml if layout == "compvis" else None)
-    changed = sum(not torch.equal(tensor, reference[name]) for name, tensor in now.state_dict().items())
-    print(f"saved as {layout:10} and loaded again: {changed} of {len(reference)} tensors changed")
-
-# %% [markdown]
 # ## How to read the CompVis source
 #
-# The rest of this notebook is a walk through [CompVis/stable-diffusion](https://github.com/CompVis/stable-diffusion),
-# best read with that source beside it. It grew out of four others: OpenAI's improved- and guided-diffusion (the UNet,
-# and much of the notation), lucidrains' denoising-diffusion-pytorch (`DDPM`), and CompVis's own taming-transformers
-# (the autoencoder). So one equation may stand there three times, in three styles.
-#
-# Start where the user starts, and go inwards:
+# The rest is a walk through [CompVis/stable-diffusion](https://github.com/CompVis/stable-diffusion). Read it with that
+# source beside it. It grew out of OpenAI's improved- and guided-diffusion (the UNet, and much of the notation),
+# lucidrains' denoising-diffusion-pytorch (`DDPM`) and CompVis's taming-transformers (the autoencoder), so one equation
+# may occur three times in three styles. Start where the user starts, and go inwards:
 #
 #     scripts/txt2img.py ─► LatentDiffusion (ddpm.py) ─► DiffusionWrapper ─► UNetModel (openaimodel.py) ─► attention.py
 #                        │            ├─► AutoencoderKL (autoencoder.py) ─► Encoder, Decoder (model.py)
@@ -692,16 +533,12 @@ for layout, target in {"diffusers": "a", "compvis": "b.ckpt", "minisd": "c"}.ite
 viz.class_diagram()
 
 # %% [markdown]
-# Each station below is a table: where it stands there, what it says, and the line here that says the same. The lines
-# are looked up as the cell runs, so they are those of the code you have. Line numbers would be out of date soon, so
-# lines are named by what is in them: search for them.
-#
-# The source is under CreativeML's licence, ours under MIT; what is theirs is told in our words. We read it in the
-# versions that public archives keep; where yours differs, believe yours.
+# Each station below is a table: the place in CompVis's source, what stands there in our words, and the line of minisd
+# that does the same. Our lines are looked up as the cell runs. Under each table is a folded list of oddities: what is
+# dead code for Stable Diffusion v1, and what surprises a reader. (We read the versions that public archives keep. If
+# yours differs, believe yours.) [`docs/compvis.md`](../docs/compvis.md) lists every class and method.
 
-
-
-# %%
+# %% tags=["hide-input"]
 def reading(*lines):
     """A table of (where there, what it says, where here, what is in our line): finds the line, or raises."""
     for there, says, here, piece in lines:
@@ -717,14 +554,13 @@ def reading(*lines):
         print(textwrap.fill(f"there  {there}  |  {says}", 112, subsequent_indent=" " * 7))
         print(f"here   minisd/{module}.py: {'.'.join(path)}\n       {line}\n")
 
-
 # %% [markdown]
 # ### Station 1: `scripts/txt2img.py`
 #
-# Read `main` from its end. What is left after the options, the grid of pictures, the watermark and the safety checker
-# is a dozen lines.
+# Read `main` from its end. Without the options, the grid of pictures, the watermark and the safety checker, it is a
+# dozen lines. `scripts/img2img.py` differs in the middle only.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("load_model_from_config", "torch.load, then load_state_dict(…, strict=False): names that don't fit are skipped",
      "checkpoint/files.load_weights", "check_names("),
@@ -750,15 +586,7 @@ reading(
      "pictures.to_pil", "clamp(-1, 1) + 1"),
 )  # fmt: skip
 
-# %% [markdown]
-# **Oddities.** The precision is `autocast` to float16 by default, so that even the same seed gives other pictures than
-# in float32. `seed_everything` seeds the whole process, once: picture 5 of a run depends on how many came before it.
-# Here, picture $k$ has seed + $k$. With `--plms`, `--ddim_eta` must stay 0.
-#
-# `scripts/img2img.py` differs in the middle only: `encode_first_stage`, `stochastic_encode` up to step `t_enc`, and
-# `decode` from there.
-
-# %%
+# %% tags=["hide-input"]
 reading(
     ("img2img.py, main: t_enc = int(strength · steps)", "how many steps are made",
      "sampling.remaining_timesteps", "left = int(strength * steps)"),
@@ -770,16 +598,23 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# ### Station 2: `ldm/models/diffusion/ddpm.py`, the class `DDPM`
+# <details><summary>Oddities</summary>
 #
-# Some 1,400 lines, the heart of it, and a "wild mixture", as it says of itself at the top. `DDPM` is a diffusion model
-# on pixels. `LatentDiffusion` inherits from it and overrides nearly all that touches data. Begin with
-# `register_schedule`.
+# - Sampling runs under `autocast` in float16 by default, so the same seed gives other pictures than in float32.
+# - `seed_everything` seeds the whole process once, so picture 5 depends on how many came before it. In minisd, picture
+#   $k$ has seed + $k$.
+#
+# </details>
+#
+# ### Station 2: `ldm/models/diffusion/ddpm.py`, the class `DDPM`
 #
 # $$\bar\alpha_t = \prod_{s \le t} (1-\beta_s), \qquad
 # x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$$
+#
+# `DDPM` is a diffusion model on pixels. `LatentDiffusion` inherits from it and overrides nearly everything that touches
+# data. Begin with `register_schedule`.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("make_beta_schedule (util.py)", '"linear": linspace between the roots, then squared',
      "noising.NoiseSchedule.scaled_linear", "return cls(roots**2)"),
@@ -816,22 +651,22 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities, and what is dead for Stable Diffusion v1.**
+# <details><summary>Oddities, and what is dead</summary>
 #
-# - The schedule called `"linear"` is linear in $\sqrt\beta$; the one that is linear in $\beta$ is called
-#   `"sqrt_linear"`. (There is a `"sqrt"`, too: the root of a line. Nothing uses it.)
+# - The schedule called `"linear"` is linear in $\sqrt\beta$. The one that is linear in $\beta$ is called
+#   `"sqrt_linear"`.
 # - `log_one_minus_alphas_cumprod` serves `q_mean_variance`, which serves `_prior_bpd`, which nothing in the file calls.
-# - `v_posterior` mixes the two variances that the DDPM paper proposes. Its default, 0, is the smaller.
-# - `lvlb_weights` weights the loss as the variational bound would. It is computed and logged in each step (`loss_vlb`),
-#   then added times `original_elbo_weight`, which is 0. It is not in the checkpoint (`persistent=False`). Its first
-#   value would be infinite, since β̃_0 = 0, and is replaced by the second.
-# - In the branch for `x0`, `2. * 1 - torch.Tensor(alphas_cumprod)` is $2 - \bar\alpha$; by the neighbouring branch one
-#   expects $2(1 - \bar\alpha)$: a slip of precedence. `x0` is not used by Stable Diffusion.
-# - `logvar`, 1,000 zeros: with `learn_logvar` it would weigh the timesteps. The loss is divided by exp(0), plus 0. It
-#   is a plain tensor, no buffer, and has to be moved to the device by hand.
-# - The message for an unknown loss lacks its `f`: it would print `{loss_type}`.
+# - `v_posterior` mixes the two variances that the DDPM paper proposes. Its default, 0, is the smaller one.
+# - `lvlb_weights` are the weights of the variational bound. They are computed and logged in each step, and then
+#   multiplied by `original_elbo_weight`, which is 0. The figure below shows what they would do.
+# - In the branch for `x0`, `2. * 1 - torch.Tensor(alphas_cumprod)` is $2 - \bar\alpha$, where $2(1 - \bar\alpha)$ was
+#   probably meant. Stable Diffusion does not use `x0`.
+# - `logvar`, 1,000 zeros, would weight the timesteps with `learn_logvar`. It is a plain tensor and has to be moved to
+#   the device by hand.
+#
+# </details>
 
-# %%
+# %% tags=["hide-input"]
 schedules = {'"linear" there, scaled_linear here': minisd.NoiseSchedule.scaled_linear(0.00085, 0.012),
              '"sqrt_linear" there, linear here': minisd.NoiseSchedule.linear(0.00085, 0.012)}  # fmt: skip
 beta = schedules['"linear" there, scaled_linear here']
@@ -848,8 +683,8 @@ print(f"lvlb_weights: {weights[1]:.2f} at t = 1, {weights[400]:.4f} at t = 400; 
 viz.curves(panels, log=[list(panels)[1]], width=4.2)
 
 # %% [markdown]
-# On the right: the bound cares most for the first few timesteps, where there is next to no noise. Without these
-# weights, all timesteps count alike, which DDPM found to draw better pictures (notebook 02).
+# On the right: the bound would put most weight on the first few timesteps, where there is next to no noise. Without
+# these weights all timesteps count alike, and DDPM found that this draws better pictures (notebook 02).
 #
 # ### Station 3: `LatentDiffusion`, in the same file
 #
@@ -857,10 +692,10 @@ viz.curves(panels, log=[list(panels)[1]], width=4.2)
 # L = \mathbb E_{z, c, \epsilon, t}\,\big\lVert \epsilon - \epsilon_\theta(z_t, t, \tau(c)) \big\rVert^2, \qquad
 # \hat x = \mathcal D(z / 0.18215)$$
 #
-# $\mathcal E$ and $\mathcal D$ are encoder and decoder, $\tau$ the text encoder. This class is these three formulas,
-# and what keeps $\mathcal E$, $\mathcal D$ and $\tau$ from being trained.
+# $\mathcal E$ and $\mathcal D$ are encoder and decoder, and $\tau$ is the text encoder. The class consists of these
+# three formulas, and of what keeps $\mathcal E$, $\mathcal D$ and $\tau$ from being trained.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("LatentDiffusion.instantiate_first_stage",
      "eval, no gradients, and `.train` replaced by a function that does nothing",
@@ -895,25 +730,10 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities, and what is dead.**
-#
-# - `first_stage_key: "jpg"` and `cond_stage_key: "txt"` are the names that a batch from a web data set has. In the
-#   version of `get_input` that we read, texts are recognised by the keys `caption` and `coordinates_bbox`, and not
-#   `txt`. The data set and the training YAML are missing, too: it seems that v1 was trained with more than what is
-#   public.
-# - `cond_stage_trainable: false   # Note: different from the one we trained before`, says the YAML. In the earlier
-#   text-to-image model, the text encoder (a BERT) was trained together with the UNet.
-# - `scale_by_std` makes `scale_factor` a buffer, so that it comes with the checkpoint. Without it, it is a number of
-#   the YAML. minisd reads both.
-# - `num_timesteps_cond` (with `cond_ids`, `shorten_cond_schedule`) would put noise on the context, too. It is 1: off.
-# - Everything under `split_input_params`, more than two hundred lines with `fold` and `unfold`, draws large pictures in
-#   overlapping patches. Nothing in the repository sets it for v1.
-# - In `p_sample`, two lines stand behind a `raise DeprecationWarning`. They are never reached.
-# - In `log_images`, "outpainting" takes the same mask as "inpainting", not its opposite (in the version that we read).
-# - There is **no text dropout** in this code, though the model card says that 10% of the captions were dropped. Here it
-#   is in `training/unet.py`:
+# There is **no text dropout** in this code, although the model card says that 10% of the captions were dropped. In
+# minisd it is in `training/unet.py`:
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("(nothing)", "10% of the captions are replaced by the empty one",
      "loss.text_dropout", "torch.where(drop"),
@@ -922,14 +742,28 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
+# <details><summary>Oddities, and what is dead</summary>
+#
+# - `first_stage_key: "jpg"` and `cond_stage_key: "txt"` are the names in a batch of a web data set, but `get_input`
+#   recognises texts by the keys `caption` and `coordinates_bbox`. The data set and the training YAML are missing, too.
+#   v1 was probably trained with more code than what is public.
+# - With `scale_by_std`, `scale_factor` is a buffer and comes with the checkpoint. Without it, it is a number of the
+#   YAML. minisd reads both.
+# - `num_timesteps_cond` would put noise on the context, too. It is 1, which means off.
+# - `split_input_params`, more than two hundred lines, draws large pictures in overlapping patches. Nothing sets it for
+#   v1.
+# - In `p_sample`, two lines stand behind a `raise DeprecationWarning` and are never reached.
+#
+# </details>
+#
 # ### Station 4: `ldm/modules/diffusionmodules/openaimodel.py`, the class `UNetModel`
 #
 # $$\mathrm{ResBlock}(x) = \mathrm{skip}(x) + \mathrm{conv}\big(\mathrm{SiLU}(\mathrm{norm}(
 # \mathrm{conv}(\mathrm{SiLU}(\mathrm{norm}(x))) + W\,\mathrm{SiLU}(\mathrm{emb}(t))))\big)$$
 #
-# Read `forward` first: it is a dozen lines, and `__init__` can be understood from it.
+# Read `forward` first. It is a dozen lines, and it explains `__init__`.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("timestep_embedding (util.py)", "cosines, then sines, of t · 10000^(-i/half)",
      "unet.timestep_embedding", "angles.cos(), angles.sin()"),
@@ -962,24 +796,25 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities, and what is dead.**
+# <details><summary>Oddities, and what is dead</summary>
 #
-# - `image_size: 32  # unused`. It is a required argument, and is kept and never read.
-# - `attention_resolutions: [4, 2, 1]` are downsampling factors: attention on maps of 16, 32 and 64, not of 8. But the
-#   middle block always has a transformer, so 8 has one as well.
-# - `use_scale_shift_norm`, `resblock_updown`, `num_classes` (`label_emb`), `n_embed` (`id_predictor`), `dims` 1 and 3
-#   belong to other models. minisd refuses a YAML that asks for them, by name.
+# - `image_size: 32  # unused` is a required argument that is never read.
+# - `attention_resolutions: [4, 2, 1]` are downsampling factors: attention on maps of 16, 32 and 64. The middle block
+#   always has a transformer, so the maps of 8 have one, too.
+# - `use_scale_shift_norm`, `resblock_updown`, `num_classes`, `n_embed` and `dims` 1 and 3 belong to other models.
+#   minisd refuses a YAML that asks for them.
 # - `convert_to_fp16` applies functions that are replaced by `pass` at the top of the file.
-# - `legacy: False` guards a line that decides the size of a head. With `use_spatial_transformer`, it comes to the same.
-# - `num_heads` is overwritten inside the loop where `num_head_channels` is set. That is not so in v1: 8 heads
-#   everywhere, of 40 channels on the first level, and 160 at the bottom.
+# - `num_heads` is overwritten inside the loop where `num_head_channels` is set. v1 does not set it: it has 8 heads
+#   everywhere, of 40 channels on the first level and 160 at the bottom.
+#
+# </details>
 #
 # ### Station 5: `ldm/modules/attention.py`
 #
 # $$\mathrm{softmax}\!\Big(\frac{q k^\top}{\sqrt d}\Big) v, \qquad \mathrm{GEGLU}(x) = a \cdot \mathrm{GELU}(b), \quad
 # [a, b] = W x$$
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("SpatialTransformer.forward", "norm, 1×1 convolution, then [b c h w] → [b (h w) c]",
      "attention.SpatialTransformer.forward", "b c h w -> b (h w) c"),
@@ -1010,22 +845,24 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities, and what is dead.**
+# <details><summary>Oddities, and what is dead</summary>
 #
-# - `BasicTransformerBlock` has `checkpoint=True` by default, and `SpatialTransformer` does not hand anything on. So
-#   transformers use gradient checkpointing *always*, whatever the YAML's `use_checkpoint` says.
-# - `mask` of `CrossAttention.forward` is never given: padding is looked at like words (notebook 05).
-# - The names `attn1` and `attn2` tell nothing; the comments do. `attn2` would be self-attention too without a context.
+# - `BasicTransformerBlock` has `checkpoint=True` by default and `SpatialTransformer` passes nothing on, so the
+#   transformers *always* use gradient checkpointing.
+# - `mask` of `CrossAttention.forward` is never passed, so padding is attended to like words (notebook 05).
+# - The names `attn1` and `attn2` explain nothing. `attn2` would be self-attention, too, without a context.
 # - `LinearAttention`, `SpatialSelfAttention`, `uniq`, `max_neg_value` and `init_` are left over from other models.
-# - `sim` is a full table of pixels × pixels: 16.8 million numbers for each head at 64×64. It is this line
-#   that all the "optimised" forks replaced.
+# - `sim` is a full table of pixels × pixels, 16.8 million numbers for each head at 64×64. The "optimised" forks
+#   replaced this line.
+#
+# </details>
 #
 # ### Station 6: `ldm/models/autoencoder.py` and `ldm/modules/diffusionmodules/model.py`
 #
 # $$q(z \mid x) = \mathcal N\big(\mu(x), \sigma^2(x)\big), \qquad z = \mu + \sigma\,\epsilon, \qquad
 # \mathrm{KL} = \tfrac12 \sum \big(\mu^2 + \sigma^2 - 1 - \log \sigma^2\big)$$
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("AutoencoderKL.encode", "encoder, quant_conv, → DiagonalGaussianDistribution",
      "vae.FirstStage._encode", "self.quant_conv(self.encoder("),
@@ -1057,25 +894,25 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities, and what is dead.**
+# <details><summary>Oddities, and what is dead</summary>
 #
-# - `model.py` holds a second UNet, `Model`, that of the original DDPM. `ResnetBlock` could take a time (`temb`); the
-#   autoencoder gives none (`temb_ch = 0`), so there is no `temb_proj` in the checkpoint.
-# - `get_timestep_embedding` in `model.py` has the sines first and divides by half - 1; `timestep_embedding` in
-#   `util.py` has the cosines first and divides by half. Only the latter is used by Stable Diffusion.
-# - `Encoder.forward` keeps all maps in a list `hs`, as a UNet would, and reads only the last.
-# - `resolution` of the `ddconfig` serves to find where attention goes (and to print a size), and `attn_resolutions` is
-#   empty. The autoencoder takes any size that is divisible by 8.
-# - The VAE's eps is 1e-6. Its `lossconfig` is `torch.nn.Identity` in the YAML for drawing, so that the discriminator
-#   need not be built.
+# - `model.py` contains a second UNet, `Model`, that of the original DDPM. `ResnetBlock` could take a time (`temb`), but
+#   the autoencoder passes none.
+# - `get_timestep_embedding` in `model.py` has the sines first and divides by half - 1. `timestep_embedding` in
+#   `util.py` has the cosines first and divides by half. Stable Diffusion uses only the latter.
+# - `Encoder.forward` keeps all maps in a list, as a UNet would, and reads only the last.
+# - `attn_resolutions` is empty, so `resolution` decides nothing. The autoencoder takes any size that is divisible by 8.
+#
+# </details>
 #
 # ### Station 7: `ldm/modules/encoders/modules.py`
 #
-# $$c = \mathrm{LayerNorm}\big(\mathrm{layers}_{1 \dots 12}(\mathrm{token} + \mathrm{place})\big), \quad 77 \times 768$$
+# $$c = \mathrm{LayerNorm}\big(\mathrm{layers}_{1 \dots 12}(\mathrm{token} + \mathrm{position})\big),
+# \quad 77 \times 768$$
 #
-# Only `FrozenCLIPEmbedder` is Stable Diffusion v1. It is a thin wrapper: the text tower is transformers'.
+# Stable Diffusion v1 uses only `FrozenCLIPEmbedder`, a thin wrapper around the text tower of transformers.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("FrozenCLIPEmbedder.__init__", "CLIPTokenizer and CLIPTextModel of transformers, openai/clip-vit-large-patch14",
      "clip.FrozenCLIPEmbedder.from_transformers", "transformers.CLIPTextModel"),
@@ -1100,10 +937,14 @@ reading(
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities.** The text tower's weights are downloaded twice: from the hub in `__init__`, and again as part of the
-# checkpoint, which then overwrites them. A prompt that is too long is cut without a word; minisd warns. Of the others
-# in this file, `BERTEmbedder` is the text encoder of the earlier model, `FrozenCLIPTextEmbedder` (the pooled vector)
-# and `FrozenClipImageEmbedder` serve retrieval, and `SpatialRescaler` serves models that are shown a map.
+# <details><summary>Oddities</summary>
+#
+# - The text tower's weights are loaded twice: from the hub in `__init__`, and again from the checkpoint.
+# - A prompt that is too long is cut without a warning.
+# - `BERTEmbedder` is the text encoder of an earlier model, `FrozenCLIPTextEmbedder` and `FrozenClipImageEmbedder` serve
+#   retrieval, and `SpatialRescaler` serves models that get a map.
+#
+# </details>
 #
 # ### Station 8: `ldm/models/diffusion/ddim.py` and `plms.py`
 #
@@ -1111,7 +952,7 @@ reading(
 # x_\text{prev} = \sqrt{\bar\alpha_\text{prev}}\,\hat x_0 + \sqrt{1 - \bar\alpha_\text{prev} - \sigma^2}\;\epsilon
 # + \sigma z \qquad \text{(DDIM, eq. 12)}$$
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("make_ddim_timesteps (util.py)", "every (1000 // steps)-th, plus 1: 1, 21, … 981",
      "sampling.make_timesteps", "1 if steps < T else 0"),
@@ -1137,7 +978,7 @@ reading(
      "sampling._check_eta", "draws no noise, so eta must be 0"),
 )  # fmt: skip
 
-# %%
+# %% tags=["hide-input"]
 visited = {
     "leading (CompVis)": (minisd.sampling.make_timesteps(10, 1000, "leading"), "→ ᾱ_0"),
     "trailing": (minisd.sampling.make_timesteps(10, 1000, "trailing"), "→ 1"),
@@ -1148,30 +989,29 @@ for steps in (50, 30):
 viz.ruler(visited)
 
 # %% [markdown]
-# **Oddities, and what is dead.**
+# <details><summary>Oddities, and what is dead</summary>
 #
-# - t = 999 is never visited, though $x_T$ is what one would find there. And the last step leads to ᾱ_0, 0.99915, and
-#   not to 1: a trace of noise stays.
-# - `ddim_use_original_steps` looks for `ddim_sigmas_for_original_num_steps` in the *model*, but `make_schedule` puts it
-#   into the *sampler*: whoever sets it gets an AttributeError.
+# - t = 999 is never visited, and the last step leads to $\bar\alpha_0 = 0.99915$ and not to 1, so a trace of noise
+#   stays.
+# - `ddim_use_original_steps` looks in the *model* for a buffer that `make_schedule` puts into the *sampler*, so it ends
+#   in an AttributeError.
 # - `timesteps` of `ddim_sampling` drops one step too many (`subset_end … - 1`).
-# - `schedule="linear"` of the constructor and `normals_sequence` of `sample` are not read. `temperature`,
-#   `noise_dropout`, `score_corrector`, `quantize_x0` have defaults that do nothing.
-# - `register_buffer` of the sampler is no buffer: it sets an attribute, and moves it to the GPU if there is one.
-# - PLMS keeps the last *three* ε, and with the new one has four. Its first step asks the model twice.
+# - `schedule="linear"` of the constructor and `normals_sequence` of `sample` are not read.
+# - `register_buffer` of the sampler registers no buffer. It sets an attribute and moves it to the GPU if there is one.
 #
-# ### Station 9: training: `main.py` and `ldm/modules/losses/`
+# </details>
 #
-# `main.py` is a long way of saying: read the YAMLs, build model, data and callbacks by `instantiate_from_config`, and
-# give them to Lightning's `Trainer`. What it adds is the learning rate, and what to do on a signal.
+# ### Station 9: training, `main.py` and `ldm/modules/losses/`
+#
+# `main.py` reads the YAML files, builds model, data and callbacks, and gives them to Lightning's `Trainer`.
 #
 # $$L_\text{VAE} = \frac{|x - \hat x| + \mathrm{LPIPS}(x, \hat x)}{e^{s}} + s + 10^{-6}\,\mathrm{KL}
 # + \lambda\,L_\text{GAN}, \qquad
 # \lambda = \frac{\lVert\nabla_w L_\text{rec}\rVert}{\lVert\nabla_w L_\text{GAN}\rVert + 10^{-4}} \cdot 0.5$$
 #
-# $s$ is `logvar`, $w$ the last layer of the decoder.
+# $s$ is `logvar`, and $w$ is the last layer of the decoder.
 
-# %%
+# %% tags=["hide-input"]
 reading(
     ("main.py: scale_lr", "learning rate · processes · batch · accumulated batches",
      "training/trainer.Recipe.lr_at", "self.lr * warm"),
@@ -1187,7 +1027,7 @@ reading(
      "training/trainer.Trainer.sheet", "self.ema.applied_to"),
     ("main.py: --resume", "go on from the newest checkpoint", "training/trainer.Trainer._resume", "self.folder.load"),
     ("main.py: melk, on SIGUSR1 or an error", "save a checkpoint before it ends",
-     "training/trainer.Trainer._steps", "self.save()"),
+     "training/trainer.Trainer.__iter__", "self.save()"),
     ("AutoencoderKL.training_step", "optimizer_idx 0: autoencoder, 1: discriminator",
      "training/vae.train_vae", "trainer.backward("),
     ("LPIPSWithDiscriminator.forward", "|x - x̂|",
@@ -1197,25 +1037,24 @@ reading(
     ("LPIPSWithDiscriminator.calculate_adaptive_weight", "‖∇ reconstruction‖ / ‖∇ generator‖, at the last layer",
      "training/discriminator.adaptive_weight", "return"),
     ("LPIPSWithDiscriminator.forward", "KL, summed over the latent, times 1e-6",
-     "training/vae._reconstruct", "posterior.kl()"),
+     "training/vae.train_vae", "posterior.kl()"),
 )  # fmt: skip
 
 # %% [markdown]
-# **Oddities.**
+# <details><summary>Oddities</summary>
 #
-# - The repository has no YAML for training v1, and no class for its data. What is known stands in the model card.
-# - `logvar` of the autoencoder's loss is a parameter, and the comment in `training_step` says that it is trained. But
-#   `configure_optimizers` hands the optimiser encoder, decoder and the two convolutions, and not the loss. So $s$ stays
-#   0.
-# - The reconstruction is a *sum* over all numbers of a picture, divided by the batch alone, and so is the KL. Here,
-#   both are divided by how many numbers a picture has, which leaves their balance as it is.
-# - The discriminator starts at step 50,001. Until then its weight is multiplied by 0, but it is computed.
-# - With `scale_lr`, the learning rate of the YAML is not the one of the training: it grows with the number of GPUs.
+# - The repository has no YAML for training v1 and no class for its data. What is known is in the model card.
+# - A comment says that `logvar` is trained, but `configure_optimizers` does not pass it on. So $s$ stays 0.
+# - The reconstruction and the KL are *sums* over all numbers of a picture. minisd divides both by the number of
+#   numbers, which leaves their balance as it is.
+# - The discriminator starts at step 50,001. Until then it is computed and its weight is multiplied by 0.
+# - With `scale_lr`, the learning rate grows with the number of GPUs.
+#
+# </details>
 #
 # ## Find the counterpart
 #
-# Ten lines, or nearly: names and operations as they stand in the CompVis source. Where does each stand there, and where
-# is it here? Look first at the source, then at the answers in the next cell.
+# Ten pieces of the CompVis source:
 #
 # 1. `x_in = torch.cat([x] * 2)`
 # 2. `hs.pop()`
@@ -1227,8 +1066,10 @@ reading(
 # 8. `z = outputs.last_hidden_state`
 # 9. `torch.randint(0, self.num_timesteps, (x.shape[0],), …)`
 # 10. `e_t_prime = (e_t + e_t_next) / 2`
+#
+# **Predict, then run.** Look at the source. Where is each of them there, and where here?
 
-# %%
+# %% tags=["hide-input", "hide-output"]
 reading(
     ("1. p_sample_ddim (ddim.py)", "two questions in one batch",
      "sampling.classifier_free_guidance", "torch.cat"),
@@ -1252,43 +1093,94 @@ reading(
      "sampling.plms", "eps = (eps + ask("),
 )  # fmt: skip
 
+# %% [markdown]
+# ## What you know now
+#
+# - A `.ckpt` is a zip of numbers and a pickle that names them. A pickle is a program, so load it with
+#   `weights_only=True`, or use `.safetensors`.
+# - Its names are paths through the modules. Beside 859.5 + 83.7 + 123.1 million weights it holds the schedule,
+#   `position_ids`, and perhaps running means under names without dots.
+# - A model with the same names loads strictly and needs no converter. `strict=False` and converters fail silently.
+# - Compare two networks layer by layer. The first layer that differs is the place to look: inside it if its input
+#   agrees, just before it if not.
+# - Read the source from `scripts/txt2img.py` inwards. Much of it is dead for v1, and what made v1, its data, YAML and
+#   text dropout, is not in it.
+#
+# **Try it.** Set `CHECKPOINT` to a file of yours: is it "EMA-only"? Plant a fault in a copy of the UNet (a skip
+# connection joined in the other order, the sines first), and let a friend find it with `minisd.compare`.
+#
+# **Next**: the model is right. [Notebook 10](10_evaluation.ipynb) measures whether it draws what was asked.
+
+# %% [markdown]
+# ## Optional: where in the file is what?
+
+# %% tags=["hide-input"]
+weights = v1.state_dict()
+gigabytes = torch.tensor([tensor.numel() * 4e-9 for tensor in weights.values()]).cumsum(0)
+lines = {}
+for prefix, label in {"model.": "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text"}.items():
+    n = [i for i, name in enumerate(weights) if name.startswith(prefix)]
+    lines[label] = (n, gigabytes[n])
+by_block = Counter()
+for name, tensor in v1.model.diffusion_model.state_dict().items():
+    place = name.split(".")
+    by_block[".".join(place[:2]) if place[0].endswith("blocks") else place[0]] += tensor.numel() / 1e6
+blocks = {"UNet": (range(len(by_block)), list(by_block.values()))}
+titles = ["GB up to the n-th tensor", "millions of numbers in the n-th block of the UNet"]
+viz.curves(dict(zip(titles, (lines, blocks), strict=True)), xlabel="n", width=4.2)
+
+# %% [markdown]
+# Left: the UNet has the first 686 tensors and four fifths of the file. It rises in jumps because few tensors are large.
+# Right: the blocks in the order in which they run. The largest is in the middle, where there are 1,280 channels, and on
+# the way up those of the skip connections besides (notebook 03).
+#
+# ## Optional: when eps matters
+
+# %%
+def norm(x, eps):
+    return F.group_norm(x, 32, eps=eps)
+
+
+print("size of the input, and how much 1e-5 in place of 1e-6 changes the output (of size about 3):")
+for size in (1, 0.1, 0.01, 0.001):
+    h = size * torch.randn(1, 192, 4, 4, generator=g)
+    print(f"{size:10}{(norm(h, 1e-5) - norm(h, 1e-6)).abs().max().item():12.1e}")
+
+# %% [markdown]
+# Where the variance of a group is small, eps is no longer small beside it.
+#
+# ## Optional: three layouts
+#
+# The same tensor, as each library calls it.
+
+# %% tags=["hide-input"]
+unet_names, vae_names = diffusers.unet_names(v1.model.diffusion_model), diffusers.vae_names(v1.first_stage_model)
+chosen = ["input_blocks.1.0.in_layers.0.weight", "input_blocks.1.0.emb_layers.1.weight", "input_blocks.3.0.op.weight",
+          "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", "middle_block.1.proj_in.weight",
+          "output_blocks.5.2.conv.weight", "out.2.weight"]  # fmt: skip
+for name in chosen:
+    print(f"unet   {name:58}{unet_names[name]}")
+for name in ["encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.0.block.0.conv1.weight",
+             "decoder.mid.attn_1.q.weight"]:  # fmt: skip
+    print(f"vae    {name:58}{vae_names[name]}")
+same = sum(a == b for names in (unet_names, vae_names) for a, b in names.items())
+print(f"{same} of {len(unet_names) + len(vae_names)} names are the same in both")
+
+# %% [markdown]
+# Two traps for converters. The autoencoder's `decoder.up.0` is the *last* to run in CompVis, because it is numbered by
+# resolution, and diffusers' `up_blocks.0` is the first. And CompVis's attention of the autoencoder projects by 1×1
+# convolutions, [512, 512, 1, 1], where diffusers has Linear layers, [512, 512]. The round trip through all three:
+
+# %%
+reference = emoji.state_dict()
+now = emoji
+for layout, target in {"diffusers": "a", "compvis": "b.ckpt", "minisd": "c"}.items():
+    minisd.save(now, folder / target, layout=layout)
+    yaml = (folder / target).with_suffix(".yaml")
+    now = minisd.load(folder / target, device="cpu", config=yaml if layout == "compvis" else None)
+    changed = sum(not torch.equal(tensor, reference[name]) for name, tensor in now.state_dict().items())
+    print(f"saved as {layout:10} and loaded again: {changed} of {len(reference)} tensors changed")
+
 # %%
 work.cleanup()
 print(f"This notebook took {time.time() - start:.0f} s.")
-
-# %% [markdown]
-# ## Recap
-#
-# - A `.ckpt` is a zip of bare numbers and a pickle that names them. A pickle is a program: read it with
-#   `weights_only=True`, or take `.safetensors`.
-# - Its names are paths through the modules. Beside 859.5 + 83.7 + 123.1 million weights are the schedule,
-#   `position_ids`, and perhaps the running means, under names without dots.
-# - A model with the same names loads strictly and needs no converter. `strict=False` and converters fail silently:
-#   where shapes agree, nothing protests, and a picture may look right.
-# - Two networks are compared layer by layer. The first that differs is the place to look: if its input agrees, in it;
-#   if not, just before it, between the modules.
-# - The source is best read from `scripts/txt2img.py` inwards. Much of it is dead for v1: `split_input_params`,
-#   `num_timesteps_cond`, `lvlb_weights`, `logvar`, `Model`. And what made v1, its data, YAML and text dropout, is not
-#   in it.
-#
-# ## In the CompVis source
-#
-# | here | there | file |
-# |---|---|---|
-# | `minisd.load(path, config=…)` | `load_model_from_config` | `scripts/txt2img.py` |
-# | `load_weights`, strictly | `DDPM.init_from_ckpt`, not strictly | `ldm/models/diffusion/ddpm.py` |
-# | `ema_names` | `LitEma.copy_to`, `DDPM.ema_scope` | `ldm/modules/ema.py`, `ddpm.py` |
-# | `schedule_buffers` | `DDPM.register_schedule` | `ddpm.py` |
-# | `minisd.save(sd, "x.ckpt")` | Lightning's `ModelCheckpoint` | `main.py` |
-# | `minisd.compare` | has no counterpart | |
-#
-# ## Try it
-#
-# - Set `CHECKPOINT` to a file of yours. Which names does it have beyond the three networks? Is it "EMA-only"?
-# - Plant a fault of your own into a copy of the UNet (a SiLU left out, a skip connection joined in the other order, the
-#   sines first), and let a friend find it with `minisd.compare`.
-# - `minisd.save(sd, "mine.ckpt")`, then open `mine.yaml`. Which of its lines would CompVis's classes not need?
-# - Take the `unet_forward` that you wrote in the exercises of stage 3, and compare it with `minisd.unet.UNetModel`.
-#
-# Before this: [notebook 08](08_training.ipynb). Next, in [notebook 10](10_evaluation.ipynb): does it draw what was
-# asked? The map of it all is in [notebook 00](00_start_here.ipynb).

@@ -723,6 +723,23 @@ def test_two_commands_do_not_write_into_one_folder(tmp_path, command):
     os.close(handle)
 
 
+def test_a_function_of_your_own_replaces_only_what_it_has_made(tmp_path):
+    def my_corpus(out, count):
+        recipe = {"made_by": "my_corpus", "count": count}
+        with folder.corpus_folder(out, recipe) as complete:
+            if not complete:
+                rows = [{"file_name": f"images/{i}.png", "text": "mine"} for i in range(count)]
+                folder.write_corpus(out, rows, np.zeros((count, 8, 8, 3), np.uint8), recipe)
+        return out
+
+    assert len(CaptionedPictures(my_corpus(tmp_path / "mine", 2))) == 2
+    assert len(CaptionedPictures(my_corpus(tmp_path / "mine", 3))) == 3
+    with pytest.raises(ValueError, match="other captioned pictures, and `minisd data shapes` replaces only what"):
+        draw_shapes(tmp_path / "mine", count=3)
+    with pytest.raises(ValueError, match="a corpus of `minisd data shapes`, and `my_corpus` replaces only what"):
+        my_corpus(draw_shapes(tmp_path / "shapes", count=3), 2)
+
+
 def killed_before(operation: int, work) -> bool:
     """Do the work in another process, which dies at once before its n-th operation on files; False if it ends first."""
     child = os.fork()
@@ -1002,7 +1019,6 @@ def test_a_corpus_is_fetched_rendered_and_written(registry, tmp_path, capsys):
         "Google Inc" in credit and "Mozilla" in credit and "UNICODE LICENSE" in credit and "white background" in credit
     )
     assert data.templates == ("{}", "a {}", "the {}", "a picture of a {}")
-    assert not list(out.rglob("*partial*"))
     assert "5 pictures at 16x16" in capsys.readouterr().out
 
 
@@ -1025,13 +1041,13 @@ def test_a_corpus_from_before_the_templates_is_built_again(registry, tmp_path):
     assert len(CaptionedPictures(build_emoji(out, size=16, styles=["noto"])).templates) == 4
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(registry, tmp_path, monkeypatch):
+def test_an_interrupted_build_keeps_what_it_has_downloaded(registry, tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
     render, out = emoji.render, tmp_path / "corpus"
     calls = itertools.count()
 
     def interrupted(*arguments):
-        if next(calls) == 4:  # noto's three are done, fx's second is not
+        if next(calls) == 4:  # all is downloaded; noto's three are rendered, fx's second is not
             raise KeyboardInterrupt
         return render(*arguments)
 
@@ -1047,7 +1063,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(registry, tmp_path, monke
     drawn = []
     monkeypatch.setattr(emoji, "render", lambda *arguments: drawn.append(1) or render(*arguments))
     build_emoji(out, size=16, styles=["noto", "fx"])
-    assert len(drawn) == 2, "only the style that was not finished is rendered again"
+    assert len(drawn) == 5
     assert len(CaptionedPictures(out)) == 5
 
 

@@ -307,7 +307,7 @@ def test_the_report_is_a_table_a_file_and_pictures(evaluator, tmp_path, capsys):
     evaluation.report(evaluation.evaluate(evaluator), evaluation.Setting(), tmp_path / "out")
     assert "test_concept" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written >= {"scores.json", "scores.png", "nearest.png", "train.png", "test_pair.png", "test_concept.png"}
+    assert written >= {"scores.json", "scores.svg", "nearest.svg", "train.png", "test_pair.png", "test_concept.png"}
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert record["setting"]["steps"] == 25 and len(record["scores"]) >= 24 and record["nearness"]
 

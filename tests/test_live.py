@@ -4,6 +4,7 @@ Two kinds of tests. Most call the engine's functions in the page itself, and com
 drawing go the way of a reader: MinisdEngine, which runs the engine in a worker. Firefox: see live_in_firefox.py.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -501,6 +502,14 @@ def test_a_page_opened_as_a_file_draws_the_same_picture(browser, site, tiny):
     page.click("text=Draw")
     page.wait_for_function("/^Drawn on/.test(document.querySelector('[role=status]').textContent)")
     page.close()
+
+
+def test_base64_is_read_in_an_older_browser_too(reader):
+    """One without Uint8Array.fromBase64."""
+    text = base64.b64encode(bytes(range(256))).decode()
+    old = "delete Uint8Array.fromBase64; return Array.from(MinisdEngine.bytes(text))"
+    assert reader.evaluate("(text) => Array.from(MinisdEngine.bytes(text))", text) == list(range(256))
+    assert reader.evaluate(f"(text) => {{ {old} }}", text) == list(range(256))
 
 
 def test_without_webassembly_the_picture_is_the_same(browser, server, tiny):

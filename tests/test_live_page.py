@@ -94,10 +94,15 @@ def unfold(page) -> None:
 # --- the size of the page --------------------------------------------------------------------------------------------
 
 
+def code_lines(name: str) -> int:
+    """Lines of a file that are neither blank nor a comment."""
+    comments = r"^ *//.*$" if name.endswith(".js") else r"(?s)/\*.*?\*/|<!--.*?-->"
+    text = re.sub(comments, "", (FOLDER / name).read_text("utf-8"), flags=re.MULTILINE)
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
 def test_the_page_stays_small():
-    text = "\n".join((FOLDER / name).read_text("utf-8") for name in live.PAGE)
-    text = re.sub(r"/\*.*?\*/|<!--.*?-->|^ *//.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
-    assert sum(bool(line.strip()) for line in text.splitlines()) <= MOST_LINES
+    assert sum(map(code_lines, live.PAGE)) <= MOST_LINES
 
 
 # --- what is there before the model ----------------------------------------------------------------------------------
@@ -120,23 +125,47 @@ def test_a_recording_stands_there_before_the_model_is_fetched(opened, tiny):
 
 
 def test_a_recording_says_what_a_drawing_says(opened):
-    """The tour shows either: the same numbers, but for the 16 bits that a recording has."""
+    """The tour shows either: the same numbers, but for the 16 bits that a recording has.
+
+    The maps of the padding are added up, as everything that is shown of them is. Of a block, the channel that is shown.
+    """
     page = opened()
     compare = """async () => {
+        const spread = (x) => {
+            const mean = x.reduce((a, b) => a + b, 0) / x.length;
+            return x.reduce((sum, v) => sum + (v - mean) ** 2, 0);
+        };
         const numbers = ({ start, steps }) => {
-            const { i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, attention } = steps[9];
-            const maps = Object.entries(attention).flatMap(([name, { h, w, weights }]) => [h, w, ...weights]);
+            const { i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, attention, activations } = steps[9];
+            const pad = start.tokens.pieces.indexOf("<pad>");
+            const maps = Object.values(attention).flatMap(({ h, w, weights }) => {
+                const added = new Float32Array((pad + 1) * h * w);
+                weights.forEach((v, k) => (added[Math.min(k, pad * h * w + (k % (h * w)))] += v));
+                return [h, w, ...added];
+            });
+            const { time_embed, ...blocks } = activations;
+            const seen = Object.entries(blocks).map(([name, { c, h, w, values }]) => {
+                const channel = (_, k) => values.slice(k * h * w, (k + 1) * h * w);
+                const channels = Array.from({ length: values.length / h / w }, channel);
+                return [name, c, h, w, ...channels.sort((a, b) => spread(b) - spread(a))[0]];
+            });
             const arrays = [start.x_T, start.context, x_t, eps, eps_cond, eps_uncond, x0, x].flatMap((a) => [...a]);
-            return { arrays, maps, rest: [start.shape, start.timesteps, start.tokens, i, t, a_t, a_prev] };
+            const rest = [start.shape, start.timesteps, start.tokens, i, t, a_t, a_prev, time_embed.c];
+            return { arrays, maps, seen, emb: [...time_embed.values], rest };
         };
         const recorded = numbers(live.run);
-        await live.draw({ attention: true });
+        await live.draw({ attention: true, activations: true });
         return [recorded, numbers(live.run)];
     }"""
     recorded, drawn = page.evaluate(compare)
     assert recorded["rest"] == drawn["rest"]
     assert np.abs(np.array(recorded["arrays"]) - drawn["arrays"]).max() < 0.01
     assert np.abs(np.array(recorded["maps"]) - drawn["maps"]).max() < 1e-4
+    assert np.abs(np.array(recorded["emb"]) - drawn["emb"]).max() < 1e-3
+    assert len(recorded["seen"]) == len(drawn["seen"]) == 3
+    for ours, theirs in zip(recorded["seen"], drawn["seen"], strict=True):
+        assert ours[:4] == theirs[:4]
+        assert np.abs(np.array(ours[4:]) - theirs[4:]).max() < 1e-3 * np.abs(theirs[4:]).max()
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -510,6 +539,51 @@ def test_minisd_page_writes_a_page_of_any_model(opened, sd, tmp_path, capsys):
     assert off(shown(page), theirs) <= 1
     assert str(tmp_path / "mine") in page.locator(".elsewhere code").first.text_content()
     cli.main(["page", "--model", "tiny", "--out", str(out), "--prompts"])  # another in its place, without a recording
+
+
+def test_a_page_of_64x64_pixels_records_and_draws_the_same(opened, randomise, tmp_path):
+    """With the sizes of the preset, whose UNet reads the prompt on maps of three sizes, and random weights."""
+    tokenizer = minisd.BPETokenizer.load(WEIGHTS / "emoji" / "tokenizer")
+    sd = randomise(minisd.LatentDiffusion(minisd.PRESETS["emoji-64"], tokenizer))
+    minisd.save(sd, tmp_path / "mine", dtype=torch.float16)
+    sd = minisd.load(tmp_path / "mine", "cpu")
+    live.write_page(tmp_path / "mine", tmp_path / "page", "mine", [live.record(sd, "a red fox")])
+    page = opened(address=(tmp_path / "page" / "index.html").as_uri())
+    sizes = "Object.values(live.run.steps[9].attention).map(({ h, w, weights }) => [h, w, weights.length / h / w])"
+    assert page.evaluate(sizes) == [[side, side, 32] for side in (16, 8, 4, 8, 8, 16, 16)]
+    case = {"prompt": "a red fox above a heart", "negative": "blue", "seed": 4, "sampler": "euler"}
+    draw(page, **case, steps=3, guidance=3)
+    theirs = sd.txt2img(
+        case["prompt"], negative_prompt="blue", steps=3, guidance_scale=3.0, sampler="euler", seed=4
+    ).images[0]
+    assert shown(page).shape == (64, 64, 3) and off(shown(page), theirs) <= 1
+
+
+@pytest.mark.parametrize("before", ["nothing", "a page"])
+def test_a_page_is_written_whole_or_not_at_all(before, tmp_path, monkeypatch):
+    """A full disk leaves nothing that looks like a page, and the page that was there."""
+    out = tmp_path / "page"
+    if before == "a page":
+        live.write_page(WEIGHTS / "tiny", out, "the old one")
+    files = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    def write_text(path, *given):
+        if path.name == "recording.js":  # the last but the recordings
+            raise OSError(28, "No space left on device")
+        return written(path, *given)
+
+    written = Path.write_text
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="No space left on device.*what was there before is untouched"):
+        live.write_page(WEIGHTS / "tiny", out, "the new one")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
+
+    monkeypatch.undo()
+    (out / "mine.txt").parent.mkdir(exist_ok=True)
+    (out / "mine.txt").write_text("what else is in the folder stays")
+    live.write_page(WEIGHTS / "tiny", out, "the new one")
+    assert "the new one" in (out / "model" / "recording.js").read_text("utf-8")
+    assert (out / "mine.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
 REFUSED = {

@@ -22,6 +22,11 @@ STAGES = {1: "noising", 2: "loss", 3: "unet", 4: "vae", 5: "clip", 6: "sampling"
 PHONE = {"width": 390, "height": 844}
 WEIGHTS = Path(minisd.__file__).parent / "weights"
 
+# All lines of code that are named, with the stop and the sampler for which each stands there.
+LINES = [(name, None, stop["code"]) for name, stop in STOPS.items() if "code" in stop]
+for name, stop in STOPS.items():
+    LINES += [(name, sampler, rule["code"]) for sampler, rule in stop.get("by_sampler", {}).items()]
+
 each_stop = pytest.mark.parametrize("name", STOPS)
 each_stop_in_code = pytest.mark.parametrize("name", IN_CODE)
 
@@ -36,9 +41,8 @@ def test_there_are_about_twelve_stops_in_their_order():
     ]  # fmt: skip
 
 
-@each_stop_in_code
-def test_the_line_of_code_stands_in_what_is_named(name):
-    code = STOPS[name]["code"]
+@pytest.mark.parametrize("code", [code for *_, code in LINES], ids=lambda code: code["name"])
+def test_the_line_of_code_stands_in_what_is_named(code):
     _, module, *path = code["name"].split(".")
     source = (ROOT / "minisd" / f"{module}.py").read_text("utf-8")
     node = ast.parse(source)
@@ -96,11 +100,12 @@ def test_links_to_stops_and_from_them_to_lines_of_code_are_made_by_the_build(mon
     assert links.to_tour_links("[it](play.md#tour=unet) [page](play.md)", "index") == (
         "<a href='play.html#tour=unet'>it</a> [page](play.md)"
     )
-    for stop in links.tour_texts()["stops"]:
-        if "code" in stop:
-            page, line = re.fullmatch(r"code/(minisd/\w+)\.html#L-(\d+)", stop["code"]["page"]).groups()
-            text = (ROOT / f"{page}.py").read_text("utf-8").splitlines()[int(line) - 1]
-            assert text.split("  #")[0].strip() == stop["code"]["line"]
+    made = {stop["id"]: stop for stop in links.tour_texts()["stops"]}
+    for name, sampler, code in LINES:
+        rule = made[name]["by_sampler"][sampler] if sampler else made[name]
+        page, line = re.fullmatch(r"code/(minisd/\w+)\.html#L-(\d+)", rule["code"]["page"]).groups()
+        text = (ROOT / f"{page}.py").read_text("utf-8").splitlines()[int(line) - 1]
+        assert text.split("  #")[0].strip() == code["line"]
 
 
 def shapes(config) -> dict[str, list[int]]:
@@ -186,7 +191,8 @@ def test_every_stop_opens_and_shows_its_tensor(open_stop, name):
     assert "…" not in [place.strip() for place in tour.locator(".value").all_inner_texts()], "a number is missing"
     assert tour.locator(".try button").count() >= 1
     if "code" in stop:
-        assert tour.locator("pre").inner_text().strip() == stop["code"]["line"]
+        rule = stop | stop.get("by_sampler", {}).get(page.evaluate("live.request.sampler"), {})
+        assert tour.locator("pre").inner_text().strip() == rule["code"]["line"]
         assert tour.locator(".formula").count() >= len(stop.get("equation", []))
 
 
@@ -229,15 +235,20 @@ def test_the_address_holds_the_stop_beside_the_drawing(open_stop):
     assert {"prompt=a+star", "tour=guidance"} <= set(page.url.split("#")[1].split("&"))
     page.click(".minisd-tour > .tools:first-child button")
     assert page.evaluate("tour.stop") is None and "tour=" not in page.url
+    assert page.evaluate("document.activeElement.textContent") == TEXTS["ui"]["start"]
     page.get_by_role("button", name=TEXTS["ui"]["start"]).click()
     assert page.evaluate("tour.stop.id") == "overview"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler"])
 def test_the_equation_of_a_step_holds_with_the_numbers_that_it_shows(open_stop, page, sampler):
-    """Each line is computed from the numbers on its right, as a reader with a pocket calculator would."""
+    """Each line is computed from the numbers on its right, as a reader with a pocket calculator would.
+
+    The line of the code is that of this sampler, too.
+    """
     page.evaluate("(sampler) => tour.draw({ sampler, steps: 16 })", sampler)
     open_stop("step")
+    assert f"sampling.py: {sampler}" in page.locator(".minisd-tour").inner_text()
     for step in (0, 7, 15):
         page.evaluate("(step) => { tour.index = 100 + step; return live.select(step); }", step)
         settle(page)
@@ -327,6 +338,17 @@ def test_a_place_of_the_latent_changes_its_surroundings(open_stop):
     assert picture.evaluate(pixels) == drawn
 
 
+@pytest.mark.parametrize("name", ["step", "decoding"])
+def test_the_place_that_is_marked_can_be_moved_by_the_keyboard(open_stop, name):
+    page = open_stop(name)
+    mark = page.locator(".minisd-tour .mark").first
+    before = mark.get_attribute("style")
+    for _ in range(5):  # one may find the same place again
+        page.locator(".minisd-tour .try button").last.press("Enter")
+        settle(page)
+    assert mark.get_attribute("style") != before
+
+
 def test_the_unet_finds_much_of_the_noise_of_an_example(open_stop):
     """The loss of a network that says nothing, 0 everywhere, is 1."""
     page = open_stop("training")
@@ -337,13 +359,76 @@ def test_the_unet_finds_much_of_the_noise_of_an_example(open_stop):
 
 
 def test_the_size_of_the_time_embedding_is_known_without_the_activations(open_stop):
-    """A recording holds none, and is what a reader sees first."""
+    """A drawing that was made without the tour holds none."""
     page = open_stop("time")
     page.evaluate("tour.step.activations = {}")
     config = minisd.PRESETS["tiny"].unet
     assert page.evaluate("[tour.numbers().emb_size, tour.numbers().sines]") == [
         4 * config.model_channels, config.model_channels
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The address of a page with a recording."""
+    folder = tmp_path_factory.mktemp("recorded")
+    live.write_page(WEIGHTS / "tiny", folder, "tiny", [live.record(minisd.load("tiny", "cpu"), "a red circle")])
+    with served(folder) as address:
+        yield f"{address}/index.html"
+
+
+@pytest.mark.parametrize("name", ["unet", "time"])
+def test_a_recording_shows_what_the_blocks_computed(browser, recorded, open_stop, name):
+    """The same as the live model, with which the drawing is repeated here, and at a step in the middle."""
+    page = browser.new_page()
+    page.goto(f"{recorded}#tour={name}")
+    page.evaluate("live.prepared")
+    page.wait_for_selector(".minisd-tour .figure canvas")
+    settle(page)
+    assert page.evaluate("[live.run.recorded, live.selected, live.about]") == [True, 12, None]
+    assert page.locator(".minisd-tour").get_by_role("button", name=TEXTS["ui"]["draw"]).is_hidden()
+    count = page.locator(".minisd-tour .figure canvas").count()
+    text = page.locator(".minisd-tour").inner_text()
+    page.evaluate("tour.draw()")
+    settle(page)
+    assert page.evaluate("live.run.recorded") is None and page.evaluate("live.selected") == 12
+    assert page.locator(".minisd-tour .figure canvas").count() == count > 1
+    assert page.locator(".minisd-tour").inner_text() == text
+    page.close()
+
+
+def test_a_drawing_without_the_tour_is_repeated_for_a_stop_that_needs_more(open_stop, page):
+    page.evaluate("tour.open('tokens')")
+    page.evaluate("live.draw({ steps: 9 })")
+    assert page.evaluate("Object.keys(live.run.steps[0].activations).length") == 0
+    page.evaluate("tour.open('time')")
+    page.wait_for_selector(".minisd-tour .figure canvas")
+    page.wait_for_function("live.run.done && live.selected === 4")
+    settle(page)
+    assert page.evaluate("Object.keys(live.run.steps[0].activations).length") > 3
+
+
+def test_a_drawing_that_lacks_something_is_not_repeated_for_ever(open_stop, page):
+    """Made by the tour itself, but without guidance, and without pictures of its steps."""
+    page.evaluate("tour.draw({ steps: 3, preview: 0, guidance: 1 })")
+    page.evaluate("live.starts = 0; live.addEventListener('start', () => live.starts++)")
+    for name in STOPS:
+        open_stop(name)
+    assert page.evaluate("live.starts") == 0
+    open_stop("guidance").get_by_role("button", name=TEXTS["ui"]["draw"]).click()
+    page.wait_for_selector(".minisd-tour .pair canvas")
+    page.wait_for_function("live.run.done")
+    assert page.evaluate("[live.starts, live.request.guidance]") == [1, 4]
+
+
+def test_a_stop_with_a_slider_opens_in_the_middle_unless_a_step_was_chosen(open_stop, page):
+    page.evaluate("live.select(live.run.steps.length - 1)")
+    page.evaluate("tour.open('loop')")
+    page.wait_for_function("live.selected === Math.floor((live.run.steps.length - 1) / 2)")
+    page.evaluate("live.select(1)")
+    page.evaluate("tour.open('step')")
+    settle(page)
+    assert page.evaluate("live.selected") == 1
 
 
 def test_without_a_drawing_the_tour_can_be_read_and_offers_to_draw(browser, site):

@@ -209,7 +209,8 @@ def test_executed_with_figures_and_without_errors(source):
 @each_notebook
 def test_names_of_minisd_in_the_text_exist(source):
     """Code that goes by an old name fails when it runs; a sentence would go on naming what is not there any more."""
-    text = "\n".join(cell.source for cell in jupytext.read(source).cells if cell.cell_type == "markdown")
+    cells = [cell for cell in jupytext.read(source).cells if "colab" not in cell.metadata.get("tags", [])]  # minisd.zip
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     for name in set(re.findall(r"`(minisd(?:\.\w+)+)\b", text)):
         pkgutil.resolve_name(name)
 

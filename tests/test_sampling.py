@@ -119,6 +119,22 @@ def test_ddim_and_plms_equal_compvis(compvis, monkeypatch, name):
     assert_equal(trajectory[-1].x, compvis[f"{name}.x0"])
 
 
+def test_ddpm_is_the_line_of_the_paper_at_every_timestep():
+    """Algorithm 2 in ε̂, the posterior mean with x̂_0 in it, and our rule: docs/faq.md has the algebra."""
+    schedule = NoiseSchedule.scaled_linear(0.00085, 0.012, timesteps=1000)
+    generator = torch.Generator().manual_seed(0)
+    x_t, eps = torch.randn(2, 1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    for t in range(1000):
+        a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t - 1) if t else 1.0
+        alpha = a_t / a_prev
+        paper = (x_t - (1 - alpha) / math.sqrt(1 - a_t) * eps) / math.sqrt(alpha)
+        ours, x0, _ = sampling.SAMPLERS["ddpm"].rule(x_t, eps, a_t, a_prev, torch.zeros_like(x_t))
+        assert torch.allclose(ours, paper, rtol=1e-9, atol=1e-9)
+        mean, variance, _ = schedule.q_posterior(x0, x_t, torch.tensor([t]))
+        assert torch.allclose(mean, paper, rtol=1e-4, atol=1e-4)  # its table is in float32
+        assert (float(variance) == 0) == (t == 0)  # no noise is added in the last step
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddpm_equals_compvis_over_1000_steps(compvis, monkeypatch, clip):
     replay(monkeypatch, compvis["ddpm.noises"])
@@ -158,7 +174,7 @@ def test_inpainting_equals_compvis(compvis):
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-# What diffusers calls each sampler, and how it is told to do the same.
+# What diffusers calls each sampler, and how it is told to do the same. A sampler that diffusers does not have: None.
 SCHEDULERS = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -168,6 +184,7 @@ SCHEDULERS = {
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
+IN_DIFFUSERS = pytest.mark.parametrize("name", [name for name in SAMPLERS if SCHEDULERS.get(name)])
 IN_SIGMA = ["euler", "euler_ancestral", "heun"]  # diffusers' x is our x / √ᾱ
 DRAWS = {"ddpm", "euler_ancestral"}
 
@@ -233,7 +250,7 @@ def test_euler_and_heun_equal_diffusers(diffusers, name, spacing, steps):
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
-@pytest.mark.parametrize("name", SAMPLERS)
+@IN_DIFFUSERS
 def test_guided_samplers_equal_diffusers(diffusers, compvis, name, steps):
     scheduler, timesteps = make_scheduler(diffusers, name, steps)
     eps_model = classifier_free_guidance(Recorder("nl"), compvis["cond"], compvis["uncond"], 7.5)
@@ -243,7 +260,7 @@ def test_guided_samplers_equal_diffusers(diffusers, compvis, name, steps):
     assert_equal(last(ours), theirs)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@IN_DIFFUSERS
 def test_img2img_equals_diffusers(diffusers, name):
     scheduler, timesteps = make_scheduler(diffusers, name, 50)
     timesteps, x_0, z = timesteps[13:], noise(3, 2, 4, 8, 8), noise(4, 2, 4, 8, 8)
@@ -255,7 +272,7 @@ def test_img2img_equals_diffusers(diffusers, name):
     assert_equal(last(ours), theirs)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@IN_DIFFUSERS
 def test_inpainting_equals_diffusers(diffusers, name):
     x_0, z, mask = noise(3, 2, 4, 8, 8), noise(4, 2, 4, 8, 8), (noise(5, 1, 1, 8, 8) > 0).float()
 
@@ -640,10 +657,11 @@ ARGUMENTS = {
 
 
 def test_samplers_stand_in_the_order_in_which_they_are_taught():
-    assert list(SAMPLERS) == list(ARGUMENTS)
+    assert list(SAMPLERS) == list(ARGUMENTS), "a new sampler: enter its arguments and their defaults in ARGUMENTS"
+    assert set(SAMPLERS) == set(SCHEDULERS), "a new sampler: enter in SCHEDULERS what diffusers calls it, or None"
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_signature_and_help_of_a_sampler_show_all_its_arguments(name):
     sampler, parameters = SAMPLERS[name], inspect.signature(SAMPLERS[name]).parameters
     assert sampler is getattr(sampling, name) and pickle.loads(pickle.dumps(sampler)) is sampler
@@ -658,7 +676,7 @@ def test_signature_and_help_of_a_sampler_show_all_its_arguments(name):
     assert re.search(rf"def {name}\(\s*x_t: ", inspect.getsource(sampler)), "the source that is shown is the rule's"
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_defaults_of_a_sampler_are_its_attributes(name):
     shared = {p: getattr(SAMPLERS[name], p) for p in ("steps", "eta", "spacing", "set_alpha_to_one")}
     assert shared == {p: ARGUMENTS[name].get(p) for p in shared}
@@ -874,6 +892,12 @@ def test_bad_steps_are_named(sampler, options, says):
 def test_bad_eta_is_named(sampler, eta, says):
     with pytest.raises(ValueError, match=says):
         next(sampler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, eta))
+
+
+def test_the_error_about_eta_names_a_sampler_that_was_added(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "mine", ddim)
+    with pytest.raises(ValueError, match="; ddim and euler_ancestral and mine take an eta"):
+        next(euler(Recorder("lin"), noise(0, 1, 2), SCHEDULE, 5, 1.0))
 
 
 @BY_NAME

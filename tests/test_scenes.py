@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisd.data import CaptionedPictures, Mixture, Scenes, open_corpus
+from minisd import PRESETS
+from minisd.data import CaptionedPictures, Mixture, Scenes, open_corpus, sample
 from minisd.data.folder import write_corpus
 from minisd.data.scenes import COLOURS, RELATIONS, Item, Scene, apart, can_be_shown, cut_out, main_hue, recoloured, rgb
+from minisd.tokenizer import BPETokenizer
 
 SIZE, SIDE = 16, 14
 NAMES = ["fox", "rocket", "bus", "orange", "grapes", "skull"]
@@ -240,3 +242,27 @@ def test_parts_of_several_sizes_and_no_folder_are_one_clear_sentence(folder, emo
         open_corpus([folder, tmp_path / "x"])
     with pytest.raises(ValueError, match="no folder of pictures was given"):
         open_corpus([])
+
+
+def test_no_caption_is_truncated():
+    """Nor the longest that the grammar can make of the sample's names, by a vocabulary learned from such captions."""
+    corpus, text = sample(), PRESETS["emoji-64"].cond_stage
+    names = sorted({row["concept"] for row in corpus.rows if can_be_shown(row["concept"])})
+    words = [list(COLOURS), list(RELATIONS), sorted({row["style"] for row in corpus.rows})]
+
+    def caption(names, colours, relation, style) -> str:
+        items = tuple(Item(0, name, colour, 0, 0, 15) for name, colour in zip(names, colours, strict=True))
+        return Scene("both", style, items, relation, colours[0], names_style=True).caption
+
+    scenes = []
+    for i in range(len(names)):
+        colour, relation, style = (options[i % len(options)] for options in words)
+        scenes.append(caption([names[i], names[i - 1]], [colour, colour], relation, style))
+    tokenizer = BPETokenizer.train(scenes + corpus.captions, text.vocab_size)
+
+    def longest(options) -> list[str]:
+        return sorted(options, key=lambda option: len(tokenizer.engine.encode(option).ids))[-2:]
+
+    colours, relations, styles = map(longest, words)
+    scenes.append(caption(longest(names), colours, relations[-1], styles[-1]))
+    assert not any(tokenizer(scenes + corpus.captions, text.max_length).lost)

@@ -224,6 +224,21 @@ def test_the_live_page_shows_a_recording_and_then_draws(browser, server):
     page.close()
 
 
+def test_nothing_lies_over_the_title_of_a_stop_on_a_phone(browser, server):
+    """Furo shows its button "Back to top" when a reader has scrolled up, as the button "Next" of the tour does."""
+    page = browser.new_page(**PHONE)
+    page.goto(f"{server}/play.html#tour=unet")
+    page.wait_for_function("live.run?.done")
+    page.locator("#tour button.main").tap()
+    page.wait_for_function("document.activeElement.tagName === 'H2'")
+    page.mouse.wheel(0, 600)
+    page.wait_for_timeout(200)
+    page.mouse.wheel(0, -100)
+    page.wait_for_timeout(200)
+    assert page.locator(".back-to-top").is_hidden()
+    page.close()
+
+
 def test_every_recording_of_the_live_page_can_be_shown(page, server):
     page.goto(f"{server}/play.html")
     page.wait_for_selector("#live .examples button")

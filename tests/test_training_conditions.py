@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from minisd import PRESETS, ClassEmbedder, cli, load, save
-from minisd.conditions import CONDITIONS, Condition, Inpainting, condition, condition_of, random_masks
+from minisd.conditions import CONDITIONS, Captions, Condition, Inpainting, condition, condition_of, random_masks
 from minisd.data import CaptionedPictures
 from minisd.data.sample_pictures import SAMPLE
 from minisd.training import SingleDevice, Trainer, UNetRecipe, train_unet
@@ -309,6 +310,38 @@ def test_a_condition_that_somebody_adds_is_one_class(pictures, engine, parts, tm
     assert not torch.equal(more.cond_stage_model.layer.weight, sd.cond_stage_model.layer.weight)
     with pytest.raises(ValueError, match=r"CompVis's layout has no condition like MainColour"):
         save(sd, tmp_path / "model.ckpt")
+
+
+@condition("light")
+class Light(Captions):
+    """The caption, and how light the picture is at each pixel of the latent: one channel beside the latent."""
+
+    @classmethod
+    def fits(cls, config):
+        return super().fits(config) and config.concat_channels == 1
+
+    @classmethod
+    def configure(cls, config, data, column=None):
+        return replace(config, unet=replace(config.unet, in_channels=config.first_stage.embed_dim + 1))
+
+    @staticmethod
+    def concat_channels(config):
+        return 1
+
+    def maps(self, sd, data, batch):
+        return F.interpolate(data.batch(batch.indices).mean(dim=1, keepdim=True), sd.latent_shape()[1:])
+
+
+def test_a_condition_that_somebody_adds_may_be_told_by_a_map(pictures, engine, parts, few_pictures, tmp_path, capsys):
+    train("light", tmp_path / "run", subset(pictures, range(16)), engine, parts)
+    more = ["--init", str(tmp_path / "run/model"), "--data", str(few_pictures), "--out", str(tmp_path / "more")]
+    cli.main(["train", "unet", *more, "--steps", "1", "--batch-size", "4", "--device", "cpu"])
+    assert "try `minisd txt2img" in capsys.readouterr().out, "a map need not be a mask"
+
+    sd = load(tmp_path / "more/unet/model", "cpu")
+    assert type(sd.cond_stage_model) is Light and condition_of(PRESETS["tiny"]) is Captions
+    light, dark = (sd.txt2img("a fox", steps=2, c_concat=torch.full((1, 1, 8, 8), value)) for value in (1.0, -1.0))
+    assert not torch.equal(light.pictures, dark.pictures)
 
 
 def test_a_model_that_names_a_condition_that_is_not_there_is_refused(tmp_path):

@@ -550,6 +550,16 @@ def test_a_notebook_shows_lines_as_svg_and_pictures_at_twice_the_resolution(viz,
         assert image.width / inches == pytest.approx(200, rel=0.15)  # the margins are cut off
 
 
+def test_no_row_of_panels_is_wider_than_a_page(viz):
+    """A page would show it smaller, with letters that can't be read."""
+    line = {"line": ([0, 1], [0, 1])}
+    for count in (1, 2, 3, 4):
+        figure = viz.curves({str(i): line for i in range(count)})
+        assert figure.get_size_inches()[0] == min(3.1 * count, 7.4)
+    assert viz.ruler({"up": ([981, 1], "to 0")}).get_size_inches()[0] == 7.4
+    assert viz.token_table({"long": ["abcdefgh</w>"] * 2 + ["<|e|>", "ijklmnop</w>"] * 20}).get_size_inches()[0] < 7.6
+
+
 def test_without_a_notebook_a_figure_is_a_plain_one(viz):
     figure = viz.curves({"": {"line": ([0, 1], [0, 1])}})
     file = io.BytesIO()
@@ -590,10 +600,10 @@ def test_vector_field_keeps_directions_and_caps_lengths(viz):
     assert drawn(figure).std() > 5 and is_closed(figure)
 
 
-def test_loss_by_timestep_draws_the_floor_in_black(viz):
+def test_curves_draws_what_is_exact_in_black(viz):
     t = [0, 500, 999]
     panels = {"toy": {"a": (t, [0.9, 0.5, 0.1])}, "pictures": {"a": (t, torch.tensor([0.8, 0.2, 0.01]))}}
-    figure = viz.loss_by_timestep(panels, {"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
+    figure = viz.curves(panels, exact={"toy": (t, [0.8, 0.4, 0.05])}, log=["pictures"])
     toy, pictures = figure.axes
     assert [line.get_color() for line in toy.lines] == [viz.COLOURS[0], "black"]
     assert list(toy.lines[1].get_ydata()) == pytest.approx([0.8, 0.4, 0.05])

@@ -41,8 +41,9 @@ FIRST_STAGES = {"AutoencoderKL": AutoencoderConfig, "VQModelInterface": VQConfig
 # "model": values of model.params that a YAML may leave out, which are then the defaults of CompVis's class. "unet":
 # keys that unet_config may have beside the fields of UNetConfig, with one value that minisd accepts ("must") or with
 # any value ("ignored"), and the values of the fields that it leaves out ("left_out"), which are the defaults of
-# CompVis's class, not those of SD v1. "networks": how the names of the three networks begin. "others": names that only
-# other whole models have. "strangers": names in files that are no whole model, if they have no UNet of CompVis's.
+# CompVis's class, not those of SD v1. "modules": where CompVis's classes are. "networks": how the names of the three
+# networks begin. "others": names that only other whole models have. "strangers": names in files that are no whole
+# model, if they have no UNet of CompVis's.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 
 
@@ -210,35 +211,37 @@ def yaml_from_config(config: LatentDiffusionConfig, version: str) -> str:
     unet = parts["unet"] | {"image_size": side}  # CompVis requires it, and ignores it
     unet |= {key: -1 if value is None else value for key, value in heads.items()} | {"legacy": False}
     target = {kind: name for name, kind in FIRST_STAGES.items()}[type(config.first_stage)]
-    first_stage: dict[str, Any] = {"target": f"ldm.models.autoencoder.{target}", "params": {}}
+    first_stage, condition = _part(target), config.cond_stage
     if not isinstance(config.first_stage, IdentityConfig):
         outside = {key: parts["first_stage"].pop(key, None) for key in ("embed_dim", "n_embed", "beta", "legacy")}
-        first_stage["params"] = {key: outside[key] for key in ("embed_dim", "n_embed") if outside[key] is not None}
+        own = {key: outside[key] for key in ("embed_dim", "n_embed") if outside[key] is not None}
         ddconfig = parts["first_stage"] | {"dropout": 0.0}
-        first_stage["params"] |= {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
-    cond_stage: Any = "__is_unconditional__"
-    if isinstance(config.cond_stage, CLIPTextConfig):
-        text = {"version": version, "max_length": config.cond_stage.max_length}
-        cond_stage = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": text}
-    elif isinstance(config.cond_stage, ClassConfig):
-        table = {key: parts["cond_stage"][key] for key in ("n_classes", "embed_dim")}  # CompVis's have no names
-        cond_stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": table}
-    elif config.cond_stage is not None:
+        first_stage = _part(target, **own, ddconfig=ddconfig, lossconfig={"target": "torch.nn.Identity"})
+    if condition is None:
+        cond_stage = "__is_unconditional__"
+    elif isinstance(condition, CLIPTextConfig):
+        cond_stage = _part("FrozenCLIPEmbedder", version=version, max_length=condition.max_length)
+    elif isinstance(condition, ClassConfig):  # whose classes have no names in CompVis
+        cond_stage = _part("ClassEmbedder", n_classes=condition.n_classes, embed_dim=condition.embed_dim)
+    else:
         raise ValueError(
-            f"CompVis's layout has no condition like {type(config.cond_stage).__qualname__}: save the model as a folder"
+            f"CompVis's layout has no condition like {type(condition).__qualname__}: save the model as a folder"
         )
     ways_in = {(True, False): "crossattn", (False, True): "concat", (True, True): "hybrid", (False, False): None}
     model = {key: getattr(config, key) for key in TABLES["model"]} | {
         "beta_schedule": {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}[config.beta_schedule],
         "image_size": side,
-        "conditioning_key": ways_in[config.cond_stage is not None, config.concat_channels > 0],
+        "conditioning_key": ways_in[condition is not None, config.concat_channels > 0],
         "use_ema": False,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "unet_config": _part("UNetModel", **unet),
         "first_stage_config": first_stage,
         "cond_stage_config": cond_stage,
     }
-    whole = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": model}}
-    return yaml.safe_dump(whole, sort_keys=False)
+    return yaml.safe_dump({"model": _part("LatentDiffusion", **model)}, sort_keys=False)
+
+
+def _part(name: str, **params) -> dict[str, Any]:
+    return {"target": f"{TABLES['modules'][name]}.{name}", "params": params}
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -336,10 +339,9 @@ def write_file(sd: LatentDiffusion, path: Path, dtype: torch.dtype | None) -> No
 def what_it_is(state: Mapping[str, Tensor]) -> str:
     """A sentence that says, by the names of the tensors, to which model they belong; "" if that is not known."""
     has = {what: any(name.startswith(prefix) for name in state) for prefix, what in TABLES["networks"].items()}
-    for kind in ("others", "strangers")[: 1 if has["UNet"] else 2]:
-        for pattern, what in TABLES[kind].items():
-            if any(re.search(pattern, name) for name in state):
-                return f"By its names, {what}"
+    for pattern, what in (TABLES["others"] | ({} if has["UNet"] else TABLES["strangers"])).items():
+        if any(re.search(pattern, name) for name in state):
+            return f"By its names, {what}"
     if all(has.values()):
         return "By its names, it is a whole latent diffusion model; config= takes its YAML or its configuration"
     if any(has.values()):

@@ -15,17 +15,17 @@ diffusers: `pipelines/stable_diffusion/pipeline_stable_diffusion.py`, `models/un
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SpatialTransformer
 from ..clip import BPETokenizer, CLIPTextConfig
 from ..latent_diffusion import LatentDiffusion, LatentDiffusionConfig
-from ..unet import Downsample, ResBlock, UNetConfig, UNetModel, Upsample
+from ..unet import UNetConfig, UNetModel
 from ..vae import AutoencoderConfig, AutoencoderKL
 from . import files
 from .files import CheckpointError
@@ -35,15 +35,16 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # The tables in diffusers.json:
 #   stems      names of the files of weights of each part, without the suffix; transformers has another one for .bin
 #   names      CompVis's name of a layer and diffusers' name, for each class of network or block; other names are equal
+#   kinds      how diffusers calls all blocks of a class
 #   blocks     diffusers' name of a level with attention begins with the first; then the names of a level down and up
 #   old_names  the name that diffusers gave a layer in 2022, and the name that it gives it today
 #   must       keys that have another value in other models, and the value that Stable Diffusion v1 has (the default)
 #   fields     the fields of our configurations, and diffusers' keys for the same numbers
 #   schedules, predictions: what diffusers calls a schedule or a prediction, and what minisd calls it
-#   written    keys that are written beside those of our fields
+#   written    keys that are written before those of our fields, and after them; those of the scheduler make
+#              diffusers' DDIM take the same steps as ours
 #   left_out   further keys that a configuration may leave out, and the values that they then have
 #   pipeline   the contents of model_index.json
-#   ddim       the settings with which diffusers' DDIM takes the same steps as ours
 FIXED = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 STEMS, OLD_NAMES = FIXED["stems"], FIXED["old_names"]
 SCHEDULES, PREDICTIONS = FIXED["schedules"], FIXED["predictions"]
@@ -249,17 +250,14 @@ def unet_names(unet: UNetModel) -> dict[str, str]:
     CompVis numbers all blocks in one sequence, input_blocks.0 … 11. diffusers numbers the levels, and in each level the
     layers of each kind.
     """
-    names, in_a_level = dict(FIXED["names"]["UNetModel"]), unet.config.num_res_blocks + 1
-    # input_blocks.0 is a convolution, which the table names. After it, the levels begin.
-    for way, blocks, first in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
-        for i, block in enumerate(getattr(unet, blocks)):
-            level, count = divmod(i - first, in_a_level)
-            kinds = {ResBlock: f"resnets.{count}", SpatialTransformer: f"attentions.{count}",
-                     Downsample: "downsamplers.0", Upsample: "upsamplers.0"}  # fmt: skip
-            for j, layer in enumerate(block):
-                if type(layer) in kinds:
-                    names[f"{blocks}.{i}.{j}"] = f"{way}_blocks.{level}.{kinds[type(layer)]}"
-    return _translated(unet, names)
+
+    def place(block: str, i: int, layer: int) -> tuple[str, int]:
+        # input_blocks.0 is a convolution, which the table names. After it, the levels begin.
+        way, first = ("down", 1) if block.startswith("input") else ("up", 0)
+        level, count = divmod(i - first, unet.config.num_res_blocks + 1)
+        return f"{way}_blocks.{level}", count
+
+    return _translated(unet, "UNetModel", place)
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:
@@ -267,30 +265,35 @@ def vae_names(vae: AutoencoderKL) -> dict[str, str]:
 
     diffusers numbers the decoder's levels in the order in which they run, CompVis the other way round.
     """
-    names = dict(FIXED["names"]["AutoencoderKL"])
-    last = len(vae.config.ch_mult) - 1
-    for i in range(last + 1):
-        places = {f"encoder.down.{i}": f"encoder.down_blocks.{i}", f"decoder.up.{i}": f"decoder.up_blocks.{last - i}"}
-        for ours, theirs in places.items():
-            for j in range(vae.config.num_res_blocks + 1):  # the decoder has one block more than the encoder
-                names[f"{ours}.block.{j}"] = f"{theirs}.resnets.{j}"
-                names[f"{ours}.attn.{j}"] = f"{theirs}.attentions.{j}"
-            names |= {f"{ours}.{way}sample": f"{theirs}.{way}samplers.0" for way in ("down", "up")}
-    return _translated(vae, names)
+
+    def place(block: str, level: int, count: int = 0) -> tuple[str, int]:
+        if block.startswith("encoder"):
+            return f"encoder.down_blocks.{level}", count
+        return f"decoder.up_blocks.{len(vae.config.ch_mult) - 1 - level}", count
+
+    return _translated(vae, "AutoencoderKL", place)
 
 
-def _translated(network: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Translate each tensor's name: `names` translates its block, and FIXED["names"] the layer in the block."""
-    table = {}
+def _translated(network: nn.Module, kind: str, place: Callable[..., tuple[str, int]]) -> dict[str, str]:
+    """Translate each tensor's name: first that of its block, then that of the layer in the block.
+
+    place: given a block's name and the numbers in it, diffusers' name of its level, and which of its kind it is there.
+    """
+    blocks = dict(FIXED["names"][kind])
+    for name, block in network.named_modules():
+        if name not in blocks and (kind := FIXED["kinds"].get(type(block).__name__)):
+            level, count = place(name, *map(int, re.findall(r"\d+", name)))
+            blocks[name] = f"{level}.{kind}.{0 if kind.endswith('samplers') else count}"
+    names = {}
     for ours in network.state_dict():
-        block = max((name for name in names if ours.startswith(f"{name}.")), key=len, default=None)
+        block = max((name for name in blocks if ours.startswith(f"{name}.")), key=len, default=None)
         if block is None:
-            table[ours] = ours
+            names[ours] = ours
             continue
-        layer, dot, kind = ours.removeprefix(f"{block}.").rpartition(".")
+        layer, dot, parameter = ours.removeprefix(f"{block}.").rpartition(".")
         layers = FIXED["names"].get(type(network.get_submodule(block)).__name__, {})
-        table[ours] = f"{names[block]}.{layers.get(layer, layer)}{dot}{kind}"
-    return table
+        names[ours] = f"{blocks[block]}.{layers.get(layer, layer)}{dot}{parameter}"
+    return names
 
 
 def _layer_name(name: str) -> str:
@@ -351,22 +354,17 @@ def write_folder(sd: LatentDiffusion, folder: Path, dtype: torch.dtype | None) -
 def write_config(config: LatentDiffusionConfig, tokenizer: BPETokenizer) -> dict[str, dict]:
     """The contents of the folder's JSON files, by their paths in it."""
     vae, inpainting = config.first_stage, "Inpaint" if config.concat_channels else ""
+    sizes = {"sample_size": config.image_size, "scaling_factor": config.scale_factor}
+    schedule = {
+        "beta_schedule": {ours: theirs for theirs, ours in SCHEDULES.items()}[config.beta_schedule],
+        "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.parameterization],
+    }
     return {
         "model_index.json": {"_class_name": f"StableDiffusion{inpainting}Pipeline", **FIXED["pipeline"]},
         "unet/config.json": {"sample_size": config.image_size // vae.downsampling, **unet_config_json(config.unet)},
-        "vae/config.json": {
-            "sample_size": config.image_size,
-            "scaling_factor": config.scale_factor,
-            **vae_config_json(vae),
-        },
+        "vae/config.json": sizes | vae_config_json(vae),
         "text_encoder/config.json": text_config_json(config.cond_stage, tokenizer),
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            **_theirs("scheduler", config),
-            "beta_schedule": {ours: theirs for theirs, ours in SCHEDULES.items()}[config.beta_schedule],
-            "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[config.parameterization],
-            **FIXED["ddim"],
-        },
+        "scheduler/scheduler_config.json": _written("scheduler", config, **schedule),
     }
 
 
@@ -375,36 +373,30 @@ def unet_config_json(unet: UNetConfig) -> dict:
     channels = [unet.model_channels * mult for mult in unet.channel_mult]
     attends = [2**level in unet.attention_resolutions for level in range(len(channels))]
     heads = unet.num_heads if unet.num_head_channels is None else [unet.heads(c) for c in channels]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        **_theirs("unet", unet),
-        "block_out_channels": channels,
-        **_block_types("unet", attends),
-        "attention_head_dim": heads,  # despite its name, the number of heads
-        **FIXED["written"]["unet"],
-    }
+    blocks = {"block_out_channels": channels, **_block_types("unet", attends)}
+    return _written("unet", unet, **blocks, attention_head_dim=heads)  # despite its name, the number of heads
 
 
 def vae_config_json(vae: AutoencoderConfig) -> dict:
     """The config.json of an AutoencoderKL, except for the size of its pictures and the scale factor of its latents."""
-    return {
-        "_class_name": "AutoencoderKL",
-        **_theirs("vae", vae),
-        "block_out_channels": [vae.ch * mult for mult in vae.ch_mult],
-        **_block_types("vae", [vae.attends(level) for level in range(len(vae.ch_mult))]),
-        **FIXED["written"]["vae"],
-    }
+    attends = [vae.attends(level) for level in range(len(vae.ch_mult))]
+    channels = [vae.ch * mult for mult in vae.ch_mult]
+    return _written("vae", vae, block_out_channels=channels, **_block_types("vae", attends))
 
 
 def text_config_json(text: CLIPTextConfig, tokenizer: BPETokenizer) -> dict:
     """The config.json of a transformers CLIPTextModel."""
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        **_theirs("text_encoder", text),
-        "intermediate_size": 4 * text.width,
-        "bos_token_id": tokenizer.start_token,
-        "eos_token_id": tokenizer.end_token,
-        "pad_token_id": tokenizer.pad_token,
-        **FIXED["must"]["text_encoder"],
-    }
+    return _written(
+        "text_encoder",
+        text,
+        intermediate_size=4 * text.width,
+        bos_token_id=tokenizer.start_token,
+        eos_token_id=tokenizer.end_token,
+        pad_token_id=tokenizer.pad_token,
+    )
+
+
+def _written(part: str, config, **computed) -> dict:
+    """What a part's JSON file says: its class, the fields of our configuration, what follows from them, constants."""
+    first, last = FIXED["written"][part]
+    return {**first, **_theirs(part, config), **computed, **last}

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
@@ -134,8 +135,7 @@ def _table(content, path: Path) -> dict[str, Tensor]:
     """The named tensors of an unpickled checkpoint; Lightning nests them beside other things (an epoch, a step)."""
     content = content if isinstance(content, dict) else {}
     # The weights are under "state_dict"; in a textual inversion, and in a checkpoint of our trainer, elsewhere.
-    place = next((key for key in ("state_dict", "string_to_param", "ema") if key in content), None)
-    table = content if place is None else content[place]
+    table = next((content[key] for key in ("state_dict", "string_to_param", "ema") if key in content), content)
     table = table if isinstance(table, dict) else {}
     state = {name: tensor for name, tensor in table.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     if not state:
@@ -148,7 +148,7 @@ def _table(content, path: Path) -> dict[str, Tensor]:
     return plain_names(state)
 
 
-PIECE = 2**22  # how many numbers of a file are in memory at a time while it is searched
+PIECE = 2**24  # how many bytes of a file are in memory at a time while it is searched
 
 
 def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -156,19 +156,17 @@ def _pieces(path: Path, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
     They are read from the file and not from its memory map, because all of the map would then stay in memory.
     """
-    places, buffer = _places(path, state), bytearray(8 * PIECE)
+    places = _places(path, state)
     with path.open("rb") as file:
         for name, tensor in state.items():
             # The numbers of a view may not lie side by side in the file.
             if name not in places or not tensor.is_contiguous():
                 yield name, tensor
                 continue
-            size = tensor.element_size()
             file.seek(places[name])
-            for i in range(0, tensor.numel(), PIECE):
-                count = min(PIECE, tensor.numel() - i)
-                file.readinto(memoryview(buffer)[: count * size])
-                yield name, torch.frombuffer(buffer, dtype=tensor.dtype, count=count)
+            for i in range(0, tensor.nbytes, PIECE):
+                content = np.fromfile(file, np.uint8, min(PIECE, tensor.nbytes - i))
+                yield name, torch.from_numpy(content).view(tensor.dtype)
 
 
 def _places(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -459,12 +457,8 @@ def _move(to_be_moved: Path, into: Path) -> None:
     try:
         files = [file.relative_to(to_be_moved) for file in sorted(to_be_moved.rglob("*")) if file.is_file()]
         for file in files:
-            place, new = into / file, into / f"{file}.unfinished"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(new)
-            link_or_copy(to_be_moved / file, new)
-            os.replace(new, place)
-            remove_unfinished(new)  # it is still there if `place` was another name of the same file
+            with written_whole(into / file) as new:
+                link_or_copy(to_be_moved / file, new)
         # Other forms of the same: weights in several files or of a variant, another CLIP, a tokenizer's added words.
         whole = to_be_moved.with_suffix("") == into
         others = [into / file.parent / name for file in files if file.parent.name for name in TABLES["tokenizer"]]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
@@ -205,8 +206,7 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     """The pictures of a contact sheet: SHEET_COLUMNS in a row, in the order of metadata.jsonl."""
     page = np.asarray(open_picture(path))
     size = page.shape[1] // SHEET_COLUMNS
-    rows = page.reshape(-1, size, SHEET_COLUMNS, size, 3)
-    return rows.swapaxes(1, 2).reshape(-1, size, size, 3)[:count]
+    return rearrange(page, "(row h) (column w) c -> (row column) h w c", h=size, w=size)[:count]
 
 
 # The classes ----------------------------------------------------------------------------------------------------------
@@ -214,6 +214,9 @@ def read_sheet(path: Path, count: int) -> UInt8[np.ndarray, "n h w 3"]:
 
 class Corpus(Dataset):
     """What a training takes: captioned pictures of one size. The rest follows from `pixels`, `captions`, `templates`.
+
+    A class of your own, of pictures that are computed, say, has these three and `size`, `__len__`, `describe(i)` and
+    `fingerprint`: see `CaptionedPictures`. For `--condition classes` it also has `column(name)`.
 
     Attributes: `size` (of the square pictures), `captions` (list of str), `templates` (tuple of str: the forms in which
     a caption is trained on, where "{}" stands for it).
@@ -238,6 +241,11 @@ class Corpus(Dataset):
     def wordings(self) -> list[list[str]]:
         """Each caption in the form of every template."""
         return [[template.format(caption) for template in self.templates] for caption in self.captions]
+
+    def identified_by(self, what: str, content: list) -> str:
+        """A fingerprint: how many pictures, or scenes, of which size, and a hash of what they are made from."""
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return f"{len(self)} {what} of {self.size}x{self.size} ({digest[:12]})"
 
 
 class CaptionedPictures(Corpus):
@@ -284,35 +292,31 @@ class CaptionedPictures(Corpus):
         if packed is not None:
             self.size = size or packed.shape[1]
         else:
-            self._open_files(size)
+            # Read every file once, to find those that can't be read; or twice, if their size has to be found first.
+            # Keep all pixels if there is memory for them.
+            self.size = size or min((len(picture) for picture in self._readable(None)), default=1)
+            keep = self._fits_in_memory()
+            pictures = [picture if keep else None for picture in self._readable(self.size)]
+            if keep and pictures:
+                self.images = np.stack(pictures)
         self.captions = [row.get("text") or "" for row in self.rows]
         self._report(captions)
-
-    def _open_files(self, size: int | None) -> None:
-        """Read every file once. Keep the rows of those that can be read, and all pixels if there is memory for them."""
-        if size is None:
-            sides = [(row, len(picture)) for row, picture in self._readable(None)]
-            self.rows, size = [row for row, _ in sides], min((side for _, side in sides), default=1)
-        self.size = size
-        keep = self._fits_in_memory()
-        read = [(row, picture if keep else None) for row, picture in self._readable(size)]
-        self.rows = [row for row, _ in read]
-        if keep and read:
-            self.images = np.stack([picture for _, picture in read])
 
     def _fits_in_memory(self) -> bool:
         return len(self.rows) * self.size**2 * 3 <= IN_MEMORY
 
-    def _readable(self, size: int | None) -> Iterator[tuple[dict, UInt8[np.ndarray, "side side 3"]]]:
-        """The rows whose files can be read, each with its picture. The others go to `skipped`."""
-        for row in tqdm(self.rows, "reading pictures", disable=len(self.rows) < 2000):
+    def _readable(self, size: int | None) -> Iterator[UInt8[np.ndarray, "side side 3"]]:
+        """The picture of each row. A row whose file can't be read leaves `rows`, and goes to `skipped`."""
+        rows, self.rows = self.rows, []
+        for row in tqdm(rows, "reading pictures", disable=len(rows) < 2000):
             path = self.folder / row["file_name"]
             try:
                 picture = decode_file(path, size)
             except OSError as error:
                 self.skipped.append((row["file_name"], str(error).removeprefix(f"{path}: ")))
             else:
-                yield row, picture
+                self.rows.append(row)
+                yield picture
 
     def _report(self, captions: bool) -> None:
         """Warn in one sentence of what was left out, or raise ValueError if nothing is left."""
@@ -364,8 +368,7 @@ class CaptionedPictures(Corpus):
         The pixels are not hashed, because that would take too long for a large corpus.
         """
         named = [(row["file_name"], caption) for row, caption in zip(self.rows, self.captions, strict=True)]
-        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-        return f"{len(self)} pictures of {self.size}x{self.size} ({digest[:12]})"
+        return self.identified_by("pictures", named)
 
     @cached_property
     def images(self) -> UInt8[np.ndarray, "n h w 3"]:

@@ -146,20 +146,10 @@ def sources(style: Style, everything: Sequence[Concept], cache: Path) -> dict[in
 
 
 def render_style(style: Style, everything: Sequence[Concept], cache: Path, size: int) -> Rendered:
-    """Render one style, or read it from the cache if an interrupted run has rendered it."""
-    kept = cache / f"{slug(style.name)}-{size}.partial.npz"
-    if kept.exists():
-        with np.load(kept) as arrays:
-            if arrays["pinned"] == style.package.sha512 and arrays["asked"] == len(everything):
-                return [everything[i] for i in arrays["drawn"]], arrays["pictures"]
+    """The concepts that a style has, and a picture of each."""
     found = sources(style, everything, cache)
-    pictures = np.empty((len(found), size, size, 3), np.uint8)
-    for k, source in enumerate(tqdm(found.values(), style.name, unit=" pictures")):
-        pictures[k] = render(source, size, style.master)
-    writing = kept.with_name("writing-" + kept.name)
-    np.savez(writing, pinned=style.package.sha512, asked=len(everything), drawn=list(found), pictures=pictures)
-    writing.replace(kept)
-    return [everything[i] for i in found], pictures
+    pictures = [render(source, size, style.master) for source in tqdm(found.values(), style.name, unit=" pictures")]
+    return [everything[i] for i in found], np.stack(pictures)
 
 
 # The corpus -----------------------------------------------------------------------------------------------------------
@@ -191,7 +181,7 @@ def build_emoji(
     they are only built if you name them. tones, flags: whether to add skin-tone variants and flags, which double the
     corpus and teach a model little.
 
-    You can interrupt and repeat this: downloads and finished styles are kept, and a complete corpus is not built again.
+    You can interrupt and repeat this: downloads are kept, and a complete corpus is not built again.
     Raises ValueError (an argument, a checksum, a folder with something else in it), ImportError (resvg-py is missing),
     FileNotFoundError (npm is missing), ConnectionError (npm could not download), OSError (disk full), each in one
     sentence.
@@ -212,8 +202,6 @@ def build_emoji(
         rows, pictures = grid(everything, rendered)
         texts = {"ATTRIBUTION.md": attribution(chosen), "templates.txt": "\n".join(TEMPLATES) + "\n"}
         write_corpus(folder, rows, pictures, recipe, texts)
-        for partial in cache.glob("*.partial.npz"):
-            partial.unlink()
     splits = ", ".join(f"{name} {count:,}" for name, count in Counter(row["split"] for row in rows).items())
     print(f"{folder}: {len(rows):,} pictures at {size}x{size} ({splits}).")
     return folder

@@ -32,13 +32,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# The functions that write a corpus, by the name that their recipes have as "made_by", and the commands that call them.
+# A function without a command is known by its own name.
 COMMANDS = {
     "draw_shapes": "minisd data shapes",
     "build_emoji": "minisd data emoji",
     "build_scenes": "minisd data scenes",
     "fetch_dataset": "minisd data hub",
 }
-DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded, and the styles that it has rendered
+DOWNLOADS = "packages"  # where build_emoji keeps what it has downloaded
 
 
 # Whose folder it is ---------------------------------------------------------------------------------------------------
@@ -111,13 +113,12 @@ def refuse_what_others_made(folder: Path, recipe: dict) -> None:
     What may be there: nothing, a corpus by the same function, or what that function left when it was interrupted.
     """
     maker, found = made_by(recipe), sorted(os.listdir(folder))
-    advice = f"`{COMMANDS[maker]}` replaces only what it has made itself: give a new or an empty folder."
+    advice = f"`{COMMANDS.get(maker, maker)}` replaces only what it has made itself: give a new or an empty folder."
     if "metadata.jsonl" in found:
         other = made_by(read_recipe(folder))
-        if other not in COMMANDS:
-            raise ValueError(f"{folder} holds other captioned pictures, and {advice}")
         if other != maker:
-            raise ValueError(f"{folder} holds a corpus of `{COMMANDS[other]}`, and {advice}")
+            what = f"a corpus of `{COMMANDS[other]}`" if other in COMMANDS else "other captioned pictures"
+            raise ValueError(f"{folder} holds {what}, and {advice}")
         if added := pictures_added(folder):
             more = f" and {len(added) - 1} more" if added[1:] else ""
             raise ValueError(
@@ -168,7 +169,7 @@ def only_downloads(folder: Path) -> bool:
     """Whether the folder holds only what build_emoji leaves if it is stopped before all pictures are rendered."""
     if os.listdir(folder) != [DOWNLOADS] or not (folder / DOWNLOADS).is_dir():
         return False
-    names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works
+    names = os.listdir(folder / DOWNLOADS)  # tmp: the folder in which npm works; .npz: of an older version
     return all(name.endswith((".tgz", ".npz")) or name.startswith("tmp") for name in names)
 
 

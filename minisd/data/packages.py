@@ -8,7 +8,6 @@ building stops with an error.
 import base64
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -65,13 +64,12 @@ def attribution(styles: Sequence[Style]) -> str:
     """The Markdown that says for each style who made it, under which licence, and how it was changed."""
     texts = read_table("attribution.toml")
     entries = "\n".join(texts["style"].format(style=style) for style in styles)
-    parts = ["# Who made these pictures", texts["intro"], entries]
+    parts = [texts["intro"], entries]
     if any("SA" in style.licence for style in styles):
         parts.append(texts["share_alike"])
-    parts += ["# Who named them", texts["names"].format(names=NAMES), read_text("LICENSE-UNICODE.txt").strip()]
+    parts += [texts["names"].format(names=NAMES), read_text("LICENSE-UNICODE.txt").strip()]
     if any(style.licence == "MIT" for style in styles):
-        parts += ["# The MIT licence of Fluent Emoji", "Copyright (c) Microsoft Corporation."]
-        parts.append(read_text("LICENSE-MIT.txt").strip())
+        parts += [texts["mit"], read_text("LICENSE-MIT.txt").strip()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,7 +104,7 @@ def fetch(package: Package, cache: Path) -> Path:
                 f"again; what has been downloaded is kept."
             )
         verify(package, packed)
-        os.replace(packed, target)
+        packed.replace(target)
     return target
 
 

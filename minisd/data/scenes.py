@@ -16,8 +16,6 @@ k. So a longer data set begins with the scenes of a shorter one.
 """
 
 import colorsys
-import hashlib
-import json
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -120,10 +118,7 @@ def rgb(colour: str) -> UInt8[np.ndarray, "3"]:
     return np.uint8(np.round(255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))))
 
 
-Hue = float | Float32[np.ndarray, "h w"]
-
-
-def apart(hue: Hue, other: float) -> Hue:
+def apart(hue: float | Float32[np.ndarray, "h w"], other: float) -> float | Float32[np.ndarray, "h w"]:
     """The angle between two hues, in degrees."""
     return abs((hue - other + 180) % 360 - 180)
 
@@ -275,8 +270,7 @@ class Scenes(Corpus):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.things, self.captions]).encode()).hexdigest()
-        return f"{len(self)} scenes of {self.size}x{self.size} ({digest[:12]})"
+        return self.identified_by("scenes", [self.things, self.captions])
 
 
 # Cutting out ----------------------------------------------------------------------------------------------------------

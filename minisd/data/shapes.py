@@ -80,29 +80,26 @@ def scene(seed: int, k: int) -> Scene:
     def pick(options) -> str:
         return list(options)[rng.integers(len(options))]
 
-    def item(colour: str, shape: str, place: tuple[float, float], radius: float) -> Item:
+    def item(thing: tuple[str, str], place: tuple[float, float], radius: float) -> Item:
         x, y = place + rng.uniform(-0.04, 0.04, 2)  # jitter, so that the place is not the same to the pixel
-        return Item(colour, shape, float(x), float(y), radius * float(rng.uniform(0.93, 1.07)))
+        return Item(*thing, float(x), float(y), radius * float(rng.uniform(0.93, 1.07)))
 
-    colour, shape = pick(COLOURS), pick(SHAPES)
+    thing = other = pick(COLOURS), pick(SHAPES)
+    name, radius = " ".join(thing), 0.17
     kind = pick(("size", "place", "count", "relation"))
+    what = pick({"size": SIZES, "place": PLACES, "count": NUMBERS, "relation": RELATIONS}[kind])
     if kind == "size":
-        size = pick(SIZES)
-        caption = with_article(f"{size} {colour} {shape}".strip())
-        return Scene(caption, kind, (item(colour, shape, (0.5, 0.5), SIZES[size]),))
-    if kind == "place":
-        place = pick(PLACES)
-        return Scene(f"{with_article(f'{colour} {shape}')} {place}", kind, (item(colour, shape, PLACES[place], 0.15),))
-    if kind == "count":
-        number = pick(NUMBERS)
-        items = tuple(item(colour, shape, place, 0.17) for place in NUMBERS[number])
-        return Scene(f"{number} {colour} {shape}s", kind, items)
-    relation, other = pick(RELATIONS), (pick(COLOURS), pick(SHAPES))
-    while other == (colour, shape):
-        other = (pick(COLOURS), pick(SHAPES))
-    here, there = RELATIONS[relation]
-    caption = f"{with_article(f'{colour} {shape}')} {relation} {with_article(' '.join(other))}"
-    return Scene(caption, kind, (item(colour, shape, here, 0.17), item(*other, there, 0.17)))
+        caption, places, radius = with_article(f"{what} {name}".strip()), [(0.5, 0.5)], SIZES[what]
+    elif kind == "place":
+        caption, places, radius = f"{with_article(name)} {what}", [PLACES[what]], 0.15
+    elif kind == "count":
+        caption, places = f"{what} {name}s", NUMBERS[what]
+    else:
+        while other == thing:
+            other = pick(COLOURS), pick(SHAPES)
+        caption, places = f"{with_article(name)} {what} {with_article(' '.join(other))}", RELATIONS[what]
+    things = [thing, other] if kind == "relation" else [thing] * len(places)
+    return Scene(caption, kind, tuple(item(*pair, radius) for pair in zip(things, places, strict=True)))
 
 
 # How it is drawn ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ the score (scores.py).
     two colours   in both places there is the colour that the caption says
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def real_crops(scenes: Scenes) -> tuple[list[dict], Float[Tensor, "n 3 CROP CROP
     return rows, torch.stack(crops)
 
 
-def answers(pictures: Float[Tensor, "n 3 h w"], scenes: Sequence[Scene], judge: PatchJudge) -> Hits:
+def answers(pictures: Float[Tensor, "n 3 h w"], scenes: list[Scene], judge: PatchJudge) -> Hits:
     """For each question: whether picture i would be a hit for the caption of scene j, if that scene asks it (ASKED)."""
     views = {half: torch.stack([crop(picture, half) for picture in pictures]) for half in HALVES}
     colours = {half: np.array([main_colour(part) for part in crops]) for half, crops in views.items()}

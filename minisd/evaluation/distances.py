@@ -1,24 +1,38 @@
-"""The distance between the distributions of drawings and real pictures in a feature space: two kinds, and their errors.
+"""How far are drawings from real pictures? As distributions, and each drawing from the nearest training picture.
+
+The distance between their distributions in a feature space, of two kinds, with their errors:
+
+    Fréchet   d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)                   Heusel et al. 2017 (arXiv:1706.08500)
+    MMD²      E k(x,x') + E k(y,y') - 2 E k(x,y),  k(x,y) = (x·y/d + 1)³     Bińkowski et al. 2018 (arXiv:1801.01401)
 
 FID and KID are these distances in the features of an Inception network trained on ImageNet. Its features say little
 about pictures of 32 pixels, so other features are used here. Distances in different features cannot be compared, so
 they are not called FID and KID here.
 
-    Fréchet   d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)                   Heusel et al. 2017 (arXiv:1706.08500)
-    MMD²      E k(x,x') + E k(y,y') - 2 E k(x,y),  k(x,y) = (x·y/d + 1)³     Bińkowski et al. 2018 (arXiv:1801.01401)
-
 The Fréchet distance is biased, because the covariance of a few pictures is too narrow in some directions and too wide
 in others. If there are many more pictures than features, this adds about c/N to d². The estimate of MMD² is unbiased,
 so it can even be negative.
+
+Are the drawings copies of training pictures? For this, the distance of each to the nearest picture of the training
+split is measured, pixel by pixel. A small distance alone does not prove a copy, because emoji resemble each other: the
+full moons of two artists may be the same disc. So the same distance is measured for two other sets, for comparison. The
+real held-out pictures are certainly not copies. The training pictures themselves, encoded and decoded by the model's
+autoencoder, certainly are.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from .judges import features, find_nearest
+
 MINIMUM = 50  # pictures in each set, for MMD; a Fréchet distance needs more pictures than features
+COPY = 0.05  # below this distance to a training picture (RMS, values from 0 to 1, at 16x16), we call it a near copy
+
+
+# Distributions --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -120,3 +134,31 @@ def _mmd(x: Tensor, y: Tensor) -> float:
     k_xx, k_yy, k_xy = kernel(x, x), kernel(y, y), kernel(x, y)
     within = (k_xx.sum() - k_xx.trace()) / (n * (n - 1)) + (k_yy.sum() - k_yy.trace()) / (m * (m - 1))
     return float(within - 2 * k_xy.mean())
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Distances of pictures to the nearest training picture: root mean square, values from 0 to 1, at 16x16."""
+
+    what: str  # which pictures
+    count: int  # how many
+    near: float  # the share whose distance is less than COPY
+    low: float  # the 5% quantile of the distances
+    median: float
+    high: float  # the 95% quantile
+
+
+def nearness(
+    what: str, pictures: Float[Tensor, "n 3 h w"], training: Float[Tensor, "m 768"]
+) -> tuple[Nearness, Float[Tensor, "n"], Int[Tensor, "n"]]:
+    """A summary of the distances, the distances themselves, and the index of the nearest training picture of each.
+
+    training: the `features` of the training split.
+    """
+    index, distance = find_nearest(features(pictures), training)
+    low, median, high = distance.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    near = float((distance < COPY).float().mean())
+    return Nearness(what, len(pictures), near, low, median, high), distance, torch.from_numpy(index)

@@ -51,18 +51,16 @@ def hits(found: dict[str, np.ndarray], rows: list[dict]) -> Hits:
 
 def shown(rows: list[dict], library: list[dict]) -> Iterator[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "m"]]]:
     """Which pictures of the library each row may be compared with: (rows, pictures), in as few groups as possible."""
-    split, hand = (np.array([f(row) for row in library]) for f in (lambda row: row.get("split", "train"), _hand))
-    held_out = np.array([row.get("split") == "test_concept" for row in rows])
-    if not held_out.all():
-        yield np.flatnonzero(~held_out), np.flatnonzero(split == "train")
-    hands = np.array([_hand(row) for row in rows])
-    for one in np.unique(hands[held_out]):
-        others = (split == "train") | ((split == "test_concept") & (hand != one))
-        yield np.flatnonzero(held_out & (hands == one)), np.flatnonzero(others)
+    train = np.array([row.get("split", "train") == "train" for row in library])
+    hand, asked = (np.array([_hand(row) for row in some]) for some in (library, rows))
+    for one in np.unique(asked):
+        others = train | ((hand != "") & (hand != one)) if one else train
+        yield np.flatnonzero(asked == one), np.flatnonzero(others)
 
 
 def _hand(row: dict) -> str:
-    style = row.get("style", "")
+    """Who drew the picture of a held-out concept; "" for all other pictures."""
+    style = row.get("style", "") if row.get("split") == "test_concept" else ""
     return TWINS.get(style, style)
 
 

@@ -22,9 +22,7 @@ from ..clip import BPETokenizer, CLIPModel
 from ..data import CaptionedPictures
 from ..data.split import in_known_words
 from ..latent_diffusion import LatentDiffusion
-from ..vae import DiagonalGaussianDistribution
-from .copies import Nearness, nearness
-from .distances import MINIMUM, Distance, measure_distance
+from .distances import MINIMUM, Distance, Nearness, measure_distance, nearness
 from .judges import ImageTowerJudge, NearestPicture, PatchJudge, features
 from .scores import Score, score
 
@@ -86,19 +84,19 @@ class Evaluator:
         self.data = data = CaptionedPictures(folder, size=sd.config.image_size)
         if not all("concept" in row for row in data.rows):
             raise ValueError(f"the rows of {folder}/metadata.jsonl must name a concept, as `minisd data emoji` does")
-        splits = [row.get("split", "train") for row in data.rows]
-        members = {split: [i for i, one in enumerate(splits) if one == split] for split in SPLITS}
+        members = {s: [i for i, row in enumerate(data.rows) if row.get("split", "train") == s] for s in SPLITS}
         for split in ("train", "test_pair"):
             if min(count, len(members[split])) < FEWEST:
                 raise ValueError(
                     f"at least {FEWEST} captions of {split} are needed: {folder} has {len(members[split])} such rows, "
                     f"and {count} were asked for"
                 )
-        self.groups = {
-            name: self._group([indices[i] for i in choose([data.rows[i] for i in indices], count)])
-            for name, indices in members.items()
-            if name in groups and len(indices) >= FEWEST
-        }
+        pictures, self.groups = data.batch(range(len(data))), {}
+        for name, indices in members.items():
+            if name in groups and len(indices) >= FEWEST:
+                chosen = [indices[i] for i in choose([data.rows[i] for i in indices], count)]
+                real = pictures[chosen]
+                self.groups[name] = Group([data.rows[i] for i in chosen], real, autoencode(sd, real))
         if "test_concept" in self.groups:
             whole = self.groups["test_concept"]
             names = {row["file_name"] for row in in_known_words(data.rows)}
@@ -106,7 +104,6 @@ class Evaluator:
             if len(some) >= FEWEST:
                 rows = [whole.rows[i] for i in some]
                 self.groups["known_words"] = Group(rows, whole.real[some], whole.decoded[some])
-        pictures = data.batch(range(len(data)))
         self.training = pictures[members["train"]]
         self.tower = ImageTowerJudge(*clip, data.rows)
         self.judges = [NearestPicture(data.rows, pictures), self.tower, PatchJudge(data.rows, pictures)]
@@ -114,10 +111,6 @@ class Evaluator:
         self.spaces = {"16x16 RGB": features, "CLIP": lambda x: stretch * self.tower.features(x)}
         self._reference = {name: space(self.training) for name, space in self.spaces.items()}
         self._yardsticks: dict = {}  # the judges' predictions for real pictures, by group; computed only once
-
-    def _group(self, indices: list[int]) -> Group:
-        real = self.data.batch(indices)
-        return Group([self.data.rows[i] for i in indices], real, autoencode(self.sd, real))
 
     def draw(self, group: str, setting: Setting = Setting()) -> Float[Tensor, "n 3 h w"]:
         """Draw a picture for each caption of a group; picture k uses seed + k."""
@@ -192,6 +185,6 @@ def autoencode(sd: LatentDiffusion, pictures: Float[Tensor, "n 3 h w"]) -> Float
     decoded = []
     for part in pictures.split(BATCH):
         latent = sd.encode_first_stage(part.to(sd.device))
-        latent = latent.mode() if isinstance(latent, DiagonalGaussianDistribution) else latent
+        latent = latent if isinstance(latent, Tensor) else latent.mode()
         decoded.append(sd.decode_first_stage(sd.get_first_stage_encoding(latent)).clamp(-1, 1).cpu())
     return torch.cat(decoded)

@@ -15,6 +15,7 @@ is reported as one extra layer, and the layers after it are still paired correct
 import math
 import re
 import textwrap
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import combinations
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 
 Network = nn.Module | Callable  # a module, or a method of one: `vae.encode`
 Inputs = Tensor | tuple | list | Mapping
+# What a comparison concludes from the first row that differs.
+CONCLUSIONS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -380,20 +384,13 @@ def _agreement(rows: list[Row], stopped: bool) -> str:
 def _difference(row: Row, differs: Row, before: list[Row], inputs_agree: bool | None) -> str:
     much = max((other.difference for other in before), default=0.0)
     exact = f" to {_number(much)}" if much else ""
-    text = f"The first {len(before)} pairs of layers agree{exact}; they" if before else "They"
-    text += " part at the output" if row.kind == "output" else f" part at {row.name} ({row.kind}, {row.shape})"
-    if "only" in row.verdict:
-        return f"{text}, which is {row.verdict}. The first pair that differs is {differs.name}."
-    if row.difference >= 0:
-        text += f": largest difference {_number(row.difference)} of {_number(row.size)}"
-    if row.kind == "output":
-        return f"{text}. Look at what happens after the last layer."
-    if inputs_agree:
-        return f"{text}. Its inputs agree, so look at its weights or at what it computes."
-    how = f"differ already, by {_number(row.input_difference)}" if inputs_agree is False else "have another shape"
+    they = f"The first {len(before)} pairs of layers agree{exact}; they" if before else "They"
+    size = f": largest difference {_number(row.difference)} of {_number(row.size)}" if row.difference >= 0 else ""
     where = f"between {before[-1].name} and it" if before else "to the inputs before it"
-    where += ", outside of the layers: an activation, an addition, a reshape, a scale"
-    return f"{text}. Its inputs {how}, so look at what happens {where}."
+    inputs = {True: "inputs_agree", False: "inputs_differ", None: "inputs_have_another_shape"}[inputs_agree]
+    case = "only" if "only" in row.verdict else "output" if row.kind == "output" else inputs
+    by = _number(row.input_difference)
+    return f"{they} part at " + CONCLUSIONS[case].format(row=row, size=size, by=by, where=where, next=differs.name)
 
 
 def _notes(runs: dict[str, _Run], agree: list[tuple[_Call, _Call]], alone: list[str]) -> list[str]:

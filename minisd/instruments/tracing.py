@@ -90,7 +90,7 @@ class Trace(list[Intermediate]):
 
     def __str__(self) -> str:
         head = f" #  {'symbol':10} {'what it is':32} {'shape':15} {'dtype':7} {'min':>8} {'max':>8} {'std':>8}"
-        under = f"    {'how it came about':46} where in CompVis's source"
+        under = f"    {'how it is computed':46} where in CompVis's source"
         legend = "#: module and notebook. " + ", ".join(f"{number} {name}" for number, name in STAGES.items())
         return "\n".join([self.title, head, under, "-" * WIDTH, *map(str, self), "-" * WIDTH, legend])
 
@@ -172,13 +172,8 @@ def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: Se
     at = torch.full((1,), t, device=sd.device)
     x_t = sd.q_sample(z, at, noise)
     context = sd.get_learned_conditioning([prompt])
-    parameterization = sd.config.parameterization
-    what, mean_square = {
-        "eps": ("noise", "L = mean |ε - ε(x_t, t, c)|²"),
-        "v": ("velocity", "the mean square of the error in v"),
-        "x0": ("latent", "the mean square of the error in x0"),
-    }[parameterization]
-
+    predicted = sd.config.parameterization
+    words = TEXTS["predicted"][predicted]
     entries = [
         *_conditioning(sd, prompt),
         _entry("x_of_the_data", x),
@@ -187,8 +182,8 @@ def _training(sd: LatentDiffusion, prompt: str, image: Picture, t: int, seed: Se
         _entry("noise", noise),
         _entry("x_t_of_the_data", x_t),
         *_time(sd, t, f"t ~ U{{0, …, {sd.schedule.timesteps - 1}}}"),
-        _entry("output", sd.apply_model(x_t, at, context), what=what, parameterization=parameterization),
-        _entry("loss", sd.p_losses(z, context, at, noise), mean_square=mean_square),
+        _entry("output", sd.apply_model(x_t, at, context), parameterization=predicted, **words),
+        _entry("loss", sd.p_losses(z, context, at, noise), **words),
     ]
     return Trace(f"training on {prompt!r} and its picture: t = {t}, seed {seed}", entries)
 

@@ -10,12 +10,16 @@ guided tour is tour.js and tour.css, with all texts in tour.json.
 import base64
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..checkpoint import files
 from ..clip import CLIPTextConfig
 from ..instruments.attention_maps import record_attention
 from ..latent_diffusion import LatentDiffusion
@@ -25,14 +29,12 @@ from ..vae import AutoencoderConfig
 HERE = Path(__file__).parent
 # In the order in which a page has to load them: each uses those before it.
 SCRIPTS = [
-    f"{name}.js"
-    for name in (
-        "gemm", "layers", "attention", "unet", "clip", "vae", "noising", "sampling", "safetensors", "tokenizer",
-        "latent_diffusion", "worker", "live",
-    )
+    "gemm.js", "layers.js", "attention.js", "unet.js", "clip.js", "vae.js", "noising.js", "sampling.js",
+    "safetensors.js", "tokenizer.js", "latent_diffusion.js", "worker.js", "live.js",
 ]  # fmt: skip
 PAGE = ["figures.js", "panels.js", "page.js", "page.css", "tour.js", "tour.css", "index.html"]
 PIECE = 3 << 20  # bytes of the weights in one script, a multiple of 3 so that base64 needs no padding in between
+BLOCKS = re.compile(r"time_embed|(input|output)_blocks\.\d+|middle_block")  # of the UNet, which the tour shows
 MOST_BYTES = 200 << 20  # of weights. In float32, as they are computed with, they may take twice as much of a tab
 
 
@@ -55,12 +57,20 @@ def check(sd: LatentDiffusion, model: Path) -> None:
 def record(sd: LatentDiffusion, prompt: str) -> dict:
     """A drawing as numbers and pictures, which the page shows before it has loaded the model."""
     options = {"prompt": prompt, "steps": 25, "sampler": "dpmpp_2m", "seed": 0}
-    with record_attention(sd) as maps:
+    blocks: dict[str, list[torch.Tensor]] = {}
+    with record_attention(sd) as maps, ExitStack() as hooks:
+        for name, block in sd.model.diffusion_model.named_modules():
+            if BLOCKS.fullmatch(name):  # of the batch, the last picture has the prompt
+                keep = partial(lambda kept, _, inputs, out: kept.append(out[-1]), blocks.setdefault(name, []))
+                hooks.enter_context(block.register_forward_hook(keep))
         trajectory = sd.txt2img(**options, guidance_scale=4.0).trajectory
     # All x_t in a row, decoded, and below them all x̂_0.
     film, frames = io.BytesIO(), [*trajectory.x_t_images(), *trajectory.x0_images()]
     sheet([images[0] for images in frames], columns=len(trajectory), gap=0).save(film, "webp", lossless=True)
-    weights = [torch.stack([maps.at(i, layer) for layer in maps.layers]) for i in range(len(trajectory))]
+    # The page shows the padding as one, so that the mean of its maps can stand for each: [k h w] instead of [n h w].
+    k = [*maps.tokens[:-1], "<pad>"].index("<pad>")
+    each = {layer: [maps.at(i, layer) for i in range(len(trajectory))] for layer in maps.layers}
+    attention = {layer: [torch.cat([m[:k], m[k:].mean(0, keepdim=True)]) for m in each[layer]] for layer in each}
     latents = [torch.cat([step.x_t, step.eps_cond, step.eps_uncond]) for step in trajectory.steps]
     tokens = sd.cond_stage_model.tokenizer([prompt], sd.cond_stage_model.max_length)
     return {
@@ -68,10 +78,11 @@ def record(sd: LatentDiffusion, prompt: str) -> dict:
         "shape": list(latents[0].shape[1:]),
         "timesteps": maps.timesteps,
         "tokens": {"ids": tokens.ids[0].tolist(), "pieces": maps.tokens, "lost": tokens.lost[0]},
-        "layers": maps.layers,
         "context": _packed(sd.get_learned_conditioning([prompt])[0].T),  # [d n]
         "latents": _packed(torch.stack(latents)),  # [steps 3 c h w]: x_t, ε with the prompt, and ε without
-        "attention": _packed(torch.stack(weights)),  # [steps layers n h w]
+        # By layer or block, because their maps have different sizes: [steps k h w], and [steps c h w].
+        "attention": {layer: _packed(torch.stack(read)) for layer, read in attention.items()},
+        "activations": {name: _packed_channel(torch.stack(maps)) for name, maps in blocks.items()},
         "film": f"data:image/webp;base64,{base64.b64encode(film.getvalue()).decode()}",
     }
 
@@ -81,6 +92,17 @@ def _packed(x: torch.Tensor) -> dict:
     one = float(x.abs().max()) / 32767
     numbers = (x / one).round().to(torch.int16).contiguous().numpy()
     return {"shape": list(x.shape), "one": one, "numbers": base64.b64encode(numbers.tobytes()).decode()}
+
+
+def _packed_channel(x: torch.Tensor) -> dict:
+    """Of what a block returns at each step [steps c h w], the channel that varies most. All would be too much.
+
+    The time embedding [steps c] stays whole.
+    """
+    if x.ndim == 2:
+        return {"c": x.shape[1]} | _packed(x[:, :, None, None])
+    most = x.flatten(2).std(2, correction=0).argmax(1)
+    return {"c": x.shape[1]} | _packed(x[range(len(x)), most][:, None])
 
 
 def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:
@@ -98,24 +120,26 @@ def write_model_scripts(model: Path, folder: Path, name: str = "", recordings: S
         "merges": (tokenizer / "merges.txt").read_text("utf-8"),
         "config": json.loads(special.read_text("utf-8")) if special.exists() else None,
     }
-    about = {"name": name or model.name, "bytes": len(weights) * 4 // 3, "config": config}
     prompts = [recording["request"]["prompt"] for recording in recordings]
-    scripts = {"model.js": {"config": config, "tokenizer": tokens, "pieces": len(pieces)}}
+    about = {"name": name or model.name, "bytes": len(weights) * 4 // 3, "config": config, "prompts": prompts}
+    sizes = {"pieces": len(pieces), "size": PIECE, "bytes": len(weights)}
+    scripts = {"model.js": {"config": config, "tokenizer": tokens} | sizes}
     scripts |= {f"weights_{i}.js": base64.b64encode(piece).decode() for i, piece in enumerate(pieces)}
-    scripts |= {"recording.js": about | {"prompts": prompts}}
+    scripts |= {"recording.js": about}
     scripts |= {f"recording_{i}.js": recording for i, recording in enumerate(recordings)}
     for script, content in scripts.items():
         (folder / script).write_text(f"globalThis.minisdModel = {json.dumps(content)};\n", "utf-8")
 
 
 def write_page(model: Path, folder: Path, name: str = "", recordings: Sequence[dict] = ()) -> None:
-    """Write a folder that draws with the model in a minisd folder, opened as a file or served.
+    """Write a folder that draws with the model in a minisd folder, opened as a file or served. Whole or not at all.
 
     name: what --model of the command line has to be to load the same model.
     """
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    for file in [*SCRIPTS, *PAGE]:
-        shutil.copyfile(HERE / file, folder / file)
-    texts = (HERE / "tour.json").read_text("utf-8")
-    (folder / "tour_texts.js").write_text(f"globalThis.minisdTour = {texts.strip()};\n", "utf-8")
-    write_model_scripts(model, folder / "model", name, recordings)
+    with files.folder_written_whole(folder.resolve()) as unfinished:
+        for file in [*SCRIPTS, *PAGE]:
+            shutil.copyfile(HERE / file, unfinished / file)
+        texts = (HERE / "tour.json").read_text("utf-8")
+        (unfinished / "tour_texts.js").write_text(f"globalThis.minisdTour = {texts.strip()};\n", "utf-8")
+        (unfinished / "model").mkdir()
+        write_model_scripts(model, unfinished / "model", name, recordings)

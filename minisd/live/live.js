@@ -73,33 +73,35 @@ globalThis.MinisdEngine = class {
     const merges = await (await get("tokenizer/merges.txt")).text();
     const special = await (await get("tokenizer/tokenizer_config.json")).json();
     const answer = await get("model.safetensors");
-    const [reader, chunks] = [answer.body.getReader(), []];
     let received = 0;
-    for (let next = await reader.read(); !next.done; next = await reader.read()) {
-      chunks.push(next.value);
-      progress((received += next.value.length), Number(answer.headers.get("Content-Length")));
-    }
-    return { config, tokenizer: { vocab, merges, config: special }, weights: [await new Blob(chunks).arrayBuffer()] };
+    const count = (chunk, out) => {
+      progress((received += chunk.length), Number(answer.headers.get("Content-Length")));
+      out.enqueue(chunk);
+    };
+    const counted = new Response(answer.body.pipeThrough(new TransformStream({ transform: count })));
+    return { config, tokenizer: { vocab, merges, config: special }, weights: [await counted.arrayBuffer()] };
   }
 
-  // Load a script of the model's folder, which leaves its content in globalThis.minisdModel.
+  // Load a script of the model's folder, and return what it holds: it leaves that in globalThis.minisdModel.
   script = (name) =>
     new Promise((resolve, reject) => {
       const tag = Object.assign(document.createElement("script"), { src: `${this.folder}/${name}` });
-      tag.onload = () => resolve(tag.remove());
+      tag.onload = () => resolve(globalThis.minisdModel);
       tag.onerror = () => reject(new Error(`There is no ${this.folder}/${name}.`));
       document.head.append(tag);
     });
 
-  // Piece by piece, because each exists several times in memory while it is read: as a file, a script and a string.
+  // Piece by piece into one buffer, because each exists several times in memory while it is read: as a file, a script
+  // and a string.
   async readScripts(progress) {
-    await this.script("model.js");
-    const [{ pieces, ...model }, chunks] = [globalThis.minisdModel, []];
-    for (let i = 0; i < pieces; progress(++i, pieces)) {
-      await this.script(`weights_${i}.js`);
-      // The browser decodes base64 fastest as an address that holds its own content.
-      chunks.push(await (await fetch(`data:;base64,${globalThis.minisdModel}`)).arrayBuffer());
-    }
-    return { ...model, weights: [await new Blob(chunks).arrayBuffer()] };
+    const { pieces, size, bytes, ...model } = await this.script("model.js");
+    const weights = new Uint8Array(bytes);
+    for (let i = 0; i < pieces; progress(++i, pieces))
+      weights.set(MinisdEngine.bytes(await this.script(`weights_${i}.js`)), i * size);
+    return { ...model, weights: [weights.buffer] };
   }
+
+  // What base64 stands for. Browsers from before 2025 have only the slow way.
+  static bytes = (base64) =>
+    Uint8Array.fromBase64?.(base64) ?? Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 };

@@ -109,24 +109,24 @@
     // --- what is known before the model has loaded -------------------------------------------------------------------
 
     async prepare() {
-      await this.engine.script("recording.js").catch(() => (globalThis.minisdModel = null));
-      const { name, bytes, config, prompts = [] } = globalThis.minisdModel ?? {};
+      const { name, bytes, config, prompts = [] } = await this.engine.script("recording.js").catch(() => ({}));
       if (config) {
         this.configure(config, name);
         this.engine.readModel = this.engine.readScripts; // there are scripts, so don't look for a folder first
       }
       const example = (prompt, k) => {
         const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
-        button.onclick = () => (this.about ? this.draw({ prompt }) : this.replay(k));
+        button.onclick = () => (this.about ? this.draw({ prompt }) : this.replay(k).catch(this.fail));
         return button;
       };
       this.find(".examples").replaceChildren(...prompts.map(example));
       const linked = this.restore();
-      if (!linked && prompts.length) await this.replay(0);
+      if (!linked && prompts.length) await this.replay(0).catch(this.fail);
       const size = bytes ? ` (${Math.ceil(bytes / 1e6)} MB)` : "";
       const begin = linked ? "Press Draw to see the drawing of this link." : this.run ? "This is a recording." : "";
       this.say(`${begin} The first Draw fetches the model${size}. Then everything is computed on your device.`);
-      if (this.run && !matchMedia("(prefers-reduced-motion: reduce)").matches) this.play();
+      // A link into the tour shows one step.
+      if (this.run && !location.hash && !matchMedia("(prefers-reduced-motion: reduce)").matches) this.play();
     }
 
     configure(config, name = this.name) {
@@ -138,18 +138,13 @@
 
     // Show a recorded drawing as if it had just been made.
     async replay(k) {
-      try {
-        await this.engine.script(`recording_${k}.js`);
-        const recording = globalThis.minisdModel;
-        this.write(recording.request);
-        this.stop();
-        Object.assign(this, { request: recording.request, run: await unpack(recording, this.schedule), other: null });
-        this.tell("start");
-        await this.select(this.run.steps.length - 1);
-        this.tell("done");
-      } catch (error) {
-        this.fail(error);
-      }
+      const recording = await this.engine.script(`recording_${k}.js`);
+      this.write(recording.request);
+      this.stop();
+      Object.assign(this, { request: recording.request, run: await unpack(recording, this.schedule), other: null });
+      this.tell("start");
+      await this.select(this.run.steps.length - 1);
+      this.tell("done");
     }
 
     // --- drawing -----------------------------------------------------------------------------------------------------
@@ -245,15 +240,13 @@
       this.remember();
     }
 
-    say(text) {
-      Object.assign(this.find(".status"), { textContent: text, className: "status" });
-    }
+    say = (text) => Object.assign(this.find(".status"), { textContent: text, className: "status" });
 
-    fail(error) {
+    fail = (error) => {
       this.say(error.message);
       this.find(".status").classList.add("error");
       this.tell("error");
-    }
+    };
 
     // --- the steps ---------------------------------------------------------------------------------------------------
 
@@ -278,14 +271,11 @@
       Object.assign(fields.step, { max: count, value: at + 1 });
       fields.step.setAttribute("aria-valuetext", `${at + 1} of ${count}, t = ${t}`);
       fields.where.value = `${at + 1} of ${count} · t = ${t}`;
-      try {
-        this.shown = await this.pictures(run, at);
-      } catch (error) {
-        return this.fail(error);
-      }
-      if (run !== this.run || at !== this.selected) return;
-      this.showPicture(0, this.shown.x_t, "x_t");
-      this.showPicture(1, this.shown.x0, this.shown.last ? "done" : "x0");
+      const shown = await this.pictures(run, at).catch(this.fail);
+      if (!shown || run !== this.run || at !== this.selected) return;
+      this.shown = shown;
+      this.showPicture(0, shown.x_t, "x_t");
+      this.showPicture(1, shown.x0, shown.last ? "done" : "x0");
       this.tell("select");
     }
 
@@ -346,9 +336,7 @@
       return `${location.href.split("#")[0]}#${state}`;
     }
 
-    remember() {
-      history.replaceState(null, "", this.link());
-    }
+    remember = () => history.replaceState(null, "", this.link());
 
     // Take the state from the address, if it holds one.
     restore() {
@@ -363,18 +351,29 @@
 
   // --- recordings: see record() in minisd/live/__init__.py -----------------------------------------------------------
 
-  const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const unpackTensor = ({ one, numbers }) =>
+    Float32Array.from(new Int16Array(MinisdEngine.bytes(numbers).buffer), (number) => number * one);
 
-  function unpackTensor({ one, numbers }) {
-    return Float32Array.from(new Int16Array(bytes(numbers).buffer), (number) => number * one);
-  }
-
-  async function unpack({ request, shape, timesteps, tokens, layers, film, ...packed }, schedule) {
-    const [latents, attention, context] = ["latents", "attention", "context"].map((name) => unpackTensor(packed[name]));
-    const [steps, [, , n, h, w]] = [timesteps.length, packed.attention.shape];
+  async function unpack({ request, shape, timesteps, tokens, film, ...packed }, schedule) {
+    const steps = timesteps.length;
     const frame = await frames(film, steps);
     const piece = (tensor, size) => (k) => tensor.subarray(size * k, size * (k + 1));
-    const [at, weights] = [piece(latents, shape[0] * shape[1] * shape[2]), piece(attention, n * h * w)];
+    const at = piece(unpackTensor(packed.latents), shape[0] * shape[1] * shape[2]);
+    const context = unpackTensor(packed.context);
+    // What each layer or block gave at a step, with `rows` maps, if that is given: the last that is there stands for
+    // those that are not. Of a block's c channels, a recording has only one.
+    const collected = (tensors, key, rows) => {
+      const filled = (part, size) =>
+        Float32Array.from({ length: rows * size }, (_, k) => part[Math.min(k, part.length - size + (k % size))]);
+      const all = Object.entries(tensors).map(([name, tensor]) => {
+        const [values, [h, w]] = [unpackTensor(tensor), tensor.shape.slice(-2)];
+        const part = piece(values, values.length / steps);
+        return (i) => [name, { c: tensor.c, h, w, [key]: rows ? filled(part(i), h * w) : part(i) }];
+      });
+      return (i) => Object.fromEntries(all.map((entry) => entry(i)));
+    };
+    const attention = collected(packed.attention, "weights", tokens.ids.length);
+    const activations = collected(packed.activations, "values");
     const run = { request, recorded: true, start: { shape, timesteps, tokens, context, x_T: at(0) }, steps: [] };
     for (const [i, t] of timesteps.entries()) {
       const a_t = schedule.alpha_bar(t);
@@ -383,10 +382,9 @@
       const eps = eps_uncond.map((e, k) => e + request.guidance * (eps_cond[k] - e));
       const x0 = x_t.map((x, k) => (x - Math.sqrt(1 - a_t) * eps[k]) / Math.sqrt(a_t));
       const x = i + 1 < steps ? at(3 * i + 3) : x0;
-      const maps = layers.map((name, l) => [name, { h, w, weights: weights(i * layers.length + l) }]);
-      const collected = { attention: Object.fromEntries(maps), activations: {} };
       const pictures = { x_t: frame(i, 0), x0: frame(i, 1) };
-      run.steps.push({ i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, ...collected, pictures });
+      const made = { attention: attention(i), activations: activations(i), pictures };
+      run.steps.push({ i, t, a_t, a_prev, x_t, eps, eps_cond, eps_uncond, x0, x, ...made });
     }
     return { ...run, done: { picture: frame(steps - 1, 1) } };
   }

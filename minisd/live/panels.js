@@ -79,9 +79,8 @@ globalThis.minisdPanels = (() => {
         veil();
       }
 
-      function draw(canvas, { now: { values, w, h }, most }) {
+      const draw = (canvas, { now: { values, w, h }, most }) =>
         map(canvas, values, w, h, { over: live.shown.x0, most });
-      }
 
       function veil() {
         const place = pointed ?? (held.value && Number(held.value));

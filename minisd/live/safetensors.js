@@ -8,17 +8,19 @@ minisdLive.push(function safetensors({ memory }) {
     const tree = part([]);
     for (const buffer of buffers) {
       const { header, start } = readHeader(buffer);
-      for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
+      for (const [name, { dtype, shape, data_offsets: [from, to] = [] }] of Object.entries(header)) {
         if (!/^(model\.diffusion|first_stage|cond_stage)_model\./.test(name) || !(dtype in TABLES)) continue;
         const [path, numbers] = [name.split("."), shape.reduce((a, b) => a * b, 1)];
         const add = (at, word, i) => (word in at ? at[word] : (at[word] = part(path.slice(0, i + 1))));
-        const parent = path.slice(0, -1).reduce(add, tree);
-        const leaf = path.at(-1);
-        if (!(leaf in parent)) parent[leaf] = { shape, address: memory.allocate(numbers) };
-        const bytes = buffer.slice(start + data_offsets[0], start + data_offsets[1]);
-        const [to, table] = [memory.floats(parent[leaf].address, numbers), TABLES[dtype]];
-        if (table) new Uint16Array(bytes).forEach((half, i) => (to[i] = table[half]));
-        else to.set(new Float32Array(bytes));
+        const tensor = path.reduce(add, tree);
+        if (!("address" in tensor)) Object.assign(tensor, { shape, address: memory.allocate(numbers) });
+        const bytes = new Uint8Array(buffer, start + from, to - from);
+        // They go to the end of the tensor's place. From there, floats of 16 bits are made longer one by one: each is
+        // read before another is written over it, because the last ones end together.
+        const at = tensor.address + 4 * numbers - bytes.length;
+        new Uint8Array(memory.buffer).set(bytes, at);
+        const [floats, table] = [memory.floats(tensor.address, numbers), TABLES[dtype]];
+        if (table) new Uint16Array(memory.buffer, at, numbers).forEach((half, i) => (floats[i] = table[half]));
       }
     }
     return tree;

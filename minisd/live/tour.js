@@ -9,8 +9,9 @@
 //     id, title, text, caption      what is read; labels, for the canvases of its figure
 //     figure                        one of FIGURES, below; by_step: whether it needs the slider
 //     shape, sd_v1                  which of `shapes` is shown, and that of Stable Diffusion v1
-//     equation, numbers, symbols    the second is the same with {numbers}; by_sampler: other ones for a sampler
+//     equation, numbers, symbols    the second is the same with {numbers}
 //     code, compvis, notebook, exercises
+//     by_sampler                    other equations and code for a sampler
 //     try                           buttons: what they draw, which step they select, or what they do in the figure
 //     check                         a question and its answer
 (() => {
@@ -199,6 +200,7 @@
 
     async step(tour, { labels }, { start, steps, done }, { i, x_t, eps, x0, x, pictures }) {
       const choose = (index) => ((tour.index = index), tour.refresh());
+      tour.deeds.another = () => choose(floor(Math.random() * x.length));
       const latents = [x_t, eps, x0, x].map((values) => numbered(values, start.shape, tour.index, choose));
       const decoded = await tour.decode([x_t, x0, x]);
       // A recording has them already.
@@ -221,7 +223,7 @@
       const marks = steps.map((step) => ({ ...place(step), class: step === now ? "current" : "visited" }));
       const schedule = svg();
       curve(schedule, { signal: alphas_cumprod }, marks);
-      return [h("div", { className: "strip" }, ...strip), schedule];
+      return [h("div", { className: "tools" }, ...strip), schedule];
     },
 
     async decoding(tour, { labels }, { start, steps, done }) {
@@ -232,7 +234,8 @@
       if (tour.changed?.done !== done) tour.changed = { done, index: w * floor(height / 2) + floor(w / 2), by: 0 };
       const { index, by } = tour.changed;
       const poke = (index, by = 3) => (Object.assign(tour.changed, { index, by }), tour.refresh());
-      tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0) };
+      const another = () => poke(floor(Math.random() * size));
+      tour.deeds = { poke: () => poke(index), heal: () => poke(index, 0), another };
       const z = steps.at(-1).x.map((v, k) => (k % size === index % size ? v + by : v));
       const [made] = by ? await tour.decode([z]) : [];
       return [cells(labels, [numbered(z, start.shape, index, poke), painted(picture, made ?? done.picture)], "pair")];
@@ -268,6 +271,7 @@
       element.lang = texts.language;
       element.classList.add("minisd", "minisd-tour");
       for (const name of ["start", "step", "done", "select"]) live.addEventListener(name, () => this.refresh());
+      live.prepared.then(() => this.leaveTheEnd());
       // A figure's slider that stands for an option of the drawing follows it.
       live.addEventListener("start", () => this.stop?.dial?.of && (this.dial.value = live.request[this.stop.dial.of]));
       document.addEventListener("keydown", ({ key, target, ctrlKey, altKey, metaKey }) => {
@@ -303,9 +307,19 @@
 
     // What is left is the button that opens it.
     close() {
+      const focused = this.element.contains(document.activeElement);
       this.stop = null;
       this.writeAddress();
       this.element.replaceChildren(button(this.texts.ui.start, () => this.open()));
+      if (focused) this.element.firstChild.focus();
+    }
+
+    // A drawing ends at its last step. Those stops that have a slider show more at a middle one.
+    leaveTheEnd() {
+      const { live, run, stop } = this;
+      if (!stop?.by_step || !run?.done || live.selected < run.steps.length - 1) return;
+      clearInterval(live.film);
+      live.select(floor(live.selected / 2));
     }
 
     go(by) {
@@ -331,7 +345,7 @@
       const captions = [stop.caption, ...(stop.shape ? [shape] : [])];
       const deeds = stop.try.map((each) => button(each.label, () => this.act(each)));
       this.says = h("div", { ariaLive: "polite" });
-      this.equation = h("section");
+      this.rule = h("section");
       this.element.replaceChildren(
         h("section", { className: "tools" }, h("strong", {}, ui.title), button(ui.close, () => this.close())),
         h("nav", { ariaLabel: ui.stops }, h("ol", { className: "examples" }, ...stops.map(dot))),
@@ -341,20 +355,20 @@
           h("section", { className: "figure" }, ...this.sliders(), this.missing, this.box,
             ...captions.map((each) => h("p", { className: "caption" }, ...rich(each)))),
           h("section", {}, h("h4", {}, ui.try), h("div", { className: "tools try" }, ...deeds), this.says),
-          this.equation,
+          this.rule,
           h("section", {}, ...this.places(stop))),
         h("section", { className: "tools" },
           button(ui.back, () => this.go(-1), { hidden: !place }),
           button(ui.next, () => this.go(1), { className: "main", hidden: stop === stops.at(-1) }))); // prettier-ignore
       this.writeAddress();
+      this.leaveTheEnd();
       this.refresh();
       title.focus({ preventScroll: true });
       this.element.scrollIntoView();
     }
 
-    question({ check: [question, answer] }) {
-      return h("details", {}, h("summary", {}, ...rich(question)), ...rich(answer));
-    }
+    question = ({ check: [question, answer] }) =>
+      h("details", {}, h("summary", {}, ...rich(question)), ...rich(answer));
 
     // The page's slider over the steps, once more, and the figure's own, `dial`.
     sliders() {
@@ -375,29 +389,26 @@
     places({ code, compvis, notebook, exercises, check }) {
       if (!code) return []; // the last stop
       const { ui } = this.texts;
-      const [, module, ...name] = code.name.split(".");
       const task = ([name, stage]) => [this.link(`notebooks/exercises/${stage}.html`, name), " "];
       const rows = {
-        minisd: [this.link(code.page, `${module}.py: ${name.join(".")}`)],
         compvis: [h("code", {}, compvis.name), ` (${compvis.file})`],
         notebook: [this.link(`notebooks/${notebook}.html`, notebook.replaceAll("_", " "))],
         exercise: Object.entries(exercises).flatMap(task),
       };
       const row = ([key, content]) => [h("dt", {}, ui[key]), h("dd", {}, ...content)];
-      return [
-        h("h4", {}, ui.code), h("pre", {}, h("code", {}, code.line)), h("dl", {}, ...Object.entries(rows).flatMap(row)),
-        h("h4", {}, ui.check), this.question({ check }),
-      ]; // prettier-ignore
+      return [h("dl", {}, ...Object.entries(rows).flatMap(row)), h("h4", {}, ui.check), this.question({ check })];
     }
 
     // To a page of the docs, if there are any: their build sets `docs`, and the pages of the code with their lines.
-    link(page, name) {
-      return "docs" in this.texts ? h("a", { href: this.texts.docs + page }, name) : h("code", {}, name);
-    }
+    link = (page, name) =>
+      "docs" in this.texts ? h("a", { href: this.texts.docs + page }, name) : h("code", {}, name);
 
     // --- doing something ---------------------------------------------------------------------------------------------
 
-    draw = (changes) => this.live.draw({ attention: true, activations: true, ...changes });
+    async draw(changes) {
+      await this.live.draw({ attention: true, activations: true, ...changes });
+      this.leaveTheEnd();
+    }
 
     async act({ label, draw, select, figure, see }) {
       const { live, run, says, texts: { ui } } = this; // prettier-ignore
@@ -463,9 +474,11 @@
         this.turn = null;
         this.missing.hidden = Boolean(elements) || Boolean(run && !run.done);
         this.box.replaceChildren(...(elements ?? []));
+        // A drawing that was made without the tour lacks what only the tour shows.
+        if (!elements && run?.done && live.about && !stop.missing && !run.request.activations) this.draw();
+        this.writeRule(live.request?.sampler);
         if (!step) return;
         Object.assign(this.mirror, { max: run.steps.length, value: step.i + 1 });
-        this.writeEquation(live.request?.sampler);
         const shapes = Object.entries(this.shapes()).map(([name, shape]) => [`shape_${name}`, shape]);
         const numbers = { ...this.numbers(), ...Object.fromEntries(shapes) };
         for (const place of this.element.querySelectorAll(".value")) {
@@ -476,16 +489,19 @@
       });
     }
 
-    // It depends on the sampler.
-    writeEquation(sampler) {
+    // The equation and the line of the code, which depend on the sampler.
+    writeRule(sampler) {
       const { stop, texts: { ui } } = this; // prettier-ignore
-      const { equation, numbers, symbols = [] } = stop.by_sampler?.[sampler] ?? stop;
+      const { equation, numbers, symbols = [], code } = { ...stop, ...stop.by_sampler?.[sampler] };
       const formula = (each) => h("p", { className: "formula" }, ...rich(each));
       const lines = (title, all) => (all ? [h("h4", {}, title), ...all.map(formula)] : []);
       const meaning = ([symbol, says]) => [h("dt", {}, ...rich(symbol)), h("dd", {}, ...rich(says))];
-      const said = [...lines(ui.equation, equation), ...lines(ui.numbers, numbers)];
+      const said = [...lines(ui.equation, equation), ...lines(ui.numbers, this.step && numbers)];
       const all = [...new Set([...(stop.symbols ?? []), ...symbols])];
-      this.equation.replaceChildren(...said, h("dl", {}, ...all.flatMap(meaning)));
+      const [, module, ...name] = code?.name.split(".") ?? [];
+      const place = code && this.link(code.page, `${module}.py: ${name.join(".")}`);
+      const written = code ? [h("h4", {}, ui.code), h("pre", {}, h("code", {}, code.line)), h("p", {}, place)] : [];
+      this.rule.replaceChildren(...said, h("dl", {}, ...all.flatMap(meaning)), ...written);
     }
 
     // The shapes of the tensors that are shown.

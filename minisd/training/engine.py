@@ -88,9 +88,9 @@ class SingleDevice:
         self.device = find_device(device)
         self.mixed_precision = mixed_precision
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Move the model to the device. (An Accelerator also wraps it, so that gradients are averaged.)"""
-        return model.to(self.device), optimizer
+        return model.to(self.device)
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """The model without the wrapper of `prepare`."""
@@ -98,21 +98,11 @@ class SingleDevice:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context for forward passes: with "bf16", PyTorch's autocast."""
-        if self.mixed_precision == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """The context in which gradients are accumulated on this process, but not yet averaged over all processes."""
         return contextlib.nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of the loss, and add them to those that are already there."""
-        loss.backward()
-
-    def clip_grad_norm_(self, parameters, max_norm: float) -> Tensor:
-        """Scale the gradients so that their norm is at most `max_norm`; returns the norm before scaling."""
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, concatenated. There is only one process here."""

@@ -23,7 +23,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint.files import refused_as
 from ..data import Corpus
 from ..latent_diffusion import enough_memory
 from ..noising import seeded
@@ -66,21 +66,20 @@ class Recipe:
     compile: bool = False  # torch.compile: the first step is slow, the others are faster
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # a number of numpy, which a checkpoint could not be read with
+        # A recipe is saved in each checkpoint. Checkpoints are read with `weights_only=True`, which refuses numbers of
+        # numpy, so these become Python's. (`object.__setattr__`, because the fields of a recipe are frozen.)
+        # A count must be possible: a checkpoint "every 0 steps", for example, would divide by zero.
+        counts = ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed")
+        for name, value in vars(self).items():  # also of the fields that a recipe for one network adds
+            if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
-        every = [name for name in vars(self) if name.endswith("_every")]
-        for name in ("steps", "batch_size", "accumulate", "keep_checkpoints", "seed", *every):
             least, most = {"batch_size": (1, 10**6), "seed": (0, 2**63)}.get(name, (1, 10**12))
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be at least {least} and at most {most:,}, not {getattr(self, name):,}")
-        self._check_share("ema_decay")
-        if not self.clip_grad > 0:
-            raise ValueError(f"clip_grad must be more than 0, not {self.clip_grad}")
-
-    def _check_share(self, name: str) -> None:
-        if not 0 <= getattr(self, name) <= 1:
-            raise ValueError(f"{name} is a share, from 0 to 1, not {getattr(self, name)}")
+            if (name in counts or name.endswith("_every")) and not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least} and at most {most:,}, not {value:,}")
+            if name in ("ema_decay", "text_dropout") and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, not {value}")
+            if name in ("clip_grad", "min_snr_gamma") and value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, not {value}")
 
     def betas(self, network: str) -> tuple[float, float]:
         """AdamW's β1 and β2 for the network of that name: "model", or another one such as "discriminator"."""
@@ -122,6 +121,7 @@ class EMA:
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Inside the `with`, the model has the EMA weights; afterwards its own again. CompVis calls it `ema_scope`."""
+        # load_state_dict writes into the model's tensors, so its own weights have to be copied first.
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.load_state_dict(self.weights, strict=False)
         try:
@@ -138,12 +138,23 @@ def drawn(seed: tuple[int, int], places: range, number: int, how: Callable, *arg
 
     Places 0 to 63 of the batch share a generator, places 64 to 127 the next, and so on. One for each place would be
     several times as slow. With one for all, each process would have to draw the numbers of all processes.
+
+    Args:
+        seed: that of the run, and the step.
+        places: which places of the step's batch.
+        number: how often the loop has drawn in this batch before.
+        how: torch.randn, torch.rand or torch.randint.
+        arguments: those of `how`, with the shape of one sample's numbers at the end: (high, shape) for randint.
     """
     *options, shape = arguments
     dtype = torch.int64 if how is torch.randint else torch.float32
+    # Which blocks of 64 places do these places lie in? The seed of a block is a hash of the run's seed, the step, the
+    # number of the draw and the block, so that no two of them have the same random numbers. (Where this has a 2, the
+    # seeds of `Batch.generators` have a 1.) The hash comes as two words of 32 bits, which are joined to 63 bits.
     first, last = places.start // BLOCK, (places.stop - 1) // BLOCK
     words = [np.random.SeedSequence((*seed, 2, number, block)).generate_state(2) for block in range(first, last + 1)]
     generators = [seeded(int(high) << 31 ^ int(low)) for high, low in words]
+    # Draw all numbers of these blocks, [64 *shape] each, and keep those of the places.
     blocks = [how(*options, (BLOCK, *shape), generator=g, dtype=dtype, device="cpu") for g in generators]
     return torch.cat(blocks)[places.start - first * BLOCK :][: len(places)]
 
@@ -188,10 +199,11 @@ class Batch:
 
 @contextlib.contextmanager
 def one_training() -> Iterator[None]:
-    """For functions that train, as a decorator: what has to hold around all of a training, however it ends.
+    """A decorator for the functions that train. It prepares a training, and cleans up after it, however it ends.
 
-    PyTorch's defaults are float32 and the CPU, because initial weights are random numbers, too. Afterwards the defaults
-    are as before, and the folder of the run is unlocked. If there is not enough memory, the error says what to lower.
+    During the training, PyTorch's defaults are float32 and the CPU, because the initial weights are random numbers, and
+    these should not depend on what was set before. Afterwards the defaults are as before, and the folder of the run is
+    unlocked. If there is not enough memory, the error says what to lower.
     """
     dtype, device, locked = torch.get_default_dtype(), torch.get_default_device(), set(LOCKED)
     torch.set_default_dtype(torch.float32)
@@ -204,20 +216,6 @@ def one_training() -> Iterator[None]:
         torch.set_default_device(None if device.type == "cpu" else device)
         for path in LOCKED.keys() - locked:
             RunFolder(path).close()
-
-
-class Steps:
-    """What `Trainer.steps` returns. Each `for` loop over it makes an iterator of its own.
-
-    Python closes an iterator when nothing refers to it any more. Only the loop refers to this one. So it is closed as
-    soon as the loop is left, by `break` or by an error, even if a notebook keeps the `Steps` in a variable.
-    """
-
-    def __init__(self, make: Callable[[], Iterator[int]]):
-        self._make = make
-
-    def __iter__(self) -> Iterator[int]:
-        return self._make()
 
 
 class Trainer:
@@ -250,50 +248,60 @@ class Trainer:
         describe: Callable[[int], str] = str,
     ):
         self.recipe, self.engine, self.describe = recipe, engine, describe
+        # A checkpoint is continued only if it was made from the same.
         self.given = {"random numbers": RANDOM_NUMBERS} | dict(given or {})
-        self._parts = engine.num_processes * recipe.accumulate  # of a batch
+        # A step's batch is cut into equal parts. Each process takes `accumulate` of them, one after the other.
+        self._parts = engine.num_processes * recipe.accumulate
         if recipe.batch_size % self._parts:
             raise ValueError(
                 f"a batch of {recipe.batch_size} can't be shared out evenly to {engine.num_processes} processes with "
                 f"{recipe.accumulate} parts each: take a multiple of {self._parts}"
             )
+        # Only the main process writes into the folder. It locks it against other trainings.
         self.folder = RunFolder(folder, recipe.keep_checkpoints)
         if engine.is_main_process:
             self.folder.open()
+        # Each network has an optimiser of its own, because a discriminator is trained for another loss.
         self.models, self.networks, self.optimizers = {}, {}, {}
         for name, network in {"model": model, **(others or {})}.items():
             # Move it to the device. With several processes, also wrap it in DDP, which averages gradients over them.
             self.optimizers[name] = _adamw(network, recipe, name)
-            self.models[name], _ = engine.prepare(network, self.optimizers[name])
+            self.models[name] = engine.prepare(network)
             self.networks[name] = engine.unwrap_model(self.models[name])  # the same without the wrapper
             if recipe.compile:
                 self.models[name].compile()
         self.model, self.network = self.models["model"], self.networks["model"]
+        # The running mean of the weights, which becomes the finished model.
         self.ema = EMA(self.network, recipe.ema_decay)
+        # How far the run is, and what it has to log. `_resume` replaces these by those of a checkpoint.
         self.step, self._since_log = 0, []
         self._seconds, self._logged_at = 0.0, 0.0  # of training: so far, and when the last line was logged
-        self._figures: list[dict[str, Tensor | float]] = []  # of the batches of this step
-        self._unread: list[tuple[int, list[str], list[str], Tensor]] = []  # what was exchanged since the last reading
+        self._unread: list[tuple[int, list[str], Tensor]] = []  # the figures of all steps since the last reading
         self._second_thread, self._draws, self._ahead = ThreadPoolExecutor(1), [], {}  # see `batches`
+        # On a GPU, reading a number makes the program wait, so figures are read rarely: see `_read`.
         self._reads_each_step = engine.device.type == "cpu"
         self._asked_to_stop, self._stopping = threading.Event(), False
         self._resume()
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
-    def steps(self) -> "Steps":
-        """The steps from where the run stands to the last. Saves checkpoints between them, and stops after a signal.
+    def steps(self) -> Iterable[int]:
+        """The steps that are left of the run. Saves checkpoints between them, and stops after a signal.
 
         Write the finished model inside `finishing` afterwards. Until then, no other process can train in this folder.
         If you leave the loop before the last step, other processes can, and signals have their usual effect again. (If
-        a variable holds an iterator over the steps, `iter(trainer.steps())`, it is so once the variable is deleted.)
+        you keep an iterator in a variable, `iter(trainer.steps())`, this happens when the variable is deleted.)
         """
-        return Steps(self._steps)
+        # This is not an iterator, but the trainer, of which each `for` loop makes an iterator of its own. Python closes
+        # an iterator when nothing refers to it any more, and only the loop refers to this one. So it is closed as soon
+        # as the loop is left, by `break` or by an error, even if a notebook keeps `trainer.steps()` in a variable.
+        return self
 
-    def _steps(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int]:
         first, last, name = self.step, self.recipe.steps, self.folder.path.name
         bar = tqdm(initial=first, total=last, desc=name, disable=not self.engine.is_main_process)
         self._bar, self._clock = bar, time.perf_counter()
+        # This may be a second loop over the same trainer, after a signal has stopped the first.
         self._asked_to_stop.clear()
         self._stopping = False
         if self.engine.is_main_process:
@@ -323,7 +331,7 @@ class Trainer:
                 yield
                 self.engine.wait_for_everyone()  # until the main process has written it
         finally:
-            self.folder.close()
+            self.folder.close()  # after an error, too, so that the command can be run again
         if self._asked_to_stop.is_set():
             raise KeyboardInterrupt(f"stopped; the run in {self.folder.path} is finished, and its model is written")
 
@@ -342,8 +350,9 @@ class Trainer:
             # not depend on the number of processes, nor on whether the run was interrupted.
             indices = torch.tensor(self._indices(self.step, part, n), device="cpu")
             batch = Batch(indices, (self.recipe.seed, self.step), self._places(part), self._ahead)
-            # While the network works on this batch, a second thread draws the random numbers of the next one. A loop
-            # asks for the same in every batch. If it does not, the same numbers are drawn when it asks.
+            # While the network works on this batch, a second thread draws the random numbers of the next one: of the
+            # next part of this step or, after the last part, of the first part of the next step. It draws what the loop
+            # asked for in the batch before. If the loop now asks for something else, that is drawn when it asks.
             last = k + 1 == self.recipe.accumulate
             following = (self.recipe.seed, self.step + last), self._places(part + 1 - last * self.recipe.accumulate)
             asked = [(*following, *draw) for draw in self._draws]
@@ -359,10 +368,14 @@ class Trainer:
 
     def backward(self, loss: Tensor, name: str = "loss", **figures: Tensor | float) -> None:
         """Add the gradient of a batch's loss to that of the step. `name` and `figures` go into the log."""
-        self._figures[-1] |= {name: loss, **figures}
+        self._figures[-1] |= {key: self._number(x) for key, x in {name: loss, **figures}.items()}
         # PyTorch adds up the gradients of several backward passes. Dividing each loss by their number makes this the
         # mean. (The mean over the processes is taken by DDP.)
-        self.engine.backward(loss / self.recipe.accumulate)
+        (loss / self.recipe.accumulate).backward()
+
+    def _number(self, x: Tensor | float) -> Tensor:
+        """A figure as a tensor on the device, where it stays until it is read."""
+        return torch.as_tensor(x).detach().to(self.engine.device, torch.float32, non_blocking=True)
 
     def update(self) -> None:
         """Take one optimiser step for each network that has a gradient, and update the EMA.
@@ -373,40 +386,34 @@ class Trainer:
         """
         # A single bad batch can have a gradient a hundred times as long as usual. Unclipped, it would dominate AdamW's
         # running means for many steps. So the gradient of all weights together is scaled down to a norm of clip_grad.
-        norms = {}
+        shared = {}
         for name, model in self.models.items():
-            norm = self.engine.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
-            norms["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
-        # Before the weights are changed, all processes exchange whether every loss and gradient is finite. All of them
-        # have to take the step, or none, because their weights must remain the same.
-        rows = self._exchange(norms)
-        alone_and_asked_to_stop = self._asked_to_stop.is_set() and self.engine.num_processes == 1
-        now = self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or alone_and_asked_to_stop
-        if now:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.clip_grad)
+            shared["grad_norm" if name == "model" else f"grad_norm_{name}"] = self._number(norm)
+        # Before the weights are changed, all processes exchange their figures: a row for each batch, with its losses,
+        # the gradient norms, and whether this process got a signal to stop. So all of them take the step, or none, and
+        # all stop after the same step, because their weights must stay equal. The table stays on the device, to be
+        # read by `_read`.
+        asked_to_stop = self._asked_to_stop.is_set()
+        shared["asked to stop"] = self._number(asked_to_stop)
+        rows = [figures | shared for figures in self._figures]
+        table = self.engine.gather(torch.stack([torch.stack(list(row.values())) for row in rows]))
+        self._unread.append((self.step, list(rows[0]), table))
+        alone = self.engine.num_processes == 1
+        if self._reads_each_step or (self.step + 1) % self.recipe.log_every == 0 or (asked_to_stop and alone):
             self._read()
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(self.step)
             # If the figures are not read now, the device itself decides: it leaves the weights as they are if any
             # figure is not finite. (PyTorch's GradScaler skips a step in the same way.)
-            optimizer.found_inf = (~rows.isfinite().all()).float()
+            optimizer.found_inf = (~table.isfinite().all()).float()
             optimizer.step()  # AdamW: weight ← weight - lr (m̂ / (√v̂ + 1e-8) + weight_decay · weight)
             # None instead of zeros saves memory. AdamW also skips weights whose gradient is None, such as those of a
             # discriminator that is not trained yet; with zeros it would still apply weight decay to them.
             optimizer.zero_grad(set_to_none=True)
         # Now that the weights have changed, move their running mean towards them.
         self.ema.update(self.network)
-
-    def _exchange(self, norms: dict[str, Tensor]) -> Float[Tensor, "processes n"]:
-        """The figures of this step, a row from each process. They stay on the device, to be read by `_read`."""
-        # Put everything that this process has to report into one row: the figures of its batches, the gradient norms,
-        # and whether it got a signal to stop (all processes have to stop after the same step).
-        names = list(self._figures[0])
-        row = [*(f[name] for f in self._figures for name in names), *norms.values(), self._asked_to_stop.is_set()]
-        row = [torch.as_tensor(x).detach().to(self.engine.device, torch.float32, non_blocking=True) for x in row]
-        rows = self.engine.gather(torch.stack(row)[None])
-        self._unread.append((self.step, names, list(norms), rows))
-        return rows
 
     def _read(self) -> None:
         """Read and log the figures of all steps since the last reading. Raises FloatingPointError if one is not finite.
@@ -417,17 +424,15 @@ class Trainer:
         Every process reads the same.
         """
         unread, self._unread = self._unread, []
-        for step, names, norms, rows in unread:
-            rows = rows.cpu().double().numpy()
-            self._stopping |= bool(rows[:, -1].any())
-            # Means over batches and processes. The table has a row for each part of the batch.
-            table = rows[:, : -1 - len(norms)].reshape(self._parts, len(names))
-            figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))
-            figures |= dict(zip(norms, rows[0, -1 - len(norms) : -1].tolist(), strict=True))
+        for step, names, table in unread:
+            table = table.cpu().double().numpy()  # [batches figures]: the batches of all processes, in their order
+            figures = dict(zip(names, table.mean(axis=0).tolist(), strict=True))  # means over batches and processes
+            self._stopping |= figures.pop("asked to stop") > 0
             if not all(map(math.isfinite, figures.values())):
-                # Report the samples of the parts whose figures are not finite. If only a gradient norm is not, it may
-                # have come from any part, so report all samples.
-                bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist() or range(self._parts)
+                # Report the samples of the batches whose own figures are not finite. If only a gradient norm is not, it
+                # may have come from any batch, so report all samples.
+                own = table[:, : names.index("grad_norm")]
+                bad = np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist() or range(self._parts)
                 self._refuse(step, figures, [i for part in bad for i in self._indices(step, part, self._n)])
             self._log(step, figures)
 
@@ -437,9 +442,9 @@ class Trainer:
         described = [self.describe(i) for i in suspects]
         where = "; ".join(described[:FEW])
         if len(suspects) > FEW:
-            where += f" and {len(suspects) - FEW} others, named in {NAMED.format(step + 1)}"
+            path = self.folder.path / f"no_number_{step + 1:06d}.txt"
+            where += f" and {len(suspects) - FEW} others, named in {path.name}"
             if self.engine.is_main_process:
-                path = self.folder.path / NAMED.format(step + 1)
                 path.write_text("\n".join(described) + "\n", encoding="utf-8")
         raise FloatingPointError(
             f"the {name} of step {step + 1} is {value}, over the samples {where}. The run in {self.folder.path} stands "
@@ -447,21 +452,23 @@ class Trainer:
             "without those samples"
         )
 
-    def sheet(self, draw: Callable[[], Tensor]) -> None:
-        """Every `sample_every` steps and after the last, call `draw` with the EMA weights and save the pictures.
+    def sheet(self, data: Corpus, draw: Callable[[Tensor], Tensor]) -> None:
+        """Every `sample_every` steps and after the last, save twelve pictures, and below each what the model makes.
 
-        They go to samples/. All processes draw, because they would have to wait anyway, and the main process saves.
+        draw: makes the pictures [12 c H W] for these indices of the data; it is called with the EMA weights. All
+        processes draw, because they would have to wait anyway, and the main process saves the sheet in samples/.
         """
         if (self.step + 1) % self.recipe.sample_every == 0 or self.step + 1 == self.recipe.steps:
+            indices = torch.linspace(0, len(data) - 1, 12).long()
             with self.ema.applied_to(self.network):
-                pictures = draw()
+                pictures = torch.cat([data.batch(indices), draw(indices).cpu()])
             if self.engine.is_main_process:
                 save_sheet(pictures, self.folder.path / f"samples/{self.step + 1:06d}.png", columns=12)
 
     # --- which samples --------------------------------------------------------------------------------------------
 
     def _places(self, part: int) -> range:
-        """The places in a step's batch that belong to a part."""
+        """The places in a step's batch that belong to a part: 0 to 31 to the first half of a batch of 64, say."""
         size = self.recipe.batch_size // self._parts
         return range(part * size, (part + 1) * size)
 
@@ -474,12 +481,15 @@ class Trainer:
     # --- log and checkpoints --------------------------------------------------------------------------------------
 
     def _log(self, step: int, figures: dict[str, float]) -> None:
+        """Collect the figures of a step. Every `log_every` steps, write their means to the log."""
+        # The clock also runs while samples are drawn and checkpoints are written.
         now = time.perf_counter()
         self._seconds, self._clock = self._seconds + now - self._clock, now
         self._since_log.append(figures)
         if (step + 1) % self.recipe.log_every:
             return
         line = {"step": step + 1, "lr": self.recipe.lr_at(step)}
+        # Not every step has every figure: those of a discriminator begin at disc_start.
         for name in dict.fromkeys(name for f in self._since_log for name in f):
             line[name] = float(np.mean([f[name] for f in self._since_log if name in f]))
         samples = len(self._since_log) * self.recipe.batch_size
@@ -492,7 +502,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. Older ones are deleted only after it has been written completely."""
-        self._read()  # a step that has no number raises an error here, before its effects are saved
+        self._read()  # a figure that is NaN or infinite raises an error here, before its effects are saved
         weights = {name: network.state_dict() for name, network in self.networks.items()}
         for name, numbers in [*weights.items(), ("EMA", self.ema.weights)]:
             refuse_no_numbers(numbers, f"the {name} after step {self.step}, which is not saved,")
@@ -521,7 +531,15 @@ class Trainer:
             raise ValueError(f"processes see different checkpoints in {self.folder.path}: use a disk that all share")
         if state is not None:
             self._refuse_another_run(state["recipe"], state["given"])
-            self._restore(state)
+            with refused_as(f"{self.folder.path} holds a run of other networks: choose another folder, or delete it"):
+                for name, network in self.networks.items():
+                    weights, optimizer = state["networks"][name]
+                    network.load_state_dict(weights)
+                    self.optimizers[name].load_state_dict(optimizer)
+                for name, mean in self.ema.weights.items():
+                    mean.copy_(state["ema"][name])
+            self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
+            self._seconds, self._logged_at = state["seconds"]
         if self.engine.is_main_process:
             self.folder.forget_lines_after(self.step)
 
@@ -539,22 +557,6 @@ class Trainer:
                 "choose another folder"
             )
 
-    def _restore(self, state: dict) -> None:
-        try:
-            for name, network in self.networks.items():
-                weights, optimizer = state["networks"][name]
-                network.load_state_dict(weights)
-                self.optimizers[name].load_state_dict(optimizer)
-            for name, mean in self.ema.weights.items():
-                mean.copy_(state["ema"][name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ValueError(
-                f"{self.folder.path} holds a run of other networks ({reason}): choose another folder, or delete it"
-            ) from error
-        self.ema.num_updates, self.step, self._since_log = state["num_updates"], state["step"], state["since_log"]
-        self._seconds, self._logged_at = state["seconds"]
-
 
 # Fields of the recipe that may change when a run is continued.
 _MAY_CHANGE = {
@@ -562,7 +564,6 @@ _MAY_CHANGE = {
 }  # fmt: skip
 RANDOM_NUMBERS = "those of minisd 0.2"  # see `drawn`; before, each sample had a generator of its own
 FEW = 8  # how many samples an error message names; all of them are written to a file
-NAMED = "no_number_{:06d}.txt"
 
 
 def _adamw(network: nn.Module, recipe: Recipe, name: str) -> torch.optim.AdamW:

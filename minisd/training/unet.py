@@ -14,7 +14,6 @@ al. 2020, arXiv:2006.11239), with two additions that Stable Diffusion also uses:
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +34,8 @@ from .run_folder import save_model
 from .trainer import Batch, Recipe, Trainer, digest, fingerprint, one_training, refuse_another_size
 from .vae import encode_all, finished_vae, posterior_of
 
+KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
+
 
 @dataclass(frozen=True)
 class UNetRecipe(Recipe):
@@ -45,12 +46,6 @@ class UNetRecipe(Recipe):
     min_snr_gamma: float | None = 5.0  # weights by min(SNR, γ)/SNR; None for plain L_simple, as in Stable Diffusion
     gradient_checkpointing: bool = False  # recompute the blocks' activations in the backward pass, to save memory
     guidance_scale: float = 3.0  # of the sample sheets
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_share("text_dropout")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be more than 0, not {self.min_snr_gamma}")
 
 
 @one_training()
@@ -92,7 +87,14 @@ def train_unet(
     torch.manual_seed(recipe.seed)  # the initial weights of a new UNet
     sd = model if isinstance(model, LatentDiffusion) else assemble(model, clip, vae, data, condition, column)
     folder, condition = Path(folder), sd.cond_stage_model
-    _check(sd, recipe, data, keep_at)
+    if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
+        raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
+    if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
+        raise ValueError(
+            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
+            "no condition of minisd makes these: train a model without them, or one for inpainting"
+        )
+    refuse_another_size(data, sd.config.image_size, "this model draws")
 
     # Only the UNet is trained, and the condition's encoder if it is not frozen (a table of class embeddings). Nothing
     # else gets gradients. The weights are kept in float32: AdamW's small updates would be rounded away in 16 bits.
@@ -101,9 +103,18 @@ def train_unet(
     sd.model.diffusion_model.use_checkpoint(recipe.gradient_checkpointing)
     network = sd.model.diffusion_model if condition.frozen else UNetAndCondition(sd)
     prompts = condition.prompts(data)  # for each picture, one wording of its prompt or more
-    given = _given(sd, data, prompts)
+    # What the run depends on beside its recipe: the data, the frozen networks, and the model's settings. The prompts
+    # depend on more than the captions: also on the templates, or on the column that holds the classes.
+    given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
+    given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
+    if condition.frozen:
+        given["text tower"] = fingerprint(condition)
+    else:  # its weights change during training, but its configuration does not (such as the names of the classes)
+        given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
+    given |= {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
     if adapter is not None:  # it holds the only parameters that are trained, and calls the UNet
-        network, given = adapter, given | {"model": fingerprint(sd), "adapter": repr(adapter)}
+        network = adapter
+        given |= {"model": fingerprint(sd), "adapter": repr(adapter)}
         sd.requires_grad_(False)
         adapter.requires_grad_(True)
     trainer = Trainer(network, recipe, folder, engine, given=given, describe=data.describe)
@@ -116,13 +127,26 @@ def train_unet(
     # Each text is encoded once, because a mixture of data repeats them. rows [n forms] has the row of each prompt.
     row_of = {form: row for row, form in enumerate(dict.fromkeys(form for forms in prompts for form in forms))}
     rows = torch.tensor([[row_of[form] for form in forms] for forms in prompts])
-    kept = fits_in_memory(sd, len(data), len(row_of), nothing)
+    latent = 2 * 4 * math.prod(sd.latent_shape())  # bytes: mean and log variance in float32
+    context = 0 if nothing is None else 2 * nothing.numel()  # float16
+    kept = len(data) * latent + len(row_of) * context <= KEPT
     moments = encode_all(sd.first_stage_model, data, engine) if kept else None
     # An encoder that is trained runs again in each step. It runs here all the same, so that an unknown class is refused
     # now, and not in the step in which it first turns up.
     contexts = encode_prompts(sd, list(row_of), engine) if kept or not condition.frozen else None
 
-    with _called_through(sd, trainer.model):
+    def drawings(indices: Int[Tensor, "n"]) -> Float[Tensor, "n c H W"]:
+        """For a sample sheet: a drawing for the prompt of each of these pictures, from the same noise at every step."""
+        maps = condition.maps(sd, data, Batch(indices, (0, 0), range(len(indices))))
+        with engine.autocast():
+            shown = [prompts[i][0] for i in indices]
+            return sd.txt2img(shown, steps=20, guidance_scale=recipe.guidance_scale, seed=0, c_concat=maps).pictures
+
+    with contextlib.ExitStack() as undo:
+        # In the loop, the model calls the UNet through the engine's wrapper, which averages gradients (DDP). So a step
+        # uses the same methods as drawing does, `apply_model` and `p_losses`, as in CompVis.
+        undo.callback(setattr, sd.model, "diffusion_model", sd.model.diffusion_model)
+        sd.model.diffusion_model = trainer.model
         for step in trainer.steps():
             for batch in trainer.batches(len(data)):
                 # For each picture of the batch, choose at random one wording of its prompt, a timestep t from
@@ -179,7 +203,7 @@ def train_unet(
             # The gradient is now the mean over all batches and processes. Clip it, take the AdamW step, update the EMA.
             trainer.update()
             # From time to time, draw a sample sheet with the EMA weights: the loss says little about the pictures.
-            trainer.sheet(lambda: _drawings(sd, data, prompts, engine, recipe.guidance_scale))
+            trainer.sheet(data, drawings)
             # Keep the EMA weights of some steps in float16, so that you can compare how the model drew at those steps.
             if step + 1 in keep_at and engine.is_main_process:
                 prefix = "model.diffusion_model." if condition.frozen else ""
@@ -202,19 +226,6 @@ def train_unet(
     return sd.eval()
 
 
-@contextlib.contextmanager
-def _called_through(sd: LatentDiffusion, prepared: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model calls the UNet through the engine's wrapper, which averages gradients (DDP).
-
-    In this way a training step uses the same methods as drawing does, `apply_model` and `p_losses`, as in CompVis.
-    """
-    unet, sd.model.diffusion_model = sd.model.diffusion_model, prepared
-    try:
-        yield
-    finally:
-        sd.model.diffusion_model = unet
-
-
 class UNetAndCondition(nn.Module):
     """The UNet and a condition that is trained with it, as one module for the optimiser, the EMA and the engine.
 
@@ -227,34 +238,6 @@ class UNetAndCondition(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         return self.model(x, t, context)
-
-
-def _check(sd: LatentDiffusion, recipe: UNetRecipe, data: Corpus, keep_at: tuple[int, ...]) -> None:
-    """Raise ValueError if the model cannot be trained on these pictures with this recipe."""
-    if late := [step for step in keep_at if not 1 <= step <= recipe.steps]:
-        raise ValueError(f"keep_at names step {late[0]}, but this run has steps 1 to {recipe.steps}")
-    if sd.config.concat_channels != condition_of(sd.config).concat_channels(sd.config):
-        raise ValueError(
-            f"this model takes {sd.config.concat_channels} channels beside the noisy latent, such as a mask, but "
-            "no condition of minisd makes these: train a model without them, or one for inpainting"
-        )
-    refuse_another_size(data, sd.config.image_size, "this model draws")
-
-
-def _given(sd: LatentDiffusion, data: Corpus, prompts: list[list]) -> dict[str, str | int | float]:
-    """What the run depends on beside its recipe: data, frozen networks, the model's settings.
-
-    A checkpoint is only continued if these are the same.
-    """
-    condition = sd.cond_stage_model
-    given = {"data": data.fingerprint, "autoencoder": fingerprint(sd.first_stage_model)}
-    # The prompts depend on more than the captions: also on the templates, or on the column that holds the classes.
-    given["prompts"] = f"{len(prompts[0])} for each picture ({digest(prompts)})"
-    if condition.frozen:
-        given["text tower"] = fingerprint(condition)
-    else:  # its weights change during training, but its configuration does not (such as the names of the classes)
-        given["condition"] = f"{type(condition).__name__} ({digest(sd.config.cond_stage)})"
-    return given | {name: value for name, value in vars(sd.config).items() if isinstance(value, str | int | float)}
 
 
 def by_time(losses: Float[Tensor, "b"], t: Int[Tensor, "b"], timesteps: int, bins: int = 4) -> dict[str, Tensor]:
@@ -300,15 +283,6 @@ def assemble(
     return sd
 
 
-KEPT = 4 * 2**30  # bytes: if the latents and contexts of all pictures fit, they are computed once and kept
-
-
-def fits_in_memory(sd: LatentDiffusion, pictures: int, prompts: int, context: Tensor | None) -> bool:
-    """Whether the latent distributions of that many pictures, and the contexts of that many prompts, fit."""
-    latent = 2 * 4 * math.prod(sd.latent_shape())  # mean and log variance, float32
-    return pictures * latent + prompts * 2 * (0 if context is None else context.numel()) <= KEPT
-
-
 @torch.no_grad()
 def encode_prompts(sd: LatentDiffusion, prompts: list, engine: Engine, batch_size: int = 512) -> Tensor | None:
     """The contexts of all prompts, [n l d]; None for an unconditional model.
@@ -324,16 +298,3 @@ def encode_prompts(sd: LatentDiffusion, prompts: list, engine: Engine, batch_siz
         if sd.get_learned_conditioning(prompts[:1]) is None:
             return None
         return encode_shared(contexts, len(prompts), batch_size, engine)
-
-
-def _drawings(
-    sd: LatentDiffusion, data: Corpus, prompts: list[list], engine: Engine, guidance_scale: float
-) -> Float[Tensor, "n c H W"]:
-    """For a sample sheet: pictures, and below each the drawing for its prompt, from the same noise at every step."""
-    indices = torch.linspace(0, len(data) - 1, 12).long()
-    batch = Batch(indices, (0, 0), range(len(indices)))
-    maps = sd.cond_stage_model.maps(sd, data, batch)
-    with engine.autocast():
-        shown = [prompts[i][0] for i in indices]
-        out = sd.txt2img(shown, steps=20, guidance_scale=guidance_scale, seed=0, c_concat=maps)
-    return torch.cat([data.batch(indices), out.pictures.cpu()])

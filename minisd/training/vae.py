@@ -47,7 +47,7 @@ from .codebook import measure_codebook, revive_dead_codes
 from .discriminator import NLayerDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .engine import Engine, encode_shared
 from .run_folder import save_model
-from .trainer import Batch, Recipe, Trainer, fingerprint, one_training
+from .trainer import Recipe, Trainer, fingerprint, one_training
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures and reconstructions in [-1, 1] → a distance for each pair
 
@@ -139,10 +139,31 @@ def train_vae(
             revive_dead_codes(vae, data, mean_codes, [recipe.seed, step], engine)
         for batch in trainer.batches(len(data)):
             x = data.batch(batch.indices).to(engine.device, non_blocking=True)  # [b 3 H W] in [-1, 1]
-            # Encode and decode: x → q(z|x) → a sample z → x̂ [b 3 H W]. The sample is z = μ + σ ε, so gradients reach
-            # the encoder through μ and σ (Kingma & Welling 2014, arXiv:1312.6114, section 2.4). A VQModel takes the
-            # nearest codes instead. latent_loss is the weighted KL term, or that of the codebook.
-            x_hat, latent_loss, figures = _reconstruct(trainer, x, batch, quantised)
+            # Encode and decode: x → latent → x̂ [b 3 H W]. latent_loss is the weighted term of the codebook or the KL.
+            if quantised:
+                # Each vector of the encoder's output is replaced by the nearest code. The loss pulls the code towards
+                # the vector (codebook term) and the vector towards the code (commitment term).
+                with engine.autocast():
+                    x_hat, codebook_loss, indices = trainer.model(x, return_pred_indices=True)
+                latent_loss = recipe.codebook_weight * codebook_loss
+                used = (vae.quantize.usage(indices) > 0).sum()  # codes used in this batch; a larger batch uses more
+                figures = {"codebook": codebook_loss, "codes": used, "perplexity": vae.quantize.perplexity(indices)}
+            else:
+                # x → q(z|x) → a sample z → x̂. The sample is z = μ + σ ε, so gradients reach the encoder through μ and
+                # σ (Kingma & Welling 2014, arXiv:1312.6114, section 2.4). `noise` is added to z: see `latent_noise`.
+                noise = None
+                if recipe.latent_noise:
+                    strength = recipe.latent_noise * batch.rand().view(-1, 1, 1, 1)
+                    side = data.size // config.downsampling
+                    noise = (strength * batch.randn(config.embed_dim, side, side)).to(engine.device, non_blocking=True)
+                with engine.autocast():
+                    x_hat, posterior = trainer.model(x, generator=batch.randn, noise=noise)
+                # KL(q(z|x) ‖ N(0, I)) is a sum over the latent. CompVis adds it to a reconstruction error that is a sum
+                # over the numbers of the picture. Here that error is a mean, so the KL is divided by the same number,
+                # c · H · W.
+                kl_loss = posterior.kl().mean() / x[0].numel()
+                latent_loss, figures = recipe.kl_weight * kl_loss, {"kl": kl_loss}
+            x_hat = x_hat.float()
             # The whole loss at the top of this file. Its last term is lower if the discriminator takes the
             # reconstruction for a real picture. That term gives no gradient to the discriminator's own weights.
             loss, more = loss_of(x, x_hat, latent_loss, step)
@@ -157,7 +178,7 @@ def train_vae(
         # Clip the gradients, take an AdamW step for each network with its own optimiser, and update the autoencoder's
         # EMA. The discriminator is not part of the result and has no EMA.
         trainer.update()
-        trainer.sheet(lambda: _reconstructions(trainer.model, data, engine))
+        trainer.sheet(data, lambda indices: reconstruct(trainer.model, data.batch(indices).to(engine.device), engine))
 
     # The finished autoencoder gets the EMA weights, not those of the last step.
     with trainer.finishing():
@@ -200,34 +221,6 @@ def _check(recipe: VAERecipe, quantised: bool, perceptual: Perceptual | None, fi
             f"perceptual_weight is {recipe.perceptual_weight}, but train_vae was given no perceptual distance: give it "
             "a CLIPPerceptual or an LPIPS, or set perceptual_weight to 0"
         )
-
-
-def _reconstruct(trainer: Trainer, x: Tensor, batch: Batch, quantised: bool) -> tuple[Tensor, Tensor, dict]:
-    """The reconstruction x̂, the weighted loss of its latents, and figures for the log."""
-    recipe, vae = trainer.recipe, trainer.network
-    with trainer.engine.autocast():
-        if quantised:
-            # Each vector of the encoder's output is replaced by the nearest code. The loss pulls the code towards the
-            # vector (codebook term) and the vector towards the code (commitment term).
-            x_hat, codebook_loss, indices = trainer.model(x, return_pred_indices=True)
-        else:
-            noise = _latent_noise(vae, x, batch, recipe.latent_noise) if recipe.latent_noise else None
-            x_hat, posterior = trainer.model(x, generator=batch.randn, noise=noise)
-    if quantised:
-        used = (vae.quantize.usage(indices) > 0).sum()  # codes that are used in this batch; a larger batch uses more
-        figures = {"codebook": codebook_loss, "codes": used, "perplexity": vae.quantize.perplexity(indices)}
-        return x_hat.float(), recipe.codebook_weight * codebook_loss, figures
-    # KL(q(z|x) ‖ N(0, I)) is a sum over the latent. CompVis adds it to a reconstruction error that is a sum over the
-    # numbers of the picture. Here that error is a mean, so the KL is divided by the same number: c · H · W.
-    kl_loss = posterior.kl().mean() / x[0].numel()
-    return x_hat.float(), recipe.kl_weight * kl_loss, {"kl": kl_loss}
-
-
-def _latent_noise(vae: nn.Module, x: Float[Tensor, "b c H W"], batch: Batch, most: float) -> Float[Tensor, "b z h w"]:
-    """σ ε with ε ~ N(0, I), where σ is chosen uniformly between 0 and `most` for each picture."""
-    height, width = (side // vae.config.downsampling for side in x.shape[-2:])
-    sigma = most * batch.rand().view(-1, 1, 1, 1)
-    return (sigma * batch.randn(vae.config.embed_dim, height, width)).to(x.device, non_blocking=True)
 
 
 @dataclass
@@ -290,7 +283,7 @@ def finished_vae(path: str | Path) -> tuple[FirstStage, float]:
 def encode_all(vae: FirstStage, data: Corpus, engine: Engine, batch_size: int = 64, most: int | None = None) -> Tensor:
     """Mean and log variance of the latents of all pictures [n 2c h w], on the CPU. All processes share the work.
 
-    most: of more pictures than this, only as many are encoded, drawn at random.
+    most: how many pictures are encoded at most. If there are more, they are chosen at random.
 
     The latents of a VQModel have variance zero, so their log variance is -inf.
     """
@@ -334,12 +327,6 @@ def psnr(vae: FirstStage, data: Corpus, engine: Engine, count: int = 512) -> flo
         x_hat = reconstruct(vae, x, engine).clamp(-1, 1)
         errors.append(((x - x_hat) / 2).square().mean(dim=(1, 2, 3)))  # [-1, 1] has a range of 2; PSNR is for range 1
     return float(-10 * torch.cat(errors).mean().log10())
-
-
-def _reconstructions(vae: nn.Module, data: Corpus, engine: Engine) -> Float[Tensor, "n c H W"]:
-    """For a sample sheet: pictures, and below each its reconstruction."""
-    x = data.batch(torch.linspace(0, len(data) - 1, 12).long()).to(engine.device)
-    return torch.cat([x, reconstruct(vae, x, engine)])
 
 
 @torch.no_grad()

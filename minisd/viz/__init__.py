@@ -5,7 +5,6 @@
                 noising_strip                                   pictures with more and more noise, for some schedules
                 trajectory                                      the steps of a sampler: x_t and its estimate of x_0
     plots       curves, schedule_curves                         numbers against t, and what is exact in black
-                loss_by_timestep                                the loss at each t, and the smallest possible loss
                 histograms                                      samples, and the Gaussian that they should follow
                 with_errors                                     numbers with error bars, for settings or groups
                 convergence, ruler                              samplers: error against cost; the timesteps they visit
@@ -29,6 +28,6 @@ from .diagrams import class_diagram, diagram, pipeline, sampling_diagram, traini
 from .layers import attention_maps, feature_maps, maps, plane
 from .page import COLOURS, DASHES
 from .pictures import captioned, noising_strip, strip, trajectory
-from .plots import convergence, curves, histograms, loss_by_timestep, ruler, schedule_curves, with_errors
+from .plots import convergence, curves, histograms, ruler, schedule_curves, with_errors
 from .toys import clouds, density_over_time, vector_field, walks
 from .words import matrices, token_table

@@ -73,8 +73,8 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
     up = {block.skip: block for block in blocks if block.skip}
     middle, out = ([b for b in blocks if b.name == name][0] for name in ("middle_block", "out"))
     sides = sorted({block.shape_out[-1] for block in down}, reverse=True)  # of the maps, the largest first
-    row, tall, wide, step = 0.34, 0.27, 2.75, 0.16  # inches; each level stands a step further in
-    width, head = 2 * wide + 2.7, 0.5 if title else 0.3
+    row, tall, wide, step = 0.34, 0.27, 2.85, 0.14  # inches; each level stands a step further in
+    width, head = 2 * wide + 1.7, 0.5 if title else 0.3
     height = head + row * (len(down) + 1)
     figure = empty_figure(width, height)
     # The axes fill the figure, in inches from the lower left corner, and are invisible.
@@ -89,9 +89,9 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
         style = {"facecolor": "#D3E6F3" if attends else "#F0F0F0", "edgecolor": "0.3", "linewidth": 0.8}
         axes.add_patch(FancyBboxPatch((x, y), wide, tall, "round,pad=0,rounding_size=0.06", **style))
         place = block.name.split(".")[1] if "." in block.name else "middle"
-        style = {"va": "center", "fontsize": 7.5}
+        style = {"va": "center", "fontsize": 8}
         axes.text(x + 0.06, y + tall / 2, place, color="0.35", **style)
-        axes.text(x + wide / 2 - 0.1, y + tall / 2, " + ".join(short[la] for la in block.layers), ha="center", **style)
+        axes.text(x + wide / 2 - 0.15, y + tall / 2, " + ".join(short[la] for la in block.layers), ha="center", **style)
         channels, h, w = block.shape_out
         axes.text(x + wide - 0.06, y + tall / 2, f"{channels}, {h}×{w}", ha="right", **style)
 
@@ -106,7 +106,7 @@ def unet_diagram(blocks: Sequence, title: str = "") -> Figure:
         box(block, inset, y)
         box(up[block.name], right, y)
         _arrow(axes, (left, y + tall / 2), (right, y + tall / 2), dashed=True)
-        axes.text((left + right) / 2, y + tall / 2 + 0.03, block.shape_out[0], ha="center", va="bottom", fontsize=7.5)
+        axes.text((left + right) / 2, y + tall / 2 + 0.03, block.shape_out[0], ha="center", va="bottom", fontsize=8)
         if block is not down[-1]:
             _arrow(axes, (inset + 0.3, y), (inset + 0.3, y - row + tall))
             _arrow(axes, (width - inset - 0.3, y - row + tall), (width - inset - 0.3, y))

@@ -62,15 +62,18 @@ def place(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
 def side_by_side(
     panels: Mapping, width: float, height: float, xlabel: str = "", ylabel: str = "", **options
 ) -> tuple[Figure, list[tuple[Axes, str, object]]]:
-    """A figure with a row of panels, each `width` inches wide, and for each panel: its axes, title and content.
+    """A figure with a row of panels, and for each panel: its axes, title and content.
+
+    Each panel is `width` inches wide, or less if the row would be wider than a page.
 
     The panels have no upper and right frame lines. xlabel: below each panel; ylabel: left of the first.
     """
-    figure = empty_figure(width * len(panels), height, layout="constrained")
+    # A page is about 7.4 inches wide. What is wider would be shown smaller, with letters too small to read.
+    figure = empty_figure(min(width * len(panels), 7.4), height, layout="constrained")
     row = list(figure.subplots(1, len(panels), squeeze=False, **options)[0])
     for axes, title in zip(row, panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(which="both", labelsize=7)  # "both": a logarithmic axis also has labels at minor ticks
+        axes.tick_params(which="both", labelsize=8)  # "both": a logarithmic axis also has labels at minor ticks
         name_axes(axes, title, xlabel, ylabel if axes is row[0] else "")
     return figure, list(zip(row, panels.keys(), panels.values(), strict=True))
 
@@ -126,9 +129,9 @@ def label_below(axes: Axes, text: str, fontsize: float = 7, gap: float = 0.04) -
 
 def name_axes(axes: Axes, title: str, xlabel: str = "", ylabel: str = "", upright: bool = False) -> None:
     """Set the title and the labels of the axes. upright: do not rotate the ylabel (for a symbol)."""
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(xlabel, fontsize=8)
-    axes.set_ylabel(ylabel, fontsize=8, rotation=0 if upright else 90)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9, rotation=0 if upright else 90)
 
 
 def legend_below(figure: Figure, handles: Sequence, labels: Sequence[str], **options) -> None:

@@ -87,11 +87,11 @@ def trajectory(
     steps: all steps that it yielded (a list of `Step`, or a `Trajectory`).
     decode: latents → pictures; leave it out if the steps contain pictures.
     rows: which fields of a Step to show. x_t is the input of the step; x0 is the model's estimate of the picture.
-    every: show every `every`-th step, and the last. By default, about nine steps are shown.
+    every: show every `every`-th step, and the last. By default, about eight steps are shown.
     pictures: which pictures of the batch; labels: a name for each of them.
     """
     steps = list(steps)
-    every = every or max(1, -(-len(steps) // 9))
+    every = every or max(1, -(-len(steps) // 8))
     chosen = steps[::every]
     if (len(steps) - 1) % every:
         chosen.append(steps[-1])

@@ -55,19 +55,6 @@ def schedule_curves(schedules: Mapping[str, object]) -> Figure:
     return curves({noise: betas, signal: alphas_cumprod, ratio: log_snr}, log=[noise])
 
 
-def loss_by_timestep(
-    panels: Mapping[str, Mapping[str, tuple]],
-    floors: Mapping[str, tuple] | None = None,
-    floor_label: str = "the best possible",
-    log: Sequence[str] = (),
-    xlabel: str = "t",
-    width: float = 3.4,
-    height: float = 2.4,
-) -> Figure:
-    """Panels of losses: `curves` with the losses of the best possible model (`floors`) as what is exact."""
-    return curves(panels, xlabel, "loss", log, floors, floor_label, width, height)
-
-
 def histograms(
     panels: Mapping[str, Mapping[str, Tensor]],
     gaussians: Mapping[str, tuple[float, float]] | None = None,

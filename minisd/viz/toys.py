@@ -1,7 +1,6 @@
 """One- and two-dimensional data, where a figure can show the whole distribution and every path through it."""
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
 
 import torch
 from jaxtyping import Float
@@ -29,10 +28,9 @@ def density_over_time(
     reach = 1.15 * max(2.8, x_0.abs().max().item())
     y = torch.linspace(-reach, reach, 301)
     # q(x_t) = 1/n Σ_i N(√ᾱ_t x_i, (1-ᾱ_t) I): a mixture with one Gaussian for each data point.
-    mean = schedule.sqrt_alphas_cumprod[:, None] * x_0.float()  # [T n]
+    mean = schedule.sqrt_alphas_cumprod[:, None, None] * x_0.float()  # [T 1 n]
     sigma = schedule.sqrt_one_minus_alphas_cumprod[:, None, None]  # [T 1 1]
-    gaussian = torch.exp(-(((y[None, :, None] - mean[:, None]) / sigma) ** 2) / 2) / (sigma * sqrt(2 * torch.pi))
-    density = gaussian.mean(-1)  # [T y]
+    density = torch.distributions.Normal(mean, sigma).log_prob(y[:, None]).exp().mean(-1)  # [T y]
 
     paths = paths or {"": ((), torch.zeros(0, 0))}
     colour_of = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(x_0.unique().tolist())}

@@ -13,7 +13,7 @@ from .page import Figure, as_array, empty_figure, name_axes, place, shades, show
 def token_table(
     sentences: Mapping[str, Sequence[str]],
     ids: Mapping[str, Sequence[int]] | None = None,
-    width: float = 10.0,
+    width: float = 7.4,
 ) -> Figure:
     """How sentences are cut into tokens: a line for each {label: pieces}, with each piece in a box.
 
