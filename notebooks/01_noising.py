@@ -29,11 +29,11 @@
 # %% [markdown] tags=["colab"]
 # <details><summary>To run this notebook in Colab</summary>
 #
-# Upload the folder of minisd as `minisd.zip`, and run this in a new cell above
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
 # ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
 #
 # ```text
-# !unzip -q minisd.zip && pip install -q "./minisd[data]"
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
 # %cd minisd/notebooks
 # ```
 #

@@ -24,13 +24,26 @@
 # - how CLIP learns what words *look like*, from nothing but pictures and their captions;
 # - what such an encoder does not see. Word order is on the list.
 #
-# About 50 minutes to read; it runs in a minute or two on a laptop. Nothing is trained here. The modules of
+# About 60 minutes to read; it runs in a minute or two on a laptop. Nothing is trained here. The modules of
 # this stage are [`minisd/tokenizer.py`](../minisd/tokenizer.py) and [`minisd/clip.py`](../minisd/clip.py).
 # [Notebook 04](04_vae.ipynb) was about the pictures' side; [notebook 03](03_unet.ipynb) showed where the context enters
 # the UNet. Next: [notebook 06](06_sampling.ipynb).
 #
 # To see the tokens and the context of a prompt of your own in your browser first, open the stops
 # [Tokens](../docs/play.md#tour=tokens) and [Context](../docs/play.md#tour=context) of the guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -24,6 +24,19 @@
 # To see these steps with their numbers in your browser, open the stops [Guidance](../docs/play.md#tour=guidance), [One
 # step](../docs/play.md#tour=step) and [The loop](../docs/play.md#tour=loop) of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 

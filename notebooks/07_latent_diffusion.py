@@ -30,6 +30,19 @@
 # To follow a drawing in your browser first, from its noise to its pixels, open the stops [The drawing starts from
 # noise](../docs/play.md#tour=noise) and [Decoding](../docs/play.md#tour=decoding) of the guided tour.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 

@@ -26,6 +26,19 @@
 # **You need no file of Stable Diffusion.** Without one, the notebook writes a small file in the same layout. If you
 # have one, put its path below: a `.ckpt`, a `.safetensors`, or a folder in the layout of diffusers.
 
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
+
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 CHECKPOINT = None  # "v1-5-pruned.ckpt", say: a path, or "owner/name" on the Hugging Face hub

@@ -24,7 +24,7 @@
 # - what the curve in the model card of Stable Diffusion v1 shows: fidelity against variety;
 # - how to find out whether drawings are copies of training pictures.
 #
-# About 50 minutes to read; it takes about three minutes on one processor. Nothing is trained. The module of this stage
+# About 60 minutes to read; it takes about three minutes on one processor. Nothing is trained. The module of this stage
 # is [`minisd/evaluation/`](../minisd/evaluation/__init__.py), its page [docs/evaluation.md](../docs/evaluation.md).
 # Before it: [notebook 09](09_stable_diffusion_v1.ipynb), the official weights; what you need is guidance, from
 # [notebook 06](06_sampling.ipynb), and CLIP's two towers, from [notebook 05](05_clip.ipynb). Next: [notebook
@@ -32,6 +32,19 @@
 #
 # To see in your browser what guidance does to a drawing, open the stop [Guidance](../docs/play.md#tour=guidance) of the
 # guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

@@ -24,7 +24,7 @@
 # - why the worst mistakes are those that one can't see, and what an equality test is for;
 # - in which order to look.
 #
-# About 70 minutes to read; it takes about two minutes of one processor's time. You need notebooks
+# About 95 minutes to read; it takes about two minutes of one processor's time. You need notebooks
 # [01](01_noising.ipynb), [02](02_loss.ipynb), [06](06_sampling.ipynb) and [07](07_latent_diffusion.ipynb); before this
 # one comes [notebook 10](10_evaluation.ipynb), which measures how good a healthy model is. In a hurry, with a sick
 # model? The table is at the end.
@@ -34,6 +34,19 @@
 #
 # To see in your browser what a healthy step looks like, open the stop [One step](../docs/play.md#tour=step) of the
 # guided tour.
+
+# %% [markdown] tags=["colab"]
+# <details><summary>To run this notebook in Colab</summary>
+#
+# Upload the folder of minisd as `upload.zip`, and run this in a new cell above
+# ([more about it](../docs/install.md#colab-and-other-notebooks-in-the-cloud)):
+#
+# ```text
+# !unzip -q upload.zip && pip install -q "./minisd[data]"
+# %cd minisd/notebooks
+# ```
+#
+# </details>
 
 # %% tags=["parameters"]
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing

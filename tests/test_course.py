@@ -45,7 +45,6 @@ NOT_YET = {
     "10_evaluation",
     "11_why_is_it_noise",
     "all words together",
-    "cells for Colab",
 }
 
 

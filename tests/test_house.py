@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minisd"
 COURSEWORK = ROOT / "coursework" / "minisd_coursework"
 # Lines of code that one person can hold in the head: blank lines, comments and docstrings do not count.
 # The aim for the package is 8,100, with everything that is still planned: lower its number whenever a line goes.
-MOST_LINES = {PACKAGE: 8_460, COURSEWORK: 3_000}
+MOST_LINES = {PACKAGE: 8_399, COURSEWORK: 3_000}
 # Comment lines for each line in the body of a function. A stage is read by students, line by line.
 LEAST_COMMENTS = 0.12
 
