@@ -109,7 +109,7 @@ def as_lines(notebook) -> list[str]:
     lines = []
     for cell in notebook.cells:
         folded = cell.metadata.get("jupyter", {})
-        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", []), *map(str, folded.items())])]
+        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", []), *map(str, sorted(folded.items()))])]
         lines += cell.source.splitlines()
     return lines
 
