@@ -108,8 +108,8 @@ def as_lines(notebook) -> list[str]:
     """All cells as one text, each under a line that says what it is, and what of it Jupyter folds."""
     lines = []
     for cell in notebook.cells:
-        folded = cell.metadata.get("jupyter", {})
-        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", []), *sorted(folded)])]
+        folded = sorted(cell.metadata.get("jupyter", {}).items())
+        lines += [" ".join([f"# %% [{cell.cell_type}]", *cell.metadata.get("tags", []), *map(str, folded)])]
         lines += cell.source.splitlines()
     return lines
 
