@@ -200,9 +200,8 @@ viz.strip(rows, titles, ["z / 0.628 (right)", "z", "z · 0.628", "0"])
 # ## Every method once
 #
 # Here is the map of the class. Two ways lead through it: one for training, one for drawing. In it, and from here on,
-# $z$ is the *scaled* latent: what notebooks 01 to 03 and 06 call $x_0$, while in notebook 04 $z$ was the autoencoder's
-# own. The noisy $z_t$ is their $x_t$, and $\hat\epsilon$ is the UNet's answer, their $\epsilon_\theta$ (in notebook
-# 02, $\hat\epsilon$ was the guided one).
+# $z$ is the *scaled* latent, as in the other notebooks (notebook 04 writes $\tilde z$ for the autoencoder's own). A
+# diffusion model on pixels calls it $x_0$, and the noisy $z_t$ its $x_t$. $\hat\epsilon$ is what the UNet predicts.
 #
 #     training   picture ─ encode_first_stage ─ get_first_stage_encoding ─► z ─ q_sample ─► z_t ┐
 #                caption ─ get_learned_conditioning ─► c ───────────────────────────────────────┴ apply_model ─► ε̂
