@@ -12,7 +12,7 @@ import torch
 import minisd
 from minisd import PRESETS
 from minisd.coursework import EXERCISES, swap
-from minisd.coursework.picture import SAMPLER_OF
+from minisd.coursework.texts import read
 from minisd.data import CaptionedPictures, draw_shapes
 from minisd.sampling import SAMPLERS
 from minisd.training import (
@@ -26,6 +26,8 @@ from minisd.training import (
     train_unet,
     train_vae,
 )
+
+SAMPLER_OF = read("pictures.toml")["samplers"]  # of the exercises that another sampler than ddim calls
 
 ONE_STEP = {"steps": 1, "batch_size": 4, "warmup": 1, "log_every": 1}
 DRAWINGS = ["txt2img", "img2img", "inpaint"]  # made with every exercise, by the sampler that it is about, or by ddim
