@@ -571,8 +571,10 @@ viz.strip(drawings, [name.replace(" ", "\n") for name in asked], list(rows), siz
 #
 # Steps 2 and 3 are a calculation. The KL of two Gaussians with the same variance is
 # $\|\tilde\mu-\mu_\theta\|^2/2\sigma^2$ (DDPM, eq. 8). Put
-# $x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$ into $\tilde\mu_t$ of notebook 01, and give the
-# network the same form:
+#
+# $$x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$$
+#
+# into $\tilde\mu_t$ of notebook 01, and give the network the same form:
 #
 # $$\tilde\mu_t = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon\Big), \qquad
 #   \mu_\theta = \frac{1}{\sqrt{\alpha_t}}\Big(x_t - \frac{\beta_t}{\sqrt{1-\bar\alpha_t}}\,\epsilon_\theta(x_t, t)\Big)
