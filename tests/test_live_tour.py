@@ -272,9 +272,9 @@ def test_guidance_can_be_moved_along_the_arrow(open_stop):
         slider.fill(s)
         settle(page)
         canvases = page.locator(".minisd-tour .pair canvas")
-        shown.append([canvases.nth(k).evaluate("(canvas) => canvas.toDataURL()") for k in range(4)])
-    (_, cond, at_1, picture_1), (_, _, at_20, picture_20) = shown
-    assert at_1 == cond and at_20 != at_1 and picture_20 != picture_1
+        shown.append([canvases.nth(k).evaluate("(canvas) => canvas.toDataURL()") for k in range(5)])
+    (_, cond, arrow_1, at_1, picture_1), (_, _, arrow_20, at_20, picture_20) = shown
+    assert at_1 == cond and at_20 != at_1 and picture_20 != picture_1 and arrow_1 == arrow_20
 
 
 def test_the_slider_of_guidance_follows_the_drawing(open_stop):
@@ -305,6 +305,15 @@ def test_a_button_draws_and_shows_before_and_after(open_stop):
     before, after = page.locator(".minisd-tour [aria-live] canvas").evaluate_all("all => all.map((c) => c.toDataURL())")
     assert before != after
     assert page.evaluate("live.request.steps") == 25, "a button changes one thing, and all else is as usual"
+
+
+def test_the_curve_of_the_loop_runs_from_noise_to_the_picture_as_its_pictures_do(open_stop):
+    page = open_stop("loop")
+    marks = page.locator(".minisd-tour .figure circle").evaluate_all(
+        "all => all.map((mark) => +mark.getAttribute('cx'))"
+    )
+    assert len(marks) == page.evaluate("live.run.steps.length") > 1 and marks == sorted(marks)
+    assert re.findall(r"\d+", page.locator(".minisd-tour svg + figcaption").inner_text()) == ["999", "0"]
 
 
 def test_hidden_words_are_not_read(open_stop):

@@ -54,9 +54,9 @@
   const rms = (x) => sqrt(sum(x.map((v) => v * v)) / x.length);
   const spread = (x) => sqrt(rms(x) ** 2 - (sum(x) / x.length) ** 2); // standard deviation
 
-  // A canvas on which `paint` has drawn.
+  // A canvas on which `paint` has drawn, or an SVG with a curve.
   function painted(paint, ...what) {
-    const canvas = h("canvas", { role: "img" });
+    const canvas = paint === curve ? svg() : h("canvas", { role: "img" });
     paint(canvas, ...what);
     return canvas;
   }
@@ -116,9 +116,7 @@
       const bins = Array.from({ length: 17 }, (_, i) => (i - 8) / 2); // from -4 to 4
       const signal = bins.map((bin) => (4 * x_T.filter((x) => round(2 * x) === 2 * bin).length) / x_T.length);
       const noise = bins.map((bin) => 2 * Math.exp(-(bin ** 2) / 2) / sqrt(2 * Math.PI));
-      const histogram = svg();
-      curve(histogram, { noise, signal });
-      return [cells(labels, [painted(latent, x_T, shape)]), histogram];
+      return [painted(latent, x_T, shape), painted(curve, { noise, signal })].map((x, i) => cells([labels[i]], [x]));
     },
 
     unet(tour, { labels }, { start }, { x_t, eps, activations }) {
@@ -153,7 +151,7 @@
       return [waves, embedded].map((row, k) => {
         const rows = steps.map(row);
         const canvas = painted(latent, rows.flat(), [1, rows.length, rows[0].length]);
-        return cells([labels[k]], [framed(canvas, 0, step.i / rows.length, 1, 1 / rows.length)]);
+        return cells([labels[k]], [framed(canvas, -0.02, step.i / rows.length, 0.01, 1 / rows.length)]);
       });
     },
 
@@ -183,18 +181,19 @@
       if (!eps_cond) return null;
       const s = Number((tour.dialled.value = tour.dial.value));
       const eps = eps_uncond.map((e, k) => e + s * (eps_cond[k] - e));
+      const change = eps_cond.map((e, k) => e - eps_uncond[k]);
       const x0 = x_t.map((x, k) => (x - sqrt(1 - a_t) * eps[k]) / sqrt(a_t));
       const [decoded] = await tour.decode([x0]);
       const last = decoded ? painted(picture, decoded) : painted(latent, x0, start.shape);
       const [arrow, at] = [svg(), (s) => 8 + 4.2 * s];
       const name = (s, y, low = "", hat = "") => `<circle cx="${at(s)}" cy="8" r="1"/>
         <text x="${at(s)}" y="${y}">ε${hat}<tspan dy="1" font-size="2.6">${low}</tspan></text>`;
-      const line = (to, opacity) => `<path class="signal" opacity="${opacity}" d="M${at(0)} 8H${at(to)}"/>`;
+      const line = (to, light) => `<path class="signal" opacity="${light}" d="M${at(0)} 8H${at(to)}m-2-1 2 1-2 1"/>`;
       arrow.setAttribute("viewBox", "0 0 100 18");
       arrow.innerHTML = `${line(20, 0.3)}${line(s, 1)}
-        <g fill="currentColor" stroke-width="0" font-size="3.5" text-anchor="middle">
+        <g fill="currentColor" stroke-width="0" font-size="3.5" text-anchor="middle"><text x="92" y="4">s = 20</text>
         ${name(0, 4, "uncond")}${name(1, 14, "cond")}${name(s, s < 4 ? 4 : 14, "", "\u0302")}</g>`;
-      const noises = [eps_uncond, eps_cond, eps].map((x) => painted(latent, x, start.shape));
+      const noises = [eps_uncond, eps_cond, change, eps].map((x) => painted(latent, x, start.shape));
       return [cells(labels, [...noises, last], "pair"), arrow];
     },
 
@@ -209,7 +208,7 @@
       return [cells(labels, latents, "pair"), cells(labels.slice(4), decoded.map((made) => painted(picture, made)))];
     },
 
-    loop(tour, stop, { steps }, now) {
+    loop(tour, { labels }, { steps }, now) {
       const some = steps.filter(({ pictures }) => pictures);
       const turn = (step) => {
         const canvases = [step.pictures.x_t, step.pictures.x0].map((made) => painted(picture, made));
@@ -219,11 +218,10 @@
       const every = Math.ceil(some.length / 7);
       const strip = some.filter((step, k) => k % every === 0 || step === some.at(-1)).map(turn);
       const { alphas_cumprod } = tour.live.schedule;
-      const place = ({ t, a_t }) => ({ x: t / (alphas_cumprod.length - 1), y: a_t });
+      const place = ({ t, a_t }) => ({ x: 1 - t / (alphas_cumprod.length - 1), y: a_t });
       const marks = steps.map((step) => ({ ...place(step), class: step === now ? "current" : "visited" }));
-      const schedule = svg();
-      curve(schedule, { signal: alphas_cumprod }, marks);
-      return [h("div", { className: "tools" }, ...strip), schedule];
+      const schedule = painted(curve, { signal: alphas_cumprod.slice().reverse() }, marks);
+      return [h("div", { className: "tools" }, ...strip), cells(labels, [schedule])];
     },
 
     async decoding(tour, { labels }, { start, steps, done }) {
