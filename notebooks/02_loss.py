@@ -551,8 +551,11 @@ viz.strip(drawings, [name.replace(" ", "\n") for name in asked], list(rows), siz
 #   \qquad \text{(DDPM, eq. 3)}$$
 #
 # Both walks are products of $T$ steps. By Bayes' rule, each forward step is
-# $q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$. The last two factors cancel
-# between neighbouring steps, except the first and the last. What remains is a sum of KL divergences (notebook 01):
+#
+# $$q(x_t \mid x_{t-1}) = q(x_{t-1} \mid x_t, x_0)\,q(x_t \mid x_0)\,/\,q(x_{t-1} \mid x_0)$$
+#
+# The last two factors cancel between neighbouring steps, except the first and the last. What remains is a sum of KL
+# divergences (notebook 01):
 #
 # $$L = \mathbb E_q\Big[\underbrace{D_{KL}\big(q(x_T \mid x_0)\,\|\,p(x_T)\big)}_{L_T}
 #  + \sum_{t>1} \underbrace{D_{KL}\big(q(x_{t-1} \mid x_t, x_0)\,\|\,p_\theta(x_{t-1} \mid x_t)\big)}_{L_{t-1}}
