@@ -224,7 +224,7 @@ viz.plane({"a plain autoencoder": panel(plain_decoder, plain, plain.mean(0), pla
 # the encoder does not return a point but a Gaussian, the **posterior**. The decoder gets a *sample* of it. So it learns
 # that a whole neighbourhood means the same picture.
 #
-# $$q(\tilde z \mid x) = \mathcal N\big(\mu(x),\, \sigma^2(x)\, I\big)$$
+# $$q(\tilde z \mid x) = \mathcal N\big(\mu(x),\, \mathrm{diag}\,\sigma^2(x)\big)$$
 #
 # ($\tilde z$ is the autoencoder's own latent. We keep $z$ for the scaled one that the UNet gets; see below.)
 #

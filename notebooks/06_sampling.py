@@ -192,7 +192,8 @@ viz.density_over_time(toy, schedule, panels, width=3.4, height=2.3)
 # Read each panel from right to left. Grey shows where $x_t$ should be at each $t$. Without noise, all paths end at the
 # same number. $\tilde\mu_t$ is an average over the places where $x_{prev}$ may be, so going there again and again
 # shrinks the cloud. Soon $x_t$ contains less noise than the model expects at that $t$, and the model removes even more.
-# **The fresh noise restores exactly the variance that averaging removed.** With it, each number gets its third.
+# **The fresh noise restores the variance that averaging removed.** (It does so exactly only for small steps, because
+# $\hat x_0$ is a mean, too. This is why DDPM needs many.) With it, each number gets its third.
 #
 # The same happens to pictures:
 
@@ -567,11 +568,12 @@ for scale in (1.0, 4.0):
 viz.convergence(panels, slopes=(1,), ylabel="distance to 200 steps")
 
 # %% [markdown]
-# With the plain model, PLMS comes closest at every number of calls. With guidance the order changes: PLMS is far off
-# below 40 calls, while DDIM and DPM-Solver++ hardly suffer. Guidance makes $\hat\epsilon$ change faster along the way.
-# The curve bends more, and a method that extrapolates from old slopes with weights as large as 55/24 and −59/24 is
-# thrown off. DPM-Solver++ was made for guided sampling: it extrapolates $\hat x_0$, and only along a line. So which
-# sampler is best depends on the model and on the scale, and has to be measured.
+# With the plain model, PLMS comes closest at every number of calls. (The reference is a drawing of PLMS, too.) With
+# guidance the order changes: with few calls PLMS and Heun are far off, while DDIM and DPM-Solver++ stay close. Guidance
+# makes $\hat\epsilon$ change faster along the way. The curve bends more, and a method that extrapolates from old slopes
+# with weights as large as 55/24 and −59/24 is thrown off. DPM-Solver++ was made for guided sampling: it extrapolates
+# $\hat x_0$, and only along a line. So which sampler is best depends on the model and on the scale, and has to be
+# measured.
 #
 # ## Which timesteps?
 #
@@ -616,8 +618,8 @@ viz.strip(rows, titles, ["to: a panda", "to: a tiger"], size=0.64)
 # ## What you know now
 #
 # - One prediction is a mean, so one call gives a blur. A sampler makes many small steps.
-# - DDPM adds fresh noise in each step, as much variance as averaging removed. DDIM puts the same noise back, so $x_T$
-#   alone decides. $\eta$ goes from one to the other.
+# - DDPM adds fresh noise in each step, which restores the variance that averaging removed. DDIM puts the same noise
+#   back, so $x_T$ alone decides. $\eta$ goes from one to the other.
 # - DDIM is Euler's method on a curve. Heun, PLMS and DPM-Solver++ follow the same curve with more than one slope.
 # - Guidance multiplies the difference between two predictions. It needs text dropout in training.
 # - Timesteps, last step and noise have to agree before two programs draw the same picture.
