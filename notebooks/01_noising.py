@@ -17,7 +17,7 @@
 # - add noise to a picture as Stable Diffusion does, for any timestep, in one line;
 # - explain $\beta_t$, $\bar\alpha_t$ and the signal-to-noise ratio;
 # - compute the clean picture from a noisy one and its noise;
-# - say why there are a thousand small steps, although one jump gives the same noisy picture;
+# - say why there are a thousand small steps, although one jump gives noisy pictures of the same kind;
 # - draw pictures without any network, and explain why that is not enough.
 #
 # About 50 minutes, with two exercises; it runs in about a minute on a laptop. Nothing is trained here.
@@ -640,8 +640,8 @@ print(f"largest difference between the result and what was claimed: {(x - claime
 viz.strip(back, [*(f"t = {t}" for t in shown), "result"], ["claim: fox", "claim: melon"])
 
 # %% [markdown]
-# The watermelon, exactly. Each step moves towards the claimed $x_0$, and the last step lands on it. Whoever supplies
-# $x_0$ decides what is drawn. In DDPM's sampler this is the network, with its estimate $\hat x_0$ (notebook 06).
+# The watermelon, exactly. Each step moves towards the claimed $x_0$, and the last step lands on it. So the
+# $x_0$ that you insert decides what is drawn. DDPM's sampler inserts the network's estimate $\hat x_0$ (notebook 06).
 #
 # A check without Bayes' rule: we send many numbers forwards from $x_0 = 1$, on a schedule of 8 large steps. Then we
 # keep those that arrive at a given $x_t$, and look where they were one step before.

@@ -66,7 +66,7 @@ def read(source: Path):
     notebook = jupytext.read(source)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # not drawn at random, so that a second run changes what changed and no more
-        # Jupyter, which knows nothing of the tags, folds what the site folds.
+        # Jupyter does not read the tags. This metadata makes it fold what the site folds.
         cell.metadata.pop("jupyter", None)
         if folded := {FOLDED[tag]: True for tag in cell.metadata.get("tags", []) if tag in FOLDED}:
             cell.metadata["jupyter"] = folded
@@ -209,8 +209,7 @@ def test_executed_with_figures_and_without_errors(source):
 @each_notebook
 def test_names_of_minisd_in_the_text_exist(source):
     """Code that goes by an old name fails when it runs; a sentence would go on naming what is not there any more."""
-    cells = [cell for cell in jupytext.read(source).cells if "colab" not in cell.metadata.get("tags", [])]  # minisd.zip
-    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    text = "\n".join(cell.source for cell in jupytext.read(source).cells if cell.cell_type == "markdown")
     for name in set(re.findall(r"`(minisd(?:\.\w+)+)\b", text)):
         pkgutil.resolve_name(name)
 

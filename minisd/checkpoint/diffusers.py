@@ -281,9 +281,9 @@ def _translated(network: nn.Module, kind: str, place: Callable[..., tuple[str, i
     """
     blocks = dict(FIXED["names"][kind])
     for name, block in network.named_modules():
-        if name not in blocks and (kind := FIXED["kinds"].get(type(block).__name__)):
+        if name not in blocks and (group := FIXED["kinds"].get(type(block).__name__)):
             level, count = place(name, *map(int, re.findall(r"\d+", name)))
-            blocks[name] = f"{level}.{kind}.{0 if kind.endswith('samplers') else count}"
+            blocks[name] = f"{level}.{group}.{0 if group.endswith('samplers') else count}"
     names = {}
     for ours in network.state_dict():
         block = max((name for name in blocks if ours.startswith(f"{name}.")), key=len, default=None)
