@@ -44,10 +44,12 @@
 MODE = "full"  # "smoke": every line runs, on so little that the figures mean nothing
 
 # %%
+import math  # noqa: F401  for an exercise
 from collections import Counter
 from collections.abc import Callable
 
 import torch
+from einops import rearrange  # noqa: F401  for an exercise
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
