@@ -210,9 +210,9 @@ for a, b in [("x_T", "eps_uncond"), ("x_T", "eps_cond"), ("eps_uncond", "eps_con
 
 # %% [markdown]
 # At the first step the input $x_T$ is nearly pure noise, so the UNet predicts that nearly all of it is noise, and the
-# first three rows look alike. What it leaves out is the beginning of the picture. The difference between the
-# predictions with and without the prompt is just as small. Guidance multiplies this difference by four. In the last two
-# rows the noise is gone, and in channel 2 you can make out the shape of the head.
+# first three rows look alike. What is left of $x_T$ without the predicted noise is the first trace of a picture. The
+# difference between the predictions with and without the prompt is small, too, and guidance multiplies it by four. In
+# the last two rows the noise is gone, and in channel 2 you can make out the shape of the head.
 #
 # **Predict, then run.** With `guidance_scale=1.0` the sampler uses the prediction for the prompt as it is. Which rows
 # of the table will be missing?

@@ -318,8 +318,8 @@ while k < 32:
     level, k = coarser, 2 * k
 
 # %% [markdown]
-# Over a large area the noise averages out, so large details survive longer. Noise takes the texture first, then the
-# outline, and in the end what is dark and what is light. A model that removes noise works in the opposite order: it
+# Over a large area the noise averages out, so large details survive longer, up to 8 pixels in these pictures. Noise
+# takes the texture first and the outline later. A model that removes noise works in the opposite order: it
 # decides on the large shapes first.
 #
 # ## Is the end really pure noise?
@@ -491,7 +491,7 @@ viz.strip(rows, [f"t = {t}" for t in timesteps], labels, notes)
 # Read the upper half from left to right. First the best estimate is the mean of nearly all pictures, then a blur of
 # what is still possible, then one picture. **The blur is not a fault.** It is the right answer as long as many pictures
 # are possible, and a trained network gives it, too. In the lower half, under Stable Diffusion's schedule, only a
-# fraction of the pictures is left even at $t = 999$. This is the work of the 7 bits.
+# fraction of the pictures is left even at $t = 999$, because $x_t$ still contains a little of the picture.
 #
 # ## Drawing without a network
 #

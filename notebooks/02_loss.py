@@ -217,7 +217,7 @@ viz.strip(rows, [f"step {i + 1}" for i in columns], labels, size=0.6)
 
 # %% [markdown]
 # It draws. The first two rows follow one drawing. At step 1 the estimate is rough, because at $t = 999$ an error of the
-# noise is multiplied by 14.6 (notebook 01). A few steps later it is the grey mean, as before. Then some pictures become
+# noise is multiplied by 14.6 (notebook 01). A few steps later it is a blur, as before. Then some pictures become
 # impossible, the blur gets a colour and a shape, and in the end one picture is left. The third row shows what became of
 # the eight noises: pictures of our world, with small faults. That is the whole method. Stable Diffusion does the same
 # with a better network, on latents, and with a text.
@@ -390,9 +390,9 @@ figure
 
 # %% [markdown]
 # - **Nobody wants to reach the floor.** Up to $t = 300$ the exact denoiser recognises the training picture without
-#   fail. A network that does so has memorised its data. On held-out pictures (right) the exact denoiser fails: it takes
-#   the difference from the nearest picture that it knows for noise. The network knows what pictures look like in
-#   general.
+#   fail. A network that does so has memorised its data. On held-out pictures (right) the exact denoiser fails at small
+#   and middle $t$: it explains the difference from the nearest picture that it knows as noise. The network has learned
+#   what pictures look like in general.
 # - **With its caption, the network gets below the floor at large $t$** (left). That is possible because the exact
 #   denoiser does not know the caption.
 # - **Captions help on the training pictures and hurt on the held-out ones.** With a caption the network believes that
@@ -501,8 +501,8 @@ viz.strip(drawings, [name.replace(" ", "\n") for name in asked], list(rows), siz
 
 # %% [markdown]
 # All three rows start from the same noise. With the empty context, the noise decides what is drawn. With the context,
-# the shapes are those that we asked for, and the colours nearly. Guidance exaggerates what the context changes, and now
-# the colours are right, too.
+# most shapes are those that we asked for, and the colours nearly; the star is a round blob. Guidance exaggerates what
+# the context changes. Now the star is a star, and the colours are right, too.
 #
 # ## One answer in three forms
 #
@@ -923,7 +923,7 @@ panels = {
 viz.curves(panels, log=list(panels), width=3.4, height=2.4)
 
 # %% [markdown]
-# Each network is good where its weights are large, and worse elsewhere. The moons gain nothing from min-SNR, because
+# The moons gain nothing from min-SNR, because
 # they are thin: the distance to them is decided at small $t$. In a picture you see above all what is decided at large
 # $t$ (notebook 01), where min-SNR has its weight. The bound has another problem: a few examples at the first timesteps
 # weigh so much that the gradient is noisy (Improved DDPM, section 3.3).

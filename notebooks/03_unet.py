@@ -510,10 +510,10 @@ for t in (100, 300, 600, 900):
         print(f"t = {t:3}  {f'{int(which.sum())} pictures {kind}':22}{row}")
 
 # %% [markdown]
-# On pictures that the network was trained on, the right caption helps, and the more noise there is, the more: at
-# $t = 900$ the error is a third of that with the empty prompt. A wrong caption does harm. On held-out pictures, even
-# the right one helps nowhere, and does harm where there is little noise. This small network has memorised its training
-# pictures: it trusts the caption, and expects another picture than this one.
+# On pictures that the network was trained on, the right caption helps. In relation to the error, it helps more the more
+# noise there is: at $t = 900$ the error is a third of that with the empty prompt. A wrong caption does harm. On
+# held-out pictures, even the right one helps nowhere, and does harm except at the largest $t$. This small network has
+# memorised its training pictures: it trusts the caption, and expects another picture than this one.
 #
 # ## Where it looks: attention maps
 #
@@ -539,7 +539,7 @@ viz.attention_maps(rows, list(x0), columns, [f"t = {maps.timesteps[i]}" for i in
 # These are the maps of the middle block, in the mean over its heads. In front of each row stands the network's estimate
 # of the picture at that step. Dark is 0, yellow is the largest weight in the row, and under each map stands its own
 # largest weight. The pixels in the centre look at "fox", those at the edge do not, and this is so from the first step
-# on.
+# on. They look at `<start>` even more (see the optional section on the maps of all layers).
 #
 # ### What a map does not prove
 #

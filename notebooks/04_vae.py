@@ -213,10 +213,10 @@ viz.plane({"a plain autoencoder": panel(plain_decoder, plain, plain.mean(0), pla
 # %% [markdown]
 # Each dot is where the encoder puts one picture. The little pictures are what the decoder draws at each place.
 #
-# At the dots all is well, because nothing else was asked for. Between them there are **holes**: smears, and whole
-# regions of garbage. The dots also lie on a scale of their own. For diffusion both are bad. A sampler ends *near* a
-# latent and never exactly on it, so the decoder must forgive small errors. And it starts from noise with a standard
-# deviation of 1, so the latents should have that scale.
+# At the dots the pictures are good, because the loss measures only them. Elsewhere there are **holes**: smears and,
+# outside of the dots, whole regions of garbage. The dots also lie on a scale of their own. For diffusion both are bad.
+# A sampler ends *near* a latent and never exactly on it, so the decoder must forgive small errors. And it starts from
+# noise with a standard deviation of 1, so the latents should have that scale.
 #
 # ## The remedy: a variational autoencoder
 #
