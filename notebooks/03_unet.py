@@ -539,7 +539,7 @@ viz.attention_maps(rows, list(x0), columns, [f"t = {maps.timesteps[i]}" for i in
 # These are the maps of the middle block, in the mean over its heads. In front of each row stands the network's estimate
 # of the picture at that step. Dark is 0, yellow is the largest weight in the row, and under each map stands its own
 # largest weight. The pixels in the centre look at "fox", those at the edge do not, and this is so from the first step
-# on. They look at `<start>` even more (see the optional section on the maps of all layers).
+# on. They look at `<start>` even more (see *Optional: more attention maps*).
 #
 # ### What a map does not prove
 #
