@@ -15,7 +15,7 @@
 # - explain why one call is not enough, and why a sampler may have to add noise;
 # - write DDPM's and DDIM's step, and say what $\eta$ changes;
 # - write classifier-free guidance, and predict what happens when the scale grows;
-# - choose a sampler and a number of steps, and explain why two libraries draw different pictures from one seed.
+# - choose a sampler and a number of steps.
 #
 # About 65 minutes, with two exercises; it runs in about three minutes on a laptop. Nothing is trained here. You need
 # [notebook 01](01_noising.ipynb), and from [notebook 02](02_loss.ipynb) the idea that a network can predict the noise.
@@ -623,7 +623,6 @@ viz.strip(rows, titles, ["to: a panda", "to: a tiger"], size=0.64)
 #   back, so $x_T$ alone decides. $\eta$ goes from one to the other.
 # - DDIM is Euler's method on a curve. Heun, PLMS and DPM-Solver++ follow the same curve with more than one slope.
 # - Guidance multiplies the difference between two predictions. It needs text dropout in training.
-# - Timesteps, last step and noise have to agree before two programs draw the same picture.
 #
 # **More exercises** in [`exercises/06_sampling.ipynb`](exercises/06_sampling.ipynb), among them `ddpm_step` and
 # `dpmpp_2m_step`. **Try it:** draw with `"plms"` and guidance 7.5 at 50, 20 and 10 steps, and with `"ddim"`. At which
